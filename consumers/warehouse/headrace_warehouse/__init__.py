@@ -1,0 +1,1 @@
+"""Any captured tables of any database, typed, in DuckDB."""

@@ -1,0 +1,1 @@
+"""headrace: write once to Postgres, keep every view in step."""

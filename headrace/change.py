@@ -1,0 +1,171 @@
+"""The words that every part shares: versions, columns, changes, checkpoints, positions.
+
+Plain values without behaviour of their own, so that capture, the readers, the stores and verify mean the same by them.
+LSNs are integers here and in every record; people see them as Postgres prints them (`format_lsn`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from headrace.errors import Misconfigured
+
+Row = dict[str, Any]
+"""A row in the codec's form: column name to the natural JSON value (see docs/formats.md)."""
+
+CREATE, UPDATE, DELETE, READ = "c", "u", "d", "r"
+
+_LSN_BITS = 48
+
+
+class Version(NamedTuple):
+    """What orders states: the epoch first, then the commit LSN (S1, S2)."""
+
+    epoch: int
+    lsn: int
+
+    def packed(self) -> int:
+        """Return one 63-bit integer for stores that compare versions: the epoch in the top 15 bits.
+
+        48 bits of LSN are 256 TiB of WAL.
+        """
+        if self.lsn >> _LSN_BITS or self.epoch >> 15:
+            raise Misconfigured("version-overflow", f"{self} does not fit in 15 bits of epoch and 48 bits of LSN.")
+        return self.epoch << _LSN_BITS | self.lsn
+
+    @classmethod
+    def unpacked(cls, packed: int) -> Version:
+        """Undo `packed`."""
+        return cls(packed >> _LSN_BITS, packed & ((1 << _LSN_BITS) - 1))
+
+    def __str__(self) -> str:
+        """Return the version as people see it, e.g. ``1@0/17ABA90``."""
+        return f"{self.epoch}@{format_lsn(self.lsn)}"
+
+
+NOWHERE = Version(0, 0)
+"""Before every state: the version of a generation that is loading."""
+
+
+def format_lsn(lsn: int) -> str:
+    """Return an LSN as Postgres prints it, e.g. ``0/17ABA90``."""
+    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
+
+
+def parse_lsn(text: str) -> int:
+    """Undo `format_lsn`. Raises ValueError."""
+    high, low = text.split("/")
+    return int(high, 16) << 32 | int(low, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a captured table.
+
+    `type` is Postgres's name of it with modifiers, as `format_type` gives it: ``numeric(10,2)``, ``text[]``.
+    """
+
+    name: str
+    type: str
+    nullable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TableSchema:
+    """One immutable version of a table's shape (S13). `table` is ``schema.name``; `key` names the key's columns in order."""
+
+    table: str
+    version: int
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+
+
+class Change(NamedTuple):
+    """One record of a table's topic, decoded.
+
+    A tombstone and the `d` record before it are the same delete; a reader hands out one of them.
+    `row` is the whole row after the change, None for a delete. `key` is the record's key: canonical JSON bytes.
+    """
+
+    table: str
+    op: str
+    key: bytes
+    row: Row | None
+    version: Version
+    ordinal: int
+    xid: int
+    schema: int
+    partition: int
+    offset: int
+    read: str | None = None
+    """How the row was read if not from the stream: ``snapshot``, or ``reread`` when a TOAST value was read again (S7)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which server, timeline, database and slot a log came from: positions of another one are refused [I12]."""
+
+    system_id: str
+    timeline: int
+    database: str
+    slot: str
+    publication: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The last record of a cut: everything below `ends` is the state of Postgres at `version.lsn`.
+
+    `version.lsn` is the *end* LSN of the last transaction wholly in the log.
+
+    Attributes:
+        ends: For each topic, for each partition, the offset after the last record that belongs to the cut.
+        commit_ts: When that transaction committed, in ms since the Unix epoch; for an empty cut, when it was made.
+        xid: Its transaction id, 0 for an empty cut.
+        partial: ``(commit_lsn, ordinal)`` of the last change in the log of a transaction that is not wholly there (S5).
+        inexact: Tables whose topic is not known to equal Postgres at this LSN (S12).
+        snapshot: None once streaming; ``running`` or ``complete`` in the checkpoints of the initial snapshot (S6).
+        offset: Where the record stands in the checkpoints topic; -1 before it is written.
+        appended: The broker's timestamp of the record, in ms since the Unix epoch; 0 before it is written.
+    """
+
+    version: Version
+    commit_ts: int
+    xid: int
+    ends: dict[str, list[int]]
+    source: Source
+    partial: tuple[int, int] | None = None
+    inexact: tuple[str, ...] = ()
+    snapshot: str | None = None
+    offset: int = -1
+    appended: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether `ends` is a state that Postgres had: no half transaction, no half snapshot."""
+        return self.partial is None and self.snapshot != "running"
+
+
+@dataclass(slots=True)
+class Position:
+    """What a generation has durably applied; it lives in the view's own store [I6].
+
+    Attributes:
+        offsets: For each topic, for each partition, the next offset to read.
+        topics: The Kafka topic id of each topic in `offsets`: a topic made again under its name is another topic [I12].
+        version: The last complete, exact checkpoint that the view shows; NOWHERE while loading.
+        source: The source of that log, None before the first checkpoint was seen.
+        appended: The broker's timestamp of the newest checkpoint seen, ms: older than `delete.retention.ms` is refused (S19).
+    """
+
+    offsets: dict[str, list[int]] = field(default_factory=dict)
+    topics: dict[str, str] = field(default_factory=dict)
+    version: Version = NOWHERE
+    source: Source | None = None
+    appended: int = 0
+
+    @property
+    def loading(self) -> bool:
+        """Whether the view has not yet reached a state that Postgres had."""
+        return self.version == NOWHERE

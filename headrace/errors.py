@@ -1,0 +1,61 @@
+"""Errors by how one recovers from them.
+
+Consumers and services raise; only a runner (or the loop of capture) decides what follows. The kind is the class:
+
+| class         | recovery                        | the runner                               | exit code |
+|---------------|---------------------------------|------------------------------------------|-----------|
+| Transient     | try again later                 | backs off, says so in status, tries on   | 5         |
+| Misconfigured | somebody must change something  | stops, says what to change               | 3         |
+| Poison        | this one record cannot be done  | stops with key, offset and remedy        | 4         |
+
+Every error carries a *code*, a short name such as ``slot-missing`` under which `ops/runbook.md` says more,
+a message that names what was seen, and a *remedy*: the setting to change or the command to run next.
+"""
+
+from __future__ import annotations
+
+OK = 0
+CHECK_FAILED = 1
+USAGE = 2
+INTERRUPTED = 130
+
+
+class HeadraceError(Exception):
+    """The base of every error that headrace raises on purpose.
+
+    Args:
+        code: The entry in `ops/runbook.md`, in words joined by hyphens.
+        message: What was seen, with names and values.
+        remedy: What to change or to run next; empty when the message says it.
+    """
+
+    exit_code = CHECK_FAILED
+
+    def __init__(self, code: str, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        """Return one line for logs: the message, the remedy and the code."""
+        remedy = f" {self.remedy}" if self.remedy else ""
+        return f"{self.message}{remedy} [{self.code}]"
+
+
+class Transient(HeadraceError):
+    """A server is away, busy or full: the same call may succeed later. Nothing is lost by waiting."""
+
+    exit_code = 5
+
+
+class Misconfigured(HeadraceError):
+    """A setting, a server or a piece of state must be changed by somebody before going on."""
+
+    exit_code = 3
+
+
+class Poison(HeadraceError):
+    """One record cannot be applied, now or later; the message names its key, partition and offset."""
+
+    exit_code = 4

@@ -1,0 +1,122 @@
+"""Settings: one documented table, read from the environment and `headrace.toml`.
+
+Each field below is the setting `HEADRACE_<NAME>` in the environment and `<name>` in `headrace.toml`
+(of the current folder, or the file that HEADRACE_CONFIG names). The environment wins. An unknown name in either is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import Misconfigured
+
+_PREFIX = "HEADRACE_"
+_OUTSIDE = frozenset({"HEADRACE_CONFIG", "HEADRACE_STACK"})
+"""Names of the environment that are not settings: where the settings are, and which backend runs the local stack."""
+
+
+def _setting(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set, with its default."""
+
+    source: str = _setting("main", "name of the captured database; prefix of its topics")
+    dsn: str = _setting("postgresql://postgres@127.0.0.1:5432/postgres", "how capture and verify reach Postgres")
+    slot: str = _setting("headrace", "replication slot in the source")
+    publication: str = _setting("headrace", "publication in the source")
+    kafka: str = _setting("127.0.0.1:9092", "bootstrap servers of Kafka, comma separated")
+    elasticsearch: str = _setting("http://127.0.0.1:9200", "address of Elasticsearch")
+    redis: str = _setting("redis://127.0.0.1:6379/0", "address of Redis")
+    state: str = _setting("./.headrace", "folder for what consumers keep locally; may be lost, is rebuilt from the log")
+    warehouse: str = _setting("./.headrace/warehouse.duckdb", "file of the warehouse")
+    warehouse_listen: str = _setting("127.0.0.1:8790", "where the warehouse process answers SQL")
+    templates: str = _setting("./templates", "folder of the Jinja2 templates of the pages")
+    partitions: int = _setting(1, "partitions of a new table topic; never changed afterwards")
+    replication: int = _setting(1, "replicas of a new topic")
+    cut_ms: int = _setting(200, "longest time a cut stays open, ms")
+    cut_records: int = _setting(20_000, "most records in a cut")
+    message_max_bytes: int = _setting(16 * 1024 * 1024, "largest record; a larger row stops capture")
+    min_compaction_lag_ms: int = _setting(3_600_000, "how long every record stays in the log at least, ms")
+    delete_retention_ms: int = _setting(7 * 24 * 3_600_000, "how long a tombstone stays, ms; the longest a consumer may be away")
+    heartbeat_ms: int = _setting(10_000, "how often capture writes a heartbeat into the source, ms; 0 turns it off")
+    batch_records: int = _setting(10_000, "most changes handed to a consumer at once")
+
+    def path(self, name: str) -> Path:
+        """Return `<state>/<name>`, with its parent made."""
+        path = Path(self.state).expanduser() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def load(environ: Mapping[str, str] | None = None, *, config: Path | None = None) -> Settings:
+    """Read the settings.
+
+    Args:
+        environ: The environment; `os.environ` when None.
+        config: The file; else the one that HEADRACE_CONFIG names, else `headrace.toml` here if there is one.
+
+    Raises:
+        Misconfigured: `unknown-setting`, `bad-setting`, `config-file`.
+    """
+    environ = os.environ if environ is None else environ
+    named = config or (Path(environ["HEADRACE_CONFIG"]) if "HEADRACE_CONFIG" in environ else None)
+    values = _read_file(named) if named else _read_file(Path("headrace.toml"), optional=True)
+    values |= {
+        name.removeprefix(_PREFIX).lower(): text
+        for name, text in environ.items()
+        if name.startswith(_PREFIX) and name not in _OUTSIDE
+    }
+    known = {f.name: f for f in fields(Settings)}
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"Did you mean {_PREFIX}{close[0].upper()}?" if close else "`headrace settings` lists them."
+            raise Misconfigured("unknown-setting", f"There is no setting {_PREFIX}{name.upper()}.", meant)
+    return Settings(**{name: _value(known[name], value) for name, value in values.items()})
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Return the settings that differ from their defaults as variables of the environment."""
+    return {
+        f"{_PREFIX}{f.name.upper()}": str(getattr(settings, f.name))
+        for f in fields(settings)
+        if getattr(settings, f.name) != f.default
+    }
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Return every setting as (variable, default, meaning): what `headrace settings` prints."""
+    return [(f"{_PREFIX}{f.name.upper()}", str(f.default), f.metadata["doc"]) for f in fields(Settings)]
+
+
+def _read_file(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        if optional:
+            return {}
+        raise Misconfigured("config-file", f"There is no file {path}.", "Change HEADRACE_CONFIG.") from error
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise Misconfigured("config-file", f"{path} cannot be read: {error}.", "Mend the file.") from error
+
+
+def _value(setting: Field[Any], value: Any) -> Any:
+    wanted = int if setting.type in (int, "int") else str
+    if wanted is str:
+        return str(value)
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0:
+        raise Misconfigured("bad-setting", f"{_PREFIX}{setting.name.upper()}={value!r} is not a whole number.", setting.metadata["doc"])
+    return number

@@ -1,0 +1,1 @@
+"""The servers that headrace runs against, as processes or as containers."""

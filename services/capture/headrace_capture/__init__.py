@@ -1,0 +1,1 @@
+"""Capture: from the write-ahead log of Postgres to the log in Kafka."""

@@ -1,0 +1,1 @@
+"""The shop: the example application, writing through the log or dually."""

@@ -1,0 +1,1 @@
+"""Verify: compare a view with Postgres at one LSN."""
