@@ -1,0 +1,154 @@
+"""The JSON codec: how keys, values, headers, checkpoints, schemas and positions are bytes.
+
+The formats are written down in docs/formats.md. Values are Debezium's envelope, so that people's tools read the topics.
+The key's bytes are a format of their own, the same under every codec for values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import orjson
+
+from headrace.change import Change, Checkpoint, Column, Position, Row, Source, TableSchema, Version
+from headrace.errors import Poison
+
+Headers = list[tuple[str, bytes]]
+
+dumps = orjson.dumps
+loads = orjson.loads
+
+
+def encode_key(columns: Mapping[str, Any]) -> bytes:
+    """Return the key's bytes: compact JSON of the key's columns, in the key's order, e.g. ``{"id":1}``."""
+    return orjson.dumps(columns)
+
+
+def decode_key(key: bytes) -> Row:
+    """Undo `encode_key`."""
+    row: Row = orjson.loads(key)
+    return row
+
+
+def encode_headers(version: Version, ordinal: int, xid: int, schema: int, read: str | None = None) -> Headers:
+    """Return the headers that every record carries, tombstones too: decimal text."""
+    headers = [
+        ("epoch", b"%d" % version.epoch),
+        ("lsn", b"%d" % version.lsn),
+        ("ordinal", b"%d" % ordinal),
+        ("xid", b"%d" % xid),
+        ("schema", b"%d" % schema),
+    ]
+    return [*headers, ("read", read.encode())] if read else headers
+
+
+def decode_change(
+    table: str, partition: int, offset: int, key: bytes, value: bytes | None, headers: Iterable[tuple[str, bytes]]
+) -> Change:
+    """Decode one record of a table's topic. A tombstone is a delete.
+
+    Raises:
+        Poison: `undecodable-record`, when key, value or headers are not of the format.
+    """
+    try:
+        named = dict(headers)
+        envelope = orjson.loads(value) if value is not None else {"op": "d", "after": None}
+        read = named.get("read")
+        return Change(
+            table,
+            envelope["op"],
+            key,
+            envelope["after"],
+            Version(int(named["epoch"]), int(named["lsn"])),
+            int(named["ordinal"]),
+            int(named["xid"]),
+            int(named["schema"]),
+            partition,
+            offset,
+            read.decode() if read else None,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise Poison(
+            "undecodable-record",
+            f"The record of {table} at partition {partition}, offset {offset}, key {key!r} is not in headrace's format: {error!r}.",
+            "See who else writes to this topic.",
+        ) from error
+
+
+def encode_checkpoint_key(checkpoint: Checkpoint) -> bytes:
+    """Return the key of a checkpoint: its version."""
+    return orjson.dumps({"epoch": checkpoint.version.epoch, "lsn": checkpoint.version.lsn})
+
+
+def encode_checkpoint(checkpoint: Checkpoint) -> bytes:
+    """Return the value of a checkpoint; absent and false fields are left out."""
+    record: dict[str, Any] = {
+        "epoch": checkpoint.version.epoch,
+        "lsn": checkpoint.version.lsn,
+        "commit_ts": checkpoint.commit_ts,
+        "xid": checkpoint.xid,
+        "ends": checkpoint.ends,
+        "source": asdict(checkpoint.source),
+    }
+    if checkpoint.partial:
+        record["partial"] = {"commit_lsn": checkpoint.partial[0], "ordinal": checkpoint.partial[1]}
+    if checkpoint.inexact:
+        record["inexact"] = list(checkpoint.inexact)
+    if checkpoint.snapshot:
+        record["snapshot"] = checkpoint.snapshot
+    return orjson.dumps(record)
+
+
+def decode_checkpoint(value: bytes, offset: int = -1, appended: int = 0) -> Checkpoint:
+    """Undo `encode_checkpoint`; `offset` and `appended` (broker's ms) are the record's own. Raises KeyError, ValueError."""
+    record = orjson.loads(value)
+    partial = record.get("partial")
+    return Checkpoint(
+        version=Version(record["epoch"], record["lsn"]),
+        commit_ts=record["commit_ts"],
+        xid=record["xid"],
+        ends=record["ends"],
+        source=Source(**record["source"]),
+        partial=(partial["commit_lsn"], partial["ordinal"]) if partial else None,
+        inexact=tuple(record.get("inexact", ())),
+        snapshot=record.get("snapshot"),
+        offset=offset,
+        appended=appended,
+    )
+
+
+def encode_schema_key(schema: TableSchema) -> bytes:
+    """Return the key of a schema record: table and version."""
+    return orjson.dumps({"table": schema.table, "version": schema.version})
+
+
+def encode_schema(schema: TableSchema) -> bytes:
+    """Return the value of a schema record."""
+    return orjson.dumps(asdict(schema))
+
+
+def decode_schema(value: bytes) -> TableSchema:
+    """Undo `encode_schema`. Raises KeyError, TypeError, ValueError."""
+    record = orjson.loads(value)
+    columns = tuple(Column(**column) for column in record["columns"])
+    return TableSchema(record["table"], record["version"], columns, tuple(record["key"]))
+
+
+def encode_position(position: Position) -> bytes:
+    """Return a position as JSON: what a store keeps."""
+    return orjson.dumps(asdict(position) | {"version": list(position.version)})
+
+
+def decode_position(value: bytes | str) -> Position:
+    """Undo `encode_position`. Raises KeyError, TypeError, ValueError."""
+    record = orjson.loads(value)
+    source = record["source"]
+    return Position(
+        offsets=record["offsets"],
+        topics=record["topics"],
+        version=Version(*record["version"]),
+        source=Source(**source) if source else None,
+        appended=record["appended"],
+    )

@@ -1,0 +1,148 @@
+"""The contract of a consumer: what a plugin's author implements and what the runner promises.
+
+A *consumer* is a class; the runner makes one instance for each *generation* of its view that it serves and calls each
+instance from one thread only. Most plugins do not implement this protocol but subclass
+`headrace.documents.DocumentConsumer` and write `render`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+from headrace.change import Change, Checkpoint, Position, Row, TableSchema, Version
+from headrace.settings import Settings
+
+ALL: Final = ("*",)
+"""Read every captured table, also those that appear later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One build of a view. `fingerprint` names the code that built it; `live` is the store's own pointer [I13]."""
+
+    consumer: str
+    number: int
+    fingerprint: str
+    live: bool = False
+
+
+@dataclass(slots=True)
+class Batch:
+    """What a reader hands to `apply`: a cut-aligned piece of the log.
+
+    Attributes:
+        changes: The changes of each key in their order. While `loading`, at most the last change of each key.
+        position: Where the view stands once the batch is applied; `apply` makes it durable with or after the changes.
+            Its `version` moves only with a batch that completes an exact checkpoint.
+        checkpoint: The complete checkpoint that the batch ends at; None for a piece between two of them: half of a
+            transaction too big for one cut, or a part of a backlog. A store must not show readers a state that ends so.
+        exact: Whether the state at `checkpoint` is one that Postgres had (S18). Only then may readers see it.
+        loading: Whether the generation has not yet reached its first exact checkpoint: it shows readers nothing.
+        schemas: The schema version of every (table, version) that occurs in `changes`, and the newest one of each table
+            that the reader knows.
+    """
+
+    changes: list[Change]
+    position: Position
+    checkpoint: Checkpoint | None
+    exact: bool
+    loading: bool
+    schemas: dict[tuple[str, int], TableSchema] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether readers may see the state after this batch."""
+        return self.checkpoint is not None and self.exact
+
+
+class ViewRow(NamedTuple):
+    """One row as readers of a view see it: what `scan` gives to verify.
+
+    `collection` is the table, or the name of the kind of document; `key` the store's key of the row as text (for a table
+    the log's key); `value` the row in the codec's form or the document as `render` returned it.
+    """
+
+    collection: str
+    key: str
+    value: Row
+    version: Version
+
+
+Cursor = tuple[str, str]
+"""(collection, key) of the last row that a scan returned."""
+
+
+class Consumer(Protocol):
+    """A view and how it is kept.
+
+    Repeats: after a crash the runner hands out again everything after the durable position, in other batches than before.
+    `apply` must leave the same view then [I7].
+
+    Class attributes:
+        name: Names the view in commands, in control and in the store; set by the runner from the entry point.
+        tables: ``schema.table`` of each table that it reads, or ALL.
+        mirrors_rows: True when the view holds each table's rows as they are; verify then expects `SELECT * FROM table`.
+        progress: Set by the runner; call ``progress(done, total)`` in long work so that status can show it.
+    """
+
+    name: str
+    tables: Collection[str]
+    mirrors_rows: bool = False
+    progress: Callable[[int, int], None]
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        """Connect to nothing yet."""
+
+    def generations(self) -> list[Generation]:
+        """Return the generations that the store holds. May be called before `open`. Empty for a view that was wiped [I6]."""
+
+    def open(self, generation: Generation) -> Position | None:
+        """Make or open the store of `generation`; return its durable position, None for from zero.
+
+        A store that lost part of itself (another UUID, a missing position) makes it anew and returns None.
+        """
+
+    def apply(self, batch: Batch) -> None:
+        """Apply `batch`, idempotently. Durable on return, and then `batch.position` [I7].
+
+        Raises:
+            Transient: try the same batch again later.
+            Misconfigured: stop the consumer and say what to change.
+            Poison: one record cannot be applied; nothing of the batch's position is durable.
+        """
+
+    def promote(self) -> None:
+        """Make this generation the one that readers see: one atomic move of the store's pointer [I8]."""
+
+    def drop(self) -> None:
+        """Remove this generation's store and local state. Never called on the live one, but to drop the whole view."""
+
+    def close(self) -> None:
+        """Release connections. What is durable stays."""
+
+    def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
+        """Return up to `limit` rows of this generation as readers see them, in (collection, key) order, after `after`."""
+
+
+def fingerprint(consumer: type[Consumer]) -> str:
+    """Return the name of a consumer's code: 12 hex digits over the source files of its class and its bases outside
+    headrace, and over the files that it names in `fingerprint_files` (templates, for example)."""
+    digest = hashlib.sha256()
+    for cls in consumer.__mro__:
+        module = cls.__module__.partition(".")[0]
+        if module not in {"builtins", "headrace", "typing", "abc"}:
+            digest.update(Path(inspect.getfile(cls)).read_bytes())
+    for path in sorted(getattr(consumer, "fingerprint_files", list)()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def no_progress(_done: int, _total: int) -> None:
+    """Report progress to nobody: the default of `Consumer.progress`."""
+
+

@@ -1,0 +1,55 @@
+"""How views are kept: one module a server, each the only one that imports the client of it.
+
+`DocumentStore` is what `headrace.documents` needs of a store that keeps documents by key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from headrace.change import Position, Row, Version
+from headrace.consumer import Cursor, Generation, ViewRow
+from headrace.settings import Settings
+
+
+class Doc(NamedTuple):
+    """One document to be written: its id, its body (None: delete it) and the version of the cut that it shows (S1)."""
+
+    id: str
+    body: Row | None
+    version: Version
+
+
+class DocumentStore(Protocol):
+    """Documents by id, with a version check: an older version never replaces a newer one, also not after a delete (S21)."""
+
+    def bind(self, settings: Settings, consumer: str) -> None:
+        """Say which servers to use and for which consumer; called once before anything else. Connects to nothing."""
+
+    def generations(self) -> list[Generation]:
+        """Return the generations that the server holds."""
+
+    def open(self, generation: Generation) -> Position | None:
+        """Make or open this generation's store; return its durable position, None when there is none."""
+
+    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:
+        """Write documents durably, then (in the same atomic step where the server can) the position.
+
+        Args:
+            docs: At most one document for each id.
+            position: None for all but the last call of a batch.
+            bulk: The generation is loading: nobody reads it yet, so refresh and the like may wait until a call without.
+        """
+
+    def promote(self) -> None:
+        """Point readers at this generation, atomically."""
+
+    def drop(self) -> None:
+        """Remove this generation."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+    def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
+        """Return documents as readers see them, by id; `ViewRow.collection` is the empty text."""
