@@ -1,0 +1,416 @@
+"""What Postgres's catalogue says: the server, the tables and their keys, and connections with the session settings of S14.
+
+One query for each kind of fact, over all tables at once; the rules (which key is a key, which column may be out of line)
+are stated here once, for setup, snapshot and stream. Everything is read as of the caller's transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import conninfo, sql
+
+from headrace.change import Column, TableSchema, parse_lsn
+from headrace.errors import HeadraceError, Misconfigured, Transient
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+OLDEST = 150000
+"""The oldest server that is supported: 15 is the first whose publications tell their columns."""
+
+GENERATED = 180000
+"""The first server that can publish generated columns (stored ones), and that has virtual ones."""
+
+SESSION = {
+    "search_path": "",
+    "client_encoding": "UTF8",
+    "row_security": "off",
+    "DateStyle": "ISO,MDY",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "extra_float_digits": "1",
+    "bytea_output": "hex",
+    "lc_monetary": "C",
+    "idle_in_transaction_session_timeout": "0",
+}
+"""What makes a value's text the same in every session (S14), and what keeps the server from ending a quiet one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The server behind a connection. `version` is like 180001; `system_id` and `timeline` tell it from any other [I12]."""
+
+    version: int
+    wal_level: str
+    system_id: str
+    timeline: int
+    database: str
+    role: str
+
+
+class Identity(NamedTuple):
+    """What IDENTIFY_SYSTEM says; `lsn` is the flush position."""
+
+    system_id: str
+    timeline: int
+    lsn: int
+    database: str
+
+
+@dataclass(frozen=True, slots=True)
+class TableColumn:
+    """One column, in the table's order.
+
+    Attributes:
+        type: As `format_type` gives it, with modifiers; names outside pg_catalog are qualified.
+        oid: The type's oid, as a Relation message names it.
+        base: The type's own name below all domains: ``int4``, ``numeric``, ``_text`` for ``text[]``.
+        element: The same for the elements of an array; empty for other types.
+        generated: ``s`` stored, ``v`` virtual, empty for an ordinary column.
+        out_of_line: Whether Postgres may keep the value out of line (TOAST) and leave it out of an update's record.
+        published: Whether the publication asked about sends it.
+    """
+
+    name: str
+    type: str
+    oid: int
+    base: str
+    element: str
+    nullable: bool
+    generated: str
+    out_of_line: bool
+    published: bool = True
+
+
+class Leaf(NamedTuple):
+    """A table that holds rows: the table itself, or one partition. Replica identities are theirs, not the root's."""
+
+    oid: int
+    schema: str
+    name: str
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table, a partitioned one under its root.
+
+    Attributes:
+        key: The key's columns in the key's order; empty when no key is usable, and then `keyless` says why.
+        key_index: The name of the key's index.
+        keyless: One of the empty string, ``none``, ``deferrable``.
+        unique: An index that could serve as replica identity if there is no key, empty if there is none.
+        kind: ``r`` ordinary, ``p`` partitioned.
+        identity: pg_class.relreplident: ``d f i n``; a partitioned table's own is without effect, see `leaves`.
+        filtered: Whether row level security would hide rows from the connected role.
+    """
+
+    oid: int
+    schema: str
+    name: str
+    kind: str
+    identity: str
+    filtered: bool
+    columns: tuple[TableColumn, ...] = ()
+    key: tuple[str, ...] = ()
+    key_index: str = ""
+    keyless: str = "none"
+    unique: str = ""
+    leaves: tuple[Leaf, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        """Return ``schema.name``, as everything else in headrace names the table."""
+        return f"{self.schema}.{self.name}"
+
+    @property
+    def published(self) -> tuple[TableColumn, ...]:
+        """Return the columns that the stream and therefore the snapshot carry."""
+        return tuple(column for column in self.columns if column.published)
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        """Return the quoted, qualified name."""
+        return sql.Identifier(self.schema, self.name)
+
+    def shape(self, version: int) -> TableSchema:
+        """Return the table's shape as a version of the schemas topic."""
+        columns = tuple(Column(column.name, column.type, column.nullable) for column in self.published)
+        return TableSchema(self.full_name, version, columns, self.key)
+
+
+def connect(dsn: str, *, name: str = "headrace", timeout_s: float = 30, setting: str = "HEADRACE_DSN") -> Connection:
+    """Connect, with autocommit and the session settings of S14.
+
+    Args:
+        dsn: A connection string of libpq; its own options are kept.
+        name: What pg_stat_activity shows.
+        timeout_s: The longest a statement may take; 0 for no limit.
+        setting: Where the dsn came from, for the error.
+
+    Raises:
+        Transient: `postgres-away`.
+        Misconfigured: `postgres-refused`, `postgres-dsn`.
+    """
+    return _connect(dsn, setting, _options(dsn, timeout_s), {"fallback_application_name": name})
+
+
+def connect_replication(dsn: str, *, name: str = "headrace", setting: str = "HEADRACE_DSN") -> Connection:
+    """Connect as a walsender of the database; the same settings and errors as `connect`, no statement timeout."""
+    return _connect(dsn, setting, _options(dsn, 0), {"fallback_application_name": name, "replication": "database"})
+
+
+def server(connection: Connection) -> Server:
+    """Read the facts about the server. The timeline is the one that is written now.
+
+    Raises:
+        Misconfigured: `postgres-too-old`, `postgres-standby`.
+    """
+    version = connection.info.server_version
+    if version < OLDEST:
+        raise Misconfigured(
+            "postgres-too-old", f"The server is Postgres {version // 10000}.", f"Use {OLDEST // 10000} or newer."
+        )
+    if _one(connection, "SELECT pg_is_in_recovery()")[0]:
+        raise Misconfigured("postgres-standby", "The server is a standby.", "Let HEADRACE_DSN name the primary.")
+    row = _one(connection, _SERVER)
+    return Server(version, row[0], row[1], int(row[2], 16), row[3], row[4])
+
+
+def identify(replication: Connection) -> Identity:
+    """Ask a replication connection which server it speaks to."""
+    row = _one(replication, "IDENTIFY_SYSTEM")
+    return Identity(str(row[0]), int(row[1]), parse_lsn(row[2]), row[3])
+
+
+def published_tables(connection: Connection, publication: str) -> list[Table]:
+    """Return the tables of a publication by name, each column with whether the publication sends it.
+
+    Raises:
+        Misconfigured: `publication-missing`.
+    """
+    if connection.execute("SELECT FROM pg_publication WHERE pubname = %s", [publication]).fetchone() is None:
+        raise Misconfigured(
+            "publication-missing", f"There is no publication {publication}.", "Run `headrace setup --apply`."
+        )
+    sent = {row[0]: set(row[1]) for row in connection.execute(_PUBLISHED, [publication])}
+    return [
+        _published(table, sent[table.oid], connection.info.server_version) for table in _read(connection, list(sent))
+    ]
+
+
+def _published(table: Table, names: set[str], version: int) -> Table:
+    """Mark the columns that the stream sends. Before 18 the view lists generated ones, and the stream leaves them out."""
+    sent = names - {column.name for column in table.columns if column.generated and version < GENERATED}
+    return replace(table, columns=tuple(replace(column, published=column.name in sent) for column in table.columns))
+
+
+def all_tables(connection: Connection) -> list[Table]:
+    """Return every permanent table outside the system's schemas, partitioned ones under their root, by name."""
+    return _read(connection, [row[0] for row in connection.execute(_CANDIDATES)])
+
+
+def named_tables(connection: Connection, names: Iterable[str]) -> list[Table]:
+    """Return the tables of these names (``schema.name``; without a schema, ``public``).
+
+    Raises:
+        Misconfigured: `no-such-table`.
+    """
+    known = {table.full_name: table for table in all_tables(connection)}
+    wanted = [name if "." in name else f"public.{name}" for name in names]
+    for name in wanted:
+        if name not in known:
+            raise Misconfigured(
+                "no-such-table", f"There is no permanent table {name} ({_hint(connection, name)}).", _LIST
+            )
+    return [known[name] for name in dict.fromkeys(wanted)]
+
+
+def _hint(connection: Connection, name: str) -> str:
+    schema, _, table = name.partition(".")
+    row = connection.execute(_WHAT_IS, [schema, table]).fetchone()
+    if row is None:
+        return "nothing has that name"
+    return f"it is a partition of {row[1]}: name that" if row[1] else f"it is {row[0]}"
+
+
+def _read(connection: Connection, oids: list[int]) -> list[Table]:
+    tables = [Table(*row) for row in connection.execute(_TABLES, {"oids": oids})]
+    columns, indexes, leaves = (_grouped(connection, query, oids) for query in (_COLUMNS, _INDEXES, _LEAVES))
+    return [
+        replace(
+            table,
+            columns=tuple(TableColumn(*row) for row in columns.get(table.oid, [])),
+            leaves=tuple(Leaf(*row) for row in leaves.get(table.oid, [])),
+            **_key(table.identity, [_Index(*row) for row in indexes.get(table.oid, [])]),
+        )
+        for table in tables
+    ]
+
+
+class _Index(NamedTuple):
+    name: str
+    columns: list[str]
+    primary: bool
+    identity: bool
+    immediate: bool
+
+
+def _key(identity: str, indexes: Sequence[_Index]) -> dict[str, Any]:
+    """Choose the key: what the stream names an old row by, so the replica identity's index where one is declared.
+
+    Otherwise the primary key. A deferrable one is not a key (S9): between two statements two rows may share it.
+    """
+    chosen = [index for index in indexes if (index.identity if identity == "i" else index.primary)]
+    usable = [index for index in chosen if index.immediate]
+    unique = next((index.name for index in indexes if index.immediate), "")
+    if usable:
+        return {"key": tuple(usable[0].columns), "key_index": usable[0].name, "keyless": ""}
+    return {"keyless": "deferrable" if chosen else "none", "unique": unique}
+
+
+def _grouped(connection: Connection, query: str, oids: list[int]) -> dict[int, list[tuple[Any, ...]]]:
+    groups: dict[int, list[tuple[Any, ...]]] = {}
+    for row in connection.execute(query, {"oids": oids}):
+        groups.setdefault(row[0], []).append(row[1:])
+    return groups
+
+
+def _one(connection: Connection, query: str) -> tuple[Any, ...]:
+    row = connection.execute(query).fetchone()
+    assert row is not None  # these queries always have one row
+    return row
+
+
+def _options(dsn: str, timeout_s: float) -> str:
+    settings = {**SESSION, "statement_timeout": str(int(timeout_s * 1000))}
+    ours = " ".join(f"-c {name}={value}" for name, value in settings.items())
+    return f"{_parsed(dsn).get('options') or ''} {ours}".strip()
+
+
+def _parsed(dsn: str, setting: str = "HEADRACE_DSN") -> dict[str, Any]:
+    try:
+        return dict(conninfo.conninfo_to_dict(dsn))
+    except psycopg.ProgrammingError:  # its text may hold the password
+        raise Misconfigured("postgres-dsn", f"{setting} is not a connection string.", _DSN_EXAMPLE) from None
+
+
+def _connect(dsn: str, setting: str, options: str, extra: dict[str, str]) -> Connection:
+    given = _parsed(dsn, setting)
+    kept = {
+        "connect_timeout": given.get("connect_timeout") or "10",
+        "tcp_user_timeout": given.get("tcp_user_timeout") or "30000",
+    }
+    try:
+        return psycopg.connect(dsn, autocommit=True, prepare_threshold=None, options=options, **kept, **extra)
+    except psycopg.OperationalError as error:
+        raise _explain(error, given, setting) from error
+
+
+def _explain(error: psycopg.OperationalError, given: dict[str, Any], setting: str) -> HeadraceError:
+    """Turn a refused connection into what to change. libpq gives no SQLSTATE here, only text."""
+    text = " ".join(str(error).split())
+    where = f"{given.get('host') or 'the local socket'}:{given.get('port') or 5432}/{given.get('dbname') or ''}"
+    for part, code, remedy in _REFUSALS:
+        if part in text:
+            return Misconfigured(
+                code, f"Postgres at {where} refuses {given.get('user') or 'the user'}: {text}.", remedy.format(setting)
+            )
+    return Transient(
+        "postgres-away", f"Postgres at {where} does not answer: {text}.", f"Start it, or change {setting}."
+    )
+
+
+_REFUSALS = (
+    ("password authentication failed", "postgres-refused", "Change user or password in {}."),
+    ("no password supplied", "postgres-refused", "Add the password to {}."),
+    (
+        "no pg_hba.conf entry",
+        "postgres-refused",
+        "Let pg_hba.conf admit the role (database and replication), or change {}.",
+    ),
+    ("authentication failed", "postgres-refused", "Change user or password in {}."),
+    (
+        "permission denied",
+        "postgres-refused",
+        "Run `headrace setup --role ROLE --apply` as an administrator, or change {}.",
+    ),
+    ("does not exist", "postgres-refused", "Create it, or change {}."),
+    ("is not permitted to log in", "postgres-refused", "ALTER ROLE … LOGIN, or change {}."),
+    ("could not translate host name", "postgres-refused", "Change the host in {}."),
+)
+_DSN_EXAMPLE = "Write it as postgresql://user:password@host:5432/database."
+_LIST = "`headrace setup` without --table lists what there is."
+
+_SERVER = """
+SELECT current_setting('wal_level'), system_identifier::text, left(pg_walfile_name(pg_current_wal_lsn()), 8),
+       current_database(), current_user
+FROM pg_control_system()
+"""
+
+_CANDIDATES = """
+SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND NOT c.relispartition
+  AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+"""
+
+_PUBLISHED = """
+SELECT c.oid, p.attnames FROM pg_publication_tables p
+JOIN pg_namespace n ON n.nspname = p.schemaname
+JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+WHERE p.pubname = %s
+"""
+
+_TABLES = """
+SELECT c.oid, n.nspname, c.relname, c.relkind::text, c.relreplident::text, row_security_active(c.oid)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%(oids)s) ORDER BY 2, 3
+"""
+
+# A table without a TOAST table keeps every value in line: Postgres makes one as soon as a row could be too wide.
+_COLUMNS = """
+WITH RECURSIVE base(oid, below) AS (
+  SELECT oid, oid FROM pg_type WHERE typtype <> 'd'
+  UNION ALL SELECT t.oid, b.below FROM pg_type t JOIN base b ON t.typtype = 'd' AND t.typbasetype = b.oid
+), wide(oid) AS (
+  SELECT r.oid FROM unnest(%(oids)s::oid[]) r(oid)
+  WHERE EXISTS (SELECT FROM pg_class c WHERE c.reltoastrelid <> 0
+                AND (c.oid = r.oid OR c.oid IN (SELECT relid FROM pg_partition_tree(r.oid))))
+)
+SELECT a.attrelid, a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid, t.typname, coalesce(et.typname, ''),
+       NOT a.attnotnull, a.attgenerated::text, a.attstorage <> 'p' AND a.attgenerated <> 'v' AND a.attrelid IN (SELECT oid FROM wide)
+FROM pg_attribute a
+JOIN base b ON b.oid = a.atttypid JOIN pg_type t ON t.oid = b.below
+LEFT JOIN base e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type et ON et.oid = e.below
+WHERE a.attrelid = ANY(%(oids)s) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
+"""
+
+# Unique, valid, not partial, over plain columns that are never null: what may be a key, the primary key first.
+_INDEXES = """
+SELECT i.indrelid, c.relname, k.columns, i.indisprimary, i.indisreplident, i.indimmediate
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+CROSS JOIN LATERAL (
+  SELECT array_agg(a.attname ORDER BY o) AS columns, bool_and(a.attnotnull) AS never_null
+  FROM unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) WITH ORDINALITY u(number, o)
+  LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = u.number AND a.attnum > 0
+) k
+WHERE i.indrelid = ANY(%(oids)s) AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL AND k.never_null
+ORDER BY i.indrelid, i.indisprimary DESC, c.relname
+"""
+
+_LEAVES = """
+SELECT r.oid, c.oid, n.nspname, c.relname, c.relreplident::text
+FROM unnest(%(oids)s::oid[]) r(oid)
+CROSS JOIN LATERAL (SELECT relid FROM pg_partition_tree(r.oid) WHERE isleaf UNION SELECT r.oid
+                    WHERE NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = r.oid)) p
+JOIN pg_class c ON c.oid = p.relid JOIN pg_namespace n ON n.oid = c.relnamespace ORDER BY r.oid, n.nspname, c.relname
+"""
+
+_WHAT_IS = """
+SELECT CASE c.relkind WHEN 'v' THEN 'a view' WHEN 'm' THEN 'a materialized view' WHEN 'f' THEN 'a foreign table'
+       ELSE 'temporary, unlogged or of the system' END,
+       CASE WHEN c.relispartition THEN pg_partition_root(c.oid)::regclass::text END
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
+"""
