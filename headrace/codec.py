@@ -54,7 +54,7 @@ def decode_change(
     """
     try:
         named = dict(headers)
-        envelope = orjson.loads(value) if value is not None else {"op": "d", "after": None}
+        envelope: Row = orjson.loads(value) if value is not None else {"op": "d", "after": None}
         read = named.get("read")
         return Change(
             table,

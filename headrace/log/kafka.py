@@ -1,0 +1,88 @@
+"""Clients of Kafka: how they are configured and how their errors become ours.
+
+Every reader is `read_committed`, assigns its partitions itself and joins no group: positions live in the views [I6].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
+
+from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.settings import Settings
+
+TIMEOUT = 15.0
+"""Seconds that one request to Kafka may take."""
+
+
+def _common(settings: Settings) -> dict[str, Any]:
+    return {"bootstrap.servers": settings.kafka, "log_level": 0, "socket.keepalive.enable": True, "allow.auto.create.topics": False}
+
+
+def admin(settings: Settings) -> AdminClient:
+    """Return a client for topics and offsets."""
+    return AdminClient(_common(settings))
+
+
+def consumer(settings: Settings) -> Consumer:
+    """Return a reader of committed records without a group's life: assign, never subscribe."""
+    return Consumer(
+        _common(settings)
+        | {
+            "group.id": f"headrace-{settings.source}",  # librdkafka wants one; nothing is ever committed to it
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "enable.partition.eof": True,
+            "isolation.level": "read_committed",
+            "auto.offset.reset": "error",
+            "fetch.wait.max.ms": 100,
+            "fetch.message.max.bytes": 4 * 1024 * 1024,
+            "receive.message.max.bytes": max(100_000_000, settings.message_max_bytes + 1024 * 1024),
+            "queued.max.messages.kbytes": 32 * 1024,
+        }
+    )
+
+
+def producer(settings: Settings, **more: Any) -> Producer:
+    """Return an idempotent writer that places keys as every Java client does."""
+    return Producer(
+        _common(settings)
+        | {
+            "partitioner": "murmur2_random",
+            "enable.idempotence": True,
+            "acks": "all",
+            "compression.type": "lz4",
+            "linger.ms": 5,
+            "batch.size": 1024 * 1024,
+            # The broker counts the whole batch: leave room for key, headers and framing above the row's own limit.
+            "message.max.bytes": settings.message_max_bytes + 1024 * 1024,
+            "queue.buffering.max.messages": 200_000,
+            "queue.buffering.max.kbytes": 128 * 1024,
+        }
+        | more
+    )
+
+
+def translate(error: KafkaError, doing: str) -> HeadraceError:
+    """Return the error of ours for one of Kafka's."""
+    name = error.name()
+    if name in {"_UNKNOWN_TOPIC", "UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_PARTITION"}:
+        return Misconfigured("topic-missing", f"Kafka has no such topic while {doing}: {error.str()}.", "Run: headrace capture")
+    if name in {"_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"}:
+        return Transient("fenced", f"Another process took over while {doing}.", "Stop one of the two.")
+    if "AUTH" in name or name == "CLUSTER_AUTHORIZATION_FAILED":
+        return Misconfigured("kafka-refuses", f"Kafka refuses {doing}: {error.str()}.", "Change HEADRACE_KAFKA or the broker's ACLs.")
+    return Transient("kafka-away", f"Kafka failed while {doing}: {error.str()} ({name}).", "Check HEADRACE_KAFKA and the broker.")
+
+
+@contextmanager
+def kafka_errors(doing: str) -> Iterator[None]:
+    """Turn Kafka's exceptions into ours; `doing` completes the sentence "Kafka failed while …"."""
+    try:
+        yield
+    except KafkaException as error:
+        raise translate(error.args[0], doing) from error

@@ -1,0 +1,154 @@
+"""The log of one source: its topics, its newest checkpoint, its schemas, and plain scans of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from functools import cached_property
+
+from headrace import codec
+from headrace.change import Change, Checkpoint, Position, TableSchema
+from headrace.errors import Misconfigured
+from headrace.log import kafka
+from headrace.log.reader import Reader
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.topics import (
+    ANSWERS,
+    CONTROL,
+    Ends,
+    Topics,
+    checkpoints_topic,
+    schemas_topic,
+    spine_config,
+    table_config,
+    table_of,
+    topic_of,
+)
+from headrace.log.writer import CutWriter
+from headrace.settings import Settings
+
+Schemas = dict[tuple[str, int], TableSchema]
+
+
+class Log:
+    """The topics of `settings.source`. Cheap to make: it connects when first asked."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Use the source and the servers that `settings` name."""
+        self.settings = settings
+
+    @cached_property
+    def topics(self) -> Topics:
+        """Return what makes and describes topics."""
+        return Topics(self.settings, kafka.admin(self.settings))
+
+    def topic_of(self, table: str) -> str:
+        """Return the topic of ``schema.table``."""
+        return topic_of(self.settings.source, table)
+
+    def table_of(self, topic: str) -> str:
+        """Return the table of a topic."""
+        return table_of(topic)
+
+    def ensure_spine(self) -> None:
+        """Make the topics that every source has: schemas, checkpoints, control, answers."""
+        self.topics.make({name: (1, config) for name, config in spine_config(self.settings).items()})
+
+    def ensure_table(self, table: str) -> str:
+        """Make a table's topic if it is missing; return its name."""
+        topic = self.topic_of(table)
+        self.topics.make({topic: (self.settings.partitions, table_config(self.settings))})
+        return topic
+
+    def delete_topics(self) -> list[str]:
+        """Delete every topic of the source; return their names. Control and answers are shared and stay."""
+        names = sorted(name for name in self.topics.names() if name.startswith(f"{self.settings.source}."))
+        self.topics.delete([name for name in names if name not in {CONTROL, ANSWERS}])
+        return names
+
+    def tables(self) -> list[str]:
+        """Return the tables that have a topic."""
+        spine = spine_config(self.settings)
+        prefix = f"{self.settings.source}."
+        return sorted(table_of(name) for name in self.topics.names() if name.startswith(prefix) and name not in spine)
+
+    def writer(self) -> CutWriter:
+        """Return the writer of cuts, closed."""
+        return CutWriter(self.settings, self.topics)
+
+    def partitions(self, topics: Collection[str]) -> dict[str, int]:
+        """Return how many partitions each topic has."""
+        return {name: count for name, (_, count) in self.topics.describe(topics).items()}
+
+    def checkpoints(self, last: int | None = None) -> Iterator[Checkpoint]:
+        """Yield the committed checkpoints that are in their topic now, oldest first.
+
+        Args:
+            last: Begin about this many offsets before the end; None for all of them.
+        """
+        topic = checkpoints_topic(self.settings.source)
+        if topic not in self.topics.names():
+            return
+        start = BEGINNING
+        if last is not None:
+            end = self.topics.ends({topic: 1})[topic][0]
+            start = end - last if end > last else BEGINNING
+        for record in read_to_end(self.settings, {(topic, 0): start}):
+            if record.value is not None:
+                yield codec.decode_checkpoint(record.value, record.offset, record.timestamp)
+
+    def newest_checkpoint(self, *, complete: bool = False) -> Checkpoint | None:
+        """Return the newest committed checkpoint, or the newest complete one; None when there is none."""
+        for last in (200, 10_000, None):
+            found = [c for c in self.checkpoints(last) if c.complete or not complete]
+            if found:
+                return found[-1]
+        return None
+
+    def check_ends(self, checkpoint: Checkpoint) -> None:
+        """Refuse a log that ends below its newest checkpoint: Kafka lost acknowledged records (S3).
+
+        Raises:
+            Misconfigured: `log-lost-records`, `topic-missing`.
+        """
+        actual = self.topics.ends({topic: len(ends) for topic, ends in checkpoint.ends.items()}, committed=False)
+        for topic, ends in checkpoint.ends.items():
+            for partition, (end, is_now) in enumerate(zip(ends, actual[topic], strict=True)):
+                if is_now < end:
+                    raise Misconfigured(
+                        "log-lost-records",
+                        f"{topic} partition {partition} ends at {is_now}; the newest checkpoint says {end}: Kafka lost records.",
+                        "Start again from zero: headrace teardown --topics, then setup and capture.",
+                    )
+
+    def schemas(self) -> Schemas:
+        """Return every schema version that is in the log now."""
+        topic = schemas_topic(self.settings.source)
+        if topic not in self.topics.names():
+            return {}
+        found: Schemas = {}
+        for record in read_to_end(self.settings, {(topic, 0): BEGINNING}):
+            if record.value is not None:
+                schema = codec.decode_schema(record.value)
+                found[schema.table, schema.version] = schema
+        return found
+
+    def scan(self, table: str, since: list[int] | None = None) -> Iterator[Change]:
+        """Yield every committed change of a table from `since` (offsets, partition by partition; zero when None) to the end.
+
+        Both records of a delete come: the `d` and the tombstone.
+        """
+        topic = self.topic_of(table)
+        starts = since or [BEGINNING] * self.topics.describe([topic])[topic][1]
+        places = {(topic, partition): at for partition, at in enumerate(starts)}
+        for _, partition, offset, _, key, value, headers in read_to_end(self.settings, places):
+            yield codec.decode_change(table, partition, offset, key, value, headers)
+
+    def ends(self, table: str) -> list[int]:
+        """Return where the committed part of a table's topic ends, partition by partition."""
+        topic = self.topic_of(table)
+        ends: Ends = self.topics.ends(self.partitions([topic]))
+        return ends[topic]
+
+    def reader(self, tables: Collection[str], position: Position | None) -> Reader:
+        """Return a cut-aligned reader that goes on from `position`, from zero when None."""
+        return Reader(self, tables, position)

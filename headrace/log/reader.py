@@ -1,0 +1,315 @@
+"""The cut-aligned reader: from the topics to batches that end where Postgres once was (S18).
+
+One librdkafka consumer reads the checkpoints and the tables' partitions together. The newest complete checkpoint is the *target*;
+records below its `ends` are handed out, in pieces of bounded size, and the piece that reaches all of its `ends` completes it. Commit
+markers arrive partition by partition, so some partitions run ahead of the target: what they bring is kept, and they are paused when
+it becomes much. A target is exact when it was still younger than `min.compaction.lag.ms` when reached: before that age no record below
+its `ends` can have been removed for a later one beyond them. So it is when nothing at all follows it (capture has been off). Otherwise
+the next checkpoint is the target.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection
+from dataclasses import replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from confluent_kafka import Message
+
+from headrace import codec
+from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, TableSchema
+from headrace.consumer import ALL, Batch
+from headrace.errors import Misconfigured, Transient
+from headrace.log.tail import BEGINNING, Tail, end_of_partition, record
+from headrace.log.topics import checkpoints_topic, table_of, topic_of
+
+if TYPE_CHECKING:
+    from headrace.log.log import Log
+
+Place = tuple[str, int]
+_SCHEMA_SECONDS = 15.0
+_ORDER = attrgetter("version", "ordinal")
+
+
+class Lag(NamedTuple):
+    """What a generation has not applied, counted to the newest complete checkpoint that its reader has seen (S29).
+
+    `records` counts offsets, so compacted holes count until they are passed; `wal` is bytes of WAL, `seconds` the age of the
+    oldest state that is missing.
+    """
+
+    records: int
+    wal: int
+    seconds: float
+
+
+class Reader:
+    """Reads the log of one source for one generation."""
+
+    def __init__(self, log: Log, tables: Collection[str], position: Position | None) -> None:
+        """Go on from `position`, from zero when None.
+
+        Raises:
+            Misconfigured: the position makes no sense for this log [I12]: `position-of-another-source`, `topic-replaced`,
+                `position-ahead`, `away-too-long`; or a table is not captured: `table-not-captured`.
+        """
+        self._log = log
+        self._all = tuple(tables) == ALL
+        self._wanted = {topic_of(log.settings.source, table) for table in tables}
+        self._began = time.time()
+        self._newest = log.newest_checkpoint(complete=True)
+        self._target: Checkpoint | None = None
+        self._behind_since: float | None = None
+        self._schemas: dict[tuple[str, int], TableSchema] = {}
+        self._kept: dict[Place, deque[Message]] = {}
+        self._read_to: dict[Place, int] = {}
+        self._paused: set[Place] = set()
+        self._at_end: set[Place] = set()
+        self._waiting = 0
+        self.position = position or Position()
+        if position is None and self._newest:
+            self.position = Position(appended=self._newest.appended, source=self._newest.source)
+        if self._newest:
+            self._check_position(self._newest)
+        self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): self._after_newest()})
+        if self._newest:
+            self._add_topics(self._newest)
+            if self._newest.version != self.position.version:
+                self._behind_since = time.time()
+
+    @property
+    def newest(self) -> Checkpoint | None:
+        """Return the newest complete checkpoint seen."""
+        return self._newest
+
+    def poll(self, timeout: float) -> Batch | None:
+        """Return the next batch, or None when none is complete within about `timeout` seconds.
+
+        Raises:
+            Transient: `kafka-away`, `schema-not-there`.
+            Poison: `undecodable-record`.
+            Misconfigured: `build-too-slow` (S19).
+        """
+        batch = self._next(idle=False)
+        if batch is None:
+            for message in self._tail.poll(timeout):
+                self._take(message)
+            self._pause_those_ahead()
+            batch = self._next(idle=True)
+        return batch
+
+    def lag(self) -> Lag:
+        """Return what is missing up to the newest checkpoint."""
+        newest = self._newest
+        if newest is None or newest.version == self.position.version:
+            return Lag(0, 0, 0.0)
+        records = sum(
+            max(0, end - self._offset(topic, partition))
+            for topic, ends in newest.ends.items()
+            if self._reads(topic)
+            for partition, end in enumerate(ends)
+        )
+        since = time.time() - self._behind_since if self._behind_since else 0.0
+        return Lag(records, max(0, newest.version.lsn - self.position.version.lsn), since)
+
+    def close(self) -> None:
+        """Leave."""
+        self._tail.close()
+
+    # What comes in
+
+    def _take(self, message: Message) -> None:
+        place = (message.topic() or "", message.partition() or 0)
+        offset = message.offset() or 0
+        if end_of_partition(message):
+            if place in self._read_to:
+                self._read_to[place] = max(self._read_to[place], offset)
+                self._at_end.add(place)
+        elif place in self._read_to:
+            self._read_to[place] = offset + 1
+            self._at_end.discard(place)
+            self._kept[place].append(message)
+            self._waiting += 1
+        else:
+            self._take_checkpoint(message)
+
+    def _take_checkpoint(self, message: Message) -> None:
+        value = message.value()
+        if value is None:
+            return
+        checkpoint = codec.decode_checkpoint(value, message.offset() or 0, message.timestamp()[1])
+        if checkpoint.complete:
+            self._newest = checkpoint
+            self._behind_since = self._behind_since or time.time()
+            self._add_topics(checkpoint)
+
+    def _add_topics(self, checkpoint: Checkpoint) -> None:
+        new = [topic for topic in checkpoint.ends if self._reads(topic) and (topic, 0) not in self._read_to]
+        if not new:
+            return
+        described = self._log.topics.describe(new)
+        starts: dict[Place, int] = {}
+        for topic in new:
+            identity, count = described[topic]
+            known = self.position.topics.setdefault(topic, identity)
+            if known != identity:
+                raise _refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
+            offsets = self.position.offsets.setdefault(topic, [0] * count)
+            starts |= {(topic, partition): offset for partition, offset in enumerate(offsets)}
+        self._read_to |= starts
+        self._kept |= {place: deque() for place in starts}
+        self._tail.add({place: offset or BEGINNING for place, offset in starts.items()})
+
+    def _pause_those_ahead(self) -> None:
+        most = 2 * self._log.settings.batch_records
+        if self._target is None or self._waiting <= most:
+            return
+        ahead = {place for place in self._read_to if self._passed(place, self._target)} - self._paused
+        if ahead:
+            self._tail.pause(ahead)
+            self._paused |= ahead
+
+    # What goes out
+
+    def _next(self, *, idle: bool) -> Batch | None:
+        target = self._target = self._target or self._pick()
+        if target is None:
+            return None
+        if all(self._passed(place, target) for place in self._read_to):
+            return self._complete(target)
+        if self._waiting >= self._log.settings.batch_records or (idle and self._waiting and self.position.loading):
+            return self._piece(target)
+        return None
+
+    def _pick(self) -> Checkpoint | None:
+        newest = self._newest
+        if newest is None or newest.version == self.position.version:
+            return None
+        for table in () if self._all else sorted(self._wanted):
+            if table not in newest.ends:
+                raise Misconfigured(
+                    "table-not-captured",
+                    f"The log of source {self._log.settings.source} has no table {table_of(table)}.",
+                    f"Run: headrace setup --table {table_of(table)} --apply, and capture.",
+                )
+        return newest
+
+    def _complete(self, target: Checkpoint) -> Batch:
+        changes = self._hand_out(target)
+        loading = self.position.loading
+        exact = self._is_exact(target)
+        for topic, ends in target.ends.items():
+            if self._reads(topic):
+                self._move(topic, ends)
+        if exact:
+            self.position = replace(self.position, version=target.version, source=target.source, appended=target.appended)
+            newest = self._newest
+            self._behind_since = time.time() if newest and newest.version != target.version else None
+        self._target = None
+        if self._paused:
+            self._tail.resume(self._paused)
+            self._paused.clear()
+        return self._batch(changes, target, exact=exact, loading=loading)
+
+    def _piece(self, target: Checkpoint) -> Batch | None:
+        changes = self._hand_out(target)
+        if not changes:
+            return None
+        if self.position.loading and time.time() - self._began > self._log.settings.delete_retention_ms / 1000:
+            raise Misconfigured(
+                "build-too-slow",
+                "The build has not reached its first state within delete.retention.ms: tombstones may be gone (S19).",
+                "Run: headrace rebuild NAME, with fewer records or a longer HEADRACE_DELETE_RETENTION_MS.",
+            )
+        return self._batch(changes, None, exact=False, loading=self.position.loading)
+
+    def _batch(self, changes: list[Change], checkpoint: Checkpoint | None, *, exact: bool, loading: bool) -> Batch:
+        if loading:
+            last: dict[tuple[str, bytes], Change] = {}
+            for change in changes:
+                last[change.table, change.key] = change
+            changes = list(last.values())
+        else:
+            changes.sort(key=_ORDER)
+        return Batch(changes, _copy(self.position), checkpoint, exact, loading, self._schemas)
+
+    def _hand_out(self, target: Checkpoint) -> list[Change]:
+        """Decode what is kept below the target's ends, and move the position past it."""
+        changes: list[Change] = []
+        for (topic, partition), kept in self._kept.items():
+            end = target.ends[topic][partition] if topic in target.ends else 0
+            table = table_of(topic)
+            before: Change | None = None
+            while kept and (kept[0].offset() or 0) < end:
+                _, _, offset, _, key, value, headers = record(kept.popleft())
+                self._waiting -= 1
+                change = codec.decode_change(table, partition, offset, key, value, headers)
+                if not _says_nothing_new(change, before):
+                    changes.append(change)
+                before = change
+            if before is not None:
+                self.position.offsets[topic][partition] = before.offset + 1
+        self._learn_schemas({(change.table, change.schema) for change in changes})
+        return changes
+
+    def _learn_schemas(self, wanted: set[tuple[str, int]]) -> None:
+        # There is no order between topics: a record may be here before its schema is (S13).
+        deadline = time.monotonic() + _SCHEMA_SECONDS
+        while not wanted <= self._schemas.keys():
+            self._schemas.update(self._log.schemas())
+            if time.monotonic() > deadline:
+                missing = sorted(wanted - self._schemas.keys())[0]
+                raise Transient("schema-not-there", f"Version {missing[1]} of {missing[0]} is not in the schemas topic.")
+
+    # Small questions
+
+    def _reads(self, topic: str) -> bool:
+        return self._all or topic in self._wanted
+
+    def _passed(self, place: Place, target: Checkpoint) -> bool:
+        topic, partition = place
+        return topic not in target.ends or self._read_to[place] >= target.ends[topic][partition]
+
+    def _offset(self, topic: str, partition: int) -> int:
+        offsets = self.position.offsets.get(topic)
+        return offsets[partition] if offsets else 0
+
+    def _move(self, topic: str, ends: list[int]) -> None:
+        offsets = self.position.offsets[topic]
+        self.position.offsets[topic] = [max(now, end) for now, end in zip(offsets, ends, strict=True)]
+
+    def _is_exact(self, target: Checkpoint) -> bool:
+        if time.time() * 1000 - target.appended < self._log.settings.min_compaction_lag_ms:
+            return True
+        # Nothing follows the target anywhere, so nothing below its ends can have given way to something beyond them.
+        return self._at_end >= self._read_to.keys() and not self._waiting
+
+    def _after_newest(self) -> int:
+        return self._newest.offset + 1 if self._newest else BEGINNING
+
+    def _check_position(self, newest: Checkpoint) -> None:
+        position = self.position
+        if position.source is not None and position.source != newest.source:
+            raise _refused("position-of-another-source", f"The view was built from {position.source}, the log is of {newest.source}.")
+        if position.version > newest.version:
+            raise _refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
+        away = self._began * 1000 - position.appended
+        if position.version != NOWHERE and away > self._log.settings.delete_retention_ms:
+            raise _refused("away-too-long", f"The view was last fed {away / 3_600_000:.0f} hours ago, longer than delete.retention.ms.")
+
+
+def _refused(code: str, seen: str) -> Misconfigured:
+    return Misconfigured(code, f"{seen} Going on could miss changes or keep rows that are gone.", "Run: headrace rebuild NAME")
+
+
+def _says_nothing_new(change: Change, before: Change | None) -> bool:
+    """Whether `change` is the tombstone of the `d` record just before it."""
+    return before is not None and change.op == before.op == DELETE and before[2:7] == change[2:7]
+
+
+def _copy(position: Position) -> Position:
+    offsets = {topic: list(offsets) for topic, offsets in position.offsets.items()}
+    return replace(position, offsets=offsets, topics=dict(position.topics))

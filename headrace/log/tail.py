@@ -1,0 +1,123 @@
+"""Reading raw records: a topic to its end, or on and on.
+
+The end is the last stable offset: librdkafka reports the end of a partition there, past markers and compacted holes (S29).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, TopicPartition
+
+from headrace.errors import Transient
+from headrace.log import kafka
+from headrace.settings import Settings
+
+
+class Record(NamedTuple):
+    """One committed record. `timestamp` is the broker's, in ms since the Unix epoch."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes
+    value: bytes | None
+    headers: list[tuple[str, bytes]]
+
+
+def record(message: Message) -> Record:
+    """Copy a message into a `Record`."""
+    return Record(
+        message.topic() or "",
+        message.partition() or 0,
+        message.offset() or 0,
+        message.timestamp()[1],
+        message.key() or b"",
+        message.value(),
+        message.headers() or [],  # type: ignore[arg-type]
+    )
+
+
+def end_of_partition(message: Message) -> bool:
+    """Whether `message` says that its partition has no more; raise for every other error."""
+    error = message.error()
+    if error is None:
+        return False
+    if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  the binding's public name of the code
+        return True
+    raise kafka.translate(error, f"reading {message.topic()}")
+
+
+class Tail:
+    """Follows the partitions of topics from given offsets."""
+
+    def __init__(self, settings: Settings, starts: dict[tuple[str, int], int]) -> None:
+        """Begin at `starts`: (topic, partition) to offset, OFFSET_BEGINNING for the first one there is."""
+        self._consumer: Consumer = kafka.consumer(settings)
+        with kafka.kafka_errors("assigning partitions"):
+            self._consumer.assign([TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()])
+        self._open = set(starts)
+
+    def add(self, starts: dict[tuple[str, int], int]) -> None:
+        """Follow further partitions."""
+        with kafka.kafka_errors("assigning partitions"):
+            self._consumer.incremental_assign([TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()])
+
+    def pause(self, places: Collection[tuple[str, int]]) -> None:
+        """Fetch nothing more of these for now."""
+        with kafka.kafka_errors("pausing partitions"):
+            self._consumer.pause([TopicPartition(topic, partition) for topic, partition in places])
+
+    def resume(self, places: Collection[tuple[str, int]]) -> None:
+        """Fetch these again."""
+        with kafka.kafka_errors("resuming partitions"):
+            self._consumer.resume([TopicPartition(topic, partition) for topic, partition in places])
+
+    def poll(self, timeout: float, most: int = 10_000) -> list[Message]:
+        """Return what is there within `timeout` seconds, markers of a partition's end among it.
+
+        `poll` waits for the first message and `consume` takes what has come with it: `consume` alone would wait for `most`.
+        """
+        with kafka.kafka_errors("reading"):
+            first = self._consumer.poll(timeout)
+            return [first, *self._consumer.consume(most, 0)] if first is not None else []
+
+    def to_end(self, timeout: float = 60.0) -> Iterator[Record]:
+        """Yield records until every partition has been read to its end.
+
+        Raises:
+            Transient: `kafka-away`, when nothing comes for `timeout` seconds.
+        """
+        heard = time.monotonic()
+        while self._open:
+            messages = self.poll(0.5)
+            if messages:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > timeout:
+                raise Transient("kafka-away", f"Kafka sent nothing for {timeout:.0f} s.", "Check HEADRACE_KAFKA and the broker.")
+            for message in messages:
+                if end_of_partition(message):
+                    self._open.discard((message.topic() or "", message.partition() or 0))
+                else:
+                    yield record(message)
+
+    def close(self) -> None:
+        """Leave."""
+        self._consumer.close()
+
+
+def read_to_end(settings: Settings, starts: dict[tuple[str, int], int]) -> Iterator[Record]:
+    """Yield every committed record from `starts` to the end that each partition has now."""
+    if not starts:
+        return
+    tail = Tail(settings, starts)
+    try:
+        yield from tail.to_end()
+    finally:
+        tail.close()
+
+
+BEGINNING = OFFSET_BEGINNING

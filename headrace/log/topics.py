@@ -1,0 +1,147 @@
+"""Topics: their names, their configuration, and where they end.
+
+Partition count, key columns and key format of a table's topic never change under it (S9).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Collection, Mapping
+
+from confluent_kafka import IsolationLevel, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ignore[attr-defined]
+
+from headrace.log.kafka import TIMEOUT, kafka_errors
+from headrace.settings import Settings
+
+CONTROL = "headrace.control"
+ANSWERS = "headrace.answers"
+
+_PLAIN = frozenset(string.ascii_letters + string.digits + "-_")
+_ESCAPE = re.compile(r"_u([0-9A-F]{4,6})_")
+Ends = dict[str, list[int]]
+
+
+def topic_of(source: str, table: str) -> str:
+    """Return the topic of a table: ``topic_of("shop", "public.products")`` is ``shop.public.products``."""
+    schema, _, name = table.partition(".")
+    return f"{source}.{_escape(schema)}.{_escape(name)}"
+
+
+def table_of(topic: str) -> str:
+    """Undo `topic_of`."""
+    _, schema, name = topic.rsplit(".", 2)
+    return f"{_unescape(schema)}.{_unescape(name)}"
+
+
+def checkpoints_topic(source: str) -> str:
+    """Return the topic of a source's checkpoints."""
+    return f"{source}.checkpoints"
+
+
+def schemas_topic(source: str) -> str:
+    """Return the topic of a source's schema versions."""
+    return f"{source}.schemas"
+
+
+def _escape(name: str) -> str:
+    # A name that looks escaped already has its underscore escaped, so that two names never share a topic.
+    name = _ESCAPE.sub(lambda match: "_u005F_" + match[0][1:], name)
+    return "".join(c if c in _PLAIN else f"_u{ord(c):04X}_" for c in name)
+
+
+def _unescape(name: str) -> str:
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 16)), name)
+
+
+def table_config(settings: Settings) -> dict[str, str]:
+    """Return the configuration of a table's topic."""
+    return {
+        "cleanup.policy": "compact",
+        "min.compaction.lag.ms": str(settings.min_compaction_lag_ms),
+        "delete.retention.ms": str(settings.delete_retention_ms),
+        "message.timestamp.type": "LogAppendTime",
+        "max.message.bytes": str(settings.message_max_bytes + 1024 * 1024),
+    }
+
+
+def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
+    """Return name and configuration of the topics that every source has."""
+    kept = {"cleanup.policy": "compact", "message.timestamp.type": "LogAppendTime"}
+    # Small segments: these two are read from their beginning, and an open segment is never compacted.
+    often = {"segment.ms": "600000", "segment.bytes": str(16 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.1"}
+    return {
+        schemas_topic(settings.source): kept,
+        checkpoints_topic(settings.source): kept | often | {"delete.retention.ms": str(settings.delete_retention_ms)},
+        CONTROL: kept | often,
+        ANSWERS: {"cleanup.policy": "delete", "retention.ms": "3600000", "segment.ms": "600000"},
+    }
+
+
+class Topics:
+    """Makes and describes topics."""
+
+    def __init__(self, settings: Settings, client: AdminClient) -> None:
+        """Use `client` for every request."""
+        self._settings = settings
+        self._client = client
+
+    def names(self) -> set[str]:
+        """Return the names of all topics."""
+        with kafka_errors("listing topics"):
+            return set(self._client.list_topics(timeout=TIMEOUT).topics)
+
+    def make(self, wanted: Mapping[str, tuple[int, dict[str, str]]]) -> None:
+        """Make those of `wanted` (name to partitions and configuration) that are missing."""
+        missing = {name: how for name, how in wanted.items() if name not in self.names()}
+        if not missing:
+            return
+        new = [
+            NewTopic(name, num_partitions=partitions, replication_factor=self._settings.replication, config=config)
+            for name, (partitions, config) in missing.items()
+        ]
+        for name, future in self._client.create_topics(new, operation_timeout=TIMEOUT).items():
+            try:
+                with kafka_errors(f"making topic {name}"):
+                    future.result(TIMEOUT)
+            except Exception:
+                if name not in self.names():  # another process may have made it
+                    raise
+
+    def delete(self, names: Collection[str]) -> None:
+        """Delete topics; those that are gone already are no error."""
+        gone = [name for name in names if name in self.names()]
+        if gone:
+            for name, future in self._client.delete_topics(gone, operation_timeout=TIMEOUT).items():
+                with kafka_errors(f"deleting topic {name}"):
+                    future.result(TIMEOUT)
+
+    def describe(self, names: Collection[str]) -> dict[str, tuple[str, int]]:
+        """Return topic id and partition count of each topic. Raises Misconfigured (`topic-missing`)."""
+        described: dict[str, tuple[str, int]] = {}
+        if not names:
+            return described
+        for name, future in self._client.describe_topics(TopicCollection(sorted(names)), request_timeout=TIMEOUT).items():
+            with kafka_errors(f"describing topic {name}"):
+                topic = future.result(TIMEOUT)
+            described[name] = (str(topic.topic_id), len(topic.partitions))
+        return described
+
+    def ends(self, counts: Mapping[str, int], *, committed: bool = True) -> Ends:
+        """Return where each partition of each topic (name to partition count) ends.
+
+        Args:
+            counts: Partitions of each topic.
+            committed: Up to the last stable offset, else up to the high watermark.
+        """
+        level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
+        latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        wanted = {TopicPartition(name, partition): latest for name, count in counts.items() for partition in range(count)}
+        ends: Ends = {name: [0] * count for name, count in counts.items()}
+        if not wanted:
+            return ends
+        for place, future in self._client.list_offsets(wanted, isolation_level=level, request_timeout=TIMEOUT).items():
+            with kafka_errors(f"asking where {place.topic} ends"):
+                ends[place.topic][place.partition] = future.result(TIMEOUT).offset
+        return ends

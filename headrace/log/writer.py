@@ -1,0 +1,229 @@
+"""The writer of cuts: one Kafka transaction a cut, sealed by its checkpoint.
+
+Offsets are known from the delivery reports before the transaction commits (S16), so the checkpoint can name them and still be
+part of it. What is unknown after a failure (did the commit land?) is never guessed: the commit is retried; after anything fatal
+the caller starts again from `Log.newest_checkpoint` (S3).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from headrace import codec
+from headrace.change import Checkpoint, Source, TableSchema, Version
+from headrace.codec import Headers
+from headrace.errors import Misconfigured, Transient
+from headrace.log import kafka
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.topics import Ends, Topics, checkpoints_topic, schemas_topic
+from headrace.settings import Settings
+
+KEPT_CHECKPOINTS = 2_000
+"""Checkpoints that stay in their topic; older ones are tombstoned in bunches of as many (S16)."""
+_COMMIT_SECONDS = 60
+
+
+class CutWriter:
+    """Writes cuts of one source. One at a time per source: `open` fences every predecessor.
+
+    Attributes:
+        open_records: Records in the open cut.
+        opened_at: `time.monotonic()` when the open cut began; 0.0 when none is open.
+    """
+
+    def __init__(self, settings: Settings, topics: Topics) -> None:
+        """Connect to nothing yet."""
+        self._settings = settings
+        self._topics = topics
+        self._checkpoints = checkpoints_topic(settings.source)
+        self._schemas = schemas_topic(settings.source)
+        self._producer: Producer | None = None
+        self._ends: Ends = {}
+        self._failed: KafkaError | None = None
+        self._kept: deque[bytes] = deque()
+        self.open_records = 0
+        self.opened_at = 0.0
+
+    def open(self) -> None:
+        """Fence every predecessor; complete or abort the transaction that it left (S3).
+
+        Raises:
+            Transient: `kafka-away`.
+        """
+        self._producer = kafka.producer(
+            self._settings,
+            **{
+                "transactional.id": f"headrace-{self._settings.source}",
+                "transaction.timeout.ms": 60_000,
+                "on_delivery": self._delivered,
+            },
+        )
+        with kafka.kafka_errors("opening the transactional writer"):
+            self._producer.init_transactions(_COMMIT_SECONDS)
+
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Go on after `checkpoint`, the newest one in the log (None for a new log): take over its `ends`.
+
+        Raises:
+            Misconfigured: `partitions-changed` (S9), `topic-missing`.
+        """
+        ends = checkpoint.ends if checkpoint else {}
+        described = self._topics.describe(ends)
+        for topic, offsets in ends.items():
+            if described[topic][1] != len(offsets):
+                raise Misconfigured(
+                    "partitions-changed",
+                    f"Topic {topic} has {described[topic][1]} partitions, the newest checkpoint knows {len(offsets)}.",
+                    "A table needs a new topic for another partition count: headrace teardown --topics, then setup and capture.",
+                )
+        self._ends = {topic: list(offsets) for topic, offsets in ends.items()}
+        # A key that was tombstoned is no longer to be trimmed; a later value of the same key moves it to the end.
+        kept: dict[bytes, None] = {}
+        for record in read_to_end(self._settings, {(self._checkpoints, 0): BEGINNING}):
+            kept.pop(record.key, None)
+            if record.value is not None:
+                kept[record.key] = None
+        self._kept = deque(kept)
+
+    def add_topic(self, topic: str) -> None:
+        """Name a topic in every checkpoint from now on, also before it has records: an empty table is a state too."""
+        if topic not in self._ends:
+            self._ends[topic] = [0] * self._topics.describe([topic])[topic][1]
+
+    def produce(self, topic: str, key: bytes, value: bytes | None, headers: Headers) -> None:
+        """Append a record to the open cut, which begins with the first one.
+
+        Raises:
+            Misconfigured: `row-too-large`.
+            Transient: the cut is lost; start again from the newest checkpoint.
+        """
+        if not self.opened_at:
+            self._begin()
+        size = len(key) + (len(value) if value else 0)
+        if size > self._settings.message_max_bytes:
+            raise Misconfigured(
+                "row-too-large",
+                f"The row {key.decode(errors='replace')[:200]} for {topic} is {size} bytes as a record.",
+                f"Raise HEADRACE_MESSAGE_MAX_BYTES (now {self._settings.message_max_bytes}) and the broker's message.max.bytes.",
+            )
+        if topic not in self._ends:
+            self.add_topic(topic)
+        self.open_records += 1
+        self._send(topic, key, value, headers)
+
+    def schema(self, schema: TableSchema) -> None:
+        """Publish a schema version in the open cut (S13)."""
+        if not self.opened_at:
+            self._begin()
+        self._send(self._schemas, codec.encode_schema_key(schema), codec.encode_schema(schema), [])
+
+    def seal(
+        self,
+        *,
+        version: Version,
+        commit_ts: int,
+        xid: int,
+        source: Source,
+        partial: tuple[int, int] | None = None,
+        inexact: tuple[str, ...] = (),
+        snapshot: str | None = None,
+    ) -> Checkpoint:
+        """End the cut: everything delivered, then the checkpoint, then the commit. Without an open cut: an empty one (S4).
+
+        Raises:
+            Transient: `cut-lost`; the commit did not land or may not have: start again from the newest checkpoint.
+        """
+        if not self.opened_at:
+            self._begin()
+        self._flush()
+        ends = {topic: list(offsets) for topic, offsets in self._ends.items()}
+        checkpoint = Checkpoint(version, commit_ts, xid, ends, source, partial, inexact, snapshot)
+        key = codec.encode_checkpoint_key(checkpoint)
+        self._send(self._checkpoints, key, codec.encode_checkpoint(checkpoint), [])
+        self._trim(key)
+        self._commit()
+        self.open_records, self.opened_at = 0, 0.0
+        return checkpoint
+
+    def abort(self) -> None:
+        """Throw the open cut away. The caller starts again from the newest checkpoint: `ends` are no longer known."""
+        if self._producer and self.opened_at:
+            with kafka.kafka_errors("aborting a cut"):
+                self._producer.abort_transaction(_COMMIT_SECONDS)
+        self.open_records, self.opened_at = 0, 0.0
+
+    def close(self) -> None:
+        """Forget the producer. A cut that is open stays to be aborted by the next `open` or by the broker's timeout."""
+        if self._producer:
+            self._producer.purge()
+        self._producer = None
+
+    def _begin(self) -> None:
+        with kafka.kafka_errors("beginning a cut"):
+            self._client.begin_transaction()
+        self.opened_at = time.monotonic()
+
+    @property
+    def _client(self) -> Producer:
+        if self._producer is None:
+            raise Transient("writer-closed", "The writer is closed.")
+        return self._producer
+
+    def _send(self, topic: str, key: bytes, value: bytes | None, headers: Headers) -> None:
+        while True:
+            try:
+                # Headers as a list of pairs of str and bytes: what librdkafka's binding reads fastest.
+                self._client.produce(topic, value, key, headers=headers)  # type: ignore[arg-type]
+            except BufferError:
+                self._client.poll(0.1)
+                self._raise_failed()
+            except KafkaException as error:
+                raise kafka.translate(error.args[0], f"writing to {topic}") from error
+            else:
+                return
+
+    def _delivered(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self._failed = self._failed or error
+            return
+        topic, offset, partition = message.topic(), message.offset(), message.partition()
+        ends = self._ends.get(topic or "")
+        if ends is not None and offset is not None and partition is not None:
+            ends[partition] = max(ends[partition], offset + 1)
+
+    def _flush(self) -> None:
+        deadline = time.monotonic() + _COMMIT_SECONDS
+        while self._client.flush(1.0):
+            self._raise_failed()
+            if time.monotonic() > deadline:
+                raise Transient("cut-lost", "Kafka did not take the records of a cut in time.", "Check HEADRACE_KAFKA and the broker.")
+        self._raise_failed()
+
+    def _raise_failed(self) -> None:
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise kafka.translate(failed, "delivering the records of a cut")
+
+    def _trim(self, key: bytes) -> None:
+        if not self._kept or self._kept[-1] != key:
+            self._kept.append(key)
+        if len(self._kept) >= 2 * KEPT_CHECKPOINTS:
+            for _ in range(KEPT_CHECKPOINTS):
+                self._send(self._checkpoints, self._kept.popleft(), None, [])
+
+    def _commit(self) -> None:
+        deadline = time.monotonic() + _COMMIT_SECONDS
+        while True:
+            try:
+                self._client.commit_transaction(_COMMIT_SECONDS)
+            except KafkaException as error:
+                cause = error.args[0]
+                # Retriable means that the outcome is unknown: asking again is the only way to learn it (S3).
+                if not cause.retriable() or time.monotonic() > deadline:
+                    raise Transient("cut-lost", f"A cut could not be committed: {cause.str()}.", "capture starts again.") from error
+            else:
+                self._raise_failed()
+                return
