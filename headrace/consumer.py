@@ -144,5 +144,3 @@ def fingerprint(consumer: type[Consumer]) -> str:
 
 def no_progress(_done: int, _total: int) -> None:
     """Report progress to nobody: the default of `Consumer.progress`."""
-
-

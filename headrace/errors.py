@@ -8,6 +8,9 @@ Consumers and services raise; only a runner (or the loop of capture) decides wha
 | Misconfigured | somebody must change something  | stops, says what to change               | 3         |
 | Poison        | this one record cannot be done  | stops with key, offset and remedy        | 4         |
 
+Two of them have a name of their own because the runner does something more: `Wiped` is Transient and opens the view anew,
+`Refused` is Misconfigured and waits for a rebuild.
+
 Every error carries a *code*, a short name such as ``slot-missing`` under which `ops/runbook.md` says more,
 a message that names what was seen, and a *remedy*: the setting to change or the command to run next.
 """
@@ -59,3 +62,14 @@ class Poison(HeadraceError):
     """One record cannot be applied, now or later; the message names its key, partition and offset."""
 
     exit_code = 4
+
+
+class Refused(Misconfigured):
+    """A position that no longer makes sense for the log [I12]: the view must be rebuilt.
+
+    The runner leaves the view readable and still, and stays up to be asked for the rebuild.
+    """
+
+
+class Wiped(Transient):
+    """A view lost its position, or itself, while it was served [I6]: open it again, which makes it anew."""

@@ -46,7 +46,9 @@ class Settings:
     cut_records: int = _setting(20_000, "most records in a cut")
     message_max_bytes: int = _setting(16 * 1024 * 1024, "largest record; a larger row stops capture")
     min_compaction_lag_ms: int = _setting(3_600_000, "how long every record stays in the log at least, ms")
-    delete_retention_ms: int = _setting(7 * 24 * 3_600_000, "how long a tombstone stays, ms; the longest a consumer may be away")
+    delete_retention_ms: int = _setting(
+        7 * 24 * 3_600_000, "how long a tombstone stays, ms; the longest a consumer may be away"
+    )
     heartbeat_ms: int = _setting(10_000, "how often capture writes a heartbeat into the source, ms; 0 turns it off")
     batch_records: int = _setting(10_000, "most changes handed to a consumer at once")
 
@@ -118,5 +120,7 @@ def _value(setting: Field[Any], value: Any) -> Any:
     except (TypeError, ValueError):
         number = -1
     if number < 0:
-        raise Misconfigured("bad-setting", f"{_PREFIX}{setting.name.upper()}={value!r} is not a whole number.", setting.metadata["doc"])
+        raise Misconfigured(
+            "bad-setting", f"{_PREFIX}{setting.name.upper()}={value!r} is not a whole number.", setting.metadata["doc"]
+        )
     return number

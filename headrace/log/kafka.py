@@ -20,7 +20,12 @@ TIMEOUT = 15.0
 
 
 def _common(settings: Settings) -> dict[str, Any]:
-    return {"bootstrap.servers": settings.kafka, "log_level": 0, "socket.keepalive.enable": True, "allow.auto.create.topics": False}
+    return {
+        "bootstrap.servers": settings.kafka,
+        "log_level": 0,
+        "socket.keepalive.enable": True,
+        "allow.auto.create.topics": False,
+    }
 
 
 def admin(settings: Settings) -> AdminClient:
@@ -28,12 +33,12 @@ def admin(settings: Settings) -> AdminClient:
     return AdminClient(_common(settings))
 
 
-def consumer(settings: Settings) -> Consumer:
-    """Return a reader of committed records without a group's life: assign, never subscribe."""
+def consumer(settings: Settings, group: str = "") -> Consumer:
+    """Return a reader of committed records that assigns and never subscribes; `group` may mirror its position [I6]."""
     return Consumer(
         _common(settings)
         | {
-            "group.id": f"headrace-{settings.source}",  # librdkafka wants one; nothing is ever committed to it
+            "group.id": f"headrace.{settings.source}.{group or 'reader'}",  # librdkafka wants one always
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "enable.partition.eof": True,
@@ -71,12 +76,18 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
     """Return the error of ours for one of Kafka's."""
     name = error.name()
     if name in {"_UNKNOWN_TOPIC", "UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_PARTITION"}:
-        return Misconfigured("topic-missing", f"Kafka has no such topic while {doing}: {error.str()}.", "Run: headrace capture")
+        return Misconfigured(
+            "topic-missing", f"Kafka has no such topic while {doing}: {error.str()}.", "Run: headrace capture"
+        )
     if name in {"_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"}:
         return Transient("fenced", f"Another process took over while {doing}.", "Stop one of the two.")
     if "AUTH" in name or name == "CLUSTER_AUTHORIZATION_FAILED":
-        return Misconfigured("kafka-refuses", f"Kafka refuses {doing}: {error.str()}.", "Change HEADRACE_KAFKA or the broker's ACLs.")
-    return Transient("kafka-away", f"Kafka failed while {doing}: {error.str()} ({name}).", "Check HEADRACE_KAFKA and the broker.")
+        return Misconfigured(
+            "kafka-refuses", f"Kafka refuses {doing}: {error.str()}.", "Change HEADRACE_KAFKA or the broker's ACLs."
+        )
+    return Transient(
+        "kafka-away", f"Kafka failed while {doing}: {error.str()} ({name}).", "Check HEADRACE_KAFKA and the broker."
+    )
 
 
 @contextmanager

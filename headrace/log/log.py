@@ -149,6 +149,6 @@ class Log:
         ends: Ends = self.topics.ends(self.partitions([topic]))
         return ends[topic]
 
-    def reader(self, tables: Collection[str], position: Position | None) -> Reader:
-        """Return a cut-aligned reader that goes on from `position`, from zero when None."""
-        return Reader(self, tables, position)
+    def reader(self, tables: Collection[str], position: Position | None, group: str = "") -> Reader:
+        """Return a cut-aligned reader that goes on from `position`, from zero when None; `group` mirrors it."""
+        return Reader(self, tables, position, group)

@@ -22,7 +22,7 @@ from confluent_kafka import Message
 from headrace import codec
 from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, TableSchema
 from headrace.consumer import ALL, Batch
-from headrace.errors import Misconfigured, Transient
+from headrace.errors import Misconfigured, Refused, Transient
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, record
 from headrace.log.topics import checkpoints_topic, table_of, topic_of
 
@@ -49,12 +49,12 @@ class Lag(NamedTuple):
 class Reader:
     """Reads the log of one source for one generation."""
 
-    def __init__(self, log: Log, tables: Collection[str], position: Position | None) -> None:
-        """Go on from `position`, from zero when None.
+    def __init__(self, log: Log, tables: Collection[str], position: Position | None, group: str) -> None:
+        """Go on from `position`, from zero when None; `group` is the consumer group that mirrors it [I6].
 
         Raises:
-            Misconfigured: the position makes no sense for this log [I12]: `position-of-another-source`, `topic-replaced`,
-                `position-ahead`, `away-too-long`; or a table is not captured: `table-not-captured`.
+            Refused: the position makes no sense for this log [I12]: `position-of-another-source`, `topic-replaced`,
+                `position-ahead`, `away-too-long`.
         """
         self._log = log
         self._all = tuple(tables) == ALL
@@ -74,7 +74,7 @@ class Reader:
             self.position = Position(appended=self._newest.appended, source=self._newest.source)
         if self._newest:
             self._check_position(self._newest)
-        self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): self._after_newest()})
+        self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): self._after_newest()}, group)
         if self._newest:
             self._add_topics(self._newest)
             if self._newest.version != self.position.version:
@@ -91,7 +91,7 @@ class Reader:
         Raises:
             Transient: `kafka-away`, `schema-not-there`.
             Poison: `undecodable-record`.
-            Misconfigured: `build-too-slow` (S19).
+            Misconfigured: `table-not-captured`, `build-too-slow` (S19).
         """
         batch = self._next(idle=False)
         if batch is None:
@@ -114,6 +114,10 @@ class Reader:
         )
         since = time.time() - self._behind_since if self._behind_since else 0.0
         return Lag(records, max(0, newest.version.lsn - self.position.version.lsn), since)
+
+    def mirror(self) -> None:
+        """Show the position as the offsets of the consumer group, for the usual tools; nothing ever reads it back [I6]."""
+        self._tail.mirror({place: self._offset(*place) for place in self._read_to})
 
     def close(self) -> None:
         """Leave."""
@@ -205,7 +209,9 @@ class Reader:
             if self._reads(topic):
                 self._move(topic, ends)
         if exact:
-            self.position = replace(self.position, version=target.version, source=target.source, appended=target.appended)
+            self.position = replace(
+                self.position, version=target.version, source=target.source, appended=target.appended
+            )
             newest = self._newest
             self._behind_since = time.time() if newest and newest.version != target.version else None
         self._target = None
@@ -262,7 +268,9 @@ class Reader:
             self._schemas.update(self._log.schemas())
             if time.monotonic() > deadline:
                 missing = sorted(wanted - self._schemas.keys())[0]
-                raise Transient("schema-not-there", f"Version {missing[1]} of {missing[0]} is not in the schemas topic.")
+                raise Transient(
+                    "schema-not-there", f"Version {missing[1]} of {missing[0]} is not in the schemas topic."
+                )
 
     # Small questions
 
@@ -293,16 +301,24 @@ class Reader:
     def _check_position(self, newest: Checkpoint) -> None:
         position = self.position
         if position.source is not None and position.source != newest.source:
-            raise _refused("position-of-another-source", f"The view was built from {position.source}, the log is of {newest.source}.")
+            raise _refused(
+                "position-of-another-source",
+                f"The view was built from {position.source}, the log is of {newest.source}.",
+            )
         if position.version > newest.version:
             raise _refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
         away = self._began * 1000 - position.appended
         if position.version != NOWHERE and away > self._log.settings.delete_retention_ms:
-            raise _refused("away-too-long", f"The view was last fed {away / 3_600_000:.0f} hours ago, longer than delete.retention.ms.")
+            raise _refused(
+                "away-too-long",
+                f"The view was last fed {away / 3_600_000:.0f} hours ago, longer than delete.retention.ms.",
+            )
 
 
-def _refused(code: str, seen: str) -> Misconfigured:
-    return Misconfigured(code, f"{seen} Going on could miss changes or keep rows that are gone.", "Run: headrace rebuild NAME")
+def _refused(code: str, seen: str) -> Refused:
+    return Refused(
+        code, f"{seen} Going on could miss changes or keep rows that are gone.", "Run: headrace rebuild NAME"
+    )
 
 
 def _says_nothing_new(change: Change, before: Change | None) -> bool:

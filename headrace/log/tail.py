@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from headrace.errors import Transient
 from headrace.log import kafka
@@ -54,9 +55,9 @@ def end_of_partition(message: Message) -> bool:
 class Tail:
     """Follows the partitions of topics from given offsets."""
 
-    def __init__(self, settings: Settings, starts: dict[tuple[str, int], int]) -> None:
-        """Begin at `starts`: (topic, partition) to offset, OFFSET_BEGINNING for the first one there is."""
-        self._consumer: Consumer = kafka.consumer(settings)
+    def __init__(self, settings: Settings, starts: dict[tuple[str, int], int], group: str = "") -> None:
+        """Begin at `starts`: (topic, partition) to offset, BEGINNING for the first one there is."""
+        self._consumer: Consumer = kafka.consumer(settings, group)
         with kafka.kafka_errors("assigning partitions"):
             self._consumer.assign([TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()])
         self._open = set(starts)
@@ -64,7 +65,9 @@ class Tail:
     def add(self, starts: dict[tuple[str, int], int]) -> None:
         """Follow further partitions."""
         with kafka.kafka_errors("assigning partitions"):
-            self._consumer.incremental_assign([TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()])
+            self._consumer.incremental_assign(
+                [TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()]
+            )
 
     def pause(self, places: Collection[tuple[str, int]]) -> None:
         """Fetch nothing more of these for now."""
@@ -97,12 +100,21 @@ class Tail:
             if messages:
                 heard = time.monotonic()
             elif time.monotonic() - heard > timeout:
-                raise Transient("kafka-away", f"Kafka sent nothing for {timeout:.0f} s.", "Check HEADRACE_KAFKA and the broker.")
+                raise Transient(
+                    "kafka-away", f"Kafka sent nothing for {timeout:.0f} s.", "Check HEADRACE_KAFKA and the broker."
+                )
             for message in messages:
                 if end_of_partition(message):
                     self._open.discard((message.topic() or "", message.partition() or 0))
                 else:
                     yield record(message)
+
+    def mirror(self, offsets: dict[tuple[str, int], int]) -> None:
+        """Commit offsets to the group, without waiting for it and without caring whether it worked."""
+        if offsets:
+            places = [TopicPartition(topic, partition, at) for (topic, partition), at in offsets.items()]
+            with suppress(KafkaException):
+                self._consumer.commit(offsets=places, asynchronous=True)
 
     def close(self) -> None:
         """Leave."""

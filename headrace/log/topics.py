@@ -122,7 +122,9 @@ class Topics:
         described: dict[str, tuple[str, int]] = {}
         if not names:
             return described
-        for name, future in self._client.describe_topics(TopicCollection(sorted(names)), request_timeout=TIMEOUT).items():
+        for name, future in self._client.describe_topics(
+            TopicCollection(sorted(names)), request_timeout=TIMEOUT
+        ).items():
             with kafka_errors(f"describing topic {name}"):
                 topic = future.result(TIMEOUT)
             described[name] = (str(topic.topic_id), len(topic.partitions))
@@ -137,7 +139,9 @@ class Topics:
         """
         level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-        wanted = {TopicPartition(name, partition): latest for name, count in counts.items() for partition in range(count)}
+        wanted = {
+            TopicPartition(name, partition): latest for name, count in counts.items() for partition in range(count)
+        }
         ends: Ends = {name: [0] * count for name, count in counts.items()}
         if not wanted:
             return ends

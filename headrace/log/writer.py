@@ -199,7 +199,11 @@ class CutWriter:
         while self._client.flush(1.0):
             self._raise_failed()
             if time.monotonic() > deadline:
-                raise Transient("cut-lost", "Kafka did not take the records of a cut in time.", "Check HEADRACE_KAFKA and the broker.")
+                raise Transient(
+                    "cut-lost",
+                    "Kafka did not take the records of a cut in time.",
+                    "Check HEADRACE_KAFKA and the broker.",
+                )
         self._raise_failed()
 
     def _raise_failed(self) -> None:
@@ -223,7 +227,9 @@ class CutWriter:
                 cause = error.args[0]
                 # Retriable means that the outcome is unknown: asking again is the only way to learn it (S3).
                 if not cause.retriable() or time.monotonic() > deadline:
-                    raise Transient("cut-lost", f"A cut could not be committed: {cause.str()}.", "capture starts again.") from error
+                    raise Transient(
+                        "cut-lost", f"A cut could not be committed: {cause.str()}.", "capture starts again."
+                    ) from error
             else:
                 self._raise_failed()
                 return

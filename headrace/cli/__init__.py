@@ -1,0 +1,63 @@
+"""The command line: `headrace`.
+
+Commands come from two places: this package, and whatever a service adds by the entry-point group `headrace.commands`
+(a function becomes one command, a `typer.Typer` a group of them). Exit codes are those of `headrace.errors`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+
+import typer
+
+from headrace import errors
+from headrace.cli import run, scaffold, status, views
+from headrace.cli.show import print_error
+
+app = typer.Typer(
+    name="headrace",
+    help="Write once to Postgres; keep every view in step.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+app.command("run")(run.run)
+app.command("plugins")(run.plugins)
+app.command("settings")(run.settings)
+app.command("status")(status.status)
+app.command("rebuild")(views.rebuild)
+app.command("promote")(views.promote)
+app.command("rollback")(views.rollback)
+app.command("drop")(views.drop)
+app.add_typer(scaffold.app, name="new")
+
+
+def add_commands(wanted: str | None) -> None:
+    """Add the commands of the installed services: the one that is `wanted`, all of them when it is none of ours (help).
+
+    A service is imported only when its command is run, so that one cannot slow down or break the others.
+    """
+    own = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    if wanted in own:
+        return
+    found = sorted(entry_points(group="headrace.commands"), key=lambda e: e.name)
+    for entry in [entry for entry in found if entry.name == wanted] or found:
+        command = entry.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(entry.name)(command)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is printed in three lines, never as a traceback."""
+    try:
+        add_commands(next(iter(sys.argv[1:]), None))
+        app()
+    except errors.HeadraceError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(errors.INTERRUPTED)

@@ -1,0 +1,45 @@
+"""How facts are shown: to people in colour, to scripts as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import typer
+from rich.console import Console
+
+from headrace.errors import HeadraceError
+
+out = Console(highlight=False)
+
+
+def print_error(error: HeadraceError) -> None:
+    """Print what was seen, what to do, and where to read more."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("[red]error:[/red]", end=" ")
+    console.print(error.message, markup=False)
+    if error.remedy:
+        console.print("   [bold]do:[/bold]", end=" ")
+        console.print(error.remedy, markup=False)
+    console.print(f"   [dim]code {error.code}: see ops/runbook.md[/dim]")
+
+
+def print_json(facts: Any) -> None:
+    """Print facts as one JSON document."""
+    typer.echo(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people: ``1.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds(count: float) -> str:
+    """Return a time span for people: ``0.4 s``, ``3 min``, ``2 h``."""
+    if count < 60:
+        return f"{count:.1f} s"
+    return f"{count / 60:.0f} min" if count < 7200 else f"{count / 3600:.0f} h"

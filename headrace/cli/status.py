@@ -1,0 +1,199 @@
+"""`headrace status`: the source and every generation, from Kafka and the slot alone [I13]."""
+
+from __future__ import annotations
+
+import re
+import time
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+
+from headrace.change import format_lsn
+from headrace.cli.show import out, print_json, seconds, size
+from headrace.control import Control, Report
+from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured
+from headrace.log import Log
+from headrace.settings import Settings, load
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_COLOURS = {
+    "live": "green",
+    "following": "green",
+    "streaming": "green",
+    "dead": "red",
+    "stopped": "red",
+    "waiting": "yellow",
+    "stale": "yellow",
+}
+
+Facts = dict[str, Any]
+
+
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second until Ctrl-C.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit 1 with one line when something is wrong; for health checks.")
+    ] = False,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this consumer (or `capture`).")] = None,
+    max_lag: Annotated[
+        str, typer.Option("--max-lag", help="With --check: how far behind is wrong, e.g. 500ms, 60s, 5m.")
+    ] = "60s",
+) -> None:
+    """Show the source (slot, WAL held back, LSN) and each consumer's generations: phase, lag, applied LSN, rate.
+
+    Exit code 1 with --check: something is stopped, dead, stale or too far behind.
+
+    Examples:
+
+        headrace status --watch
+
+        headrace status --json
+
+        headrace status --check search --max-lag 60s
+    """
+    settings = load()
+    control = Control(Log(settings))
+    if check:
+        _check(control, name, _span(max_lag))
+    elif json:
+        print_json(_facts(settings, control, name))
+    elif watch:
+        with Live(_view(_facts(settings, control, name)), console=out, auto_refresh=False) as live:
+            while True:
+                live.update(_view(_facts(settings, control, name)), refresh=True)
+                time.sleep(1)
+    else:
+        out.print(_view(_facts(settings, control, name)))
+
+
+def _facts(settings: Settings, control: Control, name: str | None) -> Facts:
+    reports = control.reports()
+    wanted = {n: found for n, found in reports.items() if name in {None, n}}
+    return {
+        "source": {"name": settings.source} | _slot(settings),
+        "capture": [_said(report) for report in reports.get("capture", [])],
+        "consumers": {n: [_said(report) for report in found] for n, found in wanted.items() if n != "capture"},
+    }
+
+
+def _slot(settings: Settings) -> Facts:
+    """Ask the source's own service for its slot; what speaks to Postgres is never part of the library [I11]."""
+    for entry in entry_points(group="headrace.sources"):
+        try:
+            facts: Facts = entry.load()(settings)
+        except HeadraceError as error:
+            return {"error": error.message, "remedy": error.remedy}
+        return facts
+    return {}
+
+
+def _said(report: Report) -> Facts:
+    return {
+        "generation": report.generation,
+        "fingerprint": report.fingerprint,
+        "live": report.live,
+        "phase": "dead" if report.dead else report.phase,
+        "epoch": report.version.epoch,
+        "lsn": report.version.lsn,
+        "applied": format_lsn(report.version.lsn),
+        "lag": {"records": report.lag[0], "wal_bytes": report.lag[1], "seconds": round(report.lag[2], 3)},
+        "rate": report.rate,
+        "eta_seconds": report.eta if report.eta >= 0 else None,
+        "progress": list(report.progress),
+        "reason": report.reason,
+        "code": report.code,
+        "remedy": report.remedy,
+        "age_seconds": round(report.age, 1),
+        **report.facts,
+    }
+
+
+def _view(facts: Facts) -> Group:
+    return Group(_source_line(facts), _table(facts))
+
+
+def _source_line(facts: Facts) -> str:
+    source = facts["source"]
+    if "error" in source:
+        return f"source [bold]{source['name']}[/bold]: [red]{source['error']}[/red]"
+    held = source.get("wal_held_bytes")
+    parts = [f"source [bold]{source['name']}[/bold]"]
+    if source.get("exists") is False:
+        parts.append("[red]no slot: run headrace capture[/red]")
+    if held is not None:
+        parts.append(f"slot {source.get('slot', '')} {'active' if source.get('active') else 'not active'}")
+        parts.append(f"at {source.get('confirmed_flush_lsn')}, {size(held)} of WAL held back")
+    return ", ".join(parts)
+
+
+def _table(facts: Facts) -> Table:
+    table = Table(
+        "name", "gen", "phase", "records behind", "WAL behind", "seconds", "applied LSN", "changes/s", "left", "reason"
+    )
+    for name, reports in [("capture", facts["capture"]), *facts["consumers"].items()]:
+        for report in reports:
+            table.add_row(*_row(name, report))
+    return table
+
+
+def _row(name: str, report: Facts) -> list[str]:
+    lag = report["lag"]
+    done, total = report["progress"]
+    phase = report["phase"] + (f" {100 * done // total}%" if total else "")
+    colour = _COLOURS.get(report["phase"], "cyan")
+    generation = f"{report['generation'] or ''}{' *' if report['live'] else ''}"
+    left = seconds(report["eta_seconds"]) if report["eta_seconds"] is not None else ""
+    reason = f"{report['reason']} {report['remedy']}".strip()
+    return [
+        name,
+        generation,
+        f"[{colour}]{phase}[/{colour}]",
+        str(lag["records"]),
+        size(lag["wal_bytes"]),
+        f"{lag['seconds']:.1f}",
+        report["applied"],
+        f"{report['rate']:.0f}",
+        left,
+        reason,
+    ]
+
+
+def _check(control: Control, name: str | None, most: float) -> None:
+    reports = control.reports()
+    if name is not None and name not in reports:
+        _wrong(f"{name}: nobody has ever reported; run: headrace {'capture' if name == 'capture' else f'run {name}'}")
+    for who, found in reports.items():
+        if name in {None, who}:
+            serving = [report for report in found if report.live] or found[-1:]
+            for report in serving:
+                _check_one(who, report, most)
+    typer.echo("ok")
+
+
+def _check_one(name: str, report: Report, most: float) -> None:
+    command = "headrace capture" if name == "capture" else f"headrace run {name}"
+    if report.dead or report.phase == "off":
+        _wrong(f"{name}: no process reports (last {seconds(report.age)} ago); run: {command}")
+    if report.phase in {"stopped", "stale", "waiting"}:
+        _wrong(f"{name}: {report.phase}: {report.reason} {report.remedy}")
+    if report.lag[2] > most:
+        _wrong(f"{name}: {seconds(report.lag[2])} behind ({report.lag[0]} records); see: headrace status --watch")
+
+
+def _wrong(line: str) -> None:
+    typer.echo(line)
+    raise typer.Exit(CHECK_FAILED)
+
+
+def _span(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|min|h)?", text)
+    if not match:
+        raise Misconfigured(
+            "bad-option", f"--max-lag {text!r} is not a time span.", "Use for example 500ms, 60s or 5m."
+        )
+    return float(match[1]) * _UNITS[match[2] or "s"]

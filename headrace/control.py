@@ -1,0 +1,285 @@
+"""Control: how everybody else talks to the process that runs a view [I13].
+
+One compacted topic, `headrace.control`. Keys are ``{"source","name","kind","id"}``:
+
+- ``report``, id = generation (or 0 for a service): what the runner says of it every second;
+- ``request``, id = a unique text: what somebody asks of the runner of `name`; tombstoned by the runner when it has answered;
+- ``answer``, id = the request's: what the runner says to it.
+
+Kafka has no compare-and-set, so there is one writer of reports and answers for each name: its runner (S30). A report older than
+`DEAD_SECONDS` is of a process that died. Long answers (scans) go to `headrace.answers`, keyed by the request's id.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from headrace import codec
+from headrace.change import NOWHERE, Version
+from headrace.consumer import ViewRow
+from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
+from headrace.log import Log
+from headrace.log.plain import PlainWriter
+from headrace.log.tail import BEGINNING, Tail, end_of_partition, read_to_end
+from headrace.log.topics import ANSWERS, CONTROL
+
+DEAD_SECONDS = 10.0
+_KINDS = {"Transient": Transient, "Misconfigured": Misconfigured, "Poison": Poison}
+
+
+class Request(NamedTuple):
+    """What somebody asks of a runner. `at` is the broker's timestamp, ms."""
+
+    id: str
+    verb: str
+    args: dict[str, Any]
+    at: int
+
+
+@dataclass(slots=True)
+class Report:
+    """What a process says of one generation, or of itself (a service: generation 0).
+
+    Attributes:
+        phase: ``loading``, ``catching up``, ``live``, ``following`` (up to date, not live), ``paused``, ``waiting`` (a server
+            is away), ``stopped`` (with reason), ``stale`` (built by other code); for capture also ``snapshot`` and ``streaming``.
+            Readers of reports see ``dead`` when it is old.
+        lag: records, wal (bytes), seconds: what `headrace.log.Lag` says.
+        rate: Changes applied a second, over the last seconds.
+        eta: Seconds until it has caught up, -1 when unknown.
+        progress: (done, total) of long work, (0, 0) when there is none.
+        reason, code, remedy: Why it is stopped or waiting.
+        facts: What a service adds.
+    """
+
+    name: str
+    generation: int = 0
+    fingerprint: str = ""
+    live: bool = False
+    phase: str = "starting"
+    version: Version = NOWHERE
+    lag: tuple[int, int, float] = (0, 0, 0.0)
+    rate: float = 0.0
+    eta: float = -1.0
+    progress: tuple[int, int] = (0, 0)
+    reason: str = ""
+    code: str = ""
+    remedy: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    age: float = 0.0
+
+    @property
+    def dead(self) -> bool:
+        """Whether the process that wrote it no longer writes."""
+        return self.age > DEAD_SECONDS and self.phase not in {"stopped", "off"}
+
+
+class Control:
+    """Reads and writes `headrace.control` for one source."""
+
+    def __init__(self, log: Log) -> None:
+        """Connect to nothing yet."""
+        self._log = log
+        self._source = log.settings.source
+        self._writer = PlainWriter(log.settings)
+
+    # What a runner does
+
+    def report(self, report: Report) -> None:
+        """Publish what a generation or a service says of itself; does not wait for Kafka."""
+        value = asdict(report)
+        del value["age"]
+        self._put(self._key(report.name, "report", str(report.generation)), value)
+
+    def forget(self, name: str, generation: int) -> None:
+        """Take the report of a dropped generation away."""
+        self._put(self._key(name, "report", str(generation)), None)
+
+    def requests(self, names: Sequence[str]) -> RequestBox:
+        """Return the requests to `names` that nobody has answered, and then those that come."""
+        return RequestBox(self._log, set(names))
+
+    def answer(self, name: str, request: Request, value: dict[str, Any]) -> None:
+        """Answer a request and take it away."""
+        self._put(self._key(name, "answer", request.id), value)
+        self._put(self._key(name, "request", request.id), None)
+        self._writer.flush()
+
+    def refuse(self, name: str, request: Request, error: HeadraceError) -> None:
+        """Answer a request by an error, which is raised where it was asked."""
+        kind = next((kind for kind, cls in _KINDS.items() if isinstance(error, cls)), "Misconfigured")
+        said = {"kind": kind, "code": error.code, "message": error.message, "remedy": error.remedy}
+        self.answer(name, request, {"error": said})
+
+    def send_page(self, request: Request, rows: Sequence[ViewRow], *, last: bool) -> None:
+        """Send rows of a scan; `last` ends it."""
+        page = {"rows": [(*row[:3], list(row.version)) for row in rows], "last": last}
+        self._writer.send(ANSWERS, request.id.encode(), codec.dumps(page))
+        self._writer.flush()
+
+    # What everybody else does
+
+    def reports(self) -> dict[str, list[Report]]:
+        """Return the newest report of each generation and service, by name, oldest generation first."""
+        found: dict[str, list[Report]] = {}
+        for key, (timestamp, value) in sorted(self._newest("report").items(), key=lambda item: int(item[0][1])):
+            value |= {
+                "version": Version(*value["version"]),
+                "lag": tuple(value["lag"]),
+                "progress": tuple(value["progress"]),
+            }
+            report = Report(**value, age=max(0.0, time.time() - timestamp / 1000))
+            found.setdefault(key[0], []).append(report)
+        return found
+
+    def running(self, name: str) -> list[Report]:
+        """Return the reports of a consumer whose process is alive.
+
+        Raises:
+            Misconfigured: `consumer-not-running`.
+        """
+        alive = [
+            report for report in self.reports().get(name, []) if report.age <= DEAD_SECONDS and report.phase != "off"
+        ]
+        if not alive:
+            raise Misconfigured(
+                "consumer-not-running", f"No process runs the consumer {name}.", f"Run: headrace run {name}"
+            )
+        return alive
+
+    def ask(self, name: str, verb: str, args: dict[str, Any] | None = None, timeout: float = 30.0) -> dict[str, Any]:
+        """Send a request to the runner of `name` and wait for its answer.
+
+        Raises:
+            Misconfigured: `consumer-not-running`; and whatever the runner refuses it with.
+            Transient: `no-answer`, when none comes within `timeout` seconds.
+        """
+        tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)})
+        try:
+            request = self._request(name, verb, args or {})
+            key = self._key(name, "answer", request)
+            for value in _values(tail, key, timeout, name):
+                self._put(key, None)
+                self._writer.flush()
+                return _answer(value)
+        finally:
+            tail.close()
+        raise Transient(
+            "no-answer", f"The runner of {name} did not answer {verb!r} in {timeout:.0f} s.", "See: headrace status"
+        )
+
+    def scan(self, name: str, generation: int | None = None, timeout: float = 60.0) -> Iterator[ViewRow]:
+        """Yield the rows of a generation (the live one when None) as its readers see them, in (collection, key) order.
+
+        The runner reads on between pages, so the rows are not all of one moment: each carries its version.
+
+        Args:
+            name: The consumer.
+            generation: Which one.
+            timeout: Longest wait for a page, seconds.
+        """
+        tail = Tail(self._log.settings, {(ANSWERS, 0): self._end(ANSWERS)})
+        try:
+            answer = self.ask(name, "scan", {"generation": generation}, timeout)
+            for page in _values(tail, str(answer["scan"]).encode(), timeout, name):
+                for collection, key, value, version in page["rows"]:
+                    yield ViewRow(collection, key, value, Version(*version))
+                if page["last"]:
+                    return
+        finally:
+            tail.close()
+        raise Transient("no-answer", f"The scan of {name} broke off.", "Run it again.")
+
+    def flush(self) -> None:
+        """Wait until what was written is in Kafka."""
+        self._writer.flush()
+
+    def _request(self, name: str, verb: str, args: dict[str, Any]) -> str:
+        self.running(name)
+        request = uuid.uuid4().hex
+        self._put(self._key(name, "request", request), {"verb": verb, "args": args})
+        self._writer.flush()
+        return request
+
+    def _put(self, key: bytes, value: dict[str, Any] | None) -> None:
+        self._writer.send(CONTROL, key, codec.dumps(value) if value is not None else None)
+
+    def _key(self, name: str, kind: str, id_: str) -> bytes:
+        return codec.dumps({"source": self._source, "name": name, "kind": kind, "id": id_})
+
+    def _end(self, topic: str) -> int:
+        return self._log.topics.ends({topic: 1})[topic][0]
+
+    def _newest(self, kind: str) -> dict[tuple[str, str], tuple[int, dict[str, Any]]]:
+        if CONTROL not in self._log.topics.names():
+            return {}
+        found: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
+        for record in read_to_end(self._log.settings, {(CONTROL, 0): BEGINNING}):
+            key = codec.loads(record.key)
+            if key["source"] != self._source or key["kind"] != kind:
+                continue
+            found.pop((key["name"], key["id"]), None)
+            if record.value is not None:
+                found[key["name"], key["id"]] = (record.timestamp, codec.loads(record.value))
+        return found
+
+
+class RequestBox:
+    """The requests to some names: first those that wait, then those that come."""
+
+    def __init__(self, log: Log, names: set[str]) -> None:
+        """Begin at the beginning of control: a request may have come while nobody ran."""
+        self._source = log.settings.source
+        self._names = names
+        self._tail = Tail(log.settings, {(CONTROL, 0): BEGINNING})
+        self._open: dict[tuple[str, str], Request] = {}
+        self._caught_up = False
+
+    def poll(self, timeout: float) -> list[tuple[str, Request]]:
+        """Return requests as (name, request); each is returned once."""
+        for message in self._tail.poll(timeout):
+            if end_of_partition(message):
+                self._caught_up = True
+                continue
+            key = codec.loads(message.key() or b"{}")
+            if key["source"] != self._source or key["kind"] != "request" or key["name"] not in self._names:
+                continue
+            value = message.value()
+            self._open.pop((key["name"], key["id"]), None)
+            if value is not None:
+                said = codec.loads(value)
+                self._open[key["name"], key["id"]] = Request(
+                    key["id"], said["verb"], said["args"], message.timestamp()[1]
+                )
+        if not self._caught_up:
+            return []
+        ready = [(name, request) for (name, _), request in self._open.items()]
+        self._open.clear()
+        return ready
+
+    def close(self) -> None:
+        """Leave."""
+        self._tail.close()
+
+
+def _values(tail: Tail, key: bytes, timeout: float, name: str) -> Iterator[dict[str, Any]]:
+    """Yield the values written under `key` from now on, until none comes for `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        for message in tail.poll(0.2):
+            value = None if end_of_partition(message) else message.value()
+            if value is not None and message.key() == key:
+                deadline = time.monotonic() + timeout
+                yield codec.loads(value)
+    raise Transient("no-answer", f"The runner of {name} said nothing for {timeout:.0f} s.", "See: headrace status")
+
+
+def _answer(value: dict[str, Any]) -> dict[str, Any]:
+    error = value.get("error")
+    if error:
+        raise _KINDS[error["kind"]](error["code"], error["message"], error["remedy"])
+    return value

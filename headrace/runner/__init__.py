@@ -1,0 +1,75 @@
+"""The runner: what makes a plugin a running view. `run` is `headrace run`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from headrace.consumer import Consumer
+from headrace.control import Control
+from headrace.errors import HeadraceError
+from headrace.log import Log
+from headrace.runner.runner import Runner
+from headrace.settings import Settings
+
+__all__ = ["Runner", "run"]
+
+_TICK_SECONDS = 1.0
+
+
+def run(settings: Settings, consumers: Mapping[str, type[Consumer]], say: Callable[[str], None]) -> None:
+    """Run consumers in this process until SIGTERM or SIGINT.
+
+    Args:
+        settings: The servers.
+        consumers: Name to class.
+        say: Prints a line for people.
+
+    Raises:
+        HeadraceError: why the last consumer that ran has stopped.
+    """
+    stopping = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda _number, _frame: stopping.set())
+    log = Log(settings)
+    log.ensure_spine()
+    control = Control(log)
+    runners = {name: Runner(log, control, name, consumer) for name, consumer in consumers.items()}
+    say(f"running {', '.join(runners)}; stop with Ctrl-C")
+    try:
+        _serve(runners, control, stopping, say)
+    finally:
+        for runner in runners.values():
+            runner.stop()
+
+
+def _serve(runners: dict[str, Runner], control: Control, stopping: threading.Event, say: Callable[[str], None]) -> None:
+    box = control.requests(list(runners))
+    ticked = 0.0
+    said: dict[str, str] = {}
+    try:
+        while not stopping.is_set():
+            if time.monotonic() - ticked > _TICK_SECONDS:
+                ticked = time.monotonic()
+                _tick(runners, said, say)
+            for name, request in box.poll(0.1):
+                runners[name].handle(request)
+    finally:
+        box.close()
+
+
+def _tick(runners: dict[str, Runner], said: dict[str, str], say: Callable[[str], None]) -> None:
+    failures: list[HeadraceError] = []
+    for runner in runners.values():
+        runner.tick()
+        for generation, phase in runner.phases().items():
+            if said.get(generation) != phase:
+                said[generation] = phase
+                say(f"{generation}: {phase}")
+        failure = runner.failed()
+        if failure is not None:
+            failures.append(failure)
+    if failures and len(failures) == len(runners):
+        raise failures[0]

@@ -1,0 +1,283 @@
+"""The runner of one consumer: its generations, what is asked of it, and what it says of itself.
+
+It looks at the store once a second (which generations there are, which is live), serves each generation of its own code by a
+worker, keeps those of other code readable and still, promotes the first generation of a view by itself, and does nothing else
+unasked. Requests come through `headrace.control` and are carried out one at a time (S30).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoAnswer
+from typing import Any
+
+from headrace.change import NOWHERE, Version
+from headrace.consumer import Consumer, Cursor, Generation, fingerprint, no_progress
+from headrace.control import Control, Report, Request
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.log import Log
+from headrace.runner.worker import State, Worker
+
+_HOLD_SECONDS = 30.0
+_CALL_SECONDS = 120.0
+_PAGE = 500
+
+
+class Runner:
+    """Runs one consumer."""
+
+    def __init__(self, log: Log, control: Control, name: str, consumer: type[Consumer]) -> None:
+        """Prepare; the first `tick` begins."""
+        self.name = name
+        self._log = log
+        self._control = control
+        self._make: Callable[[], Consumer] = lambda: _made(consumer, log, name)
+        self._fingerprint = fingerprint(consumer)
+        self._store = self._make()
+        self._workers: dict[int, Worker] = {}
+        self._away: Transient | None = None
+        self._first: Future[None] | None = None
+        self._verbs = {
+            "rebuild": self._rebuild,
+            "promote": self._promote_asked,
+            "rollback": self._rollback,
+            "drop": self._drop,
+            "scan": self._scan,
+        }
+
+    def tick(self) -> None:
+        """Look at the store, begin what is missing, and report. Called about once a second."""
+        try:
+            self._look()
+            self._away = None
+        except Transient as error:
+            self._away = error
+        for worker in self._workers.values():
+            self._control.report(self._report(worker.generation, worker.state))
+        if not self._workers:
+            state = State(phase="waiting", error=self._away)
+            self._control.report(self._report(Generation(self.name, 0, self._fingerprint), state))
+
+    def handle(self, request: Request) -> None:
+        """Carry out a request and answer it."""
+        try:
+            verb = self._verbs.get(request.verb)
+            if verb is None:
+                raise Misconfigured(
+                    "unknown-request",
+                    f"The runner of {self.name} does not know {request.verb!r}.",
+                    "Use one version of headrace.",
+                )
+            self._control.answer(self.name, request, verb(request))
+        except HeadraceError as error:
+            self._control.refuse(self.name, request, error)
+
+    def phases(self) -> dict[str, str]:
+        """Return the phase of each generation, with its reason, for a line to people when it changes."""
+        return {
+            worker.name: f"{worker.state.phase}: {worker.state.error}" if worker.state.error else worker.state.phase
+            for worker in self._workers.values()
+        }
+
+    def failed(self) -> HeadraceError | None:
+        """Return why nothing of this consumer runs or waits any more, None while something does."""
+        errors = [worker.state.error for worker in self._workers.values() if worker.state.phase == "stopped"]
+        final = [error for error in errors if error is not None and not isinstance(error, Refused)]
+        return final[0] if final and len(final) == len(self._workers) else None
+
+    def stop(self) -> None:
+        """End every worker and say so."""
+        for worker in self._workers.values():
+            worker.stop()
+        for worker in self._workers.values():
+            worker.join(_CALL_SECONDS)
+            if worker.state.phase != "stopped":
+                worker.state.phase = "off"
+            self._control.report(self._report(worker.generation, worker.state))
+        self._control.flush()
+
+    # Generations
+
+    def _look(self) -> None:
+        held = {generation.number: generation for generation in self._store.generations()}
+        if not held and not self._workers:
+            number = 1 + max((report.generation for report in self._control.reports().get(self.name, [])), default=0)
+            held = {number: Generation(self.name, number, self._fingerprint)}
+            self._control.forget(self.name, 0)
+        for number, generation in held.items():
+            if number in self._workers:
+                self._workers[number].generation = generation
+            else:
+                self._begin(generation)
+        if held and not any(generation.live for generation in held.values()):
+            self._promote_first()
+
+    def _begin(self, generation: Generation) -> Worker:
+        still = generation.fingerprint != self._fingerprint
+        worker = Worker(self._log, self._make, generation, still=still)
+        self._workers[generation.number] = worker
+        worker.start()
+        return worker
+
+    def _promote_first(self) -> None:
+        """Promote the newest generation that shows a state, when none is live: the first build, or after a wipe."""
+        ready = [worker for worker in self._workers.values() if worker.state.exact and not worker.still]
+        if ready and (self._first is None or self._first.done()):
+            newest = max(ready, key=lambda worker: worker.generation.number)
+            self._first = newest.call(lambda consumer: consumer.promote())
+
+    def _live(self) -> Worker | None:
+        return next((worker for worker in self._workers.values() if worker.generation.live), None)
+
+    def _worker(self, number: int | None) -> Worker:
+        worker = self._live() if number is None else self._workers.get(number)
+        if worker is None:
+            wanted = "no live generation" if number is None else f"no generation {number}"
+            raise Misconfigured("no-such-generation", f"{self.name} has {wanted}.", "See: headrace status")
+        return worker
+
+    # Verbs
+
+    def _rebuild(self, _request: Request) -> dict[str, Any]:
+        """Begin the next generation, or go on with the one that is being built."""
+        live = self._live()
+        newest = max(self._workers, default=0)
+        building = self._workers.get(newest)
+        if building is None or building is live or building.still or (live and newest < live.generation.number):
+            building = self._begin(Generation(self.name, newest + 1, self._fingerprint))
+        return {"generation": building.generation.number}
+
+    def _promote_asked(self, request: Request) -> dict[str, Any]:
+        live = self._live()
+        number = request.args.get("generation")
+        newer = [n for n in self._workers if live is None or n > live.generation.number]
+        if number is None and not newer:
+            raise Misconfigured(
+                "nothing-to-promote", f"{self.name} has no newer generation.", f"Run: headrace rebuild {self.name}"
+            )
+        return self._switch(self._worker(number or max(newer)), stale=False)
+
+    def _rollback(self, request: Request) -> dict[str, Any]:
+        live = self._worker(None)
+        older = [n for n in self._workers if n < live.generation.number]
+        if not older:
+            raise Misconfigured(
+                "nothing-to-roll-back-to",
+                f"{self.name} has no generation before {live.generation.number}.",
+                "See: headrace status",
+            )
+        return self._switch(self._workers[max(older)], stale=bool(request.args.get("stale")))
+
+    def _switch(self, target: Worker, *, stale: bool) -> dict[str, Any]:
+        """Move the store's pointer so that no reader goes back in time: the old one stops at L, the new one reaches L (S24)."""
+        live = self._live()
+        if live is target:
+            return {"generation": target.generation.number, "version": list(target.state.version)}
+        if not target.state.exact:
+            raise Misconfigured(
+                "not-caught-up",
+                f"{target.name} is still {target.state.phase}.",
+                "Wait; headrace status --watch shows it.",
+            )
+        try:
+            if not stale:
+                self._meet(live, target)
+            self._wait_for(target, lambda consumer: consumer.promote())
+        finally:
+            if live is not None:
+                live.release()
+        self.tick()
+        return {"generation": target.generation.number, "version": list(target.state.version)}
+
+    def _meet(self, live: Worker | None, target: Worker) -> None:
+        held = NOWHERE
+        if live is not None and live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
+            held = live.hold(_HOLD_SECONDS)
+        elif live is not None:
+            held = live.state.version
+        if target.still and target.state.version < held:
+            raise _behind(target, held)
+        deadline = time.monotonic() + _HOLD_SECONDS
+        while target.state.version < held:
+            if time.monotonic() > deadline:
+                raise _behind(target, held)
+            time.sleep(0.005)
+
+    def _drop(self, request: Request) -> dict[str, Any]:
+        live = self._live()
+        number = request.args.get("generation")
+        if live is not None and number == live.generation.number:
+            raise Misconfigured(
+                "drops-the-live-one", f"Generation {number} of {self.name} is live.", "Promote another first."
+            )
+        if number is None and live is None:
+            raise Misconfigured(
+                "no-such-generation", f"{self.name} has no live generation to keep.", "Name the generation to drop."
+            )
+        wanted = [number] if number is not None else [n for n in self._workers if live and n < live.generation.number]
+        for each in wanted:
+            worker = self._worker(each)
+            self._wait_for(worker, lambda consumer: consumer.drop())
+            worker.stop()
+            worker.join(_CALL_SECONDS)
+            del self._workers[each]
+            self._control.forget(self.name, each)
+        return {"dropped": wanted}
+
+    def _scan(self, request: Request) -> dict[str, Any]:
+        worker = self._worker(request.args.get("generation"))
+        worker.call(lambda consumer: self._page(worker, consumer, request, None))
+        return {"scan": request.id, "generation": worker.generation.number}
+
+    def _page(self, worker: Worker, consumer: Consumer, request: Request, after: Cursor | None) -> None:
+        """Send one page and queue the next, so that the worker reads on between them."""
+        rows = consumer.scan(after, _PAGE)
+        last = len(rows) < _PAGE
+        self._control.send_page(request, rows, last=last)
+        if not last:
+            worker.call(lambda again: self._page(worker, again, request, (rows[-1].collection, rows[-1].key)))
+
+    def _wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> None:
+        try:
+            worker.call(function).result(_CALL_SECONDS)
+        except NoAnswer as error:
+            raise Transient(
+                "worker-busy", f"{worker.name} is busy ({worker.state.phase}).", "Try again; see headrace status"
+            ) from error
+
+    def _report(self, generation: Generation, state: State) -> Report:
+        error = state.error
+        return Report(
+            name=self.name,
+            generation=generation.number,
+            fingerprint=generation.fingerprint,
+            live=generation.live,
+            phase=state.phase,
+            version=state.version,
+            lag=(state.lag.records, state.lag.wal, state.lag.seconds),
+            rate=round(state.rate, 1),
+            eta=round(state.lag.records / state.rate, 1) if state.rate and state.lag.records else -1.0,
+            progress=state.progress,
+            reason=error.message if error else self._stale_reason(state),
+            code=error.code if error else "",
+            remedy=(error.remedy if error else "").replace("NAME", self.name),
+        )
+
+    def _stale_reason(self, state: State) -> str:
+        return f"built by other code: run headrace rebuild {self.name}" if state.phase == "stale" else ""
+
+
+def _made(consumer: type[Consumer], log: Log, name: str) -> Consumer:
+    made = consumer(log.settings, name)
+    made.progress = no_progress
+    return made
+
+
+def _behind(target: Worker, wanted: Version) -> Misconfigured:
+    return Misconfigured(
+        "generation-behind",
+        f"{target.name} is at {target.state.version}, readers have seen {wanted}: they would go back in time.",
+        "Use rollback --stale to accept that, or rebuild.",
+    )

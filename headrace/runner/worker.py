@@ -1,0 +1,242 @@
+"""A worker: one thread that serves one generation.
+
+Its life is a circle: make the consumer, open the store, read on from the durable position, apply; at any Transient throw all of that
+away, wait, and begin the circle again. Recovery from an error is so the same path as recovery from a crash, and there is no other.
+What others want of the consumer (a promotion, a page of a scan) is queued and called between two batches, in this thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from headrace.change import NOWHERE, Version
+from headrace.consumer import Consumer, Generation
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.log import Lag, Log, Reader
+
+_POLL_SECONDS = 0.25
+_BACKOFF_SECONDS = (0.5, 30.0)
+_BEHIND_SECONDS = 5.0
+_RATE_SECONDS = 5.0
+
+T = TypeVar("T")
+Make = Callable[[], Consumer]
+Call = tuple[Callable[[Consumer], Any], "Future[Any]"]
+
+
+@dataclass(slots=True)
+class State:
+    """What a worker says of itself; written by its thread, read by the runner."""
+
+    phase: str = "starting"
+    version: Version = NOWHERE
+    lag: Lag = Lag(0, 0, 0.0)
+    rate: float = 0.0
+    progress: tuple[int, int] = (0, 0)
+    error: HeadraceError | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the generation is at a state that Postgres had."""
+        return self.version != NOWHERE
+
+
+class Worker(threading.Thread):
+    """Serves one generation until stopped.
+
+    Attributes:
+        state: How it stands.
+        still: It only answers calls and applies nothing: the generation is of other code than the process's.
+    """
+
+    def __init__(self, log: Log, make: Make, generation: Generation, *, still: bool = False) -> None:
+        """Prepare; `start` begins."""
+        super().__init__(name=f"{generation.consumer}-g{generation.number}", daemon=True)
+        self.generation = generation
+        self.still = still
+        self.state = State(phase="stale" if still else "starting")
+        self._log = log
+        self._make = make
+        self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._hold = threading.Event()
+        self._held = threading.Event()
+        self._whole = True
+        self._rate = _Rate()
+
+    # What the runner's thread calls
+
+    def call(self, function: Callable[[Consumer], T]) -> Future[T]:
+        """Have `function(consumer)` called in the worker's thread between two batches."""
+        future: Future[T] = Future()
+        self._calls.put((function, future))
+        return future
+
+    def hold(self, timeout: float) -> Version:
+        """Stop at the end of a complete state; return its version. `release` goes on.
+
+        Raises:
+            Transient: `does-not-hold`.
+        """
+        self._hold.set()
+        if not self._held.wait(timeout):
+            self.release()
+            raise Transient(
+                "does-not-hold", f"{self.name} did not reach a complete state in {timeout:.0f} s.", "Try again."
+            )
+        return self.state.version
+
+    def release(self) -> None:
+        """Go on after `hold`."""
+        self._hold.clear()
+        self._held.clear()
+
+    def stop(self) -> None:
+        """Ask the thread to end after the batch in work."""
+        self._stopping.set()
+
+    # The thread
+
+    def run(self) -> None:
+        """Serve, and begin again after every Transient."""
+        wait = _BACKOFF_SECONDS[0]
+        while not self._stopping.is_set():
+            try:
+                self._serve()
+            except Transient as error:
+                wait = _BACKOFF_SECONDS[0] if self.state.phase != "waiting" else min(2 * wait, _BACKOFF_SECONDS[1])
+                self._set(phase="waiting", error=error)
+                self._answer_nothing(wait, error)
+            except HeadraceError as error:
+                self._halt(error)
+            except Exception as error:  # noqa: BLE001  a plugin may raise anything; the reason must reach status, not only a log
+                self._halt(
+                    Misconfigured(
+                        "consumer-failed", f"{self.name} raised {error!r}.", "Mend the consumer and start it again."
+                    )
+                )
+
+    def _serve(self) -> None:
+        consumer = self._make()
+        consumer.progress = self._progress
+        try:
+            position = consumer.open(self.generation)
+            self.state.version = position.version if position else NOWHERE
+            if self.still:
+                self._rest(consumer)
+                return
+            reader = self._log.reader(
+                consumer.tables, position, f"{self.generation.consumer}.g{self.generation.number}"
+            )
+            try:
+                self._follow(consumer, reader)
+            finally:
+                reader.close()
+        finally:
+            consumer.close()
+
+    def _follow(self, consumer: Consumer, reader: Reader) -> None:
+        self._whole = True
+        mirrored = 0.0
+        while not self._stopping.is_set():
+            self._answer(consumer)
+            if self._hold.is_set() and self._whole:
+                self._held.set()
+                time.sleep(0.005)
+                continue
+            batch = reader.poll(_POLL_SECONDS if self._calls.empty() else 0.0)
+            if batch is not None:
+                consumer.apply(batch)
+                self._whole = batch.checkpoint is not None
+                self._rate.add(len(batch.changes))
+            self._tell(reader)
+            if time.monotonic() - mirrored > 1.0:
+                reader.mirror()
+                mirrored = time.monotonic()
+
+    def _rest(self, consumer: Consumer) -> None:
+        while not self._stopping.wait(0.05):
+            self._held.set()
+            self._answer(consumer)
+
+    def _answer(self, consumer: Consumer) -> None:
+        """Do what is asked; an error goes to who asked, and to the worker only when the store is away or wiped."""
+        while not self._calls.empty():
+            function, future = self._calls.get()
+            try:
+                future.set_result(function(consumer))
+            except Transient as error:
+                future.set_exception(error)
+                raise
+            except Exception as error:  # noqa: BLE001  whatever it is, it belongs to who asked
+                future.set_exception(error)
+
+    def _answer_nothing(self, seconds: float, error: HeadraceError) -> None:
+        """Wait without a consumer: whoever asks gets the reason."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._stopping.wait(0.05):
+            while not self._calls.empty():
+                self._calls.get()[1].set_exception(error)
+
+    def _halt(self, error: HeadraceError) -> None:
+        """Stay stopped, with the reason in status. A refused view can still be read, so it still answers."""
+        self._set(phase="stopped", error=error)
+        while not self._stopping.is_set():
+            if isinstance(error, Refused):
+                self._answer_still(error)
+            else:
+                self._answer_nothing(3600.0, error)
+
+    def _answer_still(self, error: HeadraceError) -> None:
+        consumer = self._make()
+        try:
+            consumer.open(self.generation)
+            self._rest(consumer)
+        except HeadraceError:
+            self._answer_nothing(_BACKOFF_SECONDS[1], error)
+        finally:
+            consumer.close()
+
+    def _tell(self, reader: Reader) -> None:
+        lag = reader.lag()
+        version = reader.position.version
+        behind = lag.seconds > _BEHIND_SECONDS
+        live = "live" if self.generation.live else "following"
+        phase = "loading" if version == NOWHERE else "catching up" if behind else live
+        progress = (0, 0) if version != NOWHERE else self.state.progress
+        self._set(phase=phase, version=version, lag=lag, progress=progress, error=None)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self.state, name, value)
+        self.state.rate = self._rate.now()
+
+    def _progress(self, done: int, total: int) -> None:
+        self.state.progress = (done, total)
+
+
+class _Rate:
+    """Changes a second over the last seconds."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._count = 0
+        self._last = 0.0
+
+    def add(self, count: int) -> None:
+        self._count += count
+
+    def now(self) -> float:
+        passed = time.monotonic() - self._since
+        if passed > _RATE_SECONDS:
+            self._last = self._count / passed
+            self._since, self._count = time.monotonic(), 0
+        elif passed > 1.0 and not self._last:
+            return self._count / passed
+        return self._last
