@@ -1,0 +1,15 @@
+"""Documents: one for each row of a root table, with rows of other tables in it.
+
+A plugin declares what belongs together and renders it; this package finds the documents that a change touches.
+
+    class ProductSearch(DocumentConsumer):
+        document = Document("public.products", category=One("public.categories", on="category_id"))
+        store = ElasticsearchIndex("products", mappings={...})
+
+        def render(self, product):
+            return {"name": product["name"], "category": product.category and product.category["name"]}
+"""
+
+from headrace.documents.declaration import Document, Many, Node, One, count, mean, total
+
+__all__ = ["Document", "Many", "Node", "One", "count", "mean", "total"]
