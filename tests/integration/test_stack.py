@@ -1,0 +1,229 @@
+"""The stack: real servers that survive what is done to them, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from headrace.settings import Settings
+from headrace_ops import Stack, ports, processes
+from headrace_ops.elasticsearch import Elasticsearch
+from headrace_ops.kafka import Kafka
+from headrace_ops.redis import Redis
+
+HEADRACE = str(Path(sys.executable).with_name("headrace"))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the servers' user may enter; whatever runs in it is taken down."""
+    with tempfile.TemporaryDirectory(prefix="headrace-stack-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+        Stack(Path(name)).down()
+
+
+def headrace(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [HEADRACE, *words], capture_output=True, text=True, check=False, timeout=180, env=os.environ | environ
+    )
+
+
+def redis_call(server: Redis, *words: str) -> bytes:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall((" ".join(words) + "\r\n").encode())
+        return connection.recv(100)
+
+
+def test_postgres_decodes_logically_in_a_database_of_the_test(settings: Settings) -> None:
+    with psycopg.connect(settings.dsn, autocommit=True) as connection:
+        slot = connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [settings.slot]).fetchone()
+        database = connection.execute("SELECT current_database()").fetchone()
+    assert slot is not None
+    assert database == (settings.source,)
+
+
+def test_only_the_superuser_needs_no_password(settings: Settings) -> None:
+    with psycopg.connect(settings.dsn, autocommit=True) as connection:
+        connection.execute("CREATE ROLE guest LOGIN PASSWORD 'right'")
+        try:
+            at = settings.dsn.replace("postgres@", "guest:{}@")
+            psycopg.connect(at.format("right")).close()
+            with pytest.raises(psycopg.OperationalError, match="password"):
+                psycopg.connect(at.format("wrong"))
+        finally:
+            connection.execute("DROP ROLE guest")
+
+
+def test_postgres_killed_keeps_what_was_committed(settings: Settings, stack: Stack) -> None:
+    server = stack.server("postgres")
+    with psycopg.connect(settings.dsn) as connection:
+        connection.execute("CREATE TABLE t AS SELECT 7 AS n")
+    server.kill()
+    assert server.process() is None
+    server.start()
+    with psycopg.connect(settings.dsn) as connection:
+        assert connection.execute("SELECT n FROM t").fetchone() == (7,)
+
+
+def test_kafka_killed_keeps_what_was_acknowledged_and_its_port(kafka: Kafka) -> None:
+    admin = AdminClient({"bootstrap.servers": kafka.address()})
+    admin.create_topics([NewTopic("t", 1, 1)])["t"].result(30)
+    producer = Producer({"bootstrap.servers": kafka.address(), "transactional.id": "x"})
+    producer.init_transactions(30)
+    producer.begin_transaction()
+    producer.produce("t", b"kept")
+    producer.commit_transaction(30)
+    kafka.kill()
+    assert kafka.process() is None
+    kafka.start()
+    consumer = Consumer(
+        {"bootstrap.servers": kafka.address(), "group.id": "g", "auto.offset.reset": "earliest", "isolation.level": "read_committed"}
+    )
+    consumer.subscribe(["t"])
+    message = consumer.poll(30)
+    consumer.close()
+    assert message is not None
+    assert message.value() == b"kept"
+
+
+def test_kafka_makes_no_topic_by_itself(kafka: Kafka) -> None:
+    admin = AdminClient({"bootstrap.servers": kafka.address()})
+    admin.list_topics("absent", timeout=30)
+    assert "absent" not in admin.list_topics(timeout=30).topics
+
+
+def test_elasticsearch_killed_keeps_what_was_acknowledged(elasticsearch: Elasticsearch) -> None:
+    at = f"{elasticsearch.address()}/t/_doc/1"
+    request = urllib.request.Request(at, b'{"n":7}', {"Content-Type": "application/json"}, method="PUT")
+    urllib.request.urlopen(request, timeout=30).close()
+    elasticsearch.kill()
+    assert elasticsearch.process() is None
+    elasticsearch.start()
+    with urllib.request.urlopen(at, timeout=30) as answer:
+        assert json.load(answer)["_source"] == {"n": 7}
+
+
+def test_redis_killed_keeps_what_was_acknowledged(redis_server: Redis) -> None:
+    assert redis_call(redis_server, "SET", "k", "7") == b"+OK\r\n"
+    redis_server.kill()
+    redis_server.start()
+    assert redis_call(redis_server, "GET", "k") == b"$1\r\n7\r\n"
+
+
+def test_a_paused_server_does_not_answer_until_it_is_resumed(redis_server: Redis) -> None:
+    redis_server.pause()
+    assert not redis_server.healthy()
+    redis_server.resume()
+    assert redis_server.healthy()
+
+
+def test_up_twice_reports_the_same_processes_and_down_ends_them(folder: Path) -> None:
+    first = headrace("stack", "up", "--dir", str(folder), "--only", "postgres,redis", "--json")
+    assert first.returncode == 0, first.stderr
+    second = headrace("stack", "up", "--dir", str(folder), "--only", "postgres,redis", "--json")
+    assert json.loads(first.stdout) == json.loads(second.stdout)
+    env = headrace("stack", "env", "--dir", str(folder), "--json")
+    assert set(json.loads(env.stdout)) == {"HEADRACE_DSN", "HEADRACE_REDIS"}
+    families = [process for fact in json.loads(first.stdout) for process in family(fact["pid"])]
+    assert len(families) > 2
+    assert headrace("stack", "status", "--dir", str(folder)).returncode == 0
+    assert headrace("stack", "down", "--dir", str(folder)).stdout == "stopped postgres, redis\n"
+    assert not any(processes.alive(process) for process in families)
+    assert headrace("stack", "status", "--dir", str(folder)).returncode == 1
+    assert "is running" in headrace("stack", "env", "--dir", str(folder)).stderr
+
+
+def family(pid: int) -> list[processes.Process]:
+    root = processes.identify(pid)
+    return processes.family(root) if root else []
+
+
+def test_when_one_server_cannot_start_the_others_do_not_stay(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind((ports.HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        failed = headrace("stack", "up", "--dir", str(folder), "--only", "postgres,redis", "--port", f"redis={port}")
+    assert failed.returncode == 3
+    assert f"Port {port}, wanted for redis, is in use" in failed.stderr
+    assert "--port redis=PORT" in failed.stderr
+    assert not Stack(folder).environment()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_up_that_is_ended_half_way_leaves_nothing(folder: Path, number: signal.Signals) -> None:
+    up = subprocess.Popen(
+        [HEADRACE, "stack", "up", "--dir", str(folder), "--only", "kafka"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    broker = wait_for(lambda: Stack(folder).server("kafka").process(), seconds=30)
+    up.send_signal(number)
+    up.wait(60)
+    assert processes.wait_gone([broker], 30) == []
+    wait_for(lambda: not named_in_a_command_line(folder), seconds=30)
+
+
+def test_a_session_that_is_killed_takes_its_servers_along(folder: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from headrace_ops import Stack, guard\n"
+        "folder = Path(sys.argv[1])\n"
+        "with guard.armed(folder, ['redis'], remove=True):\n"
+        "    Stack(folder, spread=True).up(['redis']); print('up', flush=True); time.sleep(600)"
+    )
+    inner = folder / "inner"
+    session = subprocess.Popen([sys.executable, "-c", program, str(inner)], stdout=subprocess.PIPE)
+    assert session.stdout is not None
+    assert session.stdout.readline() == b"up\n"
+    server = Stack(inner).server("redis").process()
+    assert server is not None
+    session.kill()
+    session.communicate()
+    assert processes.wait_gone([server], 30) == []
+    wait_for(lambda: not inner.exists(), seconds=30)
+
+
+def test_a_stranger_with_a_recorded_id_is_never_signalled(folder: Path) -> None:
+    stranger = subprocess.Popen(["sleep", "600"])
+    try:
+        state = {"pid": stranger.pid, "started": 1, "boot": processes.boot_id(), "ports": {"redis": ports.choose()}}
+        (folder / "redis.json").write_text(json.dumps(state))
+        assert Stack(folder).down() == []
+        Stack(folder).server("redis").kill()
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def wait_for(seen, *, seconds: float):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201 -- whatever `seen` returns
+    import time  # noqa: PLC0415
+
+    deadline = time.monotonic() + seconds
+    while not (value := seen()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return value
+
+
+def named_in_a_command_line(folder: Path) -> list[str]:
+    lines = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                lines.append((entry / "cmdline").read_text())
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    return [line for line in lines if str(folder) in line]
