@@ -1,0 +1,90 @@
+"""The commands of the shop: `headrace shop …`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+from rich.console import Console
+
+from headrace import settings
+from headrace_shop import database, work as workload
+from headrace_shop.database import Amounts
+from headrace_shop.writes import LogWrites
+
+app = typer.Typer(
+    help="The shop: the example application.", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+
+Dsn = Annotated[str | None, typer.Option(envvar="SHOP_DSN", help="The shop's database; HEADRACE_DSN when not given.")]
+Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same rows and edits.")]
+
+
+@app.command()
+def load(
+    *,
+    products: Annotated[int, typer.Option(min=0, help="Products to add; the first 3201 are the real films.")] = 3201,
+    reviews: Annotated[int, typer.Option(min=0, help="Reviews to add.")] = 8000,
+    customers: Annotated[int, typer.Option(min=0, help="Customers to add.")] = 500,
+    orders: Annotated[int, typer.Option(min=0, help="Orders to add, of one to three lines.")] = 2000,
+    seed: Seed = 1,
+    if_empty: Annotated[bool, typer.Option("--if-empty", help="Do nothing when the shop has products already.")] = False,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """Make the shop's tables and add rows to them.
+
+    Example: `headrace shop load --products 10000 --reviews 50000`
+    """
+    with database.connect(dsn or settings.load().dsn) as connection:
+        database.create(connection)
+        counts = database.counts(connection)
+        if not (if_empty and counts["products"]):
+            counts = database.load(connection, Amounts(products, reviews, customers, orders), seed)
+    if json:
+        typer.echo(orjson.dumps(counts))
+    else:
+        Console().print("The shop holds " + ", ".join(f"{count:,} {table.replace('_', ' ')}" for table, count in counts.items()) + ".")
+
+
+@app.command()
+def work(
+    *,
+    rate: Annotated[str, typer.Option(help="Transactions a second: 50 or 50/s.")] = "50/s",
+    seconds: Annotated[float | None, typer.Option(min=0, help="Stop after so long; else at Ctrl-C.")] = None,
+    seed: Seed = 1,
+    journal: Annotated[Path | None, typer.Option(help="Append the numbers of each committed transaction to this file.")] = None,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """Edit the shop steadily: prices, reviews, orders, moves, renames, deletes; some transactions are rolled back.
+
+    Every committed change has a number, and the table `ledger` lists them.
+
+    Example: `headrace shop work --rate 50/s --seconds 60`
+    """
+    address = dsn or settings.load().dsn
+    writes = LogWrites(address, connections=1)
+    with database.connect(address) as connection:
+        done = workload.work(workload.Load(connection, seed), writes, workload.paced(_rate(rate), seconds), journal)
+    writes.close()
+    if json:
+        typer.echo(orjson.dumps(done))
+    else:
+        Console().print(
+            f"{done.committed:,} transactions committed with {done.changes:,} changes, the highest number {done.highest:,}; "
+            f"{done.rolled_back:,} rolled back on purpose, {done.refused:,} refused."
+        )
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text.removesuffix("/s"))
+    except ValueError:
+        rate = 0.0
+    if not rate > 0:
+        raise typer.BadParameter(f"{text!r} is not a rate such as 50/s.", param_hint="--rate")
+    return rate
