@@ -91,7 +91,7 @@ class Control:
 
     def report(self, report: Report) -> None:
         """Publish what a generation or a service says of itself; does not wait for Kafka."""
-        value = asdict(report)
+        value = asdict(report) | {"version": list(report.version)}
         del value["age"]
         self._put(self._key(report.name, "report", str(report.generation)), value)
 
