@@ -245,7 +245,7 @@ def _read(connection: Connection, oids: list[int]) -> list[Table]:
             table,
             columns=tuple(TableColumn(*row) for row in columns.get(table.oid, [])),
             leaves=tuple(Leaf(*row) for row in leaves.get(table.oid, [])),
-            **_key(table.identity, [_Index(*row) for row in indexes.get(table.oid, [])]),
+            **_key(table, [_Index(*row) for row in indexes.get(table.oid, [])]),
         )
         for table in tables
     ]
@@ -259,12 +259,13 @@ class _Index(NamedTuple):
     immediate: bool
 
 
-def _key(identity: str, indexes: Sequence[_Index]) -> dict[str, Any]:
+def _key(table: Table, indexes: Sequence[_Index]) -> dict[str, Any]:
     """Choose the key: what the stream names an old row by, so the replica identity's index where one is declared.
 
     Otherwise the primary key. A deferrable one is not a key (S9): between two statements two rows may share it.
     """
-    chosen = [index for index in indexes if (index.identity if identity == "i" else index.primary)]
+    declared = table.kind == "r" and table.identity == "i"
+    chosen = [index for index in indexes if (index.identity if declared else index.primary)]
     usable = [index for index in chosen if index.immediate]
     unique = next((index.name for index in indexes if index.immediate), "")
     if usable:
@@ -298,9 +299,9 @@ def _parsed(dsn: str, setting: str = "HEADRACE_DSN") -> dict[str, Any]:
         raise Misconfigured("postgres-dsn", f"{setting} is not a connection string.", _DSN_EXAMPLE) from None
 
 
-def _connect(dsn: str, setting: str, options: str, extra: dict[str, str]) -> Connection:
+def _connect(dsn: str, setting: str, options: str, extra: dict[str, Any]) -> Connection:
     given = _parsed(dsn, setting)
-    kept = {
+    kept: dict[str, Any] = {
         "connect_timeout": given.get("connect_timeout") or "10",
         "tcp_user_timeout": given.get("tcp_user_timeout") or "30000",
     }

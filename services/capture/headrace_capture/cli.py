@@ -1,0 +1,52 @@
+"""The commands of this service: `headrace setup`, `headrace capture`, `headrace teardown`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+from rich.console import Console
+from rich.markup import escape
+
+from headrace.settings import load
+from headrace_capture.capture import Capture
+from headrace_capture.setup_cli import setup, teardown
+
+__all__ = ["capture", "setup", "teardown"]
+
+
+def capture() -> None:
+    """Read Postgres's write-ahead log into Kafka: the initial snapshot first, then every commit, until stopped.
+
+    Start it as often as you like: it goes on where the log ends, and only one of them writes. SIGTERM and Ctrl-C stop it cleanly
+    (exit code 0). Exit code 3: something must be changed first; 5: a server did not answer at the start.
+
+    Examples:
+
+        headrace capture
+
+        HEADRACE_DSN=postgresql://headrace@db/shop HEADRACE_SOURCE=shop headrace capture
+    """
+    stop = threading.Event()
+
+    def asked(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():  # asked twice: do not wait for Kafka; the cut is aborted by the next start
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, asked)
+    Capture(load(), say, stop.is_set).run()
+    say("stopped")
+
+
+def say(line: str) -> None:
+    """Print a line for people, at once."""
+    colour = "yellow" if line.startswith(("warning", "waiting", "Kafka")) else "default"
+    _console.print(f"[dim]capture[/dim] [{colour}]{escape(line)}[/{colour}]")
+    sys.stdout.flush()
+
+
+_console = Console(highlight=False, soft_wrap=True)

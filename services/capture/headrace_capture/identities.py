@@ -1,0 +1,84 @@
+"""Which replica identity a table needs, so that rows in the log are whole [I3] and no statement of the application fails [I1].
+
+FULL sends an out-of-line (TOAST) value that an update left alone; without it capture reads the value again (S7) and the
+table is only approximately right. But FULL makes UPDATE and DELETE fail as soon as any publication of the table leaves a
+column out: a generated column (18 refuses it, older servers do not, but an upgrade would) or a column list. And no identity
+at all makes them fail in any publication. What was seen on 15 and 18 is in tests/integration/test_setup.py (S8).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from headrace_capture.catalog import GENERATED, Connection, Table, TableColumn
+
+DEFAULT, FULL, NOTHING, INDEX = "d", "f", "n", "i"
+WORDS = {DEFAULT: "DEFAULT", FULL: "FULL", NOTHING: "NOTHING"}
+"""As ALTER TABLE … REPLICA IDENTITY takes them; an index is never set nor replaced."""
+
+
+class Change(NamedTuple):
+    """One table or partition whose replica identity has to change, from `was` to `now`."""
+
+    schema: str
+    name: str
+    was: str
+    now: str
+
+
+def changes(table: Table, version: int, *, narrowed: bool) -> list[Change]:
+    """Return the replica identities to change before `table` is published.
+
+    Args:
+        table: A table with a usable key.
+        version: The server's.
+        narrowed: Whether another publication leaves columns of it out, see `narrowed_elsewhere`.
+    """
+    wanted = [(leaf, _wanted(table, leaf.identity, version, narrowed)) for leaf in table.leaves]
+    return [Change(leaf.schema, leaf.name, leaf.identity, want) for leaf, want in wanted if want != leaf.identity]
+
+
+def approximate(table: Table, version: int, *, narrowed: bool) -> bool:
+    """Whether a value of `table` may have to be read again after setup, as FULL would break the application (S7, S8)."""
+    after = (_wanted(table, leaf.identity, version, narrowed) for leaf in table.leaves)
+    return _out_of_line(table) and any(identity != FULL for identity in after)
+
+
+def _wanted(table: Table, identity: str, version: int, narrowed: bool) -> str:
+    if identity == INDEX:
+        return INDEX
+    if identity == FULL:
+        return DEFAULT if _refused(table, version) else FULL
+    if _out_of_line(table) and not narrowed and not _unsent(table, version):
+        return FULL
+    return DEFAULT
+
+
+def _refused(table: Table, version: int) -> bool:
+    """Whether our own publication makes UPDATE fail under FULL: seen on 18 only."""
+    return version >= GENERATED and bool(_unsent(table, version))
+
+
+def _unsent(table: Table, version: int) -> list[TableColumn]:
+    """Return the generated columns that our publication leaves out: from 18 on it sends the stored ones."""
+    sent = "s" if version >= GENERATED else "-"
+    return [column for column in table.columns if column.generated and column.generated != sent]
+
+
+def _out_of_line(table: Table) -> bool:
+    return any(column.out_of_line for column in table.columns)
+
+
+def narrowed_elsewhere(connection: Connection, publication: str) -> set[int]:
+    """Return the oids of tables of which another publication that sends updates leaves columns out."""
+    return {row[0] for row in connection.execute(_NARROWED, {"ours": publication})}
+
+
+_NARROWED = """
+SELECT coalesce(pg_partition_root(r.prrelid), r.prrelid)::oid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+WHERE p.pubname <> %(ours)s AND (p.pubupdate OR p.pubdelete) AND r.prattrs IS NOT NULL
+UNION
+SELECT coalesce(pg_partition_root(g.relid), g.relid)::oid FROM pg_publication p, pg_get_publication_tables(p.pubname) g
+WHERE p.pubname <> %(ours)s AND (p.pubupdate OR p.pubdelete)
+  AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = g.relid AND a.attgenerated <> '')
+"""

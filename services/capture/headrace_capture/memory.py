@@ -1,0 +1,77 @@
+"""What setup changed in a source, kept in the source: a comment on the publication, as JSON.
+
+It is written in the transaction that makes the changes, so whoever finds the publication can take everything away again,
+from any machine. It holds facts, never SQL: whoever may comment on a publication must not choose what an administrator runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import orjson
+from psycopg import sql
+
+from headrace_capture.catalog import Connection
+
+_BY = "headrace setup"
+
+
+class Changed(NamedTuple):
+    """One replica identity that was changed: pg_class.relreplident before and after."""
+
+    schema: str
+    name: str
+    was: str
+    now: str
+
+
+class Grant(NamedTuple):
+    """One right that a role was given: ``REPLICATION``, ``BYPASSRLS``, ``USAGE`` of a schema, ``SELECT`` from a table."""
+
+    role: str
+    right: str
+    schema: str = ""
+    name: str = ""
+
+
+@dataclass(slots=True)
+class Memory:
+    """What setup changed, over all its runs.
+
+    Attributes:
+        grants: Rights that were given.
+        identities: Replica identities that were changed; the first `was` of each table is kept.
+    """
+
+    grants: list[Grant] = field(default_factory=list)
+    identities: list[Changed] = field(default_factory=list)
+
+    def changed(self, schema: str, name: str, was: str, now: str) -> None:
+        """Remember a changed replica identity; one that is put back is forgotten."""
+        known = {(c.schema, c.name): c for c in self.identities}
+        before = known.pop((schema, name), None)
+        first = before.was if before and before.now == was else was
+        if first != now:
+            known[schema, name] = Changed(schema, name, first, now)
+        self.identities = list(known.values())
+
+    def statement(self, publication: str) -> sql.Composed:
+        """Return the statement that writes it down."""
+        text = orjson.dumps(
+            {"by": _BY, "grants": [*map(list, self.grants)], "identities": [*map(list, self.identities)]}
+        ).decode()
+        return sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(sql.Identifier(publication), sql.Literal(text))
+
+
+def recall(connection: Connection, publication: str) -> Memory | None:
+    """Return what setup changed; None when the publication is missing or somebody else's."""
+    query = "SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = %s"
+    row = connection.execute(query, [publication]).fetchone()
+    try:
+        said = orjson.loads(row[0] if row and row[0] else "{}")
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(said, dict) or said.get("by") != _BY:
+        return None
+    return Memory([Grant(*grant) for grant in said["grants"]], [Changed(*changed) for changed in said["identities"]])

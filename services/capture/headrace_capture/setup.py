@@ -1,0 +1,258 @@
+"""Prepare a source: the publication, replica identities, rights. First a plan, which can be printed; then one transaction.
+
+Everything is decided from the catalogue, so a second run finds nothing to do. What is changed is remembered in the source
+(see `memory`) in the same transaction. Locks are waited for briefly: a queue behind an ALTER TABLE would stop the application.
+The slot is not made here: capture makes it at its first start, because the initial snapshot needs the one it exports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from headrace.errors import Misconfigured, Transient
+from headrace.settings import Settings
+from headrace_capture import catalog, identities, rights
+from headrace_capture.catalog import Connection, Server, Table
+from headrace_capture.memory import Memory, recall
+
+LOCK_SECONDS = 3
+
+
+class LeftOut(NamedTuple):
+    """A table that is not captured, why, and what to do about it."""
+
+    table: str
+    reason: str
+    remedy: str
+
+
+@dataclass(slots=True)
+class Plan:
+    """What setup would do.
+
+    Attributes:
+        statements: In the order in which they run, as text.
+        tables: What is captured afterwards.
+        left_out: What is not.
+        warnings: What somebody should know or decide.
+    """
+
+    server: Server
+    statements: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the plan for `--json`."""
+        tables = [{"table": table.full_name, "key": list(table.key)} for table in self.tables]
+        left_out = [entry._asdict() for entry in self.left_out]
+        return {"tables": tables, "left_out": left_out, "warnings": self.warnings, "statements": self.statements}
+
+
+def plan(connection: Connection, settings: Settings, names: list[str], role: str = "") -> Plan:
+    """Decide what has to be done so that the tables can be captured.
+
+    Args:
+        connection: As a role that may read the catalogue.
+        settings: For the names of publication and slot.
+        names: Tables to add; all with a usable key when empty.
+        role: The role that capture will connect as; the connected one when empty.
+
+    Raises:
+        Misconfigured: `wal-level`, `no-free-slot`, `no-usable-key`, `no-such-table`, `publication-foreign`, `no-such-role`.
+    """
+    server = catalog.server(connection)
+    _check_server(connection, server, settings)
+    made = Plan(server)
+    found = catalog.named_tables(connection, names) if names else catalog.all_tables(connection)
+    for table in found:
+        reason = unusable(table)
+        if reason and names:
+            raise Misconfigured(
+                "no-usable-key", f"{table.full_name} cannot be captured: {reason.reason}.", reason.remedy
+            )
+        made.left_out += [reason] if reason else []
+    memory = recall(connection, settings.publication)
+    present = _present(connection, settings.publication, memory)
+    wanted = [table for table in found if not unusable(table)]
+    made.tables = sorted({t.oid: t for t in [*present, *wanted]}.values(), key=lambda t: t.full_name)
+    _fill(connection, settings, made, memory, {t.oid for t in present}, role)
+    return made
+
+
+def unusable(table: Table) -> LeftOut | None:
+    """Return why a table cannot be captured now, None when it can."""
+    name = table.identifier.as_string()
+    if table.keyless == "deferrable":
+        why = "its key is deferrable, so two rows may share it for a while (S9)"
+        return LeftOut(table.full_name, why, f"Make the constraint of {name} NOT DEFERRABLE.")
+    if table.keyless:
+        why = "it has no usable key; tables without a key are not captured yet (S10)"
+        index = sql.Identifier(table.unique).as_string()
+        use = (
+            f"ALTER TABLE {name} REPLICA IDENTITY USING INDEX {index}"
+            if table.unique
+            else f"ALTER TABLE {name} ADD PRIMARY KEY (…)"
+        )
+        return LeftOut(table.full_name, why, f"Run: {use}")
+    if table.kind == "p" and any(leaf.identity == identities.INDEX for leaf in table.leaves):
+        why = "a partition names its old rows by another index than the primary key"
+        return LeftOut(table.full_name, why, "ALTER TABLE that partition REPLICA IDENTITY DEFAULT.")
+    return None
+
+
+def apply(connection: Connection, made: Plan) -> None:
+    """Run the plan's statements in one transaction: all or none.
+
+    Raises:
+        Transient: `table-locked`.
+        Misconfigured: `setup-not-allowed`, `setup-failed`.
+    """
+    statement = ""
+    try:
+        with connection.transaction():
+            connection.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
+            for statement in made.statements:
+                connection.execute(statement.encode())
+    except psycopg.errors.LockNotAvailable as error:
+        said = f"A table was locked for more than {LOCK_SECONDS} s; nothing was changed: {statement}."
+        raise Transient("table-locked", said, "Run it again when the long transaction is over.") from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        said = f"{made.server.role} may not run: {statement} ({_first_line(error)}); nothing was changed."
+        raise Misconfigured(
+            "setup-not-allowed", said, "Give --dsn of the tables' owner or an administrator."
+        ) from error
+    except psycopg.Error as error:
+        said = f"Postgres refused: {statement} ({_first_line(error)}); nothing was changed."
+        raise Misconfigured("setup-failed", said, "Mend what it says and run setup again.") from error
+
+
+def _first_line(error: psycopg.Error) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _check_server(connection: Connection, server: Server, settings: Settings) -> None:
+    if server.wal_level != "logical":
+        raise Misconfigured(
+            "wal-level",
+            f"The server runs with wal_level={server.wal_level}; capture needs logical.",
+            "Run: ALTER SYSTEM SET wal_level = 'logical'; then restart Postgres.",
+        )
+    row = connection.execute(_ROOM, {"slot": settings.slot}).fetchone()
+    assert row is not None  # it always has one row
+    ours, slots, most_slots, senders, most_senders = row
+    if not ours and slots >= most_slots:
+        said = f"All of max_replication_slots={most_slots} are taken."
+        raise Misconfigured(
+            "no-free-slot", said, "Raise max_replication_slots and restart, or drop a slot nobody uses."
+        )
+    if not ours and senders >= most_senders:
+        said = f"All of max_wal_senders={most_senders} are taken."
+        raise Misconfigured("no-free-slot", said, "Raise max_wal_senders and restart.")
+
+
+def _present(connection: Connection, publication: str, memory: Memory | None) -> list[Table]:
+    """Return what our publication has already."""
+    row = connection.execute("SELECT count(*) FROM pg_publication WHERE pubname = %s", [publication]).fetchone()
+    if not row or not row[0]:
+        return []
+    if memory is None:
+        said = f"There is a publication {publication} that headrace did not make."
+        raise Misconfigured("publication-foreign", said, "Name another in HEADRACE_PUBLICATION, or drop it.")
+    return catalog.published_tables(connection, publication)
+
+
+def _fill(
+    connection: Connection, settings: Settings, made: Plan, memory: Memory | None, present: set[int], role: str
+) -> None:
+    """Write the statements: rights, identities, and then the publication, so that nothing is published too early."""
+    after = memory or Memory()
+    before = after.statement(settings.publication).as_string() if memory else ""
+    given = rights.missing(connection, made.tables, rights.role_of(connection, role or made.server.role))
+    after.grants += [grant for grant in given if grant not in after.grants]
+    statements = [rights.give(grant) for grant in given]
+    narrowed = identities.narrowed_elsewhere(connection, settings.publication)
+    for table in made.tables:
+        _identities(made, table, after, statements, narrowed=table.oid in narrowed)
+    statements += _publication(connection, settings.publication, made, present, exists=memory is not None)
+    if after.statement(settings.publication).as_string() != before:
+        statements.append(after.statement(settings.publication))
+    made.statements = [statement.as_string() for statement in statements]
+    made.warnings += _standby_warnings(connection, made.server)
+    if not made.tables:
+        raise Misconfigured(
+            "no-usable-key", "There is no table with a usable key.", "See the reasons: headrace setup --json"
+        )
+
+
+def _identities(made: Plan, table: Table, memory: Memory, statements: list[sql.Composed], *, narrowed: bool) -> None:
+    version = made.server.version
+    for schema, name, was, now in identities.changes(table, version, narrowed=narrowed):
+        to = sql.SQL(identities.WORDS[now])
+        statements.append(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(sql.Identifier(schema, name), to))
+        memory.changed(schema, name, was, now)
+    if identities.approximate(table, version, narrowed=narrowed):
+        made.warnings.append(
+            f"{table.full_name} keeps its replica identity, as FULL would make UPDATE and DELETE fail (S8): "
+            "a large value that an update leaves alone may have to be read again, and the table counts as approximate (S7)."
+        )
+
+
+def _publication(
+    connection: Connection, name: str, made: Plan, present: set[int], *, exists: bool
+) -> list[sql.Composed]:
+    options = {"publish": "'insert, update, delete, truncate'", "publish_via_partition_root": "true"}
+    if made.server.version >= catalog.GENERATED:
+        options["publish_generated_columns"] = "stored"
+    told = sql.SQL(", ".join(f"{option} = {value}" for option, value in options.items()))
+    publication = sql.Identifier(name)
+    new = sql.SQL(", ").join(table.identifier for table in made.tables if table.oid not in present)
+    if not exists:
+        return [sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH ({})").format(publication, new, told)]
+    statements = []
+    if not _options_hold(connection, name, made.server.version):
+        statements.append(sql.SQL("ALTER PUBLICATION {} SET ({})").format(publication, told))
+    if len(present) < len(made.tables):
+        statements.append(sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(publication, new))
+    return statements
+
+
+def _options_hold(connection: Connection, name: str, version: int) -> bool:
+    generated = "pubgencols = 's'" if version >= catalog.GENERATED else "true"
+    query = f"SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AND pubviaroot AND {generated} FROM pg_publication WHERE pubname = %s"
+    row = connection.execute(query.encode(), [name]).fetchone()
+    return bool(row and row[0])
+
+
+def _standby_warnings(connection: Connection, server: Server) -> list[str]:
+    """Say when a failover could promote a standby that lacks what was published (S2). Servers before 17 cannot help it."""
+    row = connection.execute(_STANDBYS).fetchone()
+    if not row or not row[0] or row[1]:
+        return []
+    if server.version < _FAILOVER_SLOTS:
+        return ["There are standbys, and slots of this server do not survive a failover: use 17 or newer (S2)."]
+    return [
+        "There are standbys, and synchronized_standby_slots is empty: after a failover a standby may lack changes that are in the log (S2)."
+    ]
+
+
+_FAILOVER_SLOTS = 170000
+
+_ROOM = """
+SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = %(slot)s),
+       (SELECT count(*) FROM pg_replication_slots), current_setting('max_replication_slots')::int,
+       (SELECT count(*) FROM pg_stat_replication), current_setting('max_wal_senders')::int
+"""
+
+_STANDBYS = """
+SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_type = 'physical') OR EXISTS (
+         SELECT FROM pg_stat_replication s WHERE NOT EXISTS (
+           SELECT FROM pg_replication_slots r WHERE r.active_pid = s.pid AND r.slot_type = 'logical')
+         AND s.application_name <> 'pg_basebackup'),
+       coalesce(current_setting('synchronized_standby_slots', true), '') <> ''
+"""

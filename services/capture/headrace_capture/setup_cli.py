@@ -1,0 +1,140 @@
+"""`headrace setup` and `headrace teardown`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table as Shown
+
+from headrace.cli.show import out, print_json
+from headrace.errors import USAGE
+from headrace.log import Log
+from headrace.settings import Settings, load
+from headrace_capture import setup as making
+from headrace_capture import teardown as removing
+from headrace_capture.catalog import connect
+
+Dsn = Annotated[
+    str | None, typer.Option("--dsn", metavar="DSN", help="Connect as this role; HEADRACE_DSN when not given.")
+]
+Tables = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--table", metavar="SCHEMA.TABLE", help="Capture this table; may be repeated. All with a key if none."
+    ),
+]
+RoleName = Annotated[
+    str, typer.Option("--role", metavar="ROLE", help="The role that capture and verify will use; the connected one.")
+]
+Apply = Annotated[bool, typer.Option("--apply", help="Run the statements; without it they are only printed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+WithTopics = Annotated[
+    bool, typer.Option("--topics", help="Delete the source's topics too: every view must be rebuilt.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+def setup(
+    dsn: Dsn = None, table: Tables = None, role: RoleName = "", apply: Apply = False, json: AsJson = False
+) -> None:
+    """Prepare Postgres for capture: publication, replica identities, rights. Prints every statement; runs them with --apply.
+
+    Tables without a usable key are left out, with what to do about it. Running it again adds what is new. Nothing that it
+    does makes a statement of the application fail. Exit code 3: something must be changed first; 5: Postgres does not answer.
+
+    Examples:
+
+        headrace setup
+
+        headrace setup --apply
+
+        headrace setup --dsn postgresql://admin@db/shop --table public.products --table public.orders --role headrace --apply
+    """
+    settings = _settings(dsn)
+    with connect(settings.dsn, name="headrace setup", setting=_where(dsn)) as connection:
+        made = making.plan(connection, settings, table or [], role)
+        if json:
+            print_json(made.facts() | {"applied": apply})
+        else:
+            _show(made, applied=apply)
+        if apply:
+            making.apply(connection, made)
+    if not json:
+        _next(made, applied=apply)
+
+
+def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False) -> None:
+    """Take headrace away from Postgres: slot, publication, and everything that setup changed is put back.
+
+    Exit code 3: capture is still running, or the role may not do it. Views and their stores stay: see `headrace drop`.
+
+    Examples:
+
+        headrace teardown
+
+        headrace teardown --topics --yes
+    """
+    settings = _settings(dsn)
+    with connect(settings.dsn, name="headrace teardown", setting=_where(dsn)) as connection:
+        removal = removing.plan(connection, settings)
+        for line in _told(settings, removal, topics=topics):
+            typer.echo(line)
+        _agree(yes=yes)
+        removing.run(connection, settings, removal)
+    if topics:
+        for topic in Log(settings).delete_topics():
+            typer.echo(f"deleted topic {topic}")
+    typer.echo(f"headrace is gone from source {settings.source}.")
+
+
+def _settings(dsn: str | None) -> Settings:
+    settings = load()
+    return replace(settings, dsn=dsn) if dsn else settings
+
+
+def _where(dsn: str | None) -> str:
+    return "--dsn" if dsn else "HEADRACE_DSN"
+
+
+def _show(made: making.Plan, *, applied: bool) -> None:
+    shown = Shown("captured table", "key")
+    for table in made.tables:
+        shown.add_row(escape(table.full_name), escape(", ".join(table.key)))
+    out.print(shown)
+    for left in made.left_out:
+        out.print(f"[yellow]left out[/yellow] {escape(left.table)}: {escape(left.reason)}. {escape(left.remedy)}")
+    for warning in made.warnings:
+        out.print(f"[yellow]note[/yellow] {escape(warning)}")
+    if made.statements:
+        typer.echo("-- running" if applied else "-- would run")
+    for statement in made.statements:
+        typer.echo(f"{statement};")
+
+
+def _next(made: making.Plan, *, applied: bool) -> None:
+    if not made.statements:
+        typer.echo("Nothing to do: the source is ready. Next: headrace capture")
+    elif applied:
+        typer.echo("Done. The slot is made by capture at its first start. Next: headrace capture")
+    else:
+        typer.echo("Nothing was changed. Run them yourself, or again with --apply.")
+
+
+def _told(settings: Settings, removal: removing.Removal, *, topics: bool) -> list[str]:
+    lines = [f"-- drop the replication slot {settings.slot}"] if removal.slot else []
+    lines += [f"{statement};" for statement in removal.statements]
+    lines += [f"-- delete the topics {settings.source}.*"] if topics else []
+    return [*(lines or ["-- nothing of headrace is left in Postgres"]), *removal.kept]
+
+
+def _agree(*, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        typer.echo("Nothing was changed. Say --yes to do it.", err=True)
+        raise typer.Exit(USAGE)
+    typer.confirm("Do this?", abort=True)

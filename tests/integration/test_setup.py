@@ -1,0 +1,327 @@
+"""Setup and teardown of a source: what is captured, what never breaks the application (S8-S10), and that nothing stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import orjson
+import psycopg
+import pytest
+import typer
+from psycopg import errors as pg
+from typer.testing import CliRunner
+
+from headrace.errors import Misconfigured, Transient
+from headrace.settings import Settings
+from headrace_capture import catalog, setup, teardown
+from headrace_capture.cli import setup as setup_command
+from headrace_capture.slot import slot_facts
+from headrace_ops.postgres import Postgres
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+LONG = "repeat(md5('x'), 400)"
+
+
+@pytest.fixture
+def source(fresh_database: Callable[[], str]) -> Settings:
+    """Settings of an empty database."""
+    dsn = fresh_database()
+    name = dsn.rpartition("/")[2]
+    return replace(Settings(), source=name, dsn=dsn, slot=name, publication=name)
+
+
+@pytest.fixture
+def db(source: Settings) -> Iterator[Connection]:
+    """A connection with headrace's session settings."""
+    with catalog.connect(source.dsn) as connection:
+        yield connection
+
+
+def prepared(db: Connection, source: Settings, *names: str) -> setup.Plan:
+    """Run setup; return its plan."""
+    made = setup.plan(db, source, list(names))
+    setup.apply(db, made)
+    return made
+
+
+def identity(db: Connection, table: str) -> str:
+    """Return a table's replica identity."""
+    row = db.execute("SELECT relreplident::text FROM pg_class WHERE oid = %s::regclass", [table]).fetchone()
+    assert row
+    return str(row[0])
+
+
+def published(db: Connection, source: Settings) -> dict[str, list[str]]:
+    """Return the published columns by table."""
+    return {t.full_name: [c.name for c in t.published] for t in catalog.published_tables(db, source.publication)}
+
+
+def test_every_table_with_a_key_is_published_and_a_second_run_has_nothing_to_do(
+    db: Connection, source: Settings
+) -> None:
+    db.execute(
+        "CREATE SCHEMA s; CREATE TABLE s.a (id int PRIMARY KEY, n int); CREATE TABLE public.b (x text, y int, PRIMARY KEY (y, x))"
+    )
+    made = prepared(db, source)
+    assert {table.full_name: table.key for table in made.tables} == {"s.a": ("id",), "public.b": ("y", "x")}
+    assert published(db, source) == {"s.a": ["id", "n"], "public.b": ["x", "y"]}
+    assert setup.plan(db, source, []).statements == []
+
+
+def test_a_new_table_is_added_by_the_next_run(db: Connection, source: Settings) -> None:
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY)")
+    prepared(db, source)
+    db.execute("CREATE TABLE public.b (id int PRIMARY KEY)")
+    assert len(prepared(db, source).statements) == 1
+    assert sorted(published(db, source)) == ["public.a", "public.b"]
+
+
+def test_without_apply_nothing_changes(db: Connection, source: Settings) -> None:
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY, big text)")
+    assert setup.plan(db, source, []).statements
+    assert db.execute("SELECT FROM pg_publication").fetchall() == []
+    assert identity(db, "public.a") == "d"
+
+
+def test_only_tables_with_out_of_line_columns_get_full(db: Connection, source: Settings) -> None:
+    db.execute(
+        "CREATE TABLE public.wide (id int PRIMARY KEY, big text); CREATE TABLE public.slim (id int PRIMARY KEY, s varchar(9))"
+    )
+    prepared(db, source)
+    assert (identity(db, "public.wide"), identity(db, "public.slim")) == ("f", "d")
+
+
+@pytest.mark.parametrize(("kind", "given", "wanted"), [
+    ("STORED", "DEFAULT", "f"),   # 18 can publish stored ones, and then FULL is harmless
+    ("VIRTUAL", "DEFAULT", "d"),  # never published: FULL would make UPDATE and DELETE fail
+    ("VIRTUAL", "FULL", "d"),     # was harmless unpublished, and would fail once published
+    ("STORED", "NOTHING", "f"),   # would fail once published
+])  # fmt: skip
+def test_s8_no_statement_of_the_application_fails_with_generated_columns(
+    db: Connection, source: Settings, kind: str, given: str, wanted: str
+) -> None:
+    db.execute(
+        f"CREATE TABLE public.g (id int PRIMARY KEY, n int, big text, twice int GENERATED ALWAYS AS (n * 2) {kind})"
+    )
+    db.execute(f"ALTER TABLE public.g REPLICA IDENTITY {given}; INSERT INTO public.g VALUES (1, 1, {LONG})")
+    made = prepared(db, source)
+    assert identity(db, "public.g") == wanted
+    assert bool(made.warnings) == (wanted == "d")
+    db.execute("UPDATE public.g SET n = 2; DELETE FROM public.g")
+    assert ("twice" in published(db, source)["public.g"]) == (kind == "STORED")
+
+
+@pytest.mark.parametrize(("kind", "option"), [("VIRTUAL", "none"), ("VIRTUAL", "stored"), ("STORED", "none")])
+def test_s8_seen_full_with_an_unpublished_generated_column_makes_update_and_delete_fail(
+    db: Connection, kind: str, option: str
+) -> None:
+    """What setup must avoid; if Postgres mends this, setup may become simpler."""
+    db.execute(f"CREATE TABLE public.g (id int PRIMARY KEY, n int, twice int GENERATED ALWAYS AS (n * 2) {kind})")
+    db.execute("ALTER TABLE public.g REPLICA IDENTITY FULL; INSERT INTO public.g VALUES (1, 1)")
+    db.execute(f"CREATE PUBLICATION p FOR TABLE public.g WITH (publish_generated_columns = {option})")
+    for statement in ("UPDATE public.g SET n = 2", "DELETE FROM public.g"):
+        with pytest.raises(pg.InvalidColumnReference, match="unpublished generated columns"):
+            db.execute(statement.encode())
+
+
+@pytest.mark.parametrize("other", ["TABLE public.t (id, n)", "ALL TABLES"])
+def test_s8_another_publication_that_leaves_columns_out_keeps_full_away(
+    db: Connection, source: Settings, other: str
+) -> None:
+    generated = ", g int GENERATED ALWAYS AS (n * 2) STORED" if other == "ALL TABLES" else ""
+    db.execute(
+        f"CREATE TABLE public.t (id int PRIMARY KEY, n int, big text{generated}); CREATE PUBLICATION other FOR {other}"
+    )
+    db.execute("INSERT INTO public.t VALUES (1, 1, 'x')")
+    assert prepared(db, source).warnings
+    assert identity(db, "public.t") == "d"
+    db.execute("UPDATE public.t SET n = 2; DELETE FROM public.t")
+
+
+def test_a_partitioned_table_is_captured_under_its_root_and_its_partitions_get_full(
+    db: Connection, source: Settings
+) -> None:
+    db.execute("CREATE TABLE public.p (id int, big text, PRIMARY KEY (id)) PARTITION BY RANGE (id)")
+    db.execute("CREATE TABLE public.p1 PARTITION OF public.p FOR VALUES FROM (0) TO (10)")
+    prepared(db, source)
+    assert sorted(published(db, source)) == ["public.p"]
+    assert identity(db, "public.p1") == "f"
+    with pytest.raises(Misconfigured, match=r"partition of public\.p"):
+        setup.plan(db, source, ["public.p1"])
+
+
+def test_a_table_without_a_key_is_left_out_with_what_to_do_and_refused_when_named(
+    db: Connection, source: Settings
+) -> None:
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.k (x int NOT NULL)")
+    db.execute("CREATE UNIQUE INDEX k_x ON public.k (x); CREATE TABLE public.none (x int)")
+    made = prepared(db, source)
+    assert [t.full_name for t in made.tables] == ["public.a"]
+    remedies = {left.table: left.remedy for left in made.left_out}
+    assert "ADD PRIMARY KEY" in remedies["public.none"]
+    db.execute(remedies["public.k"].removeprefix("Run: ").encode())
+    assert [t.full_name for t in prepared(db, source, "public.k").tables] == ["public.a", "public.k"]
+    with pytest.raises(Misconfigured, match="S10") as refused:
+        setup.plan(db, source, ["none"])
+    assert refused.value.code == "no-usable-key"
+
+
+def test_s9_a_deferrable_key_is_not_a_key(db: Connection, source: Settings) -> None:
+    db.execute("CREATE TABLE public.d (id int PRIMARY KEY DEFERRABLE); CREATE TABLE public.a (id int PRIMARY KEY)")
+    assert [left.table for left in setup.plan(db, source, []).left_out] == ["public.d"]
+    with pytest.raises(Misconfigured, match="S9"):
+        setup.plan(db, source, ["public.d"])
+
+
+def test_where_an_index_is_the_replica_identity_it_is_the_key(db: Connection, source: Settings) -> None:
+    """The stream names old rows by it alone, so the primary key of a deleted row is not known."""
+    db.execute(
+        "CREATE TABLE public.t (id int PRIMARY KEY, code text NOT NULL, big text); CREATE UNIQUE INDEX by_code ON public.t (code)"
+    )
+    db.execute("ALTER TABLE public.t REPLICA IDENTITY USING INDEX by_code")
+    made = prepared(db, source)
+    assert made.tables[0].key == ("code",)
+    assert identity(db, "public.t") == "i"
+
+
+def test_teardown_puts_everything_back(db: Connection, source: Settings) -> None:
+    db.execute(
+        "CREATE TABLE public.wide (id int PRIMARY KEY, big text); CREATE TABLE public.quiet (id int PRIMARY KEY, big text)"
+    )
+    db.execute(
+        "CREATE TABLE public.mine (id int PRIMARY KEY, big text); ALTER TABLE public.quiet REPLICA IDENTITY NOTHING"
+    )
+    prepared(db, source)
+    db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [source.slot])
+    db.execute("ALTER TABLE public.mine REPLICA IDENTITY NOTHING")  # changed by its owner since: not ours any more
+    teardown.run(db, source, teardown.plan(db, source))
+    assert [identity(db, f"public.{t}") for t in ("wide", "quiet", "mine")] == ["d", "n", "n"]
+    assert db.execute("SELECT FROM pg_publication").fetchall() == []
+    assert slot_facts(source)["exists"] is False
+    assert teardown.plan(db, source) == teardown.Removal(slot=False, statements=(), kept=())
+
+
+def test_a_publication_of_somebody_else_is_neither_used_nor_dropped(db: Connection, source: Settings) -> None:
+    db.execute(
+        f"CREATE TABLE public.a (id int PRIMARY KEY); CREATE PUBLICATION {source.publication} FOR TABLE public.a"
+    )
+    with pytest.raises(Misconfigured, match="did not make"):
+        setup.plan(db, source, [])
+    removal = teardown.plan(db, source)
+    assert not removal.statements
+    assert removal.kept
+
+
+def test_teardown_refuses_while_capture_runs(db: Connection, source: Settings) -> None:
+    db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [source.slot])
+    db.execute(f"CREATE PUBLICATION {source.publication}")
+    with closing(catalog.connect_replication(source.dsn)) as streaming:
+        pgconn = streaming.pgconn
+        pgconn.exec_(
+            f"START_REPLICATION SLOT {source.slot} LOGICAL 0/0 (proto_version '1', publication_names '{source.publication}')".encode()
+        )
+        assert slot_facts(source)["active"] is True
+        with pytest.raises(Misconfigured) as refused:
+            teardown.plan(db, source)
+    assert refused.value.code == "slot-active"
+
+
+def test_a_plain_role_gets_what_it_lacks_and_loses_it_again(db: Connection, source: Settings) -> None:
+    role = f"{source.source}_role"
+    db.execute(f"CREATE SCHEMA s; CREATE TABLE s.a (id int PRIMARY KEY); CREATE ROLE {role} LOGIN PASSWORD 'pw'")
+    db.execute("ALTER TABLE s.a ENABLE ROW LEVEL SECURITY; INSERT INTO s.a VALUES (1)")
+    try:
+        setup.apply(db, setup.plan(db, source, [], role))
+        assert setup.plan(db, source, [], role).statements == []
+        theirs = psycopg.conninfo.make_conninfo(source.dsn, user=role, password="pw")  # noqa: S106
+        with catalog.connect(theirs) as plain, catalog.connect_replication(theirs) as walsender:
+            assert plain.execute("SELECT * FROM s.a").fetchall() == [(1,)]
+            facts = catalog.server(plain)
+            assert (facts.system_id, facts.timeline) == catalog.identify(walsender)[:2]
+            assert not catalog.published_tables(plain, source.publication)[0].filtered
+        teardown.run(db, source, teardown.plan(db, source))
+        with catalog.connect(theirs) as plain, pytest.raises(pg.InsufficientPrivilege):
+            plain.execute("SELECT * FROM s.a")
+        with pytest.raises(Misconfigured, match="REPLICATION"):
+            catalog.connect_replication(theirs)
+    finally:
+        db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_a_locked_table_stops_setup_soon_and_whole(db: Connection, source: Settings) -> None:
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY, big text)")
+    made = setup.plan(db, source, [])
+    with psycopg.connect(source.dsn) as other:
+        other.execute("LOCK TABLE public.a IN ACCESS SHARE MODE")
+        with pytest.raises(Transient) as refused:
+            setup.apply(db, made)
+    assert refused.value.code == "table-locked"
+    assert db.execute("SELECT FROM pg_publication").fetchall() == []
+
+
+def test_bad_connections_name_the_setting(postgres: Postgres, source: Settings) -> None:
+    wrong = {
+        "postgres-away": "postgresql://postgres@127.0.0.1:1/postgres",
+        "postgres-refused": postgres.dsn("no_such_database"),
+        "postgres-dsn": "not a dsn",
+    }
+    for code, dsn in wrong.items():
+        with pytest.raises((Misconfigured, Transient)) as refused:
+            catalog.connect(dsn)
+        assert refused.value.code == code
+        assert "HEADRACE_DSN" in str(refused.value)
+
+
+def test_a_wrong_password_is_told_and_not_shown(
+    db: Connection, source: Settings
+) -> None:
+    role = f"{source.source}_role"
+    db.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'right'")
+    dsn = psycopg.conninfo.make_conninfo(source.dsn, user=role, password="secret-wrong")  # noqa: S106
+    try:
+        with pytest.raises(Misconfigured, match="password") as refused:
+            catalog.connect(dsn)
+        assert "secret-wrong" not in str(refused.value)
+    finally:
+        db.execute(f"DROP ROLE {role}")
+
+
+def test_wal_level_replica_is_refused_with_the_remedy(postgres: Postgres, source: Settings) -> None:
+    with catalog.connect(source.dsn) as db:
+        db.execute("CREATE TABLE public.a (id int PRIMARY KEY); ")
+        db.execute("ALTER SYSTEM SET wal_level = replica")
+    try:
+        restart(postgres)
+        with catalog.connect(source.dsn) as db, pytest.raises(Misconfigured, match="wal_level=replica") as refused:
+            setup.plan(db, source, [])
+        assert "ALTER SYSTEM" in refused.value.remedy
+    finally:
+        with catalog.connect(source.dsn) as db:
+            db.execute("ALTER SYSTEM RESET wal_level")
+        restart(postgres)
+
+
+def restart(postgres: Postgres) -> None:
+    """Stop and start it."""
+    postgres.stop()
+    postgres.start()
+
+
+def test_the_command_prints_every_statement_and_json(
+    source: Settings, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db.execute('CREATE TABLE public."Odd.Name" (id int PRIMARY KEY, big text)')
+    for name in ("source", "slot", "publication"):
+        monkeypatch.setenv(f"HEADRACE_{name.upper()}", source.source)
+    app = typer.Typer()
+    app.command()(setup_command)
+    run = CliRunner()
+    text = run.invoke(app, ["--dsn", source.dsn]).output
+    said = orjson.loads(run.invoke(app, ["--dsn", source.dsn, "--json", "--apply"]).output)
+    assert said["applied"]
+    assert 'ALTER TABLE "public"."Odd.Name" REPLICA IDENTITY FULL' in said["statements"]
+    assert all(f"{statement};" in text for statement in said["statements"])
+    assert "Nothing to do" in run.invoke(app, ["--dsn", source.dsn, "--apply"]).output
