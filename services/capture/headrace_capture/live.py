@@ -1,0 +1,102 @@
+"""The live keys of a table, as its topic in the log has them, listed on disk (I10).
+
+Strategy: a temporary SQLite file maps each live key to where its newest record stands. It is filled by reading the topic from
+offset 0 and kept up by reading on from there, so asking twice costs only what came between. Three rules need it: TRUNCATE deletes
+exactly these keys (S11), a snapshot that started again deletes those which it did not write (S6), and a value kept out of line can be
+had from the key's newest record (S7). Rows are not kept: one that is wanted is read again from its offset.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from headrace.log import Log
+from headrace.log.tail import BEGINNING, Record, read_to_end
+
+_BUNCH = 5_000
+
+
+class LiveKeys:
+    """The live keys of one table. Only committed records count: seal the open cut before asking."""
+
+    def __init__(self, log: Log, table: str) -> None:
+        """Make an empty list; `catch_up` fills it."""
+        self._settings = log.settings
+        topic = log.topic_of(table)
+        self._next = {(topic, partition): BEGINNING for partition in range(log.partitions([topic])[topic])}
+        self._topic = topic
+        self._folder = tempfile.TemporaryDirectory(prefix="headrace-keys-")
+        self._db = sqlite3.connect(Path(self._folder.name) / "keys.sqlite", isolation_level=None)
+        self._db.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;"
+            "CREATE TABLE live (key BLOB PRIMARY KEY, lsn INTEGER, partition INTEGER, at INTEGER) WITHOUT ROWID"
+        )
+
+    def __enter__(self) -> Self:
+        """Return the list itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Remove the file."""
+        self.close()
+
+    def catch_up(self, tick: Callable[[], None]) -> None:
+        """Read the topic on to its end; `tick` is called now and then.
+
+        Raises:
+            Transient: `kafka-away`.
+        """
+        bunch: list[Record] = []
+        for record in read_to_end(self._settings, dict(self._next)):
+            bunch.append(record)
+            if len(bunch) >= _BUNCH:
+                self._take(bunch)
+                bunch.clear()
+                tick()
+        self._take(bunch)
+
+    def keys(self, below: int | None = None) -> Iterator[bytes]:
+        """Yield the live keys in their order; only those whose newest record has a commit LSN below `below`, if given."""
+        bound = (1 << 63) - 1 if below is None else below
+        after = b""
+        while True:
+            rows = self._db.execute(
+                "SELECT key FROM live WHERE key > ? AND lsn < ? ORDER BY key LIMIT ?", (after, bound, _BUNCH)
+            ).fetchall()
+            for (key,) in rows:
+                yield key
+            if len(rows) < _BUNCH:
+                return
+            after = rows[-1][0]
+
+    def value(self, key: bytes) -> bytes | None:
+        """Return the value of the key's newest record, None when the key is not live."""
+        row = self._db.execute("SELECT partition, at FROM live WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        records = read_to_end(self._settings, {(self._topic, row[0]): row[1]})
+        try:
+            return next(record.value for record in records if record.key == key)
+        finally:
+            records.close()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._db.close()
+        self._folder.cleanup()
+
+    def _take(self, records: list[Record]) -> None:
+        self._db.execute("BEGIN")
+        for record in records:
+            if record.value is None:
+                self._db.execute("DELETE FROM live WHERE key = ?", (record.key,))
+            else:
+                row = (record.key, int(dict(record.headers)["lsn"]), record.partition, record.offset)
+                self._db.execute("INSERT OR REPLACE INTO live VALUES (?, ?, ?, ?)", row)
+            self._next[record.topic, record.partition] = record.offset + 1
+        self._db.execute("COMMIT")

@@ -1,0 +1,375 @@
+"""The decoder of Postgres's logical replication messages: bytes in, values out, no I/O.
+
+Strategy: `parse` looks at the first byte and hands the payload to one small function for that message (protocol version 1, without
+streaming of open transactions). Nothing is guessed: a read beyond the end raises, and every message must end exactly at its
+payload's end, so that a misread length never goes through unnoticed. Row messages, which are nearly all there is, are read by one
+plain loop over the payload; everything else by a cursor. Values stay Postgres's text, as bytes; `values` makes JSON of them.
+
+`unframe` and `status` speak the layer below: the CopyData messages of the streaming replication protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from struct import Struct, error
+from typing import Final, NamedTuple
+
+PROTOCOL: Final = "1"
+
+
+class DecodeError(Exception):
+    """The bytes are not a message of the protocol. Says which message, and where it stopped making sense."""
+
+
+class Unchanged:
+    """Stands in an updated row for a value kept out of line that the update left alone (TOAST)."""
+
+    def __repr__(self) -> str:
+        """Return a name for messages."""
+        return "UNCHANGED"
+
+
+UNCHANGED: Final = Unchanged()
+Datum = bytes | None | Unchanged
+"""A column's value: Postgres's text, None for NULL, UNCHANGED."""
+Datums = Sequence[Datum]
+
+_EPOCH_US: Final = 946_684_800_000_000
+"""2000-01-01 in µs since the Unix epoch: Postgres counts from there."""
+
+
+class Begin(NamedTuple):
+    """A transaction begins. `commit_lsn` is that of its commit record, `commit_ts` ms since the Unix epoch."""
+
+    commit_lsn: int
+    commit_ts: int
+    xid: int
+
+
+class Commit(NamedTuple):
+    """A transaction is whole. `end_lsn` is where its commit record ends: what a checkpoint names."""
+
+    commit_lsn: int
+    end_lsn: int
+    commit_ts: int
+
+
+class RelationColumn(NamedTuple):
+    """A column as the stream sends it. `identity`: it is part of the replica identity (all are under FULL, so this is no key: S8)."""
+
+    identity: bool
+    name: str
+    type_oid: int
+    modifier: int
+
+
+class Relation(NamedTuple):
+    """The shape of a table, sent before its first row and again after it may have changed."""
+
+    oid: int
+    schema: str
+    name: str
+    identity: str
+    columns: tuple[RelationColumn, ...]
+
+
+class Type(NamedTuple):
+    """A type that is not built in, sent before a Relation that uses it."""
+
+    oid: int
+    schema: str
+    name: str
+
+
+class Insert(NamedTuple):
+    """A new row."""
+
+    oid: int
+    new: Datums
+
+
+class Update(NamedTuple):
+    """A changed row. `old` is the old key, or the old row under FULL (`whole`), or None when the key did not change."""
+
+    oid: int
+    old: Datums | None
+    whole: bool
+    new: Datums
+
+
+class Delete(NamedTuple):
+    """A row that is gone: its key, or the row under FULL (`whole`)."""
+
+    oid: int
+    old: Datums
+    whole: bool
+
+
+class Truncate(NamedTuple):
+    """Tables that are empty now."""
+
+    oids: tuple[int, ...]
+    cascade: bool
+    restart_identity: bool
+
+
+class Origin(NamedTuple):
+    """The transaction was replicated from elsewhere."""
+
+    commit_lsn: int
+    name: str
+
+
+class Message(NamedTuple):
+    """What `pg_logical_emit_message` wrote."""
+
+    transactional: bool
+    lsn: int
+    prefix: str
+    content: bytes
+
+
+Parsed = Begin | Commit | Relation | Type | Insert | Update | Delete | Truncate | Origin | Message
+
+
+class XLogData(NamedTuple):
+    """One message of the stream."""
+
+    payload: bytes
+
+
+class Keepalive(NamedTuple):
+    """Postgres has sent everything up to `wal_end`; `reply` asks for a status at once."""
+
+    wal_end: int
+    reply: bool
+
+
+_I16, _I32, _I64 = Struct(">H"), Struct(">I"), Struct(">Q")
+_read16, _read32, _read64 = _I16.unpack_from, _I32.unpack_from, _I64.unpack_from
+_KEEPALIVE = Struct(">cQqB")
+_STATUS = Struct(">cQQQqB")
+_DATA_HEADER = 25
+_NULL, _TEXT, _TOAST = b"nut"[0], b"nut"[2], b"nut"[1]
+
+
+class _Cursor:
+    """Reads forward through one payload and refuses to read beyond its end."""
+
+    __slots__ = ("_at", "_buffer")
+
+    def __init__(self, buffer: bytes, at: int = 1) -> None:
+        self._buffer = buffer
+        self._at = at
+
+    def _number(self, layout: Struct) -> int:
+        (number,) = layout.unpack_from(self._buffer, self._at)
+        self._at += layout.size
+        return int(number)
+
+    def int8(self) -> int:
+        return self.take(1)[0]
+
+    def int16(self) -> int:
+        return self._number(_I16)
+
+    def int32(self) -> int:
+        return self._number(_I32)
+
+    def int64(self) -> int:
+        return self._number(_I64)
+
+    def timestamp(self) -> int:
+        """Read µs since 2000 (signed), return ms since 1970."""
+        raw = self.int64()
+        return (raw - ((raw >> 63) << 64) + _EPOCH_US) // 1000
+
+    def text(self) -> str:
+        end = self._buffer.index(b"\0", self._at)
+        found = self._buffer[self._at : end]
+        self._at = end + 1
+        return found.decode()
+
+    def take(self, count: int) -> bytes:
+        found = self._buffer[self._at : self._at + count]
+        if len(found) != count:
+            raise DecodeError(f"{count} bytes wanted at {self._at}, {len(found)} there")
+        self._at += count
+        return found
+
+    def flag(self, most: int = 1) -> int:
+        value = self.int8()
+        if value > most:
+            raise DecodeError(f"flags {value} at {self._at - 1}")
+        return value
+
+    def end(self) -> None:
+        if self._at != len(self._buffer):
+            raise DecodeError(f"{len(self._buffer) - self._at} bytes left over at {self._at}")
+
+
+def parse(payload: bytes) -> Parsed:
+    """Decode one message.
+
+    Raises:
+        DecodeError: it is not exactly one message of protocol version 1.
+    """
+    try:
+        return _PARSERS[payload[0]](payload)
+    except KeyError:
+        raise DecodeError(f"unknown message {payload[:1]!r}") from None
+    except DecodeError as failure:
+        raise DecodeError(f"message {payload[:1]!r} of {len(payload)} bytes: {failure}") from None
+    except (IndexError, ValueError, error) as failure:  # a read beyond the end, text without its end or not UTF-8
+        raise DecodeError(f"message {payload[:1]!r} of {len(payload)} bytes: {failure}") from failure
+
+
+def unframe(data: bytes | memoryview) -> XLogData | Keepalive:
+    """Decode what one CopyData of the replication protocol carries.
+
+    Raises:
+        DecodeError: it is neither of the two messages that a server sends.
+    """
+    if data[:1] == b"w" and len(data) > _DATA_HEADER:
+        return XLogData(bytes(data[_DATA_HEADER:]))
+    if data[:1] == b"k" and len(data) == _KEEPALIVE.size:
+        _, wal_end, _, reply = _KEEPALIVE.unpack(data)
+        return Keepalive(wal_end, bool(reply))
+    raise DecodeError(f"a CopyData {bytes(data[:1])!r} of {len(data)} bytes")
+
+
+def status(lsn: int, now: float) -> bytes:
+    """Return a standby status update that confirms everything below `lsn`; `now` is seconds since the Unix epoch."""
+    return _STATUS.pack(b"r", lsn, lsn, lsn, int(now * 1_000_000) - _EPOCH_US, 0)
+
+
+def _begin(payload: bytes) -> Begin:
+    at = _Cursor(payload)
+    found = Begin(at.int64(), at.timestamp(), at.int32())
+    at.end()
+    return found
+
+
+def _commit(payload: bytes) -> Commit:
+    at = _Cursor(payload)
+    at.flag(0)
+    found = Commit(at.int64(), at.int64(), at.timestamp())
+    at.end()
+    return found
+
+
+def _relation(payload: bytes) -> Relation:
+    at = _Cursor(payload)
+    oid, schema, name, identity = at.int32(), at.text(), at.text(), at.take(1).decode()
+    columns = tuple(RelationColumn(bool(at.flag()), at.text(), at.int32(), _signed(at.int32())) for _ in range(at.int16()))
+    at.end()
+    return Relation(oid, schema or "pg_catalog", name, identity, columns)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 32) if number >> 31 else number
+
+
+def _type(payload: bytes) -> Type:
+    at = _Cursor(payload)
+    found = Type(at.int32(), at.text(), at.text())
+    at.end()
+    return found
+
+
+def _truncate(payload: bytes) -> Truncate:
+    at = _Cursor(payload)
+    count, flags = at.int32(), at.flag(3)
+    if count * 4 > len(payload):
+        raise DecodeError(f"{count} tables in {len(payload)} bytes")
+    found = Truncate(tuple(at.int32() for _ in range(count)), bool(flags & 1), bool(flags & 2))
+    at.end()
+    return found
+
+
+def _origin(payload: bytes) -> Origin:
+    at = _Cursor(payload)
+    found = Origin(at.int64(), at.text())
+    at.end()
+    return found
+
+
+def _message(payload: bytes) -> Message:
+    at = _Cursor(payload)
+    transactional, lsn, prefix = bool(at.flag()), at.int64(), at.text()
+    found = Message(transactional, lsn, prefix, at.take(at.int32()))
+    at.end()
+    return found
+
+
+def _insert(payload: bytes) -> Insert:
+    _expect(payload, 5, b"N")
+    new, end = _row(payload, 6)
+    _ended(payload, end)
+    return Insert(_read32(payload, 1)[0], new)
+
+
+def _update(payload: bytes) -> Update:
+    kind, at = payload[5:6], 6
+    old: list[Datum] | None = None
+    if kind != b"N":
+        _expect(payload, 5, b"KO")
+        old, at = _row(payload, 6)
+        _expect(payload, at, b"N")
+        at += 1
+    new, end = _row(payload, at)
+    _ended(payload, end)
+    return Update(_read32(payload, 1)[0], old, kind == b"O", new)
+
+
+def _delete(payload: bytes) -> Delete:
+    _expect(payload, 5, b"KO")
+    old, end = _row(payload, 6)
+    _ended(payload, end)
+    return Delete(_read32(payload, 1)[0], old, payload[5:6] == b"O")
+
+
+def _expect(payload: bytes, at: int, kinds: bytes) -> None:
+    if payload[at] not in kinds:
+        raise DecodeError(f"{payload[at : at + 1]!r} at {at} where one of {kinds!r} belongs")
+
+
+def _ended(payload: bytes, end: int) -> None:
+    if end != len(payload):
+        raise DecodeError(f"it ends at {end}")
+
+
+def _row(payload: bytes, at: int) -> tuple[list[Datum], int]:
+    """Read one row; return it and where it ends. A length beyond the end makes `end` too large, which the caller refuses."""
+    columns: list[Datum] = []
+    add = columns.append
+    (count,) = _read16(payload, at)
+    at += 2
+    for _ in range(count):
+        kind = payload[at]
+        at += 1
+        if kind == _TEXT:
+            begin = at + 4
+            at = begin + _read32(payload, at)[0]
+            add(payload[begin:at])
+        elif kind == _NULL:
+            add(None)
+        elif kind == _TOAST:
+            add(UNCHANGED)
+        else:
+            raise DecodeError(f"a column of kind {kind} at {at - 1}")
+    return columns, at
+
+
+_PARSERS: dict[int, Callable[[bytes], Parsed]] = {
+    b"B"[0]: _begin,
+    b"C"[0]: _commit,
+    b"R"[0]: _relation,
+    b"Y"[0]: _type,
+    b"I"[0]: _insert,
+    b"U"[0]: _update,
+    b"D"[0]: _delete,
+    b"T"[0]: _truncate,
+    b"O"[0]: _origin,
+    b"M"[0]: _message,
+}

@@ -1,0 +1,120 @@
+"""What capture says of itself: to people on the terminal, to everyone else in `headrace.control` once a second [I13].
+
+It is also the watchdog of S15: the loop beats, and when it has not for ten seconds (Kafka does not take the cut) the replication
+connection is shut down from here, so that Postgres can stop or go on without us; the slot keeps the WAL.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from headrace.change import Checkpoint, format_lsn
+from headrace.control import Control, Report
+from headrace.errors import HeadraceError
+
+NAME = "capture"
+STALLED_SECONDS = 10.0
+
+
+class Progress:
+    """The state that the loop writes and a thread reports.
+
+    Attributes:
+        changes: Records written since the start.
+    """
+
+    def __init__(self, control: Control, say: Callable[[str], None]) -> None:
+        """Report through `control`, tell people through `say`."""
+        self.say = say
+        self.changes = 0
+        self._control = control
+        self._report = Report(NAME, phase="starting", live=True)
+        self._facts: dict[str, int | str] = {}
+        self._beat_at = time.monotonic()
+        self._cut_off: Callable[[], None] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._rate = _Rate()
+
+    def start(self) -> None:
+        """Begin to report."""
+        self._thread.start()
+
+    def stop(self, error: HeadraceError | None = None) -> None:
+        """Report the end, with its reason, and stop."""
+        self.phase("stopped" if error else "off", error)
+        self._ended.set()
+        self._thread.join(5.0)
+        self._send()
+        with suppress(HeadraceError):
+            self._control.flush()
+
+    def beat(self) -> None:
+        """The loop goes round."""
+        self._beat_at = time.monotonic()
+
+    def now_ms(self) -> int:
+        """Return the time, in ms since the Unix epoch."""
+        return time.time_ns() // 1_000_000
+
+    def phase(self, phase: str, error: HeadraceError | None = None, *, progress: tuple[int, int] = (0, 0)) -> None:
+        """Say what capture does now, and why if it is not what it should do."""
+        told = (error.message, error.code, error.remedy) if error else ("", "", "")
+        self._report = replace(self._report, phase=phase, reason=told[0], code=told[1], remedy=told[2], progress=progress)
+
+    def sealed(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint was committed."""
+        self._report = replace(self._report, version=checkpoint.version)
+        self._facts["inexact"] = ", ".join(checkpoint.inexact)
+
+    def fact(self, name: str, value: int | str) -> None:
+        """Add something to the report, `wal_held` for example: the bytes of WAL that the slot holds back."""
+        self._facts[name] = value
+
+    @contextmanager
+    def watching(self, cut_off: Callable[[], None]) -> Iterator[None]:
+        """Call `cut_off`, once, when the loop has not gone round for ten seconds."""
+        self.beat()
+        self._cut_off = cut_off
+        try:
+            yield
+        finally:
+            self._cut_off = None
+
+    def _run(self) -> None:
+        while not self._ended.wait(1.0):
+            self._watch()
+            self._send()
+
+    def _watch(self) -> None:
+        cut_off = self._cut_off
+        if cut_off is not None and time.monotonic() - self._beat_at > STALLED_SECONDS:
+            self._cut_off = None
+            cut_off()
+            self.say(
+                f"Kafka has not taken anything for {STALLED_SECONDS:.0f} s: the replication connection is closed, the slot keeps the WAL "
+                f"from {format_lsn(self._report.version.lsn)}. Capture goes on when Kafka answers."
+            )
+
+    def _send(self) -> None:
+        """Report; while Kafka is away there is nobody to report to, and that is no reason to stop."""
+        lag = (0, int(self._facts.get("wal_behind", 0)), 0.0)
+        report = replace(self._report, rate=self._rate.of(self.changes), lag=lag, facts=dict(self._facts))
+        with suppress(HeadraceError):
+            self._control.report(report)
+
+
+class _Rate:
+    """Changes a second over the last few reports."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int]] = []
+
+    def of(self, changes: int) -> float:
+        self._seen = [*self._seen[-4:], (time.monotonic(), changes)]
+        (then, before), (now, after) = self._seen[0], self._seen[-1]
+        return (after - before) / (now - then) if now > then else 0.0

@@ -1,0 +1,172 @@
+"""From Relation messages to tables: which are captured, under which schema version, and whether their topic still equals them.
+
+The rule of S12, as far as it goes now: rows that change without an event cannot be read again yet, so a table to which that may have
+happened is named in every checkpoint from then on (`inexact`) and on the terminal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from psycopg import sql
+
+from headrace.change import Column, TableSchema
+from headrace.errors import Misconfigured
+from headrace.log import Log
+from headrace_capture import catalog
+from headrace_capture.cut import Cut
+from headrace_capture.pgoutput import Relation
+from headrace_capture.replication import postgres_errors
+from headrace_capture.tables import ColumnPlan, Table, newest
+
+_AGAIN = "Start it again from zero: headrace teardown --topics, then setup and capture."
+
+
+class Relations:
+    """The tables of one stream, by the oid that row messages name. None: seen, and left out."""
+
+    def __init__(self, log: Log, cut: Cut, connection: catalog.Connection, say: Callable[[str], None]) -> None:
+        """Know the schema versions that are in the log; `connection` reads the catalogue, `say` warns people."""
+        self._log = log
+        self._cut = cut
+        self._connection = connection
+        self._say = say
+        self._newest = newest(log.schemas().values())
+        self.by_oid: dict[int, Table | None] = {}
+
+    def take(self, relation: Relation, xid: int) -> Table | None:
+        """Learn the shape that comes from now on; publish it if it is a new version.
+
+        Args:
+            relation: The message.
+            xid: The transaction it came in.
+
+        Raises:
+            Misconfigured: `key-changed`.
+        """
+        with postgres_errors(f"reading the catalogue of {relation.schema}.{relation.name}"):
+            found = self._learn(relation, xid)
+        self.by_oid[relation.oid] = found
+        return found
+
+    def _learn(self, relation: Relation, xid: int) -> Table | None:
+        known = self._newest.get(f"{relation.schema}.{relation.name}")
+        now = {t.oid: t for t in catalog.published_tables(self._connection, self._cut.source.publication)}.get(relation.oid)
+        key = now.key if now else known.key if known else ()
+        if not key:
+            self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))
+            return None
+        plans = self._plans(relation, now)
+        shape = self.version(known, TableSchema(f"{relation.schema}.{relation.name}", 1, tuple(p.column for p in plans), key))
+        if shape is not known:
+            self._judge(known, shape, relation, xid)
+            self._publish(shape)
+        return Table(shape, self._log.topic_of(shape.table), plans, (self._log.settings.source, self._cut.source.database))
+
+    def _plans(self, relation: Relation, now: catalog.Table | None) -> list[ColumnPlan]:
+        """Types come from the message, as they were; what it does not tell from the catalogue, as it is now."""
+        columns = {column.name: column for column in now.columns} if now else {}
+        types = self._connection.execute(
+            _TYPES, [[c.type_oid for c in relation.columns], [c.modifier for c in relation.columns]]
+        ).fetchall()
+        plans = []
+        for sent, (name, base, element) in zip(relation.columns, types, strict=True):
+            column = columns.get(sent.name)
+            nullable, wide = (column.nullable, column.out_of_line) if column else (True, True)
+            plans.append(ColumnPlan(Column(sent.name, name, nullable), base, element, out_of_line=wide))
+        return plans
+
+    @staticmethod
+    def version(known: TableSchema | None, wanted: TableSchema) -> TableSchema:
+        if known is None:
+            return wanted
+        if known.key != wanted.key:
+            raise Misconfigured(
+                "key-changed",
+                f"The key of {wanted.table} was ({', '.join(known.key)}) and is ({', '.join(wanted.key)}): a key cannot change under a topic.",
+                _AGAIN,
+            )
+        return known if known.columns == wanted.columns else replace(wanted, version=known.version + 1)
+
+    def _publish(self, shape: TableSchema) -> None:
+        self._cut.writer.add_topic(self._log.ensure_table(shape.table))
+        self._cut.writer.schema(shape)
+        self._newest[shape.table] = shape
+
+    def _judge(self, known: TableSchema | None, shape: TableSchema, relation: Relation, xid: int) -> None:
+        """Say whether rows may have changed, or have been there, without an event."""
+        if known is None:
+            why = "it had rows before it was captured" if self._has_older_rows(relation, xid) else ""
+        else:
+            why = silent_change(known, shape, self._with_default(relation.oid))
+        if why and shape.table not in self._cut.inexact:
+            self._cut.inexact.add(shape.table)
+            self._say(f"warning: {shape.table} is inexact from now on: {why}; its topic lacks those rows (rule S12). {_AGAIN}")
+
+    def _with_default(self, oid: int) -> set[str]:
+        rows = self._connection.execute(
+            "SELECT attname FROM pg_attribute WHERE attrelid = %s AND (atthasdef OR attgenerated <> '')", [oid]
+        )
+        return {name for (name,) in rows}
+
+    def _has_older_rows(self, relation: Relation, xid: int) -> bool:
+        table = sql.Identifier(relation.schema, relation.name)
+        if self._connection.execute("SELECT to_regclass(%s)", [table.as_string()]).fetchone() == (None,):
+            return False  # it is gone, and its rows with it
+        query = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE age(xmin) > age(%s::text::xid))").format(table)
+        row = self._connection.execute(query, [str(xid)]).fetchone()
+        return row is not None and bool(row[0])
+
+
+def keyless(table: str, why: str) -> str:
+    """Return the warning for a table that is left out."""
+    reason = "its key is deferrable, which is no key (rule S9)" if why == "deferrable" else "it has no primary key"
+    return f"warning: {table} is left out: {reason}. Do: ALTER TABLE {table} ADD PRIMARY KEY (…), then start from zero."
+
+
+def silent_change(old: TableSchema, new: TableSchema, with_default: set[str]) -> str:
+    """Return why rows may have changed without an event between two versions; empty when they did not (S12).
+
+    Only dropped columns, or only new ones that are null everywhere, are harmless; both at once may be a renamed column.
+    """
+    before, after = ({column.name: column for column in shape.columns} for shape in (old, new))
+    added = [column for name, column in after.items() if name not in before]
+    dropped = [name for name in before if name not in after]
+    filled = [column.name for column in added if not column.nullable or column.name in with_default]
+    retyped = [name for name, column in after.items() if name in before and not widened(before[name].type, column.type)]
+    if retyped:
+        return f"the type of {', '.join(retyped)} changed"
+    if filled:
+        return f"column {', '.join(filled)} was added with a default"
+    if added and dropped:
+        return f"column {', '.join(dropped)} may have been renamed to {', '.join(column.name for column in added)}"
+    return ""
+
+
+def widened(old: str, new: str) -> bool:
+    """Whether every value of type `old` is the same value, and the same text, under `new`."""
+    if old == new:
+        return True
+    before, after = _VARCHAR.fullmatch(old), _VARCHAR.fullmatch(new)
+    return bool(before) and (new == "text" or (after is not None and _length(after[1]) >= _length(before[1])))  # type: ignore[index]
+
+
+def _length(text: str | None) -> int:
+    return int(text) if text else 1 << 30
+
+
+_VARCHAR = re.compile(r"character varying(?:\((\d+)\))?")
+
+_TYPES = """
+WITH RECURSIVE base(oid, below) AS (
+  SELECT oid, oid FROM pg_type WHERE typtype <> 'd'
+  UNION ALL SELECT t.oid, b.below FROM pg_type t JOIN base b ON t.typtype = 'd' AND t.typbasetype = b.oid
+)
+SELECT coalesce(format_type(u.oid, u.modifier), '???'), coalesce(t.typname, ''), coalesce(et.typname, '')
+FROM unnest(%s::oid[], %s::int4[]) WITH ORDINALITY u(oid, modifier, place)
+LEFT JOIN base b ON b.oid = u.oid LEFT JOIN pg_type t ON t.oid = b.below
+LEFT JOIN base e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type et ON et.oid = e.below
+ORDER BY u.place
+"""

@@ -1,0 +1,184 @@
+"""The replication connection: slots, and the stream as a socket that is read without waiting.
+
+It knows how to speak and when to wait, and nothing of what the bytes mean (that is `pgoutput`). psycopg's own connection does the
+rest: after START_REPLICATION the server sends CopyData messages, and we answer with status updates.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import pq, sql
+
+from headrace.change import format_lsn, parse_lsn
+from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace_capture import catalog
+from headrace_capture.pgoutput import PROTOCOL, status
+
+_STATUS_SECONDS = 1.0
+
+
+class Stopped(Exception):
+    """Somebody asked capture to stop while it waited."""
+
+
+@contextmanager
+def postgres_errors(doing: str) -> Iterator[None]:
+    """Turn psycopg's exceptions into ours; `doing` completes the sentence "Postgres failed while …"."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise explain(error.sqlstate, str(error), doing) from error
+
+
+def explain(sqlstate: str | None, said: str, doing: str) -> HeadraceError:
+    """Return the error of ours for one of Postgres's; without an SQLSTATE the connection was lost."""
+    text = " ".join(said.split()).removeprefix("ERROR: ").strip()
+    message = f"Postgres failed while {doing}: {text}."
+    if sqlstate in _BUSY:
+        return Transient("slot-active", message, "Wait for the other capture to end, or stop it.")
+    known = _CODES.get(sqlstate or "")
+    if known:
+        return Misconfigured(known[0], message, known[1])
+    if sqlstate is None or sqlstate[:2] in _PASSING:
+        return Transient("postgres-away", message, "Check the server that HEADRACE_DSN names.")
+    return Misconfigured("postgres-error", message, "See the server's log.")
+
+
+_BUSY = frozenset({"55006"})  # object_in_use
+_PASSING = frozenset({"08", "53", "57", "40", "58", "25"})
+_SETUP = "Run `headrace setup --apply` as an administrator."
+_LOST = "Start again from zero: headrace teardown --topics, then setup and capture."
+_CODES = {
+    "42501": ("postgres-rights", _SETUP),
+    "42704": ("publication-missing", _SETUP),
+    "55000": ("slot-lost", _LOST),  # object_not_in_prerequisite_state: the slot can no longer be read from
+    "53400": ("too-many-slots", "Raise max_replication_slots and max_wal_senders, or drop a slot that is not needed."),
+}
+
+
+class Replication:
+    """One walsender connection, in one of two uses: commands (a snapshot's exporter), or the stream after `start`."""
+
+    def __init__(self, dsn: str, name: str = "headrace capture") -> None:
+        """Connect. Raises what `catalog.connect_replication` raises."""
+        self._connection = catalog.connect_replication(dsn, name=name)
+        self._pg = self._connection.pgconn
+        self._doing = "asking"
+        self._lsn = 0
+        self._sent_at = 0.0
+
+    def identify(self) -> catalog.Identity:
+        """Return which server this is."""
+        with postgres_errors("identifying the server"):
+            return catalog.identify(self._connection)
+
+    def create_slot(self, slot: str, stopped: Callable[[], bool]) -> tuple[int, str]:
+        """Make the slot; return its consistent point and the name of the snapshot that shows exactly that state.
+
+        Postgres waits here for every transaction that is running. The snapshot lives until this connection's next command (S6).
+        """
+        self._doing = f"making the replication slot {slot}"
+        row = self._run(sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export')").format(sql.Identifier(slot)), stopped)
+        return parse_lsn(row[1].decode()), row[2].decode()
+
+    def drop_slot(self, slot: str, stopped: Callable[[], bool]) -> None:
+        """Drop the slot, waiting until nobody uses it."""
+        self._doing = f"dropping the replication slot {slot}"
+        self._run(sql.SQL("DROP_REPLICATION_SLOT {} WAIT").format(sql.Identifier(slot)), stopped)
+
+    def start(self, slot: str, publication: str, lsn: int) -> None:
+        """Begin the stream with the transactions that end after `lsn`."""
+        self._doing = "reading the stream"
+        self._lsn = lsn
+        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} (proto_version {}, publication_names {})").format(
+            sql.Identifier(slot), sql.SQL(format_lsn(lsn)), sql.Literal(PROTOCOL), sql.Literal(_quote(publication))
+        )
+        result = self._pg.exec_(command.as_bytes(self._connection))
+        if result.status != pq.ExecStatus.COPY_BOTH:
+            raise self._failure(result)
+
+    def read(self) -> memoryview | None:
+        """Return the next CopyData, or None when the socket has nothing more now."""
+        size, data = self._pg.get_copy_data(1)
+        if size == 0:
+            with postgres_errors(self._doing):
+                self._pg.consume_input()
+            size, data = self._pg.get_copy_data(1)
+        if size > 0:
+            return memoryview(data)
+        if size == 0:
+            return None
+        raise self._failure(self._pg.get_result())
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there is something to read, at most `seconds`."""
+        select.select([self._pg.socket], [], [], seconds)
+
+    def confirm(self, lsn: int) -> None:
+        """Tell Postgres that everything below `lsn` is covered by a committed checkpoint: it may forget it (S4)."""
+        self._lsn = lsn
+        self.tell()
+
+    def tell(self, *, at_least_every: float = 0.0) -> None:
+        """Say again what is confirmed, unless that was said less than `at_least_every` seconds ago."""
+        now = time.monotonic()
+        if now - self._sent_at < at_least_every:
+            return
+        self._sent_at = now
+        with postgres_errors("confirming"):
+            self._pg.put_copy_data(status(self._lsn, time.time()))
+            self._pg.flush()
+
+    def alive(self) -> None:
+        """Say that we live, in work that takes long; cheap to call often."""
+        self.tell(at_least_every=_STATUS_SECONDS)
+
+    def cut_off(self) -> None:
+        """Shut the socket down, from any thread: the server is free at once, the next read fails (S15)."""
+        try:
+            with socket.socket(fileno=os.dup(self._pg.socket)) as held:
+                held.shutdown(socket.SHUT_RDWR)
+        except (OSError, psycopg.Error):
+            return  # it is closed already
+
+    def close(self) -> None:
+        """Leave. The slot keeps what was not confirmed."""
+        self._connection.close()
+
+    def _run(self, command: sql.Composed, stopped: Callable[[], bool]) -> list[bytes]:
+        """Run a command that may wait for others, and stop waiting when asked to; return its one row."""
+        with postgres_errors(self._doing):
+            self._pg.send_query(command.as_bytes(self._connection))
+            self._pg.flush()
+            while True:
+                self._pg.consume_input()
+                if not self._pg.is_busy():
+                    break
+                if stopped():
+                    raise Stopped
+                self.wait(0.1)
+            result = self._pg.get_result()
+            while self._pg.get_result():
+                pass
+        if result is None or result.status not in {pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK}:
+            raise self._failure(result)
+        return [result.get_value(0, column) or b"" for column in range(result.nfields)] if result.ntuples else []
+
+    def _failure(self, result: Any) -> HeadraceError:
+        state = result.error_field(pq.DiagnosticField.SQLSTATE) if result is not None else None
+        said = result.error_message if result is not None else b""
+        text = (said or self._pg.error_message or b"the server closed the connection").decode(errors="replace")
+        return explain(state.decode() if state else None, text, self._doing)
+
+
+def _quote(name: str) -> str:
+    """Quote a name in a list of names, as pgoutput parses it."""
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,213 @@
+"""Whole rows: the values that an update left alone and Postgres therefore did not send (I3, S7).
+
+Where such a value comes from, in this order:
+
+1. *memory*: the key's newest row in the stream, of this transaction or an earlier one, if its large values are still remembered;
+   the log holds the same. A bounded number of bytes is kept, the least recently seen key is forgotten first (I10);
+2. the old row, where REPLICA IDENTITY FULL sends it;
+3. Postgres, read again in a statement of its own, believed only if that statement's snapshot sees the change's transaction. It may show
+   a later value, which the stream brings as well: the record is marked ``read=reread``, the table is approximate until then;
+4. the log: when the row is gone by now or has another key, its delete is still to come, and the key's newest record is exactly the row
+   before this change. The open cut is sealed first, so that the log has all that came before.
+
+Each of the first two and the last is exact. No placeholder is ever written.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import orjson
+from psycopg import errors, sql
+
+from headrace.errors import Poison, Transient
+from headrace.log import Log
+from headrace_capture import catalog
+from headrace_capture.live import LiveKeys
+from headrace_capture.pgoutput import UNCHANGED, Datum, Datums
+from headrace_capture.replication import postgres_errors
+from headrace_capture.tables import REREAD, Json, Table
+
+REMEMBERED_BYTES = 64 * 1024 * 1024
+_WORTH_REMEMBERING = 1_000
+"""Postgres moves values out of line in rows above about 2 000 bytes; in their text they may be shorter."""
+_REREAD_SECONDS = 5.0
+
+Row = tuple[Datums, bytes | None]
+"""The values, and how they were read if not from the stream."""
+
+
+class Memory:
+    """The newest rows with large values, by table and key, up to a number of bytes."""
+
+    def __init__(self, most: int = REMEMBERED_BYTES) -> None:
+        """Remember nothing yet, and never more than about `most` bytes."""
+        self._most = most
+        self._bytes = 0
+        self._rows: OrderedDict[tuple[str, bytes], tuple[int, list[Datum]]] = OrderedDict()
+
+    def remember(self, table: Table, key: bytes, row: Datums) -> None:
+        """Keep the wide values of a key's newest row, or forget the key if they are small or not from the stream."""
+        self.forget(table, key)
+        wide = [row[at] for at in table.wide]
+        size = sum(len(value) for value in wide if isinstance(value, bytes))
+        if size < _WORTH_REMEMBERING or any(isinstance(value, Json) for value in wide):
+            return
+        self._rows[table.name, key] = (size, wide)
+        self._bytes += size
+        while self._bytes > self._most:
+            self._bytes -= self._rows.popitem(last=False)[1][0]
+
+    def forget(self, table: Table, key: bytes) -> None:
+        """Forget a key: it is gone, or has a newer row."""
+        if self._rows:
+            self._bytes -= self._rows.pop((table.name, key), (0,))[0]
+
+    def forget_table(self, table: Table) -> None:
+        """Forget all of a table's keys: it was truncated."""
+        for name, key in [place for place in self._rows if place[0] == table.name]:
+            self._bytes -= self._rows.pop((name, key))[0]
+
+    def recall(self, table: Table, key: bytes, row: list[Datum]) -> None:
+        """Fill what is missing in `row` from the key's newest row, if it is remembered with the same columns."""
+        found = self._rows.get((table.name, key))
+        if found is None or len(found[1]) != len(table.wide):
+            return
+        self._rows.move_to_end((table.name, key))
+        for at, value in zip(table.wide, found[1], strict=True):
+            if row[at] is UNCHANGED:
+                row[at] = value
+
+
+class Filler:
+    """Fills updated rows up. One for each stream."""
+
+    def __init__(self, log: Log, connection: catalog.Connection, tick: Callable[[], None]) -> None:
+        """Read again by `connection`; `tick` says in long work that capture lives."""
+        self.memory = Memory()
+        self._log = log
+        self._connection = connection
+        self._tick = tick
+        self._live: dict[str, LiveKeys] = {}
+
+    def fill(self, table: Table, keys: tuple[bytes, bytes], row: Datums, old: Datums | None, xid: int, seal: Callable[[], None]) -> Row:
+        """Return the whole row.
+
+        Args:
+            table: The table.
+            keys: The key before the change, and after it.
+            row: The new row as it came.
+            old: The old row if the identity is FULL.
+            xid: The change's transaction.
+            seal: Commits what the log has been given before this change.
+
+        Raises:
+            Transient: `reread-not-visible`.
+            Poison: `value-not-found`.
+        """
+        whole = list(row)
+        self.memory.recall(table, keys[0], whole)
+        if old is not None:
+            whole = [before if value is UNCHANGED else value for value, before in zip(whole, old, strict=True)]
+        if UNCHANGED not in whole:
+            return whole, None
+        again = self._reread(table, whole, xid)
+        if again is not None:
+            return [then if value is UNCHANGED else value for value, then in zip(whole, again, strict=True)], REREAD
+        seal()
+        return self._from_log(table, keys[0], whole), None
+
+    def close(self) -> None:
+        """Remove the files of live keys."""
+        for live in self._live.values():
+            live.close()
+
+    def _reread(self, table: Table, row: list[Datum], xid: int) -> list[Datum] | None:
+        """Return the row as Postgres shows it to a snapshot that sees `xid`, None if it has none of that key or shape."""
+        deadline = time.monotonic() + _REREAD_SECONDS
+        query = _reread_query(table)
+        key = [row[at].decode() for at in table.key_at]  # type: ignore[union-attr]
+        while time.monotonic() < deadline:
+            self._tick()
+            with postgres_errors(f"reading a row of {table.name} again"):
+                try:
+                    result = self._connection.execute(query, key).pgresult
+                except (errors.UndefinedTable, errors.UndefinedColumn):
+                    return None
+            assert result is not None
+            snapshot, found = result.get_value(0, 0) or b"", result.get_value(0, 1)
+            if sees(snapshot.decode(), xid):
+                return [result.get_value(0, at + 2) for at in range(len(row))] if found else None
+            time.sleep(0.005)
+        raise Transient(
+            "reread-not-visible",
+            f"A change of {table.name} by transaction {xid} is in the stream but not yet visible: its commit waits, for a standby perhaps.",
+            "See synchronous_standby_names; capture tries again.",
+        )
+
+    def _from_log(self, table: Table, key: bytes, row: list[Datum]) -> list[Datum]:
+        if table.name not in self._live:
+            self._live[table.name] = LiveKeys(self._log, table.name)
+        self._live[table.name].catch_up(self._tick)
+        value = self._live[table.name].value(key)
+        known = members(value, b"after") if value else {}
+        for at, plan in enumerate(table.columns):
+            if row[at] is UNCHANGED:
+                if plan.column.name not in known:
+                    raise Poison(
+                        "value-not-found",
+                        f"Column {plan.column.name} of {table.name} {key.decode()} is neither in the stream, in Postgres nor in the log.",
+                        "Start again from zero: headrace teardown --topics, then setup and capture.",
+                    )
+                row[at] = Json(known[plan.column.name])
+        return row
+
+
+def _reread_query(table: Table) -> sql.Composed:
+    schema, _, name = table.name.partition(".")
+    columns = [sql.Identifier(plan.column.name) for plan in table.columns]
+    where = sql.SQL(" AND ").join(sql.SQL("{} = %s").format(columns[at]) for at in table.key_at)
+    return sql.SQL(
+        "SELECT pg_current_snapshot()::text, t.* FROM (SELECT) one LEFT JOIN (SELECT true, {} FROM {} WHERE {}) t ON true"
+    ).format(sql.SQL(", ").join(columns), sql.Identifier(schema, name), where)
+
+
+def sees(snapshot: str, xid: int) -> bool:
+    """Whether a snapshot, as `pg_current_snapshot()` prints it, sees a committed transaction.
+
+    The stream names transactions by their low 32 bits: of the ids with those, the one nearest below the snapshot's end or just
+    above it is meant.
+    """
+    xmin, xmax, running = snapshot.split(":")
+    full = (int(xmax) & ~0xFFFFFFFF) | xid
+    if full - int(xmax) > 1 << 31:
+        full -= 1 << 32
+    elif int(xmax) - full > 1 << 31:
+        full += 1 << 32
+    return full < int(xmin) or (full < int(xmax) and str(full) not in running.split(","))
+
+
+def members(text: bytes, name: bytes) -> dict[str, bytes]:
+    """Return the members of the object ``name`` in a record's value, each as the JSON that stands there: nothing is rounded."""
+    start = text.index(b'"%b":' % name) + len(name) + 3
+    found: dict[str, bytes] = {}
+    depth, begin, last, member = 0, 0, b"", b""
+    for token in _TOKEN.finditer(text, start):
+        what = token[0]
+        depth += (what in _OPENING) - (what in _CLOSING)
+        if what == b":" and depth == 1:
+            member, begin = last, token.end()
+        elif member and (depth == 0 or (what == b"," and depth == 1)):
+            found[orjson.loads(member)] = text[begin : token.start()]
+            member = b""
+        if depth == 0:
+            break
+        last = what
+    return found
+
+
+_OPENING, _CLOSING = frozenset({b"{", b"["}), frozenset({b"}", b"]"})
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],:]')

@@ -1,0 +1,67 @@
+"""What capture does in the source besides reading: the heartbeat (S17), and how much WAL the slot holds back.
+
+Both on a connection of their own, with timeouts, in a thread: a commit may hang for as long as a synchronous standby is away, and the
+stream must not wait for it. A heartbeat is a transactional message that nobody reads; what matters is that its commit moves the WAL,
+so that an idle source still tells every view that it is alive.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import psycopg
+
+from headrace.errors import HeadraceError
+from headrace.settings import Settings
+from headrace_capture import catalog
+from headrace_capture.progress import Progress
+
+_LOOK_SECONDS = 2.0
+_TIMEOUT_SECONDS = 5.0
+
+
+class Watch:
+    """Runs from when it is made until it is closed. Its failures are reported, never raised: the stream tells what matters."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        """Begin."""
+        self._settings = settings
+        self._progress = progress
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End; does not wait for a statement that hangs."""
+        self._ended.set()
+        self._thread.join(1.0)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                with catalog.connect(self._settings.dsn, name="headrace heartbeat", timeout_s=_TIMEOUT_SECONDS) as connection:
+                    self._watch(connection)
+            except (psycopg.Error, HeadraceError) as error:
+                self._progress.fact("heartbeat", f"failed: {' '.join(str(error).split())}")
+                self._ended.wait(_LOOK_SECONDS)
+
+    def _watch(self, connection: catalog.Connection) -> None:
+        every = self._settings.heartbeat_ms / 1000
+        beaten = 0.0
+        while not self._ended.is_set():
+            row = connection.execute(_HELD, [self._settings.slot]).fetchone()
+            if row:
+                self._progress.fact("wal_held", int(row[0] or 0))
+                self._progress.fact("wal_behind", int(row[1] or 0))
+            if every and time.monotonic() - beaten >= every:
+                connection.execute("SELECT pg_logical_emit_message(true, 'headrace', '')")
+                beaten = time.monotonic()
+                self._progress.fact("heartbeat", "ok")
+            self._ended.wait(min(_LOOK_SECONDS, every or _LOOK_SECONDS))
+
+
+_HELD = """
+SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)
+FROM pg_replication_slots WHERE slot_name = %s
+"""
