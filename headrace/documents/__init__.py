@@ -10,6 +10,7 @@ A plugin declares what belongs together and renders it; this package finds the d
             return {"name": product["name"], "category": product.category and product.category["name"]}
 """
 
+from headrace.documents.consumer import DocumentConsumer
 from headrace.documents.declaration import Document, Many, Node, One, count, mean, total
 
-__all__ = ["Document", "Many", "Node", "One", "count", "mean", "total"]
+__all__ = ["Document", "DocumentConsumer", "Many", "Node", "One", "count", "mean", "total"]

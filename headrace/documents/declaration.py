@@ -4,11 +4,12 @@
              category=One("public.categories", on="category_id"),
              reviews=Many("public.reviews", by="product_id"))
 
-A declaration is data. `headrace.documents.consumer` reads it to find the documents that a change touches; verify reads it to join
-the same rows in SQL. Both hand the rows to `Document.node`, so that `render` cannot tell which of them called.
+A declaration is data. `headrace.documents.consumer` reads it to find the documents that a change touches; verify reads
+it to join the same rows in SQL. Both hand the rows to `Document.node`, so that `render` cannot tell which of them
+called.
 
-Joins compare values in the codec's form, so the columns on both sides must be of the same type. One level only: what a joined row
-is joined to is not part of the document.
+Joins compare values in the codec's form, so the columns on both sides must be of the same type. One level only: what a
+joined row is joined to is not part of the document.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class _Join:
         if nested:
             raise Misconfigured(
                 "document-nested",
-                f"{type(self).__name__}({table!r}) has joins of its own: {', '.join(sorted(nested))}. Documents join one level deep.",
+                f"{type(self).__name__}({table!r}) has joins of its own, {', '.join(sorted(nested))}: "
+                "documents join one level deep.",
                 "Join these tables to the root, or make a document of their own.",
             )
 
@@ -72,8 +74,8 @@ class Many(_Join):
 class Node(Mapping[str, Any]):
     """A row as `render` gets it: its columns by `row["name"]`, its joins by `row.category`, its table by `row.table`.
 
-    The values are the codec's: a `numeric` is text, a timestamp ISO 8601 text. A template may write ``product.name`` for a
-    column, where no join and no method of a mapping has that name.
+    The values are the codec's: a `numeric` is text, a timestamp ISO 8601 text. A template may write ``product.name``
+    for a column, where no join and no method of a mapping has that name.
     """
 
     __slots__ = ("_columns", "_joins", "table")
@@ -118,13 +120,20 @@ class Document:
         """Declare a document.
 
         Raises:
-            Misconfigured: `document-name`, when a join has a name that `Node` needs; `document-join`, when it is no join.
+            Misconfigured: `document-name`, when a join has a name that `Node` needs; `document-join`, when it is no
+            join.
         """
         for name, join in joins.items():
             if name in _TAKEN:
-                raise Misconfigured("document-name", f"Document({table!r}) names a join {name!r}, which every row has.", "Rename the join.")
+                raise Misconfigured(
+                    "document-name",
+                    f"Document({table!r}) names a join {name!r}, which every row has.",
+                    "Rename the join.",
+                )
             if not isinstance(join, One | Many):
-                raise Misconfigured("document-join", f"Document({table!r}, {name}={join!r}) is no join.", "Use One(…) or Many(…).")
+                raise Misconfigured(
+                    "document-join", f"Document({table!r}, {name}={join!r}) is no join.", "Use One(…) or Many(…)."
+                )
         self.table: Final = table
         self.joins: Final[Mapping[str, One | Many]] = joins
 
@@ -145,7 +154,7 @@ class Document:
         for name, join in self.joins.items():
             found = joined[name]
             if isinstance(join, Many):
-                ordered = sorted(found, key=_by(keys[join.table]))
+                ordered = sorted(found, key=_by(keys[join.table])) if found else []
                 joins[name] = [Node(join.table, child) for child in ordered]
             else:
                 joins[name] = Node(join.table, found) if found is not None else None
@@ -176,7 +185,8 @@ def count(rows: Iterable[Mapping[str, Any]], column: str | None = None) -> int:
 
 
 def total(rows: Iterable[Mapping[str, Any]], column: str) -> int | float | str:
-    """Return the sum of `column` in the codec's form: of integers an integer, of floats a float, of `numeric` text. 0 of nothing."""
+    """Return the sum of `column` in the codec's form: of integers an integer, of floats a float, of `numeric` text. 0
+    of nothing."""
     values = _numbers(rows, column)
     if any(isinstance(value, Decimal) for value in values):
         return format(sum(values, Decimal(0)), "f")
