@@ -79,27 +79,21 @@ class Log:
         """Return how many partitions each topic has."""
         return {name: count for name, (_, count) in self.topics.describe(topics).items()}
 
-    def checkpoints(self, last: int | None = None) -> Iterator[Checkpoint]:
-        """Yield the committed checkpoints that are in their topic now, oldest first.
-
-        Args:
-            last: Begin about this many offsets before the end; None for all of them.
-        """
-        topic = checkpoints_topic(self.settings.source)
-        if topic not in self.topics.names():
-            return
-        start = BEGINNING
-        if last is not None:
-            end = self.topics.ends({topic: 1})[topic][0]
-            start = end - last if end > last else BEGINNING
-        for record in read_to_end(self.settings, {(topic, 0): start}):
+    def checkpoints(self, start: int = BEGINNING) -> Iterator[Checkpoint]:
+        """Yield the committed checkpoints that are in their topic now from offset `start` on, oldest first."""
+        for record in read_to_end(self.settings, {(checkpoints_topic(self.settings.source), 0): start}):
             if record.value is not None:
                 yield codec.decode_checkpoint(record.value, record.offset, record.timestamp)
 
     def newest_checkpoint(self, *, complete: bool = False) -> Checkpoint | None:
         """Return the newest committed checkpoint, or the newest complete one; None when there is none."""
-        for last in (200, 10_000, None):
-            found = [c for c in self.checkpoints(last) if c.complete or not complete]
+        topic = checkpoints_topic(self.settings.source)
+        if topic not in self.topics.names():
+            return None
+        end = start = self.topics.ends({topic: 1})[topic][0]
+        while start > BEGINNING:
+            start = max(BEGINNING, start - 10 * max(20, end - start))  # 200 offsets, then ten times as many
+            found = [c for c in self.checkpoints(start) if c.complete or not complete]
             if found:
                 return found[-1]
         return None

@@ -183,7 +183,9 @@ class Reader:
         if target is None:
             return None
         if all(self._passed(place, target) for place in self._read_to):
-            return self._complete(target)
+            if self._is_exact(target):
+                return self._complete(target)
+            self._target = self._newest
         if self._waiting >= self._log.settings.batch_records or (idle and self._waiting and self.position.loading):
             return self._piece(target)
         return None
@@ -204,21 +206,19 @@ class Reader:
     def _complete(self, target: Checkpoint) -> Batch:
         changes = self._hand_out(target)
         loading = self.position.loading
-        exact = self._is_exact(target)
         for topic, ends in target.ends.items():
             if self._reads(topic):
                 self._move(topic, ends)
-        if exact:
-            self.position = replace(
-                self.position, version=target.version, source=target.source, appended=target.appended
-            )
-            newest = self._newest
-            self._behind_since = time.time() if newest and newest.version != target.version else None
+        self.position = replace(
+            self.position, version=target.version, source=target.source, appended=target.appended
+        )
+        newest = self._newest
+        self._behind_since = time.time() if newest and newest.version != target.version else None
         self._target = None
         if self._paused:
             self._tail.resume(self._paused)
             self._paused.clear()
-        return self._batch(changes, target, exact=exact, loading=loading)
+        return self._batch(changes, target, loading=loading)
 
     def _piece(self, target: Checkpoint) -> Batch | None:
         changes = self._hand_out(target)
@@ -230,9 +230,9 @@ class Reader:
                 "The build has not reached its first state within delete.retention.ms: tombstones may be gone (S19).",
                 "Run: headrace rebuild NAME, with fewer records or a longer HEADRACE_DELETE_RETENTION_MS.",
             )
-        return self._batch(changes, None, exact=False, loading=self.position.loading)
+        return self._batch(changes, None, loading=self.position.loading)
 
-    def _batch(self, changes: list[Change], checkpoint: Checkpoint | None, *, exact: bool, loading: bool) -> Batch:
+    def _batch(self, changes: list[Change], checkpoint: Checkpoint | None, *, loading: bool) -> Batch:
         if loading:
             last: dict[tuple[str, bytes], Change] = {}
             for change in changes:
@@ -240,7 +240,7 @@ class Reader:
             changes = list(last.values())
         else:
             changes.sort(key=_ORDER)
-        return Batch(changes, _copy(self.position), checkpoint, exact, loading, self._schemas)
+        return Batch(changes, _copy(self.position), checkpoint, checkpoint is not None, loading, self._schemas)
 
     def _hand_out(self, target: Checkpoint) -> list[Change]:
         """Decode what is kept below the target's ends, and move the position past it."""

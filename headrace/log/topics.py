@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import string
+import time
 from collections.abc import Collection, Mapping
 
-from confluent_kafka import IsolationLevel, TopicCollection, TopicPartition
+from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ignore[attr-defined]
 
-from headrace.log.kafka import TIMEOUT, kafka_errors
+from headrace.errors import Misconfigured, Transient
+from headrace.log.kafka import TIMEOUT, kafka_errors, translate
 from headrace.settings import Settings
 
 CONTROL = "headrace.control"
@@ -105,9 +107,23 @@ class Topics:
             try:
                 with kafka_errors(f"making topic {name}"):
                     future.result(TIMEOUT)
-            except Exception:
+            except Transient:
                 if name not in self.names():  # another process may have made it
                     raise
+        self._await(set(missing))
+
+    def _await(self, names: set[str]) -> None:
+        """Wait until a broker that was just told of topics describes them too."""
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                self.describe(names)
+            except Misconfigured:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
 
     def delete(self, names: Collection[str]) -> None:
         """Delete topics; those that are gone already are no error."""
@@ -143,9 +159,21 @@ class Topics:
             TopicPartition(name, partition): latest for name, count in counts.items() for partition in range(count)
         }
         ends: Ends = {name: [0] * count for name, count in counts.items()}
-        if not wanted:
-            return ends
-        for place, future in self._client.list_offsets(wanted, isolation_level=level, request_timeout=TIMEOUT).items():
-            with kafka_errors(f"asking where {place.topic} ends"):
-                ends[place.topic][place.partition] = future.result(TIMEOUT).offset
+        if wanted:
+            for place, offset in self._ask_offsets(wanted, level):
+                ends[place.topic][place.partition] = offset
         return ends
+
+    def _ask_offsets(
+        self, wanted: dict[TopicPartition, OffsetSpec], level: IsolationLevel
+    ) -> list[tuple[TopicPartition, int]]:
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            futures = self._client.list_offsets(wanted, isolation_level=level, request_timeout=TIMEOUT)
+            try:
+                return [(place, future.result(TIMEOUT).offset) for place, future in futures.items()]
+            except KafkaException as error:
+                # A new topic's leader may be a moment late.
+                if not error.args[0].retriable() or time.monotonic() > deadline:
+                    raise translate(error.args[0], "asking where topics end") from error
+                time.sleep(0.1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -53,6 +54,7 @@ class CutWriter:
         Raises:
             Transient: `kafka-away`.
         """
+        self._failed = None
         self._producer = kafka.producer(
             self._settings,
             **{
@@ -153,6 +155,7 @@ class CutWriter:
         if self._producer and self.opened_at:
             with kafka.kafka_errors("aborting a cut"):
                 self._producer.abort_transaction(_COMMIT_SECONDS)
+            self._failed = None  # the reports of what was thrown away
         self.open_records, self.opened_at = 0, 0.0
 
     def close(self) -> None:
@@ -178,8 +181,7 @@ class CutWriter:
                 # Headers as a list of pairs of str and bytes: what librdkafka's binding reads fastest.
                 self._client.produce(topic, value, key, headers=headers)  # type: ignore[arg-type]
             except BufferError:
-                self._client.poll(0.1)
-                self._raise_failed()
+                self._serve(lambda client: client.poll(0.1))
             except KafkaException as error:
                 raise kafka.translate(error.args[0], f"writing to {topic}") from error
             else:
@@ -196,15 +198,20 @@ class CutWriter:
 
     def _flush(self) -> None:
         deadline = time.monotonic() + _COMMIT_SECONDS
-        while self._client.flush(1.0):
-            self._raise_failed()
+        while self._serve(lambda client: client.flush(1.0)):
             if time.monotonic() > deadline:
                 raise Transient(
-                    "cut-lost",
-                    "Kafka did not take the records of a cut in time.",
-                    "Check HEADRACE_KAFKA and the broker.",
+                    "cut-lost", "Kafka did not take the records of a cut in time.", "Check HEADRACE_KAFKA and the broker."
                 )
+
+    def _serve(self, call: Callable[[Producer], int]) -> int:
+        """Let librdkafka deliver reports; raise what they say. The binding raises a fatal error out of a callback as SystemError."""
+        try:
+            left = call(self._client)
+        except SystemError as error:
+            raise Transient("fenced", f"The writer of cuts was fenced or broke: {error.__cause__}.", "capture starts again.") from error
         self._raise_failed()
+        return left
 
     def _raise_failed(self) -> None:
         if self._failed is not None:

@@ -1,0 +1,244 @@
+"""The log against a real broker: cuts, checkpoints, and the reader that aligns to them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from headrace import codec
+from headrace.change import Checkpoint, Column, Position, Source, TableSchema, Version
+from headrace.consumer import ALL, Batch
+from headrace.errors import HeadraceError, Misconfigured, Refused
+from headrace.log import CutWriter, Log, Reader
+from headrace.settings import Settings
+
+SOURCE = Source("7", 1, "shop", "headrace", "headrace")
+ITEMS, TAGS = "public.items", "public.tags"
+
+
+class Feed:
+    """Writes cuts as capture does, with made-up rows."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.log = Log(settings)
+        self.log.ensure_spine()
+        self.writer = self.log.writer()
+        self.lsn = 100
+        self.open()
+        for table in (ITEMS, TAGS):
+            self.writer.add_topic(self.log.ensure_table(table))
+            self.writer.schema(TableSchema(table, 1, (Column("id", "integer", nullable=False), Column("n", "integer")), ("id",)))
+
+    def open(self) -> CutWriter:
+        self.writer.open()
+        self.writer.resume(self.log.newest_checkpoint())
+        return self.writer
+
+    def put(self, table: str, id_: int, n: int | None, ordinal: int = 0) -> None:
+        headers = codec.encode_headers(Version(1, self.lsn), ordinal, 7, 1)
+        key = codec.encode_key({"id": id_})
+        row = {"id": id_, "n": n} if n is not None else None
+        self.writer.produce(self.log.topic_of(table), key, codec.dumps({"op": "c" if row else "d", "after": row}), headers)
+        if row is None:
+            self.writer.produce(self.log.topic_of(table), key, None, headers)
+
+    def seal(self, *, partial: tuple[int, int] | None = None, source: Source = SOURCE) -> Checkpoint:
+        self.lsn += 0 if partial else 10
+        return self.writer.seal(
+            version=Version(1, self.lsn), commit_ts=0, xid=7, source=source, partial=partial, snapshot=None
+        )
+
+    def cut(self, *rows: tuple[str, int, int | None]) -> Checkpoint:
+        for ordinal, row in enumerate(rows):
+            self.put(*row, ordinal)
+        return self.seal()
+
+
+def drain(reader: Reader, until: Version, seconds: float = 20.0) -> list[Batch]:
+    """Poll until a batch completes `until` exactly."""
+    batches: list[Batch] = []
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        batch = reader.poll(0.2)
+        if batch is not None:
+            batches.append(batch)
+            if batch.complete and batch.position.version == until:
+                return batches
+    raise AssertionError(f"not at {until} in {seconds} s; the last of {len(batches)} batches: {batches[-1:]}")
+
+
+def rows(batches: list[Batch]) -> dict[tuple[str, bytes], int]:
+    """Replay batches linearly: (table, key) to n."""
+    state: dict[tuple[str, bytes], int] = {}
+    for batch in batches:
+        for change in batch.changes:
+            state.pop((change.table, change.key), None)
+            if change.row is not None:
+                state[change.table, change.key] = change.row["n"]
+    return state
+
+
+@pytest.fixture
+def feed(settings: Settings) -> Feed:
+    return Feed(settings)
+
+
+def test_a_checkpoint_names_the_ends_of_its_cut(feed: Feed) -> None:
+    sealed = feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20), (TAGS, 1, 1))
+    assert sealed.ends == {feed.log.topic_of(ITEMS): [2], feed.log.topic_of(TAGS): [1]}
+    again = feed.cut((ITEMS, 1, 11))
+    # The commit marker of the first cut takes an offset of its own.
+    assert again.ends[feed.log.topic_of(ITEMS)] == [4]
+    newest = feed.log.newest_checkpoint()
+    assert newest is not None
+    assert (newest.version, newest.ends, newest.source) == (again.version, again.ends, SOURCE)
+    feed.log.check_ends(newest)
+
+
+def test_a_reader_from_zero_loads_and_then_follows_cut_by_cut(feed: Feed) -> None:
+    first = feed.cut((ITEMS, 1, 10), (TAGS, 1, 1), (ITEMS, 1, 11))
+    reader = feed.log.reader([ITEMS, TAGS], None)
+    loaded = drain(reader, first.version)
+    assert all(batch.loading for batch in loaded)
+    assert rows(loaded) == {(ITEMS, b'{"id":1}'): 11, (TAGS, b'{"id":1}'): 1}
+    second = feed.cut((ITEMS, 1, None), (ITEMS, 2, 20))
+    followed = drain(reader, second.version)
+    assert [change.op for batch in followed for change in batch.changes] == ["d", "c"]  # the tombstone says nothing new
+    assert not any(batch.loading for batch in followed)
+    assert reader.lag() == (0, 0, 0.0)
+    reader.close()
+
+
+def test_a_reader_goes_on_from_its_position_and_neither_repeats_nor_skips(feed: Feed) -> None:
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = codec.decode_position(codec.encode_position(drain(reader, first.version)[-1].position))
+    reader.close()
+    second = feed.cut((ITEMS, 2, 20))
+    reader = feed.log.reader([ITEMS], position)
+    assert rows(drain(reader, second.version)) == {(ITEMS, b'{"id":2}'): 20}
+    reader.close()
+
+
+def test_a_transaction_that_spans_cuts_appears_whole(feed: Feed) -> None:
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    drain(reader, first.version)
+    feed.put(ITEMS, 1, 11)
+    feed.seal(partial=(200, 1))
+    quiet = time.monotonic() + 1.0
+    while time.monotonic() < quiet:
+        assert reader.poll(0.1) is None
+    feed.put(ITEMS, 2, 20, 2)
+    whole = feed.seal()
+    assert rows(drain(reader, whole.version)) == {(ITEMS, b'{"id":1}'): 11, (ITEMS, b'{"id":2}'): 20}
+    reader.close()
+
+
+def test_nothing_beyond_a_checkpoint_is_handed_out_and_an_aborted_cut_never(feed: Feed) -> None:
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    drain(reader, first.version)
+    feed.put(ITEMS, 1, 99)
+    feed.writer.abort()
+    feed.open()
+    second = feed.cut((ITEMS, 3, 30))
+    assert rows(drain(reader, second.version)) == {(ITEMS, b'{"id":3}'): 30}
+    reader.close()
+
+
+def test_a_backlog_comes_in_pieces_of_bounded_size(feed: Feed, settings: Settings) -> None:
+    for number in range(50):
+        feed.put(ITEMS, number, number)
+    whole = feed.seal()
+    log = Log(replace(settings, batch_records=10))
+    reader = log.reader([ITEMS], None)
+    batches = drain(reader, whole.version)
+    assert len(rows(batches)) == 50
+    assert [batch.checkpoint is None for batch in batches][-1] is False
+    reader.close()
+
+
+def test_all_reads_tables_that_appear_later(feed: Feed) -> None:
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader(ALL, None)
+    drain(reader, first.version)
+    feed.writer.add_topic(feed.log.ensure_table("public.new"))
+    feed.writer.schema(TableSchema("public.new", 1, (Column("id", "integer"), Column("n", "integer")), ("id",)))
+    second = feed.cut(("public.new", 1, 1))
+    assert rows(drain(reader, second.version)) == {("public.new", b'{"id":1}'): 1}
+    reader.close()
+
+
+def test_a_state_older_than_the_compaction_lag_is_not_exact_while_more_follows(feed: Feed, settings: Settings) -> None:
+    feed.cut((ITEMS, 1, 10))
+    impatient = Log(replace(settings, min_compaction_lag_ms=0))
+    reader = impatient.reader([ITEMS], None)
+    feed.put(ITEMS, 1, 11)
+    feed.put(ITEMS, 2, 12)
+    second = feed.seal()
+    # At the very end of the log nothing can have been compacted away, however old the checkpoint is.
+    batches = drain(reader, second.version)
+    assert rows(batches) == {(ITEMS, b'{"id":1}'): 11, (ITEMS, b'{"id":2}'): 12}
+    reader.close()
+
+
+def test_a_predecessor_is_fenced(feed: Feed) -> None:
+    feed.cut((ITEMS, 1, 10))
+    successor = feed.log.writer()
+    successor.open()
+    with pytest.raises(HeadraceError) as caught:
+        feed.cut((ITEMS, 1, 66))
+    assert caught.value.code in {"fenced", "cut-lost"}
+    assert [change.row for change in feed.log.scan(ITEMS)] == [{"id": 1, "n": 10}]
+
+
+def test_old_checkpoints_are_tombstoned_and_never_the_newest(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.log.writer.KEPT_CHECKPOINTS", 3)
+    sealed = [feed.cut((ITEMS, 1, n)) for n in range(7)]
+    seen = {}
+    from headrace.log.tail import BEGINNING, read_to_end
+    from headrace.log.topics import checkpoints_topic
+
+    for record in read_to_end(feed.log.settings, {(checkpoints_topic(feed.log.settings.source), 0): BEGINNING}):
+        seen[record.key] = record.value
+    live = [key for key, value in seen.items() if value is not None]
+    assert codec.encode_checkpoint_key(sealed[-1]) in live
+    assert len(live) == 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (lambda p: replace(p, source=replace(SOURCE, slot="other")), "position-of-another-source"),
+        (lambda p: replace(p, version=Version(1, 10**9)), "position-ahead"),
+        (lambda p: replace(p, appended=1), "away-too-long"),
+        (lambda p: replace(p, topics={topic: "other" for topic in p.topics}), "topic-replaced"),
+    ],
+)
+def test_a_position_that_makes_no_sense_is_refused(feed: Feed, spoil: object, code: str) -> None:
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position: Position = drain(reader, first.version)[-1].position
+    reader.close()
+    with pytest.raises(Refused) as caught:
+        feed.log.reader([ITEMS], spoil(position))  # type: ignore[operator]
+    assert caught.value.code == code
+
+
+def test_a_log_that_ends_below_its_checkpoint_is_refused(feed: Feed) -> None:
+    sealed = feed.cut((ITEMS, 1, 10))
+    beyond = replace(sealed, ends={topic: [end + 5 for end in ends] for topic, ends in sealed.ends.items()})
+    with pytest.raises(Misconfigured) as caught:
+        feed.log.check_ends(beyond)
+    assert caught.value.code == "log-lost-records"
+
+
+def test_a_table_nobody_captures_is_named(feed: Feed) -> None:
+    feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader(["public.nothing"], None)
+    with pytest.raises(Misconfigured, match=r"public\.nothing"):
+        reader.poll(0.1)
+    reader.close()
