@@ -194,6 +194,19 @@ class Control:
             tail.close()
         raise Transient("no-answer", f"The scan of {name} broke off.", "Run it again.")
 
+    def rows(
+        self, name: str, generation: int, keys: Sequence[tuple[str, str]], timeout: float = 30.0
+    ) -> tuple[Version, dict[tuple[str, str], ViewRow]]:
+        """Return some rows of a generation by (collection, key), as readers see them, and the version that they show.
+
+        Few keys at once: the answer is one record.
+        """
+        answer = self.ask(name, "rows", {"generation": generation, "keys": list(keys)}, timeout)
+        rows = (
+            ViewRow(collection, key, value, Version(*version)) for collection, key, value, version in answer["rows"]
+        )
+        return Version(*answer["version"]), {(row.collection, row.key): row for row in rows}
+
     def flush(self) -> None:
         """Wait until what was written is in Kafka."""
         self._writer.flush()

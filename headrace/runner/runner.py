@@ -14,7 +14,7 @@ from concurrent.futures import TimeoutError as NoAnswer
 from typing import Any
 
 from headrace.change import NOWHERE, Version
-from headrace.consumer import Consumer, Cursor, Generation, fingerprint, no_progress
+from headrace.consumer import Consumer, Cursor, Generation, ViewRow, fingerprint, no_progress
 from headrace.control import Control, Report, Request
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log
@@ -45,6 +45,7 @@ class Runner:
             "rollback": self._rollback,
             "drop": self._drop,
             "scan": self._scan,
+            "rows": self._rows,
         }
 
     def tick(self) -> None:
@@ -231,6 +232,13 @@ class Runner:
         worker.call(lambda consumer: self._page(worker, consumer, request, None))
         return {"scan": request.id, "generation": worker.generation.number}
 
+    def _rows(self, request: Request) -> dict[str, Any]:
+        """Answer single rows by their keys, and the version that they show."""
+        worker = self._worker(request.args.get("generation"))
+        keys = request.args["keys"]
+        rows, version = self._wait_for(worker, lambda consumer: (_named(consumer, keys), worker.state.version))
+        return {"rows": [(*row[:3], list(row.version)) for row in rows], "version": list(version)}
+
     def _page(self, worker: Worker, consumer: Consumer, request: Request, after: Cursor | None) -> None:
         """Send one page and queue the next, so that the worker reads on between them."""
         rows = consumer.scan(after, _PAGE)
@@ -239,9 +247,9 @@ class Runner:
         if not last:
             worker.call(lambda again: self._page(worker, again, request, (rows[-1].collection, rows[-1].key)))
 
-    def _wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> None:
+    def _wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
         try:
-            worker.call(function).result(_CALL_SECONDS)
+            return worker.call(function).result(_CALL_SECONDS)
         except NoAnswer as error:
             raise Transient(
                 "worker-busy", f"{worker.name} is busy ({worker.state.phase}).", "Try again; see headrace status"
@@ -281,3 +289,20 @@ def _behind(target: Worker, wanted: Version) -> Misconfigured:
         f"{target.name} is at {target.state.version}, readers have seen {wanted}: they would go back in time.",
         "Use rollback --stale to accept that, or rebuild.",
     )
+
+
+def _named(consumer: Consumer, keys: list[tuple[str, str]]) -> list[ViewRow]:
+    """Return the rows of some keys: a scan from just before each."""
+    found = [row for collection, key in keys for row in consumer.scan((collection, _just_before(key)), 1)]
+    wanted = {(collection, key) for collection, key in keys}
+    return [row for row in found if (row.collection, row.key) in wanted]
+
+
+def _just_before(key: str) -> str:
+    """Return a text that sorts before `key`, and after every key that does."""
+    last = max(ord(key[-1:] or "\0") - 1, 0)
+    last = _LAST_BEFORE_SURROGATES if _LAST_BEFORE_SURROGATES < last < _FIRST_AFTER_SURROGATES else last
+    return f"{key[:-1]}{chr(last)}\U0010ffff" if key else key
+
+
+_LAST_BEFORE_SURROGATES, _FIRST_AFTER_SURROGATES = 0xD7FF, 0xE000
