@@ -1,10 +1,18 @@
-"""Kafka: one KRaft node that is broker and controller, in a small Java process."""
+"""Kafka: one KRaft node that is broker and controller, in a small Java process.
+
+A node that was killed is still registered as the leader of everything. Started as it is, it would first believe that,
+take up the transactions that were being committed, then be fenced because its old session ends, and find its partitions
+without a leader; Kafka 4 takes such partitions for deleted and never writes their commit markers (KAFKA-20734): readers
+of committed records would be stuck for ever. So after a kill its controller runs alone first, for as long as it needs to
+end the old session. For the same reason a session is long: no pause may end it.
+"""
 
 from __future__ import annotations
 
 import socket
 import struct
 import subprocess
+import time
 from typing import Final
 
 from headrace.errors import Misconfigured
@@ -14,13 +22,10 @@ from headrace_ops.process_server import ProcessServer
 _CLUSTER: Final = "aGVhZHJhY2Utc3RhY2stMQ"
 _CONF: Final = """\
 process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@{host}:{controller}
 listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller}
 advertised.listeners=PLAINTEXT://{host}:{port}
-controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
-log.dirs={data}/log
+broker.session.timeout.ms=600000
 auto.create.topics.enable=false
 offsets.topic.replication.factor=1
 offsets.topic.num.partitions=4
@@ -33,9 +38,17 @@ group.initial.rebalance.delay.ms=0
 message.max.bytes=20971520
 replica.fetch.max.bytes=20971520
 log.cleaner.backoff.ms=1000
-# a broker that was killed may register again this long after its last heartbeat
-broker.session.timeout.ms=3000
-broker.heartbeat.interval.ms=500
+"""
+_CONTROLLER: Final = """\
+process.roles=controller
+listeners=CONTROLLER://{host}:{controller}
+broker.session.timeout.ms=100
+"""
+_NODE: Final = """\
+node.id=1
+controller.quorum.voters=1@{host}:{controller}
+controller.listener.names=CONTROLLER
+log.dirs={data}/log
 """
 _LOGGING: Final = """\
 appender.console.type=Console
@@ -64,18 +77,36 @@ class Kafka(ProcessServer):
         return f"{ports.HOST}:{self.port}"
 
     def prepare(self) -> None:
-        """Write the properties; format the data once."""
-        conf = _CONF.format(host=ports.HOST, port=self.port, controller=self.ports["kafka-controller"], data=self.data)
-        (self.conf / "server.properties").write_text(conf)
+        """Write the properties; format the data once; after a kill, end the old session."""
+        facts = {"host": ports.HOST, "port": self.port, "controller": self.ports["kafka-controller"], "data": self.data}
+        (self.conf / "server.properties").write_text((_CONF + _NODE).format(**facts))
+        (self.conf / "controller.properties").write_text((_CONTROLLER + _NODE).format(**facts))
         (self.conf / "log4j2.properties").write_text(_LOGGING)
-        if (self.data / "log/meta.properties").exists():
-            return
+        if not (self.data / "log/meta.properties").exists():
+            self._format()
+        elif not (self.data / "log/.kafka_cleanshutdown").exists():
+            self._end_old_session()
+
+    def _format(self) -> None:
         done = subprocess.run(  # type: ignore[call-overload]
             [*self.java(), "kafka.tools.StorageTool", "format", "-t", _CLUSTER, "-c", str(self.conf / "server.properties")],
             cwd=self.data, env=self.environ(), capture_output=True, text=True, check=False, **processes.drop_privileges(),
         )  # fmt: skip
         if done.returncode:
             raise Misconfigured("server-died", f"Kafka's storage cannot be formatted: {done.stdout}{done.stderr}"[-800:])
+
+    def _end_old_session(self) -> None:
+        """Run the controller alone until it has fenced the broker, or has been active so long that there was none to fence."""
+        begin = self.log.stat().st_size if self.log.exists() else 0
+        controller = self.spawn([*self.java(), "kafka.Kafka", str(self.conf / "controller.properties")])
+        active, deadline = None, time.monotonic() + 60
+        while processes.alive(controller) and time.monotonic() < deadline and not self.cancelled.wait(0.05):
+            said = self.log.read_bytes()[begin:]
+            if b"Fencing broker 1 " in said or (active and time.monotonic() > active + 2):
+                break
+            if not active and b"Performing controller activation" in said:
+                active = time.monotonic()
+        self.stop()
 
     def java(self) -> list[str]:
         """Return the start of a command line that runs a class of Kafka's: the broker or one of its tools."""

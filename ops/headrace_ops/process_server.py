@@ -13,7 +13,7 @@ import signal
 import stat
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -135,7 +135,7 @@ class ProcessServer(ABC):
         else:
             self._take_places()
             self.prepare()
-            running = self._spawn()
+            running = self.spawn(self.command())
         self._wait_healthy(running)
 
     def stop(self) -> None:
@@ -204,8 +204,9 @@ class ProcessServer(ABC):
             f"Stop that process, or choose another port: headrace stack up --port {self.name}=PORT.",
         )
 
-    def _spawn(self) -> Process:
-        pid = processes.spawn(self.command(), folder=self.data, log=self.log, environ=self.environ())
+    def spawn(self, command: Sequence[str]) -> Process:
+        """Run `command` as the process of this server, and record it."""
+        pid = processes.spawn(command, folder=self.data, log=self.log, environ=self.environ())
         process = processes.identify(pid)
         if process is None:
             raise self._died()
