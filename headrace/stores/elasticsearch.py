@@ -1,0 +1,423 @@
+"""Documents in Elasticsearch: an index a generation, an alias for readers.
+
+`<alias>-g<N>` is generation N; the alias points at the live one and is swapped in one cluster state. Everything is
+written through a second alias of the index, ``<index>-write``, with `require_alias`, so that an index somebody deleted
+is never made by a write.
+
+*Versions.* Documents are written with `external_gte` versions (S1). A delete is a document too, ``{"headrace": {"kind":
+"deleted"}}`` under its version, because Elasticsearch forgets the version of a deleted id after a minute (S21); it is
+removed after a day.
+
+*Position.* A bulk is not atomic, so the position is a document of its own, written after every item succeeded, with
+`if_seq_no`: each write proves that it is still the one that this process wrote (S22). It names the index's UUID (an
+index that was restored or made again is another) and its *owner*, which `open` takes, so that a process that was
+replaced meanwhile finds out at once.
+
+*Visibility.* Indices never refresh by themselves; the store refreshes after each position. So readers see the states at
+positions, not what is half written, and what `write` has returned for can be read (S25). An empty write costs no
+refresh.
+
+The alias hides what has a `headrace.kind`. `headrace.id` repeats the id, because Elasticsearch does not sort by `_id`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from elasticsearch import (
+    ApiError,
+    AuthenticationException,
+    AuthorizationException,
+    ConflictError,
+    Elasticsearch,
+    NotFoundError,
+    TransportError,
+)
+from elasticsearch.helpers import streaming_bulk
+
+from headrace import codec
+from headrace.change import Position, Row, Version
+from headrace.consumer import Cursor, Generation, ViewRow
+from headrace.errors import Misconfigured, Poison, Transient, Wiped
+from headrace.settings import Settings
+from headrace.stores import Doc
+
+_POSITION = "headrace:position"
+_INTERNAL = {"exists": {"field": "headrace.kind"}}
+_VISIBLE = {"bool": {"must_not": [_INTERNAL]}}
+_NAMED = {"exists": {"field": "headrace.id"}}
+_BY_ID = [{"headrace.id": "asc"}]
+_OURS: dict[str, Any] = {
+    "properties": {
+        "id": {"type": "keyword"},
+        "kind": {"type": "keyword"},
+        "at": {"type": "long"},
+        "state": {"type": "object", "enabled": False},
+    }
+}
+_BULK_BYTES = 8 * 1024 * 1024
+_BULK_DOCS = 1000
+_DELETED_SECONDS = 24 * 3600
+_PURGE_SECONDS = 3600
+_TIMEOUT = 30
+_FOREIGN = 1000
+
+
+class ElasticsearchIndex:
+    """A document store behind an alias.
+
+    Args:
+        alias: What readers search; the indices are ``<alias>-g1`` and so on.
+        mappings: As Elasticsearch takes them: ``{"properties": {...}}``.
+        settings: Index settings, e.g. ``{"number_of_replicas": 1}``.
+    """
+
+    def __init__(self, alias: str, mappings: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> None:
+        """Say where documents go; connects to nothing."""
+        self.alias = alias
+        self._mappings = mappings
+        self._index_settings = {"number_of_shards": 1, "auto_expand_replicas": "0-1"} | dict(settings or {})
+        self._name = re.compile(re.escape(alias) + r"-g(\d+)")
+        self._owner = uuid.uuid4().hex
+        self._index = ""
+        self._uuid = ""
+        self._written: dict[str, int] = {}
+        self._unseen = False
+        self._purged = 0.0
+
+    def bind(self, settings: Settings, consumer: str) -> None:
+        """Use the Elasticsearch of `settings`. Raises Misconfigured: `bad-setting`."""
+        self._consumer = consumer
+        self._owner = uuid.uuid4().hex
+        self._client = client(settings)
+
+    def generations(self) -> list[Generation]:
+        """Return the generations that the server holds."""
+        with _errors():
+            found = self._client.indices.get(index=f"{self.alias}-g*", features="aliases,mappings")
+        made = []
+        for index, facts in found.items():
+            name, about = self._name.fullmatch(index), _about(facts)
+            if name and about.get("consumer") == self._consumer:
+                live = self.alias in facts["aliases"]
+                made.append(Generation(self._consumer, int(name[1]), about["fingerprint"], live))
+        return sorted(made, key=lambda generation: generation.number)
+
+    def open(self, generation: Generation) -> Position | None:
+        """Take the index of `generation` if it is whole, else make it anew, empty."""
+        self._index = f"{self.alias}-g{generation.number}"
+        with _errors():
+            if self._find(generation):
+                position = self._take()
+                if position is not None:
+                    return position
+            self._make(generation)
+        return None
+
+    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:  # noqa: ARG002
+        """Write documents, then the position, then show both to readers.
+
+        Raises:
+            Transient: `elasticsearch-away`, `elasticsearch-busy`; Wiped: `view-wiped`, `view-moved`.
+            Poison: `document-refused`, with the id and Elasticsearch's reason.
+            Misconfigured: `elasticsearch-refused`, `view-taken-over`.
+        """
+        with _errors():
+            self._write_all(self._action(doc) for doc in docs)
+            self._unseen = self._unseen or bool(docs)
+            if position is not None:
+                self._write_position(position)
+                self._purge()
+                self._show()
+
+    def promote(self) -> None:
+        """Swap the alias to this generation."""
+        with _errors():
+            away = [{"remove": {"index": index, "alias": self.alias}} for index in self._live() if index != self._index]
+            add = {"add": {"index": self._index, "alias": self.alias, "filter": _VISIBLE}}
+            self._client.indices.update_aliases(actions=[*away, add])
+
+    def drop(self) -> None:
+        """Delete the index, and with it what the alias says of it."""
+        with _errors():
+            self._client.options(ignore_status=404).indices.delete(index=self._index)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
+        """Return documents as readers see them, by id.
+
+        Documents that somebody else put there lack `headrace.id`; up to a thousand of them are found apart and put in
+        place.
+        """
+        start = after[1] if after else ""
+        with _errors():
+            ours = self._search(
+                {"bool": {"must_not": [_INTERNAL], "filter": [_NAMED]}}, limit, search_after=[start], sort=_BY_ID
+            )
+            foreign = self._search({"bool": {"must_not": [_INTERNAL, _NAMED]}}, _FOREIGN)
+        last = ours[-1].key if len(ours) == limit else None
+        placed = [row for row in foreign if row.key > start and (last is None or row.key < last)]
+        return sorted([*ours, *placed], key=lambda row: row.key)[:limit]
+
+    # Opening
+
+    def _find(self, generation: Generation) -> bool:
+        """Look for the index; refuse one of other code."""
+        try:
+            facts = self._client.indices.get(index=self._index)[self._index]
+        except NotFoundError:
+            return False
+        about = _about(facts)
+        if (about.get("consumer"), about.get("fingerprint")) != (generation.consumer, generation.fingerprint):
+            raise Misconfigured(
+                "view-of-another",
+                f"The index {self._index} was not made by {generation.consumer} {generation.fingerprint}.",
+                "Delete that index, or give the consumer's store another alias.",
+            )
+        self._uuid = facts["settings"]["index"]["uuid"]
+        return True
+
+    def _take(self) -> Position | None:
+        """Become the owner of the position; None when there is none of this index."""
+        try:
+            found = self._client.get(index=self._index, id=_POSITION)
+        except NotFoundError:
+            return None
+        state = found["_source"]["headrace"]["state"]
+        if state["uuid"] != self._uuid or state["position"] is None:
+            return None
+        self._written = _sequence(found.body)
+        self._put_state(state["position"])
+        self._unseen = True
+        self._show()
+        return codec.decode_position(state["position"])
+
+    def _make(self, generation: Generation) -> None:
+        self._client.options(ignore_status=404).indices.delete(index=self._index)
+        about = {"headrace": {"consumer": generation.consumer, "fingerprint": generation.fingerprint}}
+        properties = {**self._mappings.get("properties", {}), "headrace": _OURS}
+        self._client.indices.create(
+            index=self._index,
+            mappings={**self._mappings, "properties": properties, "_meta": about},
+            settings={**self._index_settings, "refresh_interval": -1},
+            aliases={f"{self._index}-write": {}},
+        )
+        self._uuid = self._client.indices.get(index=self._index)[self._index]["settings"]["index"]["uuid"]
+        self._written = {}
+        self._put_state(None)
+
+    # Writing
+
+    def _action(self, doc: Doc) -> dict[str, Any]:
+        ours: Row = {"id": doc.id}
+        if doc.body is None:
+            ours |= {"kind": "deleted", "at": int(time.time())}
+        return {
+            "_op_type": "index",
+            "_id": doc.id,
+            "version": doc.version.packed(),
+            "version_type": "external_gte",
+            "_source": {**(doc.body or {}), "headrace": ours},
+        }
+
+    def _write_all(self, actions: Iterable[dict[str, Any]]) -> None:
+        results = streaming_bulk(
+            self._client,
+            actions,
+            index=f"{self._index}-write",
+            require_alias=True,
+            chunk_size=_BULK_DOCS,
+            max_chunk_bytes=_BULK_BYTES,
+            raise_on_error=False,
+        )
+        for ok, item in results:
+            if not ok:
+                self._judge(next(iter(item.values())))
+
+    def _judge(self, item: dict[str, Any]) -> None:
+        """Decide what an item that failed means. A version conflict is fine: an older write has lost."""
+        status, error = item["status"], item.get("error") or {}
+        reason = f"{error.get('type')}: {_reason(error)}"
+        if status == 409:
+            return
+        if status == 404:
+            raise _wiped(self._index)
+        if status in (429, 403) or status >= 500:
+            raise Transient(
+                "elasticsearch-busy", f"Elasticsearch does not take {item['_id']}: {reason}.", "See its log."
+            )
+        raise Poison(
+            "document-refused",
+            f"Elasticsearch refuses document {item['_id']!r} of {self._index}: {reason}.",
+            f"Change render or the mappings of {self._consumer}, then: headrace rebuild {self._consumer}",
+        )
+
+    def _write_position(self, position: Position) -> None:
+        try:
+            self._put_state(codec.encode_position(position).decode())
+        except ConflictError as error:
+            raise self._moved() from error
+
+    def _put_state(self, position: str | None) -> None:
+        state = {"uuid": self._uuid, "owner": self._owner, "position": position}
+        how: dict[str, Any] = dict(self._written) or {"op_type": "create"}
+        document = {"headrace": {"kind": "position", "state": state}}
+        written = self._client.index(
+            index=f"{self._index}-write", id=_POSITION, document=document, require_alias=True, **how
+        )
+        self._written = _sequence(written.body)
+
+    def _moved(self) -> Exception:
+        """Return what a position means that is not the one that this process wrote."""
+        try:
+            owner = self._client.get(index=self._index, id=_POSITION)["_source"]["headrace"]["state"]["owner"]
+        except NotFoundError:
+            return _wiped(self._index)
+        if owner == self._owner:
+            return Wiped("view-moved", f"The position of {self._index} is not the one last written.")
+        return Misconfigured(
+            "view-taken-over",
+            f"Another process has opened {self._index} since.",
+            f"Run the consumer {self._consumer} in one process only.",
+        )
+
+    def _show(self) -> None:
+        if self._unseen:
+            self._client.indices.refresh(index=self._index)
+            self._unseen = False
+
+    def _purge(self) -> None:
+        """Once an hour, remove up to a thousand deletes that are older than a day, if nothing has happened to them
+        since."""
+        if time.monotonic() - self._purged < _PURGE_SECONDS and self._purged:
+            return
+        self._purged = time.monotonic()
+        old = {"range": {"headrace.at": {"lt": int(time.time()) - _DELETED_SECONDS}}}
+        found = self._client.search(
+            index=self._index, query=old, size=_BULK_DOCS, source=False, seq_no_primary_term=True
+        )
+        self._write_all({"_op_type": "delete", "_id": hit["_id"], **_sequence(hit)} for hit in found["hits"]["hits"])
+
+    # Reading
+
+    def _live(self) -> list[str]:
+        found = self._client.options(ignore_status=404).indices.get_alias(name=self.alias)
+        return list(found) if found.meta.status == 200 else []
+
+    def _search(self, query: dict[str, Any], size: int, **how: Any) -> list[ViewRow]:
+        found = self._client.search(
+            index=self._index, query=query, size=size, version=True, track_total_hits=False, **how
+        )
+        return [_row(hit) for hit in found["hits"]["hits"]]
+
+
+class SearchReader:
+    """Searches a live view; what an application uses."""
+
+    def __init__(self, settings: Settings, alias: str, fields: Sequence[str] = ("name^3", "category", "*")) -> None:
+        """Search `fields` (with boosts, as ``name^3``) behind `alias`. Connects to nothing. Raises Misconfigured:
+        `bad-setting`."""
+        self._client = client(settings)
+        self._alias = alias
+        self._fields = list(fields)
+
+    def search(self, text: str, size: int = 30) -> list[Row]:
+        """Return up to `size` documents for `text`, the best first: each body with its `id` and `highlight`, a mapping
+        of fields to fragments of HTML in which the words found are in ``<em>``.
+
+        Raises:
+            Transient: `view-not-there`, when no generation is live; `elasticsearch-away`, `elasticsearch-busy`.
+        """
+        nothing = Transient("view-not-there", f"No generation of {self._alias} is live yet.", "See: headrace status")
+        with _errors(missing=nothing):
+            found = self._client.search(
+                index=self._alias,
+                query={"multi_match": {"query": text, "fields": self._fields, "type": "best_fields", "lenient": True}},
+                highlight={"fields": {"*": {}}, "encoder": "html", "require_field_match": False},
+                size=size,
+            )
+        return [
+            {**_body(hit), "id": hit["_id"], "highlight": hit.get("highlight", {})} for hit in found["hits"]["hits"]
+        ]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+
+def client(settings: Settings) -> Elasticsearch:
+    """Return a client that does not repeat anything by itself. Raises Misconfigured: `bad-setting`."""
+    try:
+        return Elasticsearch(settings.elasticsearch, request_timeout=_TIMEOUT, max_retries=0, retry_on_timeout=False)
+    except ValueError as error:
+        raise Misconfigured(
+            "bad-setting",
+            f"HEADRACE_ELASTICSEARCH={settings.elasticsearch!r}: {error}.",
+            "Write it as http://host:9200 or https://user:password@host:9200.",
+        ) from error
+
+
+@contextmanager
+def _errors(missing: Exception | None = None) -> Iterator[None]:
+    """Turn the client's errors into ours, by how one recovers from them."""
+    try:
+        yield
+    except NotFoundError as error:
+        raise missing or Wiped("view-wiped", f"An index is gone: {error.message}.") from error
+    except (AuthenticationException, AuthorizationException) as error:
+        if "cluster_block_exception" in str(error):
+            raise Transient(
+                "elasticsearch-busy", f"Elasticsearch blocks writes: {_why(error)}.", "Free its disk."
+            ) from error
+        raise Misconfigured(
+            "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change HEADRACE_ELASTICSEARCH."
+        ) from error
+    except ApiError as error:
+        if error.status_code in (409, 429) or error.status_code >= 500:
+            raise Transient("elasticsearch-busy", f"Elasticsearch is busy: {_why(error)}.", "See its log.") from error
+        raise Misconfigured(
+            "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change the mappings or settings of the store."
+        ) from error
+    except TransportError as error:
+        raise Transient(
+            "elasticsearch-away", f"Elasticsearch does not answer: {error.message}.", "See HEADRACE_ELASTICSEARCH."
+        ) from error
+
+
+def _wiped(index: str) -> Wiped:
+    return Wiped("view-wiped", f"The index {index} is gone, or its position is; it is built anew.")
+
+
+def _why(error: ApiError) -> str:
+    body = error.body
+    return _reason(body["error"]) if isinstance(body, dict) and isinstance(body.get("error"), dict) else str(error)
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    cause = error.get("caused_by") or {}
+    return f"{error.get('reason')} {cause.get('reason', '')}".strip()
+
+
+def _about(facts: Mapping[str, Any]) -> dict[str, str]:
+    about: dict[str, str] = facts["mappings"].get("_meta", {}).get("headrace", {})
+    return about
+
+
+def _sequence(found: Mapping[str, Any]) -> dict[str, int]:
+    return {"if_seq_no": found["_seq_no"], "if_primary_term": found["_primary_term"]}
+
+
+def _body(hit: Mapping[str, Any]) -> Row:
+    return {name: value for name, value in hit["_source"].items() if name != "headrace"}
+
+
+def _row(hit: Mapping[str, Any]) -> ViewRow:
+    return ViewRow("", hit["_id"], _body(hit), Version.unpacked(hit["_version"]))

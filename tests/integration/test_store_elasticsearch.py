@@ -1,0 +1,248 @@
+"""The Elasticsearch store against a real Elasticsearch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from elasticsearch import Elasticsearch as Client
+from elasticsearch import NotFoundError
+from headrace_ops import Stack
+from headrace_ops.elasticsearch import Elasticsearch
+
+from headrace.change import Position, Source, Version
+from headrace.consumer import Generation
+from headrace.errors import Misconfigured, Poison, Transient, Wiped
+from headrace.settings import Settings
+from headrace.stores import Doc
+from headrace.stores import elasticsearch as module
+from headrace.stores.elasticsearch import ElasticsearchIndex, SearchReader
+
+MAPPINGS = {"properties": {"name": {"type": "text"}, "stars": {"type": "float"}}}
+G1, G2 = Generation("search", 1, "abc"), Generation("search", 2, "abc")
+Open = Callable[..., ElasticsearchIndex]
+
+
+def at(lsn: int) -> Position:
+    return Position({"t": [lsn]}, {"t": "T"}, Version(1, lsn), Source("7512", 1, "shop", "s", "p"), 1)
+
+
+def doc(id_: str, lsn: int, name: str | None = "kettle") -> Doc:
+    return Doc(id_, name and {"name": name}, Version(1, lsn))
+
+
+@pytest.fixture
+def settings(stack: Stack, elasticsearch: Elasticsearch, tmp_path: Path) -> Settings:
+    return replace(Settings(), elasticsearch=elasticsearch.address(), state=str(tmp_path))
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with Client(settings.elasticsearch) as found:
+        yield found
+
+
+@pytest.fixture
+def open_store(settings: Settings) -> Iterator[Open]:
+    made: list[ElasticsearchIndex] = []
+
+    def make(generation: Generation = G1) -> ElasticsearchIndex:
+        store = ElasticsearchIndex("products", MAPPINGS)
+        store.bind(settings, "search")
+        store.open(generation)
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        store.close()
+
+
+def test_the_position_is_there_after_a_restart(open_store: Open) -> None:
+    store = open_store()
+    assert store.open(G1) is None
+    store.write([doc("1", 5)], at(5))
+    assert open_store().open(G1) == at(5)
+    assert store.generations() == [G1]
+
+
+def test_an_older_version_never_replaces_a_newer_one_and_a_tie_may(open_store: Open) -> None:
+    store = open_store()
+    store.write([doc("1", 10, "new")], at(10))
+    store.write([doc("1", 9, "old")], at(11))
+    assert store.scan(None, 10) == [("", "1", {"name": "new"}, Version(1, 10))]
+    store.write([doc("1", 10, "same")], at(12))
+    assert store.scan(None, 10)[0].value == {"name": "same"}
+
+
+def test_a_zombie_cannot_bring_a_deleted_document_back(open_store: Open, client: Client) -> None:
+    """S21: index v100, delete v110, and long after that index v100."""
+    store = open_store()
+    store.write([doc("1", 100)], at(100))
+    store.write([doc("1", 110, None)], at(110))
+    client.indices.put_settings(index="products-g1", settings={"index.gc_deletes": "0s"})
+    store.write([doc("1", 100)], at(111))
+    assert store.scan(None, 10) == []
+
+
+def test_deletes_are_removed_after_a_day(open_store: Open, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store()
+    store.write([doc("1", 100, None)], at(100))
+    monkeypatch.setattr(module, "_DELETED_SECONDS", -10)
+    reopened = open_store()
+    reopened.write([], at(101))
+    client.indices.refresh(index="products-g1")
+    assert client.count(index="products-g1", query={"term": {"headrace.kind": "deleted"}})["count"] == 0
+
+
+def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, client: Client) -> None:
+    store = open_store()
+    ids = sorted(["10", "9", "a", "ä", "Z", "1,2", "b"])
+    store.write([doc(id_, 1, id_) for id_ in ids], at(1))
+    client.index(index="products-g1", id="aa", document={"name": "foreign"}, refresh=True)
+    found, after = [], None
+    while page := store.scan(after, 3):
+        found += page
+        after = (page[-1].collection, page[-1].key)
+    assert [row.key for row in found] == sorted([*ids, "aa"])
+    assert all(row.value == {"name": row.key} for row in found if row.key != "aa")
+
+
+def test_readers_see_complete_writes_only(open_store: Open, client: Client) -> None:
+    store = open_store()
+    store.promote()
+    store.write([doc("1", 1)], None)
+    assert client.count(index="products")["count"] == 0
+    store.write([doc("2", 1), doc("3", 1, None)], at(1))
+    assert client.count(index="products")["count"] == 2
+
+
+def test_promotion_is_atomic_for_a_polling_reader(open_store: Open, client: Client) -> None:
+    first, second = open_store(), open_store(G2)
+    first.write([doc("1", 1, "old")], at(1))
+    first.promote()
+    second.write([doc("1", 1, "new")], at(1))
+    seen: list[str] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            hits = client.search(index="products")["hits"]["hits"]
+            seen.append(",".join(hit["_source"]["name"] for hit in hits))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_for(lambda: len(seen) > 5)
+    second.promote()
+    count = len(seen)
+    wait_for(lambda: len(seen) > count + 5)
+    stop.set()
+    reader.join()
+    assert set(seen) == {"old", "new"}
+    assert seen == sorted(seen, reverse=True)
+    assert [(g.number, g.live) for g in first.generations()] == [(1, False), (2, True)]
+    first.promote()
+    second.drop()
+    assert [(g.number, g.live) for g in first.generations()] == [(1, True)]
+
+
+def test_an_index_deleted_while_running_is_not_made_by_a_write(open_store: Open, client: Client) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    client.indices.delete(index="products-g1")
+    with pytest.raises(Wiped):
+        store.write([doc("2", 2)], at(2))
+    with pytest.raises(Wiped):
+        store.write([], at(2))
+    with pytest.raises(NotFoundError):
+        client.indices.get(index="products-g1")
+    assert store.open(G1) is None
+    store.write([doc("2", 2)], at(2))
+    assert [row.key for row in store.scan(None, 10)] == ["2"]
+
+
+def test_a_position_that_was_deleted_or_is_of_another_index_means_from_zero(open_store: Open, client: Client) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    client.delete(index="products-g1", id="headrace:position")
+    with pytest.raises(Wiped):
+        store.write([], at(2))
+    assert store.open(G1) is None
+    store.write([doc("1", 1)], at(1))
+    found = client.get(index="products-g1", id="headrace:position")["_source"]
+    found["headrace"]["state"]["uuid"] = "another"
+    client.index(index="products-g1", id="headrace:position", document=found)
+    assert store.open(G1) is None
+
+
+def test_a_load_that_was_killed_starts_from_an_empty_index(open_store: Open) -> None:
+    open_store().write([doc("ghost", 1)], None, bulk=True)
+    store = open_store()
+    store.write([doc("1", 2)], at(2))
+    assert [row.key for row in store.scan(None, 10)] == ["1"]
+
+
+def test_a_process_that_was_replaced_finds_out(open_store: Open) -> None:
+    zombie = open_store()
+    zombie.write([doc("1", 1)], at(1))
+    successor = open_store()
+    successor.write([doc("1", 2, "newer")], at(2))
+    with pytest.raises(Misconfigured) as error:
+        zombie.write([doc("1", 1, "older")], at(3))
+    assert error.value.code == "view-taken-over"
+    assert successor.scan(None, 10)[0].value == {"name": "newer"}
+
+
+def test_a_document_that_does_not_fit_is_poison_with_its_id(open_store: Open) -> None:
+    store = open_store()
+    with pytest.raises(Poison, match=r"'7'.*stars") as error:
+        store.write([doc("1", 1), Doc("7", {"stars": "many"}, Version(1, 1))], at(1))
+    assert error.value.code == "document-refused"
+
+
+def test_an_index_of_other_code_is_never_mixed(open_store: Open) -> None:
+    open_store().write([doc("1", 1)], at(1))
+    with pytest.raises(Misconfigured, match="was not made by search other"):
+        open_store(replace(G1, fingerprint="other"))
+
+
+def test_elasticsearch_away_is_transient_and_it_goes_on_after(open_store: Open, stack: Stack) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    stack.server("elasticsearch").kill()
+    with pytest.raises(Transient):
+        store.write([doc("2", 2)], at(2))
+    stack.server("elasticsearch").start()
+    assert store.open(G1) == at(1)
+    store.write([doc("2", 2)], at(2))
+    assert [row.key for row in store.scan(None, 10)] == ["1", "2"]
+
+
+def test_a_refused_mapping_says_why(settings: Settings) -> None:
+    store = ElasticsearchIndex("broken", {"properties": {"a": {"type": "nonsense"}}})
+    store.bind(settings, "search")
+    with pytest.raises(Misconfigured, match="nonsense"):
+        store.open(G1)
+
+
+def test_a_reader_finds_highlights_and_says_when_nothing_is_live(open_store: Open, settings: Settings) -> None:
+    store = open_store()
+    store.write([doc("1", 1, "the <big> kettle"), doc("2", 1, "cup")], at(1))
+    reader = SearchReader(settings, "products")
+    with pytest.raises(Transient, match="live"):
+        reader.search("kettle")
+    store.promote()
+    (hit,) = reader.search("kettle")
+    assert (hit["id"], hit["name"]) == ("1", "the <big> kettle")
+    assert hit["highlight"]["name"] == ["the &lt;big&gt; <em>kettle</em>"]
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
