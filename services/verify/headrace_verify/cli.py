@@ -1,0 +1,131 @@
+"""`headrace verify`."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from headrace import plugins
+from headrace.change import format_lsn
+from headrace.cli.show import out, print_json
+from headrace.consumer import Consumer
+from headrace.control import Control
+from headrace.errors import CHECK_FAILED, Misconfigured
+from headrace.log import Log
+from headrace.settings import load
+from headrace_verify.ledger import KINDS, Difference
+from headrace_verify.verify import Outcome, Verifier
+
+_SHOWN = 20
+
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Consumers; all that have been run when none is named.")
+]
+Files = Annotated[
+    list[str] | None,
+    typer.Option("--consumer", metavar="FILE.py:CLASS", help="A consumer in one file; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, with every key.")]
+Timeout = Annotated[
+    float, typer.Option("--timeout", help="Longest wait, s, for a view to catch up, and for busy rows to be decided.")
+]
+
+
+def verify(names: Names = None, consumer: Files = None, timeout: Timeout = 60.0, json: AsJson = False) -> None:
+    """Compare every row of a view with Postgres, also while both go on, and print what is missing, extra or different.
+
+    A difference counts unless the log has a change of that row which the snapshot of Postgres could not see; such rows are
+    compared again until they are decided. Exit code 0: no differences. 1: differences, or rows that changed too often to be
+    decided. 3: something must be changed first. 5: a server or a view does not answer.
+
+    Examples:
+
+        headrace verify
+
+        headrace verify search pages
+
+        headrace verify warehouse --json
+    """
+    log = Log(load())
+    control = Control(log)
+    chosen = _chosen(control, names or [], consumer or [])
+    facts = []
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task("", total=None)
+        verifier = Verifier(
+            log,
+            control,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None),
+            timeout,
+        )
+        for outcome in verifier.verify(chosen):
+            facts.append(_facts(outcome, None if json else _SHOWN))
+            outcome.close()
+    if json:
+        print_json(facts)
+    else:
+        _show(facts)
+    if not all(fact["ok"] for fact in facts):
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _chosen(control: Control, names: list[str], files: list[str]) -> dict[str, type[Consumer]]:
+    from_files = dict(plugins.load_file(spec) for spec in files)
+    if names or from_files:
+        return {name: plugins.load(name) for name in names if name not in from_files} | from_files
+    ran = sorted(name for name, reports in control.reports().items() if any(r.generation for r in reports))
+    if not ran:
+        said = "No consumer has been run yet: there is no view to verify."
+        raise Misconfigured("consumer-not-running", said, "Run: headrace run NAME")
+    return {name: plugins.load(name) for name in ran}
+
+
+def _facts(outcome: Outcome, most: int | None) -> dict[str, Any]:
+    counts = outcome.ledger.counts()
+    undecided = list(islice(outcome.undecided(), most))
+    return {
+        "consumer": outcome.name,
+        "generation": outcome.generation,
+        "lsn": format_lsn(outcome.lsn),
+        "rows": outcome.rows,
+        **{kind: counts[kind] for kind in KINDS},
+        "undecided": counts["undecided"],
+        "ok": not any(counts.values()),
+        "differences": [_fact(difference) for difference in islice(outcome.wrong(), most)],
+        "undecided_rows": [_fact(difference) for difference in undecided],
+        "notes": outcome.notes,
+    }
+
+
+def _fact(difference: Difference) -> dict[str, Any]:
+    return difference._asdict()
+
+
+def _show(facts: list[dict[str, Any]]) -> None:
+    shown = Table("view", "generation", "at LSN", "rows", *KINDS, "undecided")
+    for fact in facts:
+        counts = [str(fact[name]) for name in (*KINDS, "undecided")]
+        shown.add_row(fact["consumer"], str(fact["generation"]), fact["lsn"], str(fact["rows"]), *counts)
+    out.print(shown)
+    for fact in facts:
+        for note in fact["notes"]:
+            out.print(f"[yellow]note[/yellow] {fact['consumer']}: {escape(note)}")
+        for difference in fact["differences"]:
+            out.print(f"[red]{difference['kind']}[/red] {fact['consumer']} {_named(difference)}")
+        for difference in fact["undecided_rows"]:
+            out.print(f"[yellow]undecided[/yellow] {fact['consumer']} {_named(difference)}: changed at each comparison")
+        if fact["missing"] + fact["extra"] + fact["different"] > len(fact["differences"]):
+            out.print(f"… {fact['consumer']}: --json shows every key")
+
+
+def _named(difference: dict[str, Any]) -> str:
+    columns = f" ({', '.join(difference['columns'])})" if difference["columns"] else ""
+    return escape(f"{difference['collection']} {difference['key']}".strip() + columns)

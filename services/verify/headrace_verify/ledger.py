@@ -1,0 +1,144 @@
+"""What a view should hold, on disk: memory stays small whatever the size of the view [I10].
+
+One temporary SQLite file a view. Expected rows are struck off as the scan of the view brings them; what differs is kept with
+what was expected, until it is decided.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from headrace import codec
+from headrace.change import Row
+
+MISSING, EXTRA, DIFFERENT = KINDS = ("missing", "extra", "different")
+
+
+class Difference(NamedTuple):
+    """One row that is not as expected. `columns` names what differs, empty for a missing or an extra row."""
+
+    kind: str
+    collection: str
+    key: str
+    columns: tuple[str, ...] = ()
+
+
+class Expected(NamedTuple):
+    """One row that readers of the view should see. `value` None: they should see none."""
+
+    collection: str
+    key: str
+    root: tuple[str, str]
+    """(table, log's key) of the row, or of the document's root row."""
+    value: Row | None
+
+
+class Ledger:
+    """The expected rows of one view, and the rows of other tables that its documents hold."""
+
+    def __init__(self) -> None:
+        """Make the file in a temporary folder, which `close` removes."""
+        self._folder = TemporaryDirectory(prefix="headrace-verify-")
+        self._db = sqlite3.connect(Path(self._folder.name) / "ledger.sqlite", isolation_level=None)
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Remove it."""
+        self._db.close()
+        self._folder.cleanup()
+
+    def add(self, rows: list[Expected], members: list[tuple[str, str, str, str]]) -> None:
+        """Expect rows; `members` are (table, log's key, collection, document's key) of joined rows."""
+        self._db.execute("BEGIN")
+        self._db.executemany(
+            "INSERT OR REPLACE INTO expected VALUES (?, ?, ?, ?, ?, 0)",
+            ((row.collection, row.key, *row.root, _packed(row.value)) for row in rows),
+        )
+        self._db.executemany("INSERT OR IGNORE INTO members VALUES (?, ?, ?, ?)", members)
+        self._db.execute("COMMIT")
+
+    def count(self) -> int:
+        """Return how many rows are expected."""
+        row = self._db.execute("SELECT count(*) FROM expected WHERE value IS NOT NULL").fetchone()
+        return int(row[0])
+
+    def strike(self, collection: str, key: str) -> Row | None:
+        """Strike an expected row off and return it; None when none is expected."""
+        row = self._db.execute(
+            "SELECT value FROM expected WHERE collection = ? AND key = ?", (collection, key)
+        ).fetchone()
+        if row is None or row[0] is None:
+            return None
+        self._db.execute("UPDATE expected SET seen = 1 WHERE collection = ? AND key = ?", (collection, key))
+        value: Row = codec.loads(row[0])
+        return value
+
+    def left(self) -> Iterator[Difference]:
+        """Yield what was expected and did not come."""
+        query = "SELECT collection, key FROM expected WHERE seen = 0 AND value IS NOT NULL ORDER BY 1, 2"
+        for collection, key in self._db.execute(query):
+            yield Difference(MISSING, collection, key)
+
+    def note(self, difference: Difference) -> None:
+        """Keep a difference."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO differences VALUES (?, ?, ?, ?, 0, NULL, NULL)",
+            (difference.kind, difference.collection, difference.key, codec.dumps(difference.columns)),
+        )
+
+    def excuse(self, collection: str, key: str, root: tuple[str, str]) -> None:
+        """Say that a difference may be a change that the snapshot does not see; the row's root is known by it."""
+        self._db.execute(
+            "UPDATE differences SET excused = 1, tbl = ?, root = ? WHERE collection = ? AND key = ?",
+            (*root, collection, key),
+        )
+
+    def settle(self, collection: str, key: str, difference: Difference | None) -> None:
+        """Decide an excused row: it differs, or it does not."""
+        self._db.execute("DELETE FROM differences WHERE collection = ? AND key = ?", (collection, key))
+        if difference is not None:
+            self.note(difference)
+
+    def members(self, table: str, key: str) -> list[tuple[str, str, tuple[str, str]]]:
+        """Return the documents that hold a joined row, each with its root."""
+        rows = self._db.execute(
+            "SELECT e.collection, e.key, e.tbl, e.root FROM members m JOIN expected e ON e.collection = m.collection "
+            "AND e.key = m.doc WHERE m.tbl = ? AND m.key = ?",
+            (table, key),
+        )
+        return [(collection, doc, (tbl, root)) for collection, doc, tbl, root in rows]
+
+    def differences(self, *, excused: bool) -> Iterator[Difference]:
+        """Yield what differs: what is excused for now, or what nothing excuses."""
+        query = "SELECT kind, collection, key, columns FROM differences WHERE excused = ? ORDER BY 2, 3"
+        for kind, collection, key, columns in self._db.execute(query, (excused,)):
+            yield Difference(kind, collection, key, tuple(codec.loads(columns)))
+
+    def counts(self) -> dict[str, int]:
+        """Return how many rows are wrong in each way, and how many are undecided."""
+        query = "SELECT CASE WHEN excused THEN 'undecided' ELSE kind END, count(*) FROM differences GROUP BY 1"
+        return dict.fromkeys((*KINDS, "undecided"), 0) | dict(self._db.execute(query))
+
+    def excused_roots(self) -> list[tuple[str, str, str, str]]:
+        """Return (collection, key, root table, root key) of the excused."""
+        query = "SELECT collection, key, tbl, root FROM differences WHERE excused = 1 ORDER BY 1, 2"
+        return list(self._db.execute(query))
+
+
+def _packed(value: Row | None) -> Any:
+    return codec.dumps(value) if value is not None else None
+
+
+_SCHEMA = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE expected (collection TEXT, key TEXT, tbl TEXT, root TEXT, value BLOB, seen INT, PRIMARY KEY (collection, key))
+  WITHOUT ROWID;
+CREATE TABLE members (tbl TEXT, key TEXT, collection TEXT, doc TEXT, PRIMARY KEY (tbl, key, collection, doc)) WITHOUT ROWID;
+CREATE TABLE differences (kind TEXT, collection TEXT, key TEXT, columns TEXT, excused INT, tbl TEXT, root TEXT,
+                          PRIMARY KEY (collection, key));
+"""

@@ -1,0 +1,242 @@
+"""The other side of the comparison: one moment of Postgres, and its rows in the codec's form.
+
+Values are turned into the codec's form by SQL, not by capture's converters: so a mistake there is seen here. Where SQL cannot
+(json that readers refuse, arrays of types whose JSON differs from their text) the last step is Python's.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
+import psycopg
+from psycopg import sql
+
+from headrace.change import Row, TableSchema, parse_lsn
+from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.settings import Settings
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+_SESSION = (
+    "-c search_path= -c client_encoding=UTF8 -c row_security=off -c DateStyle=ISO,MDY -c IntervalStyle=postgres -c TimeZone=UTC "
+    "-c extra_float_digits=1 -c bytea_output=hex -c lc_monetary=C -c statement_timeout=0 -c idle_in_transaction_session_timeout=0"
+)
+"""The settings of S14: values read here and by capture have one text."""
+
+_XIDS = 1 << 32
+_FETCH = 200
+
+
+class Moment(NamedTuple):
+    """One snapshot of Postgres: what it sees, and an LSN by which all of that was written."""
+
+    xmin: int
+    xmax: int
+    running: frozenset[int]
+    lsn: int
+
+    def sees(self, xid: int) -> bool:
+        """Whether the snapshot sees the commit of `xid`, as the log has it: its low 32 bits. 0 is no transaction."""
+        if xid == 0:
+            return True
+        near = self.xmax - self.xmax % _XIDS + xid
+        full = min((near - _XIDS, near, near + _XIDS), key=lambda candidate: abs(candidate - self.xmax))
+        return full < self.xmax and full not in self.running
+
+    def unseen(self, xid: int, lsn: int) -> bool:
+        """Whether a change by `xid`, committed at `lsn`, may be in a view and not in this snapshot (S27)."""
+        return lsn >= self.lsn or not self.sees(xid)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table as it is read: its columns that the log has too, and its key."""
+
+    name: str
+    key: tuple[str, ...]
+    columns: tuple[_Column, ...]
+    only: bool
+
+    @property
+    def identifier(self) -> sql.Composed:
+        """Return the table to select from; rows of tables that inherit from it are their own tables' rows."""
+        return sql.SQL("ONLY {}" if self.only else "{}").format(sql.Identifier(*self.name.split(".", 1)))
+
+    def json(self, alias: str) -> sql.Composed:
+        """Return the SQL of a whole row of `alias` as JSON."""
+        values = [
+            sql.SQL("{} AS {}").format(_expression(column, alias), sql.Identifier(column.name))
+            for column in self.columns
+        ]
+        return sql.SQL("(SELECT row_to_json(r) FROM (SELECT {}) r)").format(sql.SQL(", ").join(values))
+
+    def matches(self, alias: str, key: Row) -> sql.Composed:
+        """Return the SQL that is true of the row of this key."""
+        by_name = {column.name: column for column in self.columns}
+        return sql.SQL(" AND ").join(_equals(by_name[name], alias, key[name]) for name in self.key)
+
+    def plain(self, row: Row) -> Row:
+        """Finish a row that SQL has given."""
+        for column in self.columns:
+            finish = (_FINISH_ELEMENT if column.element else _FINISH).get(column.element or column.base)
+            if finish and row[column.name] is not None:
+                row[column.name] = _each(finish, row[column.name])
+        return row
+
+
+class _Column(NamedTuple):
+    name: str
+    type: str
+    base: str
+    element: str
+
+
+def connect(settings: Settings) -> Connection:
+    """Connect to the source.
+
+    Raises:
+        Transient: `postgres-away`.
+        Misconfigured: `postgres-refused`.
+    """
+    try:
+        return psycopg.connect(settings.dsn, options=_SESSION, connect_timeout=10, application_name="headrace verify")
+    except psycopg.ProgrammingError:  # its text may hold the password
+        raise Misconfigured("postgres-dsn", "HEADRACE_DSN is not a connection string.", "Change it.") from None
+    except psycopg.OperationalError as error:
+        raise _explained(" ".join(str(error).split())) from error
+
+
+def _explained(text: str) -> HeadraceError:
+    refused = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password", "permission denied")
+    if any(part in text for part in refused):
+        return Misconfigured("postgres-refused", f"Postgres refuses: {text}.", "Change HEADRACE_DSN.")
+    return Transient("postgres-away", f"Postgres does not answer: {text}.", "Start it, or change HEADRACE_DSN.")
+
+
+@contextmanager
+def moment(connection: Connection) -> Iterator[Moment]:
+    """Open a snapshot; everything that is read inside is of that moment. The LSN is taken after it (S27)."""
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    connection.read_only = True
+    try:
+        row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
+        now = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert row is not None
+        assert now is not None
+        xmin, xmax, running = row[0].split(":")
+        yield Moment(int(xmin), int(xmax), frozenset(map(int, filter(None, running.split(",")))), parse_lsn(now[0]))
+    finally:
+        connection.rollback()
+
+
+def published(connection: Connection, publication: str) -> dict[str, set[str]]:
+    """Return the columns of the tables that are captured now, by ``schema.table``."""
+    query = "SELECT schemaname || '.' || tablename, attnames FROM pg_publication_tables WHERE pubname = %s"
+    return {table: set(columns) for table, columns in connection.execute(query, [publication])}
+
+
+def table(connection: Connection, schema: TableSchema) -> Table | None:
+    """Return how to read a table in the shape that the log has; None when Postgres has no such table."""
+    rows = connection.execute(_COLUMNS, schema.table.split(".", 1)).fetchall()
+    if not rows:
+        return None
+    there = {row[1]: _Column(*row[1:]) for row in rows}
+    columns = tuple(there[column.name] for column in schema.columns if column.name in there)
+    return Table(schema.table, schema.key, columns, only=rows[0][0] == "r")
+
+
+def stream(connection: Connection, query: sql.Composed) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a query, a few at a time."""
+    with connection.cursor("headrace_verify") as cursor:
+        cursor.itersize = _FETCH
+        yield from cursor.execute(query)
+
+
+_NATURAL = frozenset({"bool", "int2", "int4", "int8", "float4", "float8"})
+_TEXT = frozenset({"text", "varchar", "bpchar", "name", "inet"})
+"""Types whose cast to text is not their output, or needs none: inside an array `to_json` gives the output."""
+
+
+def _expression(column: _Column, alias: str) -> sql.Composed:
+    value = sql.Identifier(alias, column.name)
+    if column.element and column.base not in {"int2vector", "oidvector"}:
+        form = _ARRAYS.get(
+            column.element, "to_json({v})" if column.element in _NATURAL | _TEXT else "to_json({v}::text[])"
+        )
+    else:
+        form = _SCALARS.get(column.base, "{v}" if column.base in _NATURAL else _OUTPUT)
+    return sql.SQL(form).format(v=value)
+
+
+_OUTPUT = "CASE WHEN {v} IS DISTINCT FROM NULL THEN format('%s', {v}) END"
+"""The type's own output; a cast to text differs for char(n), inet, and others."""
+_STAMP = "CASE WHEN right({v}::text, 1) IN ('y', 'C') THEN {v}::text ELSE replace({v}::text, ' ', 'T') END"
+_STAMPTZ = (
+    "CASE WHEN right({v}::text, 1) IN ('y', 'C') THEN {v}::text ELSE replace(left({v}::text, -3), ' ', 'T') || 'Z' END"
+)
+_SCALARS = {
+    "oid": "{v}::int8",
+    "numeric": "{v}::text",
+    "timestamp": _STAMP,
+    "timestamptz": _STAMPTZ,
+    "bytea": "translate(encode({v}, 'base64'), chr(10), '')",
+    "json": "{v}::text",
+    "jsonb": "{v}::text",
+}
+_ARRAYS = {"oid": "to_json({v}::int8[])"}
+
+
+def _equals(column: _Column, alias: str, value: Any) -> sql.Composed:
+    """Compare a key's column with a value in the codec's form, by the type's own equality so that an index serves."""
+    if column.element or isinstance(value, dict):
+        said = sql.SQL("to_json({})::jsonb").format(_expression(column, alias))
+        return sql.SQL("{} = {}::jsonb").format(said, sql.Literal(orjson.dumps(value).decode()))
+    if column.base == "bytea":
+        return sql.SQL("{} = decode({}, 'base64')").format(sql.Identifier(alias, column.name), sql.Literal(value))
+    text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    type_ = sql.SQL(column.type)
+    return sql.SQL("{} = CAST({} AS {})").format(sql.Identifier(alias, column.name), sql.Literal(text), type_)
+
+
+def _document(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:  # Postgres admits what readers refuse: the log keeps it as text
+        return text
+
+
+def _stamp(text: str) -> str:
+    return text if text[-1] in "yC" else text.replace(" ", "T")
+
+
+_FINISH: dict[str, Callable[[str], Any]] = {"json": _document, "jsonb": _document}
+_FINISH_ELEMENT: dict[str, Callable[[str], Any]] = {
+    "json": _document,
+    "jsonb": _document,
+    "timestamp": _stamp,
+    "timestamptz": lambda text: text if text[-1] in "yC" else _stamp(text[:-3]) + "Z",
+    "bytea": lambda text: base64.b64encode(bytes.fromhex(text[2:])).decode(),
+}
+
+
+def _each(finish: Callable[[str], Any], value: Any) -> Any:
+    if isinstance(value, list):
+        return [_each(finish, item) for item in value]
+    return None if value is None else finish(value)
+
+
+_COLUMNS = """
+WITH RECURSIVE base(oid, below) AS (
+  SELECT oid, oid FROM pg_type WHERE typtype <> 'd'
+  UNION ALL SELECT t.oid, b.below FROM pg_type t JOIN base b ON t.typtype = 'd' AND t.typbasetype = b.oid
+)
+SELECT c.relkind::text, a.attname, format_type(a.atttypid, NULL), t.typname, coalesce(et.typname, '')
+FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN base b ON b.oid = a.atttypid JOIN pg_type t ON t.oid = b.below
+LEFT JOIN base e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type et ON et.oid = e.below
+WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+"""
