@@ -47,7 +47,9 @@ class Slot(NamedTuple):
 class Capture:
     """Captures one source until it is stopped."""
 
-    def __init__(self, settings: Settings, say: Callable[[str], None], stopped: Callable[[], bool], log: Log | None = None) -> None:
+    def __init__(
+        self, settings: Settings, say: Callable[[str], None], stopped: Callable[[], bool], log: Log | None = None
+    ) -> None:
         """Connect to nothing yet; `say` tells people what happens, `stopped` is asked often."""
         self._settings = settings
         self._log = log or Log(settings)
@@ -118,7 +120,9 @@ class Capture:
             row = connection.execute("SHOW wal_level").fetchone()
             if row != ("logical",):
                 raise Misconfigured(
-                    "wal-level", f"wal_level is {row and row[0]}.", "ALTER SYSTEM SET wal_level = 'logical', then restart Postgres."
+                    "wal-level",
+                    f"wal_level is {row and row[0]}.",
+                    "ALTER SYSTEM SET wal_level = 'logical', then restart Postgres.",
                 )
             catalog.published_tables(connection, settings.publication)
         with closing(Replication(settings.dsn)) as replication:
@@ -136,8 +140,12 @@ class Capture:
             if slot is None or slot.active_pid is None:
                 return slot
             if not said:
-                self._say(f"slot {self._settings.slot} is in use by process {slot.active_pid} of Postgres: waiting until it is free")
-                busy = Transient("slot-active", f"Another capture reads slot {self._settings.slot}.", "Stop one of the two.")
+                self._say(
+                    f"slot {self._settings.slot} is in use by process {slot.active_pid} of Postgres: waiting until it is free"
+                )
+                busy = Transient(
+                    "slot-active", f"Another capture reads slot {self._settings.slot}.", "Stop one of the two."
+                )
                 self._progress.phase("waiting", busy)
                 said = True
             if self._stopped():
@@ -154,10 +162,14 @@ class Capture:
         writer.resume(checkpoint)
         return checkpoint
 
-    def _snapshot(self, writer: CutWriter, before: Checkpoint | None, source: Source, slot: Slot | None, now: int) -> Checkpoint:
+    def _snapshot(
+        self, writer: CutWriter, before: Checkpoint | None, source: Source, slot: Slot | None, now: int
+    ) -> Checkpoint:
         # The intent goes into the log before the slot is made: a slot of ours without it would not be known as ours.
         version = Version(before.version.epoch, max(now, before.version.lsn)) if before else Version(1, now)
-        intent = writer.seal(version=version, commit_ts=self._progress.now_ms(), xid=0, source=source, snapshot="running")
+        intent = writer.seal(
+            version=version, commit_ts=self._progress.now_ms(), xid=0, source=source, snapshot="running"
+        )
         with closing(Replication(self._settings.dsn, "headrace snapshot")) as exporter:
             if slot:
                 exporter.drop_slot(self._settings.slot, self._stopped)
@@ -217,7 +229,11 @@ def check(checkpoint: Checkpoint | None, source: Source, slot: Slot | None) -> N
 def _check_slot(checkpoint: Checkpoint, source: Source, slot: Slot | None) -> None:
     at = format_lsn(checkpoint.version.lsn)
     if slot is None:
-        raise Misconfigured("slot-missing", f"The log ends at {at}, but there is no slot {source.slot}: what came since is lost.", _AGAIN)
+        raise Misconfigured(
+            "slot-missing",
+            f"The log ends at {at}, but there is no slot {source.slot}: what came since is lost.",
+            _AGAIN,
+        )
     if slot.plugin != "pgoutput" or slot.database != source.database:
         raise Misconfigured("slot-lost", f"Slot {source.slot} is of {slot.plugin} in database {slot.database}.", _AGAIN)
     if slot.lost:

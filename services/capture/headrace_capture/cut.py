@@ -36,7 +36,9 @@ class Cut:
         inexact: Tables whose topic is not known to equal Postgres (S12); named in every checkpoint.
     """
 
-    def __init__(self, writer: CutWriter, settings: Settings, sealed: Checkpoint, sealing: Callable[[Checkpoint], None]) -> None:
+    def __init__(
+        self, writer: CutWriter, settings: Settings, sealed: Checkpoint, sealing: Callable[[Checkpoint], None]
+    ) -> None:
         """Go on after `sealed`; `sealing` is called with each checkpoint once it is committed."""
         self.writer = writer
         self.sealed = sealed

@@ -261,7 +261,9 @@ def _commit(payload: bytes) -> Commit:
 def _relation(payload: bytes) -> Relation:
     at = _Cursor(payload)
     oid, schema, name, identity = at.int32(), at.text(), at.text(), at.take(1).decode()
-    columns = tuple(RelationColumn(bool(at.flag()), at.text(), at.int32(), _signed(at.int32())) for _ in range(at.int16()))
+    columns = tuple(
+        RelationColumn(bool(at.flag()), at.text(), at.int32(), _signed(at.int32())) for _ in range(at.int16())
+    )
     at.end()
     return Relation(oid, schema or "pg_catalog", name, identity, columns)
 

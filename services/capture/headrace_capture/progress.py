@@ -64,7 +64,9 @@ class Progress:
     def phase(self, phase: str, error: HeadraceError | None = None, *, progress: tuple[int, int] = (0, 0)) -> None:
         """Say what capture does now, and why if it is not what it should do."""
         told = (error.message, error.code, error.remedy) if error else ("", "", "")
-        self._report = replace(self._report, phase=phase, reason=told[0], code=told[1], remedy=told[2], progress=progress)
+        self._report = replace(
+            self._report, phase=phase, reason=told[0], code=told[1], remedy=told[2], progress=progress
+        )
 
     def sealed(self, checkpoint: Checkpoint) -> None:
         """A checkpoint was committed."""

@@ -53,17 +53,23 @@ class Relations:
 
     def _learn(self, relation: Relation, xid: int) -> Table | None:
         known = self._newest.get(f"{relation.schema}.{relation.name}")
-        now = {t.oid: t for t in catalog.published_tables(self._connection, self._cut.source.publication)}.get(relation.oid)
+        now = {t.oid: t for t in catalog.published_tables(self._connection, self._cut.source.publication)}.get(
+            relation.oid
+        )
         key = now.key if now else known.key if known else ()
         if not key:
             self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))
             return None
         plans = self._plans(relation, now)
-        shape = self.version(known, TableSchema(f"{relation.schema}.{relation.name}", 1, tuple(p.column for p in plans), key))
+        shape = self.version(
+            known, TableSchema(f"{relation.schema}.{relation.name}", 1, tuple(p.column for p in plans), key)
+        )
         if shape is not known:
             self._judge(known, shape, relation, xid)
             self._publish(shape)
-        return Table(shape, self._log.topic_of(shape.table), plans, (self._log.settings.source, self._cut.source.database))
+        return Table(
+            shape, self._log.topic_of(shape.table), plans, (self._log.settings.source, self._cut.source.database)
+        )
 
     def _plans(self, relation: Relation, now: catalog.Table | None) -> list[ColumnPlan]:
         """Types come from the message, as they were; what it does not tell from the catalogue, as it is now."""
@@ -103,7 +109,9 @@ class Relations:
             why = silent_change(known, shape, self._with_default(relation.oid))
         if why and shape.table not in self._cut.inexact:
             self._cut.inexact.add(shape.table)
-            self._say(f"warning: {shape.table} is inexact from now on: {why}; its topic lacks those rows (rule S12). {_AGAIN}")
+            self._say(
+                f"warning: {shape.table} is inexact from now on: {why}; its topic lacks those rows (rule S12). {_AGAIN}"
+            )
 
     def _with_default(self, oid: int) -> set[str]:
         rows = self._connection.execute(

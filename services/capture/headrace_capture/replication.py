@@ -86,7 +86,10 @@ class Replication:
         Postgres waits here for every transaction that is running. The snapshot lives until this connection's next command (S6).
         """
         self._doing = f"making the replication slot {slot}"
-        row = self._run(sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export')").format(sql.Identifier(slot)), stopped)
+        row = self._run(
+            sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export')").format(sql.Identifier(slot)),
+            stopped,
+        )
         return parse_lsn(row[1].decode()), row[2].decode()
 
     def drop_slot(self, slot: str, stopped: Callable[[], bool]) -> None:

@@ -30,7 +30,9 @@ _LOOK_AROUND = 1_024
 class Snapshot:
     """One attempt at the initial snapshot."""
 
-    def __init__(self, log: Log, writer: CutWriter, intent: Checkpoint, progress: Progress, stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self, log: Log, writer: CutWriter, intent: Checkpoint, progress: Progress, stopped: Callable[[], bool]
+    ) -> None:
         """Go on from `intent`: the checkpoint that said that a snapshot begins."""
         self._log = log
         self._writer = writer
@@ -53,7 +55,10 @@ class Snapshot:
         point, name = exporter.create_slot(settings.slot, self._stopped)
         version = Version(self._intent.version.epoch, point)
         stamp = Stamp(version, 0, (self._progress.now_ms(), self._progress.now_ms()), snapshot=True)
-        with catalog.connect(settings.dsn, name="headrace snapshot", timeout_s=0) as connection, postgres_errors("reading a snapshot"):
+        with (
+            catalog.connect(settings.dsn, name="headrace snapshot", timeout_s=0) as connection,
+            postgres_errors("reading a snapshot"),
+        ):
             connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(name)))
             tables = self._tables(connection)
@@ -89,7 +94,9 @@ class Snapshot:
         about = self._log.settings.source, self._intent.source.database
         return Table(shape, self._log.topic_of(shape.table), columns, about)
 
-    def _read(self, connection: catalog.Connection, table: Table, query: sql.Composed, stamp: Stamp, version: Version) -> None:
+    def _read(
+        self, connection: catalog.Connection, table: Table, query: sql.Composed, stamp: Stamp, version: Version
+    ) -> None:
         self._progress.say(f"snapshot of {table.name}")
         headers = stamp.headers(table, 0)
         count = 0
@@ -134,7 +141,9 @@ class Snapshot:
         if shape is None:
             return None
         columns = [ColumnPlan(column, "", "", out_of_line=False) for column in shape.columns]
-        return Table(shape, self._log.topic_of(name), columns, (self._log.settings.source, self._intent.source.database))
+        return Table(
+            shape, self._log.topic_of(name), columns, (self._log.settings.source, self._intent.source.database)
+        )
 
     def _seal(self, version: Version, state: str) -> Checkpoint:
         checkpoint = self._writer.seal(

@@ -16,7 +16,18 @@ from headrace.log import Log
 from headrace_capture import pgoutput
 from headrace_capture.cut import LONGEST_SECONDS, Cut, Whole
 from headrace_capture.live import LiveKeys
-from headrace_capture.pgoutput import UNCHANGED, Begin, Commit, Datums, Delete, Insert, Keepalive, Relation, Truncate, Update
+from headrace_capture.pgoutput import (
+    UNCHANGED,
+    Begin,
+    Commit,
+    Datums,
+    Delete,
+    Insert,
+    Keepalive,
+    Relation,
+    Truncate,
+    Update,
+)
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
 from headrace_capture.replication import Replication
@@ -108,7 +119,9 @@ class Stream:
             message = pgoutput.parse(frame.payload)
         except pgoutput.DecodeError as error:
             raise Poison(
-                "bad-message", f"After {format_lsn(self._cut.sealed.version.lsn)} the stream has {error}.", "Report this as a defect."
+                "bad-message",
+                f"After {format_lsn(self._cut.sealed.version.lsn)} the stream has {error}.",
+                "Report this as a defect.",
             ) from error
         handler = self._handlers.get(type(message))
         if handler is not None:  # types, origins and messages say nothing that is needed
@@ -227,7 +240,9 @@ class Stream:
         try:
             return self._tables[oid]
         except KeyError:
-            raise Poison("bad-message", f"A row of table {oid} came before its shape.", "Report this as a defect.") from None
+            raise Poison(
+                "bad-message", f"A row of table {oid} came before its shape.", "Report this as a defect."
+            ) from None
 
     @property
     def _open_stamp(self) -> Stamp:
@@ -237,7 +252,9 @@ class Stream:
 
     def _put(self, table: Table, key: bytes, op: bytes, row: bytes, read: bytes | None = None) -> None:
         stamp, ordinal = self._open_stamp, self._ordinal
-        self._writer.produce(table.topic, key, stamp.value(table, ordinal, op, row), stamp.headers(table, ordinal, read))
+        self._writer.produce(
+            table.topic, key, stamp.value(table, ordinal, op, row), stamp.headers(table, ordinal, read)
+        )
         self._progress.changes += 1
 
     def _put_delete(self, table: Table, key: bytes) -> None:

@@ -66,15 +66,19 @@ class Table:
         self._key = template(shape.key)
         self.version = b"%d" % shape.version
         schema, _, name = self.name.partition(".")
-        self.origin = b',"source":{"connector":"headrace",%b,"lsn":' % orjson.dumps(
-            {"name": about[0], "db": about[1], "schema": schema, "table": name}
-        )[1:-1]
+        self.origin = (
+            b',"source":{"connector":"headrace",%b,"lsn":'
+            % orjson.dumps({"name": about[0], "db": about[1], "schema": schema, "table": name})[1:-1]
+        )
 
     def row(self, values: Datums) -> bytes:
         """Return the row as JSON. Raises Poison (`bad-value`)."""
         try:
             return self._row % tuple(
-                [NULL if value is None else convert(value) for convert, value in zip(self._converters, values, strict=True)]  # type: ignore[arg-type]
+                [
+                    NULL if value is None else convert(value)
+                    for convert, value in zip(self._converters, values, strict=True)
+                ]  # type: ignore[arg-type]
             )
         except (ValueError, TypeError, AttributeError, IndexError):
             return self.row_of_any(values)
@@ -98,10 +102,14 @@ class Table:
         try:
             return plan.convert(value)  # type: ignore[arg-type]
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise Poison("bad-value", f"Column {plan.column.name} of {self.name} cannot be read: {error}.", _BAD) from error
+            raise Poison(
+                "bad-value", f"Column {plan.column.name} of {self.name} cannot be read: {error}.", _BAD
+            ) from error
 
 
-_BAD: Final = "A database whose encoding is SQL_ASCII may hold text that is not UTF-8: mend the row. Otherwise report this."
+_BAD: Final = (
+    "A database whose encoding is SQL_ASCII may hold text that is not UTF-8: mend the row. Otherwise report this."
+)
 
 
 class Stamp:
@@ -147,8 +155,6 @@ def newest(schemas: Iterable[TableSchema]) -> dict[str, TableSchema]:
         if schema.table not in found or found[schema.table].version < schema.version:
             found[schema.table] = schema
     return found
-
-
 
 
 def copy_fields(line: bytes) -> list[Any]:

@@ -93,7 +93,15 @@ class Filler:
         self._tick = tick
         self._live: dict[str, LiveKeys] = {}
 
-    def fill(self, table: Table, keys: tuple[bytes, bytes], row: Datums, old: Datums | None, xid: int, seal: Callable[[], None]) -> Row:
+    def fill(
+        self,
+        table: Table,
+        keys: tuple[bytes, bytes],
+        row: Datums,
+        old: Datums | None,
+        xid: int,
+        seal: Callable[[], None],
+    ) -> Row:
         """Return the whole row.
 
         Args:

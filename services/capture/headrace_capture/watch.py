@@ -40,7 +40,9 @@ class Watch:
     def _run(self) -> None:
         while not self._ended.is_set():
             try:
-                with catalog.connect(self._settings.dsn, name="headrace heartbeat", timeout_s=_TIMEOUT_SECONDS) as connection:
+                with catalog.connect(
+                    self._settings.dsn, name="headrace heartbeat", timeout_s=_TIMEOUT_SECONDS
+                ) as connection:
                     self._watch(connection)
             except (psycopg.Error, HeadraceError) as error:
                 self._progress.fact("heartbeat", f"failed: {' '.join(str(error).split())}")

@@ -1,0 +1,363 @@
+"""Capture against real servers: what is in the log is what Postgres had, in commit order, exactly once."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from itertools import pairwise
+
+import psycopg
+import pytest
+
+from headrace.change import format_lsn, parse_lsn
+from headrace.log import Log
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.settings import Settings
+from tests.fixtures.capture import (
+    capturing,
+    changes,
+    eventually,
+    execute,
+    prepare,
+    reached,
+    refused,
+    replay,
+    rows,
+    selected,
+)
+
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, n int)"
+T = "public.items"
+
+
+def test_snapshot_then_stream_is_the_table(settings: Settings) -> None:
+    """Rows from before and after the slot, every kind of change, several in one transaction, a rollback."""
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, 'n' || i, i FROM generate_series(1, 500) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "INSERT INTO items VALUES (1000, 'new \" \\ ü', NULL)", "UPDATE items SET n = n + 1 WHERE id < 100")
+        execute(settings, "BEGIN; UPDATE items SET id = 2000 WHERE id = 7; DELETE FROM items WHERE id = 8; COMMIT")
+        execute(settings, "BEGIN; INSERT INTO items VALUES (3000, 'never', 1); ROLLBACK")
+        checkpoint = capture.reach()
+    assert replay(settings, T) == selected(settings, T)
+    assert checkpoint.complete
+    assert not checkpoint.inexact
+    assert {change.op for change in changes(settings, T)} == {"r", "c", "u", "d"}
+
+
+def test_a_checkpoint_ends_every_cut_and_names_the_ends(settings: Settings) -> None:
+    """`ends` is where the topic ends, versions never fall, and Postgres is told no more than a checkpoint covers (S4)."""
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        for n in range(5):
+            execute(settings, f"INSERT INTO items VALUES ({n}, 'x', {n})")  # noqa: S608
+            capture.reach()
+    checkpoints = list(Log(settings).checkpoints())
+    assert [c.version for c in checkpoints] == sorted(c.version for c in checkpoints)
+    newest = checkpoints[-1]
+    assert max(c.offset for c in changes(settings, T)) + 1 <= newest.ends[settings.source + "." + T][0]
+    (confirmed,) = rows(settings, f"SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{settings.slot}'")[0]  # noqa: S608
+    assert parse_lsn(confirmed) <= newest.version.lsn
+
+
+def test_deletes_and_their_tombstones_stand_next_to_each_other(settings: Settings) -> None:
+    """A delete is a `d` record and then a tombstone, both with the headers of the change."""
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 50) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "DELETE FROM items WHERE id <= 25", "UPDATE items SET id = id + 1000")
+        capture.reach()
+    topic = (Log(settings).topic_of(T), 0)
+    records = list(read_to_end(settings, {topic: BEGINNING}))
+    for before, record in pairwise(records):
+        if record.value is None:
+            assert before.key == record.key
+            assert b'"after":null' in (before.value or b"")
+            assert before.headers == record.headers
+            assert before.offset + 1 == record.offset
+    assert sum(record.value is None for record in records) == 50
+
+
+def test_an_empty_cut_follows_what_is_not_captured(settings: Settings) -> None:
+    """An idle source's WAL is confirmed, and the token of a transaction without captured tables is reached (S4)."""
+    prepare(settings, ITEMS)
+    execute(settings, "CREATE TABLE other (id int)")
+    with capturing(settings) as capture:
+        capture.reach()
+        for n in range(3):
+            execute(settings, f"INSERT INTO other VALUES ({n})")  # noqa: S608
+            checkpoint = capture.reach()
+            assert checkpoint.xid == 0
+        slot = f"SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"  # noqa: S608
+        eventually("Postgres is told", lambda: parse_lsn(rows(settings, slot)[0][0]) >= checkpoint.version.lsn)
+
+
+def test_empty_cuts_come_at_most_every_100_ms(settings: Settings) -> None:
+    """Two hundred commits of uncaptured tables in a row do not make two hundred checkpoints."""
+    prepare(settings, ITEMS)
+    execute(settings, "CREATE TABLE other (id int)")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, *[f"INSERT INTO other VALUES ({n})" for n in range(200)])  # noqa: S608
+        capture.reach()
+    empty = [c for c in Log(settings).checkpoints() if c.xid == 0 and c.snapshot is None]
+    assert all(later.appended - earlier.appended >= 90 for earlier, later in pairwise(empty))
+
+
+def test_a_transaction_larger_than_a_cut_spans_several(settings_of_small_cuts: Settings) -> None:
+    """Their checkpoints say partial and keep the LSN; the last one does not (S5)."""
+    settings = settings_of_small_cuts
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 95) i")
+        capture.reach()
+    partial = [c for c in Log(settings).checkpoints() if c.partial]
+    assert [c.partial[1] for c in partial if c.partial] == list(range(10, 91, 10))
+    assert len({c.version for c in partial}) == 1
+    assert len(replay(settings, T)) == 95
+
+
+@pytest.fixture
+def settings_of_small_cuts(settings: Settings) -> Settings:
+    """Settings with cuts of ten records."""
+    return replace(settings, cut_records=10)
+
+
+def test_stopped_and_started_it_goes_on(settings: Settings) -> None:
+    """Nothing twice and nothing missing over three clean stops."""
+    prepare(settings, ITEMS)
+    for n in range(3):
+        with capturing(settings) as capture:
+            execute(settings, f"INSERT INTO items VALUES ({2 * n}, 'on', {n})")  # noqa: S608
+            capture.reach()
+        execute(settings, f"INSERT INTO items VALUES ({2 * n + 1}, 'off', {n})")  # noqa: S608
+    with capturing(settings) as capture:
+        capture.reach()
+    assert [c.row["id"] for c in changes(settings, T) if c.row] == list(range(6))
+
+
+def test_a_second_capture_waits_for_the_first(settings: Settings) -> None:
+    """It does not fence the one that works; it takes over when that one has ended (S3)."""
+    prepare(settings, ITEMS)
+    with capturing(settings) as first:
+        first.hear("streaming")
+        with capturing(settings) as second:
+            second.hear("is in use")
+            execute(settings, "INSERT INTO items VALUES (1, 'by the first', 1)")
+            first.reach()
+            first.stop()
+            second.hear("streaming")
+            execute(settings, "INSERT INTO items VALUES (2, 'by the second', 2)")
+            second.reach()
+    assert [c.key for c in changes(settings, T)] == [b'{"id":1}', b'{"id":2}']
+
+
+# S1: the record's LSN orders nothing
+
+
+def test_s1_a_row_inserted_behind_its_predecessors_delete_lives(settings: Settings) -> None:
+    """T2's heap record is written before T1's delete, T2 commits after: the later commit wins, by version too."""
+    slow = "CREATE FUNCTION slow(n int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN PERFORM pg_sleep(n); RETURN n; END $$"
+    prepare(settings, ITEMS, slow, "INSERT INTO items VALUES (1, 'old', 0)", "CREATE INDEX wide ON items (slow(n))")
+    with capturing(settings) as capture:
+        capture.reach()
+        with psycopg.connect(settings.dsn) as t1:
+            t1.execute("DELETE FROM items WHERE id = 1")
+            t2 = threading.Thread(target=execute, args=(settings, "INSERT INTO items VALUES (1, 'new', 0)"))
+            t2.start()
+            waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO items%'"
+            eventually("T2 waits for T1 on the unique index", lambda: rows(settings, waits)[0][0])
+            t1.commit()
+        t2.join()
+        capture.reach()
+    delete, _, insert = changes(settings, T)[-3:]
+    assert (delete.row, insert.row) == (None, {"id": 1, "name": "new", "n": 0})
+    assert insert.version > delete.version
+    assert replay(settings, T) == selected(settings, T)
+
+
+def test_s1_a_row_committed_at_the_consistent_point_is_not_older_than_the_snapshot(settings: Settings) -> None:
+    """A transaction that was open while the slot was made: its rows are written before the consistent point, committed after it."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'old', 0)")
+    with psycopg.connect(settings.dsn) as open_:
+        open_.execute("UPDATE items SET name = 'new' WHERE id = 1")
+        with capturing(settings) as capture:
+            capture.hear("making slot")
+            waits = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender' AND wait_event_type = 'Lock'"
+            eventually("the slot waits for the open transaction", lambda: rows(settings, waits)[0][0])
+            open_.commit()
+            execute(settings, "UPDATE items SET n = 1 WHERE id = 1")
+            capture.reach()
+    log = changes(settings, T)
+    assert [c.version for c in log] == sorted(c.version for c in log)
+    assert replay(settings, T) == selected(settings, T)
+
+
+# S8, S9: keys
+
+
+def test_s8_under_full_the_key_is_the_catalogues(settings: Settings) -> None:
+    """FULL flags all columns as key in Relation; a changed value of another column is no changed key."""
+    prepare(settings, "CREATE TABLE items (b int, name text, a int, PRIMARY KEY (a, b))", "ALTER TABLE items REPLICA IDENTITY FULL")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "INSERT INTO items VALUES (1, 'x', 2)", "UPDATE items SET name = 'y'", "UPDATE items SET a = 3", "DELETE FROM items")
+        capture.reach()
+    assert [(c.op, c.key) for c in changes(settings, T) if c.row is not None or c.op == "d"][:3] == [
+        ("c", b'{"a":2,"b":1}'),
+        ("u", b'{"a":2,"b":1}'),
+        ("d", b'{"a":2,"b":1}'),
+    ]
+    assert replay(settings, T) == {}
+
+
+def test_s9_a_deferrable_key_is_no_key(settings: Settings) -> None:
+    """The table is left out with a warning; the others go on."""
+    prepare(settings, ITEMS)
+    execute(settings, "CREATE TABLE shifted (id int PRIMARY KEY DEFERRABLE)", f"ALTER PUBLICATION {settings.publication} ADD TABLE shifted")
+    with capturing(settings) as capture:
+        assert "deferrable" in capture.hear("public.shifted is left out")
+        execute(settings, "INSERT INTO shifted VALUES (1)", "INSERT INTO items VALUES (1, 'x', 1)")
+        capture.reach()
+    assert Log(settings).tables() == [T]
+
+
+def test_a_table_without_a_key_is_left_out_with_what_to_do(settings: Settings) -> None:
+    """Named in the warning, with the statement."""
+    prepare(settings, ITEMS)
+    execute(settings, "CREATE TABLE loose (n int)", f"ALTER PUBLICATION {settings.publication} ADD TABLE loose")
+    with capturing(settings) as capture:
+        assert "ALTER TABLE public.loose ADD PRIMARY KEY" in capture.hear("public.loose is left out")
+
+
+# S11: TRUNCATE
+
+
+@pytest.mark.parametrize("cut_records", [10, 20_000])
+def test_s11_truncate_is_a_delete_for_each_live_key(settings: Settings, cut_records: int) -> None:
+    """In bounded cuts, whole with its transaction, with rows before and after it in the same one."""
+    settings = replace(settings, cut_records=cut_records)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 35) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "BEGIN; INSERT INTO items VALUES (100, 'before', 1); TRUNCATE items; INSERT INTO items VALUES (5, 'after', 1); COMMIT")
+        capture.reach()
+    dead = [c for c in changes(settings, T) if c.row is None]
+    assert len(dead) == 2 * 36
+    assert {c.ordinal for c in dead} == {2}
+    assert replay(settings, T) == selected(settings, T)
+
+
+# S14: sessions
+
+
+def test_s14_the_servers_settings_do_not_shape_values(settings: Settings) -> None:
+    """A database that prints dates, intervals, floats, bytes and money in its own way: snapshot and stream say the same."""
+    name = settings.dsn.rpartition("/")[2]
+    odd = {"DateStyle": "German", "IntervalStyle": "sql_standard", "TimeZone": "Asia/Tokyo", "extra_float_digits": "-3", "bytea_output": "escape"}
+    execute(settings, *[f"ALTER DATABASE {name} SET {setting} = '{value}'" for setting, value in odd.items()])
+    values = "'2024-02-03 04:05:06.7+00', '2024-02-03', '1 day 2 hours', 0.1::float8 + 0.2, '\\x00ff'"
+    prepare(
+        settings,
+        "CREATE TABLE items (id int PRIMARY KEY, at timestamptz, day date, took interval, f float8, raw bytea)",
+        f"INSERT INTO items VALUES (1, {values})",  # noqa: S608
+    )
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, f"INSERT INTO items VALUES (2, {values})")  # noqa: S608
+        capture.reach()
+    first, second = ({k: v for k, v in row.items() if k != "id"} for row in replay(settings, T).values())
+    assert first == second == {
+        "at": "2024-02-03T04:05:06.7Z",
+        "day": "2024-02-03",
+        "took": "1 day 02:00:00",
+        "f": 0.30000000000000004,
+        "raw": "AP8=",
+    }
+
+
+def test_s14_row_security_is_an_error_not_an_empty_snapshot(settings: Settings) -> None:
+    """COPY by a role under row security shows no rows and no error; row_security=off makes it refuse."""
+    role = f"r_{settings.source}"
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'hidden', 1)", "ALTER TABLE items ENABLE ROW LEVEL SECURITY")
+    execute(settings, f"CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'x'", f"GRANT SELECT ON items TO {role}")
+    try:
+        error = refused(replace(settings, dsn=settings.dsn.replace("//postgres@", f"//{role}:x@")))
+        assert error.code == "postgres-rights"
+        assert "row-level security" in error.message
+    finally:
+        execute(settings, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+# S12, S13: shapes
+
+
+def test_s13_a_new_column_is_a_new_version_that_records_name(settings: Settings) -> None:
+    """A nullable column without a default changes no row; dropped again, it is a third version."""
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "INSERT INTO items VALUES (1, 'a', 1)", "ALTER TABLE items ADD COLUMN more text", "INSERT INTO items VALUES (2, 'b', 1, 'm')")
+        execute(settings, "ALTER TABLE items DROP COLUMN more", "INSERT INTO items VALUES (3, 'c', 1)")
+        checkpoint = capture.reach()
+    assert [c.schema for c in changes(settings, T)] == [1, 2, 3]
+    schemas = Log(settings).schemas()
+    assert [[c.name for c in schemas[T, version].columns] for version in (1, 2, 3)] == [
+        ["id", "name", "n"],
+        ["id", "name", "n", "more"],
+        ["id", "name", "n"],
+    ]
+    assert not checkpoint.inexact
+
+
+@pytest.mark.parametrize(
+    "ddl",
+    [
+        "ALTER TABLE items ADD COLUMN more int DEFAULT 5",
+        "ALTER TABLE items RENAME COLUMN n TO m",
+        "ALTER TABLE items ALTER COLUMN n TYPE text USING 'no ' || n",
+    ],
+)
+def test_s12_ddl_that_changes_rows_silently_makes_the_table_inexact(settings: Settings, ddl: str) -> None:
+    """Named in every checkpoint from then on, over a restart too, with a warning that names the rule."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'a', 1)")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, ddl, "INSERT INTO items (id) VALUES (2)")
+        assert "S12" in capture.hear("public.items is inexact")
+        assert capture.reach().inexact == (T,)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "INSERT INTO items (id) VALUES (3)")
+        assert capture.reach().inexact == (T,)
+
+
+def test_a_new_table_of_the_publication_appears_by_itself(settings: Settings) -> None:
+    """Empty when it was added: exact. With rows from before: inexact, and said."""
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "CREATE TABLE fresh (id int PRIMARY KEY)", f"ALTER PUBLICATION {settings.publication} ADD TABLE fresh", "INSERT INTO fresh VALUES (1)")
+        assert capture.reach().inexact == ()
+        execute(settings, "CREATE TABLE stale (id int PRIMARY KEY)", "INSERT INTO stale VALUES (1)")
+        execute(settings, f"ALTER PUBLICATION {settings.publication} ADD TABLE stale", "INSERT INTO stale VALUES (2)")
+        assert capture.reach().inexact == ("public.stale",)
+    assert replay(settings, "public.fresh") == selected(settings, "public.fresh")
+
+
+# S17: heartbeat
+
+
+def test_s17_a_heartbeat_moves_an_idle_source(settings: Settings) -> None:
+    """With nobody writing, checkpoints go on, and a change right after a heartbeat survives a restart (dbz#2058)."""
+    settings = replace(settings, heartbeat_ms=100)
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        start = capture.reach().version.lsn
+        beyond = reached(settings, start + 1).version.lsn
+        reached(settings, beyond + 1)
+    execute(settings, "SELECT pg_logical_emit_message(true, 'headrace', '')", "INSERT INTO items VALUES (1, 'after', 1)")
+    with capturing(settings) as capture:
+        capture.reach()
+    assert [c.key for c in changes(settings, T)] == [b'{"id":1}'], format_lsn(start)

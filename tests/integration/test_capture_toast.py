@@ -1,0 +1,181 @@
+"""Whole rows (I3, S7): values that Postgres keeps out of line and does not send with an update that left them alone."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import psycopg
+import pytest
+
+from headrace.change import Row
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log import Log
+from headrace.settings import Settings
+from headrace_capture import toast
+from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, rows
+
+T = "public.docs"
+DOCS = "CREATE TABLE docs (id int PRIMARY KEY, n int, big text); ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL"
+W, X = "W" * 5000, "X" * 5000
+
+
+def by_key(settings: Settings) -> None:
+    """Let updates carry no old row: what setup would give a table that must not have FULL."""
+    execute(settings, "ALTER TABLE docs REPLICA IDENTITY DEFAULT")
+
+
+def last(settings: Settings) -> tuple[Row | None, str | None]:
+    """Return the last row of the log, and how it was read."""
+    change = [c for c in changes(settings, T) if c.row is not None][-1]
+    return change.row, change.read
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let capture remember no large values: as if they had been pushed out."""
+    monkeypatch.setattr(toast, "_WORTH_REMEMBERING", 1 << 60)
+
+
+def test_from_the_same_transaction(settings: Settings) -> None:
+    """Insert, then update something else: the second row has the value of the first."""
+    prepare(settings, DOCS)
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, f"BEGIN; INSERT INTO docs VALUES (1, 0, '{W}'); UPDATE docs SET n = 1; COMMIT")  # noqa: S608
+        capture.reach()
+    assert last(settings) == ({"id": 1, "n": 1, "big": W}, None)
+
+
+def test_from_an_earlier_transaction(settings: Settings) -> None:
+    """What the stream brought before is known, also under a changed key."""
+    prepare(settings, DOCS)
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, f"INSERT INTO docs VALUES (1, 0, '{W}')", "UPDATE docs SET id = 2", "UPDATE docs SET n = 5")  # noqa: S608
+        capture.reach()
+    assert [(c.row, c.read) for c in changes(settings, T) if c.row] == [
+        ({"id": id_, "n": n, "big": W}, None) for id_, n in ((1, 0), (2, 0), (2, 5))
+    ]
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_from_the_old_row_under_full(settings: Settings) -> None:
+    """REPLICA IDENTITY FULL, as setup declares it for such tables, sends the old value."""
+    prepare(settings, DOCS, f"INSERT INTO docs VALUES (1, 0, '{W}')")  # noqa: S608
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "UPDATE docs SET n = 1", "UPDATE docs SET id = 2")
+        capture.reach()
+    assert [(c.row, c.read) for c in changes(settings, T) if c.row][1:] == [
+        ({"id": 1, "n": 1, "big": W}, None),
+        ({"id": 2, "n": 1, "big": W}, None),
+    ]
+
+
+def test_read_again_and_marked(settings: Settings) -> None:
+    """After a start nothing is remembered: the value is read from Postgres, and the record says so."""
+    prepare(settings, DOCS, f"INSERT INTO docs VALUES (1, 0, '{W}')")  # noqa: S608
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "UPDATE docs SET n = 1")
+        capture.reach()
+    assert last(settings) == ({"id": 1, "n": 1, "big": W}, "reread")
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_reread_is_believed_only_if_it_sees_the_change(settings: Settings) -> None:
+    """(seen) T sets big, then n, and its commit waits for a standby: the stream has T, a plain re-read would show the older big."""
+    prepare(settings, DOCS, f"INSERT INTO docs VALUES (1, 0, '{W}')")  # noqa: S608
+    by_key(settings)
+    execute(settings, "CREATE TABLE probe (id int PRIMARY KEY)")
+    try:
+        with capturing(settings) as capture:
+            capture.reach()
+            execute(settings, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()")
+            eventually("commits wait", lambda: rows(settings, "SHOW synchronous_standby_names") == [("nobody",)])
+            script = f"BEGIN; UPDATE docs SET big = '{X}'; UPDATE docs SET n = 1; COMMIT"  # noqa: S608
+            waiting = threading.Thread(target=execute, args=(settings, script))
+            waiting.start()
+            again = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'headrace capture' AND query LIKE 'SELECT pg_current_snapshot%'"
+            eventually("capture reads the row again", lambda: rows(settings, again))
+            assert rows(settings, "SELECT n FROM docs") == [(0,)]
+            release(settings)
+            waiting.join()
+            capture.reach()
+    finally:
+        release(settings)
+    assert last(settings) == ({"id": 1, "n": 1, "big": X}, "reread")
+
+
+def release(settings: Settings) -> None:
+    """Let commits no longer wait for a standby."""
+    with psycopg.connect(settings.dsn, autocommit=True) as connection:
+        connection.execute("SET synchronous_commit = local")
+        connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        connection.execute("SELECT pg_reload_conf()")
+
+
+def test_of_a_row_that_is_gone_from_the_log(settings: Settings) -> None:
+    """While capture was off the row changed and went: the log has the value, to the last digit, and Postgres no longer."""
+    digits = "123456789012345678901234567890.10"
+    note = '{"n": %s, "s": "a,b}\\"", "l": [1, {"x": null}], "pad": "%s"}' % (digits, "p" * 4000)
+    prepare(
+        settings,
+        "CREATE TABLE docs (id int PRIMARY KEY, n int, big text, note json)",
+        "ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL, ALTER COLUMN note SET STORAGE EXTERNAL",
+        f"INSERT INTO docs VALUES (1, 0, '{W}', '{note}')",  # noqa: S608
+    )
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.reach()
+    execute(settings, "UPDATE docs SET n = 1", "UPDATE docs SET id = 2", "UPDATE docs SET n = 3", "DELETE FROM docs")
+    with capturing(settings) as capture:
+        capture.reach()
+    log = changes(settings, T)
+    assert [(c.op, c.key, c.read) for c in log if c.op != "d" or c.row] == [
+        ("r", b'{"id":1}', "snapshot"),
+        ("u", b'{"id":1}', None),
+        ("c", b'{"id":2}', None),
+        ("u", b'{"id":2}', None),
+    ]
+    assert all(c.row["big"] == W for c in log if c.row)
+    values = [record.value for record in read_to_end(settings, {(Log(settings).topic_of(T), 0): BEGINNING})]
+    assert all(digits.encode() in value for value in values if value and b'"after":null' not in value)
+    assert log[-1].row is None
+
+
+def test_of_a_row_that_is_gone_though_its_value_is_in_the_open_cut(settings: Settings) -> None:
+    """What the open cut holds is committed before the log is asked."""
+    prepare(settings, DOCS)
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.reach()
+    execute(settings, f"INSERT INTO docs VALUES (1, 0, '{W}')", "UPDATE docs SET n = 1", "DELETE FROM docs")  # noqa: S608
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toast, "_WORTH_REMEMBERING", 1 << 60)
+        with capturing(settings) as capture:
+            capture.reach()
+    assert [(c.op, c.row and c.row["n"]) for c in changes(settings, T)] == [("c", 0), ("u", 1), ("d", None), ("d", None)]
+    assert all(c.row["big"] == W for c in changes(settings, T) if c.row)
+
+
+def test_memory_is_bounded() -> None:
+    """The key that was seen longest ago is forgotten first."""
+
+    class Wide:
+        name = T
+        wide = (0,)
+
+    table: Any = Wide()
+    memory = toast.Memory(most=5_000)
+    for key in (b"1", b"2", b"3"):
+        memory.remember(table, key, [b"x" * 2_000])
+    row: list[Any] = [toast.UNCHANGED]
+    memory.recall(table, b"1", row)
+    assert row == [toast.UNCHANGED]
+    memory.recall(table, b"3", row)
+    assert row == [b"x" * 2_000]
