@@ -38,6 +38,7 @@ class Settings:
     redis: str = _setting("redis://127.0.0.1:6379/0", "address of Redis")
     state: str = _setting("./.headrace", "folder for what consumers keep locally; may be lost, is rebuilt from the log")
     warehouse: str = _setting("./.headrace/warehouse.duckdb", "file of the warehouse")
+    warehouse_memory: str = _setting("2GB", "most memory that DuckDB may use")
     warehouse_listen: str = _setting("127.0.0.1:8790", "where the warehouse process answers SQL")
     templates: str = _setting("./templates", "folder of the Jinja2 templates of the pages")
     partitions: int = _setting(1, "partitions of a new table topic; never changed afterwards")

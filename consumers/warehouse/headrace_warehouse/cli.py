@@ -1,0 +1,108 @@
+"""`headrace sql`: ask the running warehouse."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import urllib.error
+import urllib.request
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from headrace import settings as settings_of
+from headrace.errors import HeadraceError, Misconfigured, Transient
+
+_WAIT_SECONDS = 90
+_LOADING = 503
+
+
+def sql(
+    query: Annotated[str, typer.Argument(help="One SELECT; DuckDB's dialect.", metavar="SELECT")],
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the rows as CSV.")] = False,
+) -> None:
+    """Ask the running warehouse.
+
+    Every answer is one state that Postgres really had. Tables of the schema public by their plain name, others by schema.table.
+
+    Example: `headrace sql "SELECT count(*) FROM products"`
+
+    Exit codes: 0 answered, 1 refused or failed in DuckDB, 2 wrong use, 3 no warehouse is running, 5 the warehouse is still loading.
+    """
+    if json and as_csv:
+        raise typer.BadParameter("--json and --csv exclude each other.")
+    answer = ask(settings_of.load().warehouse_listen, query)
+    if json:
+        sys.stdout.write(orjson.dumps(answer, option=orjson.OPT_INDENT_2).decode() + "\n")
+    elif as_csv:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(answer["columns"])
+        writer.writerows([[_text(value, "") for value in row] for row in answer["rows"]])
+    else:
+        _show(answer)
+
+
+def ask(listen: str, query: str) -> dict[str, Any]:
+    """Return the endpoint's answer.
+
+    Raises:
+        HeadraceError: `sql-refused`, `sql-failed`, `sql-too-slow`, `sql-too-large`, from the warehouse.
+        Transient: `warehouse-loading`.
+        Misconfigured: `warehouse-not-running`.
+    """
+    request = urllib.request.Request(  # noqa: S310  always http
+        f"http://{listen}/sql", orjson.dumps({"sql": query}), {"Content-Type": "application/json"}
+    )
+    try:
+        with _direct().open(request, timeout=_WAIT_SECONDS) as answer:
+            found: dict[str, Any] = orjson.loads(answer.read())
+            return found
+    except urllib.error.HTTPError as error:
+        raise _refusal(error) from error
+    except OSError as error:
+        raise Misconfigured(
+            "warehouse-not-running",
+            f"No warehouse answers at {listen}: {error}.",
+            "Run: headrace run warehouse (or set HEADRACE_WAREHOUSE_LISTEN to where it listens)",
+        ) from error
+
+
+def _direct() -> urllib.request.OpenerDirector:
+    """Return an opener that never asks a proxy: the warehouse is near."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _refusal(error: urllib.error.HTTPError) -> HeadraceError:
+    try:
+        body = orjson.loads(error.read())
+        kind = Transient if error.code == _LOADING else HeadraceError
+        return kind(body["code"], body["message"], body["remedy"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return Misconfigured(
+            "warehouse-not-running", f"What answers is no warehouse: {error}.", "Set HEADRACE_WAREHOUSE_LISTEN."
+        )
+
+
+def _show(answer: dict[str, Any]) -> None:
+    table = Table()
+    for column, kind in zip(answer["columns"], answer["types"], strict=True):
+        numeric = kind.startswith(("DECIMAL", "DOUBLE", "FLOAT")) or kind.endswith("INT") or kind == "INTEGER"
+        table.add_column(Text(column), justify="right" if numeric else "left", footer=kind)
+    for row in answer["rows"]:
+        table.add_row(*(Text(_text(value, "NULL")) for value in row))
+    console = Console()
+    console.print(table)
+    more = ", more not shown" if answer["truncated"] else ""
+    console.print(f"{len(answer['rows'])} rows at LSN {answer['lsn']}{more}", style="dim", highlight=False)
+
+
+def _text(value: Any, null: str) -> str:
+    if value is None:
+        return null
+    return value if isinstance(value, str) else orjson.dumps(value).decode()

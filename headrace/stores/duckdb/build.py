@@ -1,0 +1,145 @@
+"""One generation within a transaction: its tables, its staging, its views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import duckdb
+import orjson
+import pyarrow as pa
+
+from headrace.change import Change, TableSchema
+from headrace.errors import Poison
+from headrace.stores.duckdb import catalogue, tables
+from headrace.stores.duckdb.database import first
+from headrace.stores.duckdb.tables import Record, Table
+
+_PIECE = 10_000
+"""How many staged changes are merged at once."""
+
+
+class Build:
+    """What is kept in memory of a generation; made anew after a transaction that failed.
+
+    Attributes:
+        tables: Its tables by their name in the source.
+        version: The state that it shows, NOWHERE while it is loading.
+        staged: How many changes wait in staging.
+    """
+
+    def __init__(self, cursor: duckdb.DuckDBPyConnection, number: int) -> None:
+        """Read it from the file."""
+        self._cursor = cursor
+        self._number = number
+        self._staging = f"g{number:d}._staged"
+        self.version = catalogue.version_of(cursor, number)
+        self.tables: dict[str, Table] = catalogue.tables(cursor, number)
+        self._kept = catalogue.schemas(cursor, number)
+        self._schemas = dict(self._kept)
+        counted = first(cursor, f"SELECT count(*) FROM {self._staging}")
+        self.staged: int = counted[0] if counted else 0
+
+    @classmethod
+    def make(cls, cursor: duckdb.DuckDBPyConnection, number: int, fingerprint: str) -> Build:
+        """Make an empty generation."""
+        catalogue.make(cursor, number, fingerprint)
+        cursor.execute(
+            f"CREATE TABLE g{number:d}._staged "
+            "(n BIGINT, source VARCHAR, key VARCHAR, version BIGINT, schema INTEGER, body VARCHAR)"
+        )
+        return cls(cursor, number)
+
+    def learn(self, schemas: dict[tuple[str, int], TableSchema]) -> None:
+        """Take note of table schemas."""
+        self._schemas |= schemas
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Apply changes to the tables, and make the tables that are known but not there yet."""
+        records: dict[str, dict[str, Record]] = {}
+        for change in changes:
+            record = Record(change.key.decode(), change.version.packed(), change.schema, change.row)
+            records.setdefault(change.table, {})[record.key] = record
+        self._write(records)
+        for source, version in sorted(self._schemas, reverse=True):
+            if source not in self.tables:
+                self._shape(source, version)
+
+    def stage(self, changes: Sequence[Change]) -> None:
+        """Keep changes for later, with the schemas that they name."""
+        named = {(change.table, change.schema) for change in changes} - self._kept.keys()
+        catalogue.keep_schemas(self._cursor, self._number, [self._schema(*name) for name in sorted(named)])
+        self._kept |= {name: self._schemas[name] for name in named}
+        if changes:
+            staged = _staged(changes, self.staged)
+            with tables.registered(self._cursor, staged) as raw:
+                self._cursor.execute(f"INSERT INTO {self._staging} SELECT * FROM {raw}")
+        self.staged += len(changes)
+
+    def merge(self, progress: Callable[[int, int], None]) -> None:
+        """Apply what is staged, in its order and in pieces, and empty the staging."""
+        for start in range(0, self.staged, _PIECE):
+            progress(start, self.staged)
+            found = self._cursor.execute(
+                f"SELECT source, key, version, schema, body FROM {self._staging} WHERE n >= ? AND n < ? ORDER BY n",
+                [start, start + _PIECE],
+            ).fetchall()
+            records: dict[str, dict[str, Record]] = {}
+            for source, key, version, schema, body in found:
+                row = None if body is None else orjson.loads(body)
+                records.setdefault(source, {})[key] = Record(key, version, schema, row)
+            self._write(records)
+        self._cursor.execute(f"DELETE FROM {self._staging}")
+        self.staged = 0
+
+    def show(self) -> None:
+        """Let readers see these tables and no others."""
+        wanted = {view for table in self.tables.values() for view in tables.show(self._cursor, table)}
+        found = self._cursor.execute(
+            "SELECT schema_name, view_name FROM duckdb_views() WHERE NOT internal AND database_name = current_database()"
+        ).fetchall()
+        for view in found:
+            if view not in wanted:
+                tables.hide(self._cursor, view)
+
+    def _write(self, records: dict[str, dict[str, Record]]) -> None:
+        for source, changed in records.items():
+            newest = max(record.schema for record in changed.values())
+            tables.write(self._cursor, self._shape(source, newest), list(changed.values()))
+
+    def _shape(self, source: str, version: int) -> Table:
+        """Return a table in the shape of its newest schema so far."""
+        table = self.tables.get(source)
+        if table is not None and table.version >= version:
+            return table
+        schema = self._schema(source, version)
+        if table is None:
+            table = tables.create(self._cursor, f"g{self._number:d}", schema, list(self.tables.values()))
+        else:
+            table = tables.evolve(self._cursor, table, schema)
+        self.tables[source] = table
+        catalogue.remember(self._cursor, self._number, table)
+        if catalogue.live(self._cursor) == self._number:
+            tables.show(self._cursor, table)
+        return table
+
+    def _schema(self, source: str, version: int) -> TableSchema:
+        found = self._schemas.get((source, version))
+        if found is None:
+            raise Poison(
+                "unknown-schema",
+                f"A record of {source} names version {version} of its schema, which the log does not have.",
+                "Run: headrace rebuild NAME",
+            )
+        return found
+
+
+def _staged(changes: Sequence[Change], start: int) -> pa.Table:
+    columns = {
+        "n": pa.array(range(start, start + len(changes)), pa.int64()),
+        "source": pa.array([change.table for change in changes], pa.string()),
+        "key": pa.array([change.key.decode() for change in changes], pa.string()),
+        "version": pa.array([change.version.packed() for change in changes], pa.int64()),
+        "schema": pa.array([change.schema for change in changes], pa.int32()),
+        "body": tables.fragments([change.row for change in changes]),
+    }
+    return pa.table(columns)

@@ -1,0 +1,217 @@
+"""One DuckDB file, shared by everything in the process that uses it.
+
+DuckDB admits one process to a file, and one configuration within it. Every thread works with its own cursor; writers take
+turns, as two transactions that change the catalogue would fail each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from headrace.errors import HeadraceError, Misconfigured, Transient
+
+log = logging.getLogger(__name__)
+
+_CONFIG: dict[str, str | bool | int | float | list[str]] = {
+    "enable_external_access": False,  # no statement reads or writes a file or the network
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "python_enable_replacements": False,  # no statement sees a variable of this program
+}
+_open: dict[Path, Database] = {}
+_opening = threading.Lock()
+
+
+class Database:
+    """An open file; `opened` gives the process's one object for it, `release` gives it back."""
+
+    def __init__(self, path: Path, memory: str) -> None:
+        """Open or make the file; callers use `opened`."""
+        self.path = path
+        self._users = 0
+        self._turn = threading.RLock()
+        self._root = _connect(path, memory)
+
+    @staticmethod
+    def file(path: str) -> Path:
+        """Return the file that the setting names."""
+        return Path(path).expanduser().resolve()
+
+    @classmethod
+    def opened(cls, path: str, memory: str) -> Database:
+        """Return the object for the file at `path`, opened if nobody in the process has.
+
+        Args:
+            path: The file; its folder is made.
+            memory: The most that DuckDB may use, as ``2GB``.
+
+        Raises:
+            Misconfigured: `warehouse-locked` (another process has it), `warehouse-file`, `warehouse-version`, `warehouse-memory`.
+        """
+        file = cls.file(path)
+        with _opening:
+            database = _open.get(file) or cls(file, memory)
+            _open[file] = database
+            database._users += 1
+            return database
+
+    def release(self) -> None:
+        """Give one use back; the last one closes the file."""
+        with _opening:
+            self._users -= 1
+            if self._users == 0:
+                del _open[self.path]
+                self._root.close()
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """Return a connection for one thread."""
+        return self._root.cursor()
+
+    @contextlib.contextmanager
+    def reading(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
+        """Let a block see one state, and change nothing. Raises what DuckDB raises."""
+        cursor.execute("BEGIN TRANSACTION READ ONLY")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(duckdb.Error):
+                cursor.rollback()
+
+    @contextlib.contextmanager
+    def writing(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
+        """Run a block as one durable transaction on `cursor`, alone.
+
+        Raises:
+            HeadraceError: what DuckDB raised, translated. Nothing of the block is durable then.
+        """
+        with self._turn, translated():
+            cursor.begin()
+            try:
+                yield
+                cursor.commit()
+            except BaseException:
+                with contextlib.suppress(duckdb.Error):
+                    cursor.rollback()
+                raise
+
+
+def first(cursor: duckdb.DuckDBPyConnection, sql: str, *values: object) -> tuple[Any, ...] | None:
+    """Return the first row, and leave no result open: that would keep the connection from other work."""
+    found = cursor.execute(sql, list(values)).fetchall()
+    return found[0] if found else None
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Raise errors of DuckDB as ours."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise _ours(error) from error
+
+
+def _ours(error: duckdb.Error) -> HeadraceError:
+    text = str(error).splitlines()[0]
+    if isinstance(error, (duckdb.FatalException, duckdb.InternalException)) or "Corrupt database" in text:
+        return Misconfigured(
+            "warehouse-broken",
+            f"DuckDB gave up: {text}",
+            "Run this process again; if that does not help, remove the file: it is loaded again from zero.",
+        )
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return Transient(
+            "warehouse-memory",
+            f"DuckDB needs more memory: {text}",
+            "Raise HEADRACE_WAREHOUSE_MEMORY.",
+        )
+    if isinstance(error, (duckdb.OperationalError, duckdb.TransactionException)):
+        return Transient(
+            "warehouse-io",
+            f"DuckDB cannot write: {text}",
+            "Look at the disk of HEADRACE_WAREHOUSE.",
+        )
+    return Misconfigured(
+        "warehouse-failed",
+        f"DuckDB refused a statement of headrace: {text}",
+        "Report this.",
+    )
+
+
+def _connect(path: Path, memory: str) -> duckdb.DuckDBPyConnection:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _configured(path, memory)
+    except OSError as error:
+        raise _file(path, str(error)) from error
+    except duckdb.Error as error:
+        refusal = _refusal(path, str(error).splitlines()[0])
+        if refusal is not None:
+            raise refusal from error
+        log.warning("%s cannot be read and is set aside: %s", path, error)
+    for file in (path, _wal(path)):
+        if file.exists():
+            file.replace(f"{file}.broken")
+    return _configured(path, memory)
+
+
+def _configured(path: Path, memory: str) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(path, config=_CONFIG)
+    try:
+        _settle(connection, memory)
+    except duckdb.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _settle(connection: duckdb.DuckDBPyConnection, memory: str) -> None:
+    try:
+        connection.execute(f"SET GLOBAL memory_limit = '{memory.replace(chr(39), '')}'")
+    except (duckdb.ParserException, duckdb.InvalidInputException) as error:
+        connection.close()
+        raise Misconfigured(
+            "warehouse-memory",
+            f"HEADRACE_WAREHOUSE_MEMORY={memory!r} is no size.",
+            "Write it as 2GB.",
+        ) from error
+    connection.execute("SET GLOBAL TimeZone = 'UTC'")
+    connection.execute("SET lock_configuration = true")
+
+
+def _refusal(path: Path, text: str) -> Misconfigured | None:
+    """Return why a file is left as it is, None when it is damaged."""
+    if "Could not set lock" in text:
+        return Misconfigured(
+            "warehouse-locked",
+            f"Another process has {path}: {text}",
+            "Ask it (headrace sql, headrace status), stop it, or name another file by HEADRACE_WAREHOUSE.",
+        )
+    if "version number" in text:
+        return Misconfigured(
+            "warehouse-version",
+            f"{path} is of another version of DuckDB: {text}",
+            "Use that version, or remove the file: it is loaded again from zero.",
+        )
+    if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
+        return _file(path, text)
+    return None
+
+
+def _file(path: Path, text: str) -> Misconfigured:
+    return Misconfigured(
+        "warehouse-file",
+        f"{path} cannot be opened: {text}",
+        "Change HEADRACE_WAREHOUSE or the file's rights.",
+    )
+
+
+def _wal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.wal")

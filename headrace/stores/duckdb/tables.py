@@ -1,0 +1,275 @@
+"""Tables of a generation: made, changed with their schema, written set by set, read back in the log's form."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import duckdb
+import orjson
+import pyarrow as pa
+
+from headrace.change import Column, Row, TableSchema, Version
+from headrace.consumer import ViewRow
+from headrace.stores.duckdb.kinds import Kind, kind_of
+from headrace.stores.duckdb.names import quoted, reader_schema, text, unique
+
+KEY, VERSION, EXACT = "_headrace_key", "_headrace_version", "_headrace_exact"
+_RAW = "headrace_raw"
+
+
+class Record(NamedTuple):
+    """The last change of a key: its packed version, the version of the table's schema, the row or None for a delete."""
+
+    key: str
+    version: int
+    schema: int
+    row: Row | None
+
+
+class Mapped(NamedTuple):
+    """A column: its name in the source, its name here, its type in Postgres, its type here."""
+
+    column: str
+    name: str
+    postgres: str
+    duck: str
+
+    @property
+    def kind(self) -> Kind:
+        """How its values are kept."""
+        return kind_of(self.postgres)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of one generation.
+
+    Attributes:
+        source: ``schema.name`` in Postgres.
+        version: The newest version of its schema that a record had.
+        schema: The generation's schema.
+        name: The table's name in it.
+        reader: Schema and name of the view that readers use.
+        columns: Its columns in the order of its schema.
+    """
+
+    source: str
+    version: int
+    schema: str
+    name: str
+    reader: tuple[str, str]
+    columns: tuple[Mapped, ...]
+
+    @property
+    def path(self) -> str:
+        """The table in SQL."""
+        return f"{self.schema}.{quoted(self.name)}"
+
+
+def create(
+    cursor: duckdb.DuckDBPyConnection,
+    schema: str,
+    made: TableSchema,
+    others: Sequence[Table],
+) -> Table:
+    """Make the table of `made` in `schema`; `others` are the tables that are there."""
+    columns: list[Mapped] = []
+    for column in made.columns:
+        columns.append(_mapped(column, columns))
+    source_schema, _, source_name = made.table.partition(".")
+    catalog: str = cursor.execute("SELECT current_database()").fetchall()[0][0]
+    where = reader_schema(source_schema, catalog)
+    beside = [other.reader[1] for other in others if other.reader[0].casefold() == where.casefold()]
+    name = unique(made.table, [other.name for other in others])
+    table = Table(
+        made.table,
+        made.version,
+        schema,
+        name,
+        (where, unique(source_name, beside)),
+        tuple(columns),
+    )
+    typed = "".join(f", {quoted(column.name)} {column.duck}" for column in columns)
+    cursor.execute(f"CREATE TABLE {table.path} ({KEY} VARCHAR PRIMARY KEY, {VERSION} BIGINT, {EXACT} VARCHAR{typed})")
+    return table
+
+
+def evolve(cursor: duckdb.DuckDBPyConnection, table: Table, schema: TableSchema) -> Table:
+    """Change a table to a newer version of its schema; return how it is then."""
+    wanted = {column.name: column for column in schema.columns}
+    there = {mapped.column: mapped for mapped in table.columns}
+    for mapped in table.columns:
+        if mapped.column not in wanted:
+            _forget_exact(cursor, table, mapped)
+            cursor.execute(f"ALTER TABLE {table.path} DROP COLUMN {quoted(mapped.name)}")
+            del there[mapped.column]
+    for column in schema.columns:
+        if column.name not in there:
+            there[column.name] = added = _mapped(column, list(there.values()))
+            cursor.execute(f"ALTER TABLE {table.path} ADD COLUMN {quoted(added.name)} {added.duck}")
+        elif there[column.name].postgres != column.type:
+            there[column.name] = _retype(cursor, table, there[column.name], column)
+    columns = tuple(there[column.name] for column in schema.columns)
+    return replace(table, version=schema.version, columns=columns)
+
+
+def show(cursor: duckdb.DuckDBPyConnection, table: Table) -> list[tuple[str, str]]:
+    """Make the views by which readers see a table; return their schemas and names."""
+    schema, name = table.reader
+    listed = ", ".join(quoted(column.name) for column in table.columns)
+    views = [(schema, name), ("main", name)] if schema.casefold() == "public" else [(schema, name)]
+    for where, view in views:
+        cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(where)}")
+        cursor.execute(f"CREATE OR REPLACE VIEW {quoted(where)}.{quoted(view)} AS SELECT {listed} FROM {table.path}")
+    return views
+
+
+def hide(cursor: duckdb.DuckDBPyConnection, view: tuple[str, str]) -> None:
+    """Drop a view of readers."""
+    cursor.execute(f"DROP VIEW {quoted(view[0])}.{quoted(view[1])}")
+
+
+def write(cursor: duckdb.DuckDBPyConnection, table: Table, records: Sequence[Record]) -> None:
+    """Apply the last changes of some keys, one for each key."""
+    gone = [record.key for record in records if record.row is None]
+    if gone:
+        with registered(cursor, pa.table({"k": pa.array(gone, pa.string())})) as raw:
+            cursor.execute(f"DELETE FROM {table.path} WHERE {KEY} IN (SELECT k FROM {raw})")
+    kept = [(record, record.row) for record in records if record.row is not None]
+    if not kept:
+        return
+    rows = [row for _, row in kept]
+    arrays: dict[str, pa.Array] = {
+        "k": pa.array([record.key for record, _ in kept], pa.string()),
+        "v": pa.array([record.version for record, _ in kept], pa.int64()),
+    }
+    untyped = set()
+    for index, mapped in enumerate(table.columns):
+        values = [row.get(mapped.column) for row in rows]
+        typed = _typed(values, mapped.kind)
+        if typed is None:
+            untyped.add(index)
+        arrays[f"r{index}"] = fragments(values) if typed is None else typed
+    with registered(cursor, pa.table(arrays)) as raw:
+        cursor.execute(_upsert(table, raw, untyped))
+
+
+def read(cursor: duckdb.DuckDBPyConnection, table: Table, after: str | None, limit: int) -> list[ViewRow]:
+    """Return up to `limit` rows after the key `after`, by key, in the log's form."""
+    raws = [mapped.kind.raw.format(quoted(mapped.name)) for mapped in table.columns]
+    printed = ", ".join(f"CAST({raw} AS VARCHAR)" for raw in raws)
+    found = cursor.execute(
+        f"SELECT {KEY}, {VERSION}, {EXACT}, CASE WHEN {EXACT} IS NOT NULL THEN [{printed}] END, {', '.join(raws)} "
+        f"FROM {table.path} WHERE $1 IS NULL OR {KEY} > $1 ORDER BY {KEY} LIMIT $2",
+        [after, limit],
+    ).fetchall()
+    return [_row(table, found_row[:4], found_row[4:]) for found_row in found]
+
+
+def _row(table: Table, kept: Sequence[Any], raws: Sequence[Any]) -> ViewRow:
+    key, version, exact, printed = kept
+    row = {mapped.column: mapped.kind.value(raw) for mapped, raw in zip(table.columns, raws, strict=True)}
+    if exact is not None:
+        beside = orjson.loads(exact)
+        for mapped, now in zip(table.columns, printed, strict=True):
+            pair = beside.get(mapped.name)
+            if pair and pair[1] == now:
+                row[mapped.column] = pair[0]
+    return ViewRow(table.source, key, row, Version.unpacked(version))
+
+
+def _mapped(column: Column, others: Sequence[Mapped]) -> Mapped:
+    name = unique(column.name, [KEY, VERSION, EXACT, *(other.name for other in others)])
+    return Mapped(column.name, name, column.type, kind_of(column.type).duck)
+
+
+def _retype(cursor: duckdb.DuckDBPyConnection, table: Table, mapped: Mapped, column: Column) -> Mapped:
+    """Give a column another type, by way of text, which every type has."""
+    changed = mapped._replace(postgres=column.type, duck=kind_of(column.type).duck)
+    if changed.duck != mapped.duck:
+        name = quoted(mapped.name)
+        old = mapped.kind.raw.format(name)
+        new = changed.kind.parse.format(f"CAST({old} AS VARCHAR)")
+        _forget_exact(cursor, table, mapped)
+        cursor.execute(f"ALTER TABLE {table.path} ALTER COLUMN {name} TYPE {changed.duck} USING {new}")
+    return changed
+
+
+def _forget_exact(cursor: duckdb.DuckDBPyConnection, table: Table, mapped: Mapped) -> None:
+    """Forget what was kept beside a column that goes or changes."""
+    patch = orjson.dumps({mapped.name: None}).decode()
+    cursor.execute(
+        f"UPDATE {table.path} SET {EXACT} = json_merge_patch({EXACT}, ?::JSON) WHERE {EXACT} IS NOT NULL",
+        [patch],
+    )
+
+
+def _typed(values: list[Any], kind: Kind) -> pa.Array | None:
+    """Return a raw column, None when the kind has none or the values are others: of an older schema, or such as NaN in a float."""
+    if kind.arrow is None:
+        return None
+    try:
+        return pa.array(values, kind.arrow)
+    except (pa.ArrowException, OverflowError):
+        return None
+
+
+def _upsert(table: Table, source: str, untyped: set[int]) -> str:
+    parsed, exact = [], []
+    for index, mapped in enumerate(table.columns):
+        parse, kept = _parsing(index, mapped.kind, fragment=index in untyped)
+        parsed.append(f"{parse} AS p{index}")
+        if kept:
+            exact.append((mapped.name, f"x{index}", kept))
+    named = ", ".join(quoted(mapped.name) for mapped in table.columns)
+    values = ", ".join(f"p{index}" for index in range(len(table.columns)))
+    any_kept = " OR ".join(f"{alias} IS NOT NULL" for _, alias, _ in exact) or "false"
+    pairs = ", ".join(f"{text(name)}, {alias}" for name, alias, _ in exact)
+    compared = "".join(f", {sql} AS {alias}" for _, alias, sql in exact)
+    return (
+        f"INSERT OR REPLACE INTO {table.path} ({KEY}, {VERSION}, {EXACT}, {named}) "
+        f"SELECT k, v, CASE WHEN {any_kept} THEN CAST(json_merge_patch('{{}}', json_object({pairs})) AS VARCHAR) END, {values} "
+        f"FROM (SELECT *{compared} FROM (SELECT *, {', '.join(parsed)} FROM {source}))"
+    )
+
+
+def _parsing(index: int, kind: Kind, *, fragment: bool) -> tuple[str, str]:
+    """Return SQL for the typed value of `r<index>`, and for what is kept beside it: NULL where nothing is."""
+    raw, again = f"r{index}", kind.raw.format(f"p{index}")
+    value = f"CAST({raw} AS JSON)"
+    if kind.arrow is None:
+        parse, same = kind.parse.format(raw), again
+    elif fragment:
+        parse, same = (
+            kind.parse.format(f"json_extract_string({raw}, '$')"),
+            f"CAST(to_json({again}) AS VARCHAR)",
+        )
+    elif kind.plain:
+        return kind.parse.format(raw), ""
+    else:
+        parse, same, value = kind.parse.format(raw), again, f"to_json({raw})"
+    return (
+        parse,
+        f"CASE WHEN {raw} IS DISTINCT FROM {same} THEN json_array({value}, CAST({again} AS VARCHAR)) END",
+    )
+
+
+def fragments(values: Sequence[Any]) -> pa.Array:
+    """Return each value as JSON text."""
+    return pa.array(
+        [None if value is None else orjson.dumps(value) for value in values],
+        pa.binary(),
+    ).cast(pa.string())
+
+
+@contextlib.contextmanager
+def registered(cursor: duckdb.DuckDBPyConnection, raw: pa.Table) -> Iterator[str]:
+    """Let SQL on `cursor` see an Arrow table, by the name that this gives."""
+    cursor.register(_RAW, raw)
+    try:
+        yield f"temp.{_RAW}"
+    finally:
+        cursor.unregister(_RAW)
