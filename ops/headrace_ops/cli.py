@@ -30,6 +30,7 @@ Only = Annotated[str, typer.Option("--only", help="Servers, separated by commas;
 Ports = Annotated[list[str], typer.Option("--port", help="A port that must be used, as `postgres=5433`. Repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 Server = Annotated[str, typer.Argument(help="postgres, kafka, elasticsearch or redis")]
+Lines = Annotated[int, typer.Option(help="How many lines.")]
 _DIR = Path(".stack")
 
 
@@ -75,7 +76,7 @@ def status(folder: Folder = _DIR, json_: Json = False) -> None:
 
 
 @app.command()
-def logs(server: Server, folder: Folder = _DIR, lines: Annotated[int, typer.Option(help="How many lines.")] = 40) -> None:
+def logs(server: Server, folder: Folder = _DIR, lines: Lines = 40) -> None:
     """Print the end of a server's log.
 
     Example: `headrace stack logs kafka --lines 100`
@@ -134,8 +135,8 @@ def _print(facts: list[dict[str, Any]], *, json_: bool) -> None:
 @contextmanager
 def _bars() -> Iterator[Report]:
     """Show one bar for each download and each start, on standard error."""
-    columns = TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    name, percent = TextColumn("{task.description:<22}"), TextColumn("{task.percentage:>3.0f}%")
+    with Progress(name, BarColumn(), percent, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         tasks: dict[str, TaskID] = {}
 
         def report(task: str, done: float, total: float) -> None:

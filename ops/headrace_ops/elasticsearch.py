@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import urllib.request
-from typing import Final
+from typing import ClassVar, Final
 
 from headrace_ops import artifacts, java, ports
 from headrace_ops.process_server import ProcessServer
@@ -34,6 +34,7 @@ _JVM: Final = """\
 -Xms512m
 -Xmx512m
 -XX:+UseSerialGC
+-XX:TieredStopAtLevel=1
 -XX:+ExitOnOutOfMemoryError
 -Djava.io.tmpdir=${ES_TMPDIR}
 --add-modules=jdk.incubator.vector
@@ -46,7 +47,7 @@ class Elasticsearch(ProcessServer):
     """The search store."""
 
     name = "elasticsearch"
-    usual_ports = {"elasticsearch": 9200, "elasticsearch-transport": None}
+    usual_ports: ClassVar = {"elasticsearch": 9200, "elasticsearch-transport": None}
     usual_seconds = 14
 
     def artifact(self) -> artifacts.Artifact:

@@ -40,4 +40,3 @@ def main(remove: str, folder: str, *names: str) -> None:
     Stack(Path(folder)).down(names)
     if remove == "remove":
         shutil.rmtree(folder, ignore_errors=True)
-

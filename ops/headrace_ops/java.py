@@ -14,7 +14,7 @@ from headrace.errors import Misconfigured
 
 OLDEST = 21
 MODULE = "jdk.incubator.vector"
-_FOLDERS = ("/usr/lib/jvm", "/usr/java", "/opt", "/opt/java", "/Library/Java/JavaVirtualMachines", "~/.sdkman/candidates/java")
+_FOLDERS = ("/usr/lib/jvm", "/usr/java", "/opt", "/opt/java", "~/.sdkman/candidates/java")
 
 
 @cache
@@ -59,7 +59,7 @@ def _version(home: Path) -> tuple[int, bool]:
     return int(major[1]) if major else 0, f"{MODULE}@" in run.stdout
 
 
-def _describe(home: Path, version: int, complete: bool) -> str:  # noqa: FBT001 -- two facts of one row
+def _describe(home: Path, version: int, complete: bool) -> str:
     if not version:
         return f"{home} (older than 9, or it does not run)"
     lacking = "" if complete else f" without {MODULE}"

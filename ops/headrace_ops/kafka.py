@@ -1,21 +1,19 @@
 """Kafka: one KRaft node that is broker and controller, in a small Java process.
 
 A node that was killed is still registered as the leader of everything. Started as it is, it would first believe that,
-take up the transactions that were being committed, then be fenced because its old session ends, and find its partitions
-without a leader; Kafka 4 takes such partitions for deleted and never writes their commit markers (KAFKA-20734): readers
-of committed records would be stuck for ever. So after a kill its controller runs alone first, for as long as it needs to
-end the old session. For the same reason a session is long: no pause may end it.
+take up the transactions that were being committed, then be fenced because its old session ends, and find its
+partitions without a leader; Kafka 4 takes such partitions for deleted and never writes their commit markers
+(KAFKA-20734): readers of committed records would be stuck for ever. So after a kill its controller runs alone first, for
+as long as it needs to end the old session. For the same reason a session is long: no pause may end it.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
-import subprocess
 import time
-from typing import Final
+from typing import ClassVar, Final
 
-from headrace.errors import Misconfigured
 from headrace_ops import artifacts, java, ports, processes
 from headrace_ops.process_server import ProcessServer
 
@@ -59,13 +57,15 @@ rootLogger.level=INFO
 rootLogger.appenderRef.console.ref=console
 """
 _METADATA, _METADATA_VERSION = 3, 1
+_HEADER: Final = struct.Struct(">iii")
+"""Of the answer: its size, the number of the request, the number of live brokers."""
 
 
 class Kafka(ProcessServer):
     """The log."""
 
     name = "kafka"
-    usual_ports = {"kafka": 9092, "kafka-controller": None}
+    usual_ports: ClassVar = {"kafka": 9092, "kafka-controller": None}
     usual_seconds = 6
 
     def artifact(self) -> artifacts.Artifact:
@@ -78,9 +78,10 @@ class Kafka(ProcessServer):
 
     def prepare(self) -> None:
         """Write the properties; format the data once; after a kill, end the old session."""
-        facts = {"host": ports.HOST, "port": self.port, "controller": self.ports["kafka-controller"], "data": self.data}
-        (self.conf / "server.properties").write_text((_CONF + _NODE).format(**facts))
-        (self.conf / "controller.properties").write_text((_CONTROLLER + _NODE).format(**facts))
+        controller = self.ports["kafka-controller"]
+        for name, text in (("server", _CONF), ("controller", _CONTROLLER)):
+            conf = (text + _NODE).format(host=ports.HOST, port=self.port, controller=controller, data=self.data)
+            (self.conf / f"{name}.properties").write_text(conf)
         (self.conf / "log4j2.properties").write_text(_LOGGING)
         if not (self.data / "log/meta.properties").exists():
             self._format()
@@ -88,15 +89,11 @@ class Kafka(ProcessServer):
             self._end_old_session()
 
     def _format(self) -> None:
-        done = subprocess.run(  # type: ignore[call-overload]
-            [*self.java(), "kafka.tools.StorageTool", "format", "-t", _CLUSTER, "-c", str(self.conf / "server.properties")],
-            cwd=self.data, env=self.environ(), capture_output=True, text=True, check=False, **processes.drop_privileges(),
-        )  # fmt: skip
-        if done.returncode:
-            raise Misconfigured("server-died", f"Kafka's storage cannot be formatted: {done.stdout}{done.stderr}"[-800:])
+        tool = ["kafka.tools.StorageTool", "format", "-t", _CLUSTER, "-c", str(self.conf / "server.properties")]
+        processes.run([*self.java(), *tool], folder=self.data, environ=self.environ())
 
     def _end_old_session(self) -> None:
-        """Run the controller alone until it has fenced the broker, or has been active so long that there was none to fence."""
+        """Run the controller alone until it has fenced the broker, or so long that there was none to fence."""
         begin = self.log.stat().st_size if self.log.exists() else 0
         controller = self.spawn([*self.java(), "kafka.Kafka", str(self.conf / "controller.properties")])
         active, deadline = None, time.monotonic() + 60
@@ -111,8 +108,9 @@ class Kafka(ProcessServer):
     def java(self) -> list[str]:
         """Return the start of a command line that runs a class of Kafka's: the broker or one of its tools."""
         classes = artifacts.get(artifacts.KAFKA) / "libs/*"
+        small = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
         logging = f"-Dlog4j2.configurationFile={self.conf}/log4j2.properties"
-        return [str(java.find() / "bin/java"), "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", logging, "-cp", str(classes)]
+        return [str(java.find() / "bin/java"), *small, logging, "-cp", str(classes)]
 
     def command(self) -> list[str]:
         """See `ProcessServer.command`."""
@@ -123,6 +121,6 @@ class Kafka(ProcessServer):
         with socket.create_connection((ports.HOST, self.port), timeout=2) as connection:
             request = struct.pack(">hhihi", _METADATA, _METADATA_VERSION, 1, -1, 0)
             connection.sendall(struct.pack(">i", len(request)) + request)
-            header = connection.recv(12, socket.MSG_WAITALL)
-            if len(header) < 12 or struct.unpack(">iii", header)[2] < 1:
+            header = connection.recv(_HEADER.size, socket.MSG_WAITALL)
+            if len(header) < _HEADER.size or _HEADER.unpack(header)[2] < 1:
                 raise EOFError

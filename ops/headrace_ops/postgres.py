@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import psycopg
 
-from headrace.errors import Misconfigured
 from headrace_ops import artifacts, ports, processes
 from headrace_ops.process_server import ProcessServer
 
@@ -38,7 +35,7 @@ class Postgres(ProcessServer):
     """The source."""
 
     name = "postgres"
-    usual_ports = {"postgres": 5432}
+    usual_ports: ClassVar = {"postgres": 5432}
     stop_signal = signal.SIGINT  # without waiting for clients
     stop_seconds = 15
     usual_seconds = 3
@@ -60,15 +57,21 @@ class Postgres(ProcessServer):
         access = self.data / "pg_hba.conf"
         if access.exists() and access.read_text() == _ACCESS:
             return
-        command = ["find", str(self.data), "-mindepth", "1", "-delete"]
-        subprocess.run(command, check=True)
-        command = [self._program("initdb"), "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
-        command += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
-        done = subprocess.run(  # type: ignore[call-overload]
-            command, cwd=self.data, env=self.environ(), capture_output=True, text=True, check=False, **processes.drop_privileges()
-        )
-        if done.returncode:
-            raise Misconfigured("server-died", f"initdb failed: {done.stderr.strip()[-500:]}", f"Remove {self.data}.")
+        processes.run(["find", str(self.data), "-mindepth", "1", "-delete"], folder=self.conf, environ=self.environ())
+        initdb = [
+            self._program("initdb"),
+            "-D",
+            str(self.data),
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--no-sync",
+        ]
+        locale = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
+        processes.run([*initdb, *locale], folder=self.data, environ=self.environ())
         with (self.data / "postgresql.conf").open("a") as conf:
             conf.write(_CONF)
         access.write_text(_ACCESS)
@@ -85,4 +88,4 @@ class Postgres(ProcessServer):
             raise OSError(str(error)) from error
 
     def _program(self, name: str) -> str:
-        return str(Path(artifacts.get(artifacts.POSTGRES)) / "bin" / name)
+        return str(artifacts.get(artifacts.POSTGRES) / "bin" / name)

@@ -25,7 +25,7 @@ from headrace_ops.artifacts import Artifact, check_space
 from headrace_ops.processes import Process
 from headrace_ops.server import Report, silent
 
-_DEADLINE = 120.0
+_DEADLINE = 240.0
 _NOT_YET = (OSError, EOFError, ValueError)
 
 
@@ -236,9 +236,8 @@ class ProcessServer(ABC):
         if "ddress already in use" in tail:
             self._raise_taken(self.name, self.port)
         lines = [line for line in tail.splitlines() if line.strip()][-5:]
-        return Misconfigured(
-            "server-died", f"{self.name} ended while starting; its last words:\n  " + "\n  ".join(lines), f"Its log is {self.log}."
-        )
+        said = "\n  ".join([f"{self.name} ended while starting; its last words:", *lines])
+        return Misconfigured("server-died", said, f"Its log is {self.log}.")
 
     @property
     def _state_file(self) -> Path:

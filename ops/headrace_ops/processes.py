@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from headrace.errors import Misconfigured
+
 
 class Process(NamedTuple):
     """A process id with its start time, in clock ticks since the machine started."""
@@ -67,7 +69,7 @@ def drop_privileges() -> dict[str, object]:
 def spawn(command: Sequence[str], *, folder: Path, log: Path, environ: Mapping[str, str]) -> int:
     """Start `command` as the servers' user in a session of its own, its output appended to `log`; return its id."""
     with log.open("ab") as output:
-        child = subprocess.Popen(
+        child: subprocess.Popen[bytes] = subprocess.Popen(
             command,
             cwd=folder,
             env=dict(environ),
@@ -79,6 +81,16 @@ def spawn(command: Sequence[str], *, folder: Path, log: Path, environ: Mapping[s
         )
     _children.append(child)
     return child.pid
+
+
+def run(command: Sequence[str], *, folder: Path, environ: Mapping[str, str]) -> None:
+    """Run `command` as the servers' user to its end. Raises Misconfigured `server-died` with what it said."""
+    done = subprocess.run(  # type: ignore[call-overload]
+        command, cwd=folder, env=dict(environ), capture_output=True, text=True, check=False, **drop_privileges()
+    )
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip()[-800:]
+        raise Misconfigured("server-died", f"{Path(command[0]).name} failed: {said}", "Remove the stack's folder.")
 
 
 def identify(pid: int) -> Process | None:
@@ -95,7 +107,8 @@ def alive(process: Process) -> bool:
 
 def family(root: Process) -> list[Process]:
     """Return `root`, its descendants and its group, as far as they run; `root` first."""
-    stats = [stat for entry in os.listdir("/proc") if entry.isdigit() and (stat := _stat(int(entry)))]
+    ids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    stats = [stat for pid in ids if (stat := _stat(pid))]
     if any(stat.process.pid == root.pid and stat.process != root for stat in stats):
         return []
     members = {stat.process.pid for stat in stats if stat.group == root.pid and stat.process.started >= root.started}
@@ -142,5 +155,6 @@ def _stat(pid: int) -> _Stat | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text[text.rindex(")") + 2 :].split()
-    running = fields[0] not in "ZX" or int(fields[17]) > 1  # the first thread has ended, others still hold files and ports
+    # "ZX" is said of the first thread alone: others may still hold files and ports
+    running = fields[0] not in "ZX" or int(fields[17]) > 1
     return _Stat(Process(pid, int(fields[19])), int(fields[1]), int(fields[2]), running)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+from typing import ClassVar
 
 from headrace_ops import artifacts, ports
 from headrace_ops.process_server import ProcessServer
@@ -13,7 +14,7 @@ class Redis(ProcessServer):
     """The page store: the system's own `redis-server` if there is one."""
 
     name = "redis"
-    usual_ports = {"redis": 6379}
+    usual_ports: ClassVar = {"redis": 6379}
 
     def artifact(self) -> artifacts.Artifact | None:
         """See `ProcessServer.artifact`."""

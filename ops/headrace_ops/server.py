@@ -43,4 +43,4 @@ class Server(Protocol):
         """Undo `pause`."""
 
     def address(self) -> str:
-        """Return where it listens, in the form of its setting (a DSN, host:port, a URL). Known before the first start."""
+        """Return where it listens, in the form of its setting: a DSN, host:port, a URL. Known before the first start."""

@@ -55,7 +55,9 @@ class Stack:
             return self._servers[name]
         except KeyError:
             known = ", ".join(NAMES)
-            raise Misconfigured("unknown-server", f"There is no server {name!r}.", f"The servers are {known}.") from None
+            raise Misconfigured(
+                "unknown-server", f"There is no server {name!r}.", f"The servers are {known}."
+            ) from None
 
     def up(self, names: Sequence[str] = NAMES) -> None:
         """Start those of `names` that do not run, all at once; return when all answer.

@@ -50,7 +50,9 @@ def redis_call(server: Redis, *words: str) -> bytes:
 
 def test_postgres_decodes_logically_in_a_database_of_the_test(settings: Settings) -> None:
     with psycopg.connect(settings.dsn, autocommit=True) as connection:
-        slot = connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [settings.slot]).fetchone()
+        slot = connection.execute(
+            "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [settings.slot]
+        ).fetchone()
         database = connection.execute("SELECT current_database()").fetchone()
     assert slot is not None
     assert database == (settings.source,)
@@ -91,7 +93,12 @@ def test_kafka_killed_keeps_what_was_acknowledged_and_its_port(kafka: Kafka) -> 
     assert kafka.process() is None
     kafka.start()
     consumer = Consumer(
-        {"bootstrap.servers": kafka.address(), "group.id": "g", "auto.offset.reset": "earliest", "isolation.level": "read_committed"}
+        {
+            "bootstrap.servers": kafka.address(),
+            "group.id": "g",
+            "auto.offset.reset": "earliest",
+            "isolation.level": "read_committed",
+        }
     )
     consumer.subscribe(["t"])
     message = consumer.poll(30)
@@ -167,7 +174,9 @@ def test_when_one_server_cannot_start_the_others_do_not_stay(folder: Path) -> No
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_up_that_is_ended_half_way_leaves_nothing(folder: Path, number: signal.Signals) -> None:
     up = subprocess.Popen(
-        [HEADRACE, "stack", "up", "--dir", str(folder), "--only", "kafka"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [HEADRACE, "stack", "up", "--dir", str(folder), "--only", "kafka"],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     broker = wait_for(lambda: Stack(folder).server("kafka").process(), seconds=30)
     up.send_signal(number)
@@ -196,7 +205,7 @@ def test_a_session_that_is_killed_takes_its_servers_along(folder: Path) -> None:
 
 
 def test_a_stranger_with_a_recorded_id_is_never_signalled(folder: Path) -> None:
-    stranger = subprocess.Popen(["sleep", "600"])
+    stranger = subprocess.Popen(["/bin/sleep", "600"])
     try:
         state = {"pid": stranger.pid, "started": 1, "boot": processes.boot_id(), "ports": {"redis": ports.choose()}}
         (folder / "redis.json").write_text(json.dumps(state))
