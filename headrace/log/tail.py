@@ -65,7 +65,7 @@ class Tail:
         self._consumer: Consumer = kafka.consumer(settings, group)
         with kafka.kafka_errors("assigning partitions"):
             self._consumer.assign([TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()])
-        self._open = set(starts)
+        self._starts = starts
 
     def add(self, starts: dict[tuple[str, int], int]) -> None:
         """Follow further partitions."""
@@ -94,13 +94,14 @@ class Tail:
             return [first, *self._consumer.consume(most, 0)] if first is not None else []
 
     def to_end(self, timeout: float = 60.0) -> Iterator[Record]:
-        """Yield records until every partition has been read to its end.
+        """Yield records until every partition has been read to the end that it has now, whatever comes meanwhile.
 
         Raises:
             Transient: `kafka-away`, when nothing comes for `timeout` seconds.
         """
+        missing = {place: end for place in self._starts if (end := self._end(place)) > self._starts[place]}
         heard = time.monotonic()
-        while self._open:
+        while missing:
             messages = self.poll(0.5)
             if messages:
                 heard = time.monotonic()
@@ -109,10 +110,18 @@ class Tail:
                     "kafka-away", f"Kafka sent nothing for {timeout:.0f} s.", "Check HEADRACE_KAFKA and the broker."
                 )
             for message in messages:
-                if end_of_partition(message):
-                    self._open.discard((message.topic() or "", message.partition() or 0))
-                else:
+                place = (message.topic() or "", message.partition() or 0)
+                # The end may be a marker or a hole, which no message shows: then the partition's end is told instead.
+                at_end = end_of_partition(message)
+                if at_end or (message.offset() or 0) + 1 >= missing.get(place, 0):
+                    missing.pop(place, None)
+                if not at_end:
                     yield record(message)
+
+    def _end(self, place: tuple[str, int]) -> int:
+        with kafka.kafka_errors(f"asking where {place[0]} ends"):
+            marks = self._consumer.get_watermark_offsets(TopicPartition(*place), timeout=kafka.TIMEOUT, cached=False)
+        return marks[1] if marks else 0
 
     def mirror(self, offsets: dict[tuple[str, int], int]) -> None:
         """Commit offsets to the group, without waiting for it and without caring whether it worked."""

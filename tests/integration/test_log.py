@@ -8,53 +8,14 @@ from dataclasses import replace
 import pytest
 
 from headrace import codec
-from headrace.change import Checkpoint, Column, Position, Source, TableSchema, Version
+from headrace.change import Position, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import HeadraceError, Misconfigured, Refused
-from headrace.log import CutWriter, Log, Reader
+from headrace.log import Log, Reader
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.topics import checkpoints_topic
 from headrace.settings import Settings
-
-SOURCE = Source("7", 1, "shop", "headrace", "headrace")
-ITEMS, TAGS = "public.items", "public.tags"
-
-
-class Feed:
-    """Writes cuts as capture does, with made-up rows."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.log = Log(settings)
-        self.log.ensure_spine()
-        self.writer = self.log.writer()
-        self.lsn = 100
-        self.open()
-        for table in (ITEMS, TAGS):
-            self.writer.add_topic(self.log.ensure_table(table))
-            self.writer.schema(TableSchema(table, 1, (Column("id", "integer", nullable=False), Column("n", "integer")), ("id",)))
-
-    def open(self) -> CutWriter:
-        self.writer.open()
-        self.writer.resume(self.log.newest_checkpoint())
-        return self.writer
-
-    def put(self, table: str, id_: int, n: int | None, ordinal: int = 0) -> None:
-        headers = codec.encode_headers(Version(1, self.lsn), ordinal, 7, 1)
-        key = codec.encode_key({"id": id_})
-        row = {"id": id_, "n": n} if n is not None else None
-        self.writer.produce(self.log.topic_of(table), key, codec.dumps({"op": "c" if row else "d", "after": row}), headers)
-        if row is None:
-            self.writer.produce(self.log.topic_of(table), key, None, headers)
-
-    def seal(self, *, partial: tuple[int, int] | None = None, source: Source = SOURCE) -> Checkpoint:
-        self.lsn += 0 if partial else 10
-        return self.writer.seal(
-            version=Version(1, self.lsn), commit_ts=0, xid=7, source=source, partial=partial, snapshot=None
-        )
-
-    def cut(self, *rows: tuple[str, int, int | None]) -> Checkpoint:
-        for ordinal, row in enumerate(rows):
-            self.put(*row, ordinal)
-        return self.seal()
-
+from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed
 
 def drain(reader: Reader, until: Version, seconds: float = 20.0) -> list[Batch]:
     """Poll until a batch completes `until` exactly."""
@@ -165,8 +126,7 @@ def test_all_reads_tables_that_appear_later(feed: Feed) -> None:
     first = feed.cut((ITEMS, 1, 10))
     reader = feed.log.reader(ALL, None)
     drain(reader, first.version)
-    feed.writer.add_topic(feed.log.ensure_table("public.new"))
-    feed.writer.schema(TableSchema("public.new", 1, (Column("id", "integer"), Column("n", "integer")), ("id",)))
+    feed.add_table("public.new")
     second = feed.cut(("public.new", 1, 1))
     assert rows(drain(reader, second.version)) == {("public.new", b'{"id":1}'): 1}
     reader.close()
@@ -199,9 +159,6 @@ def test_old_checkpoints_are_tombstoned_and_never_the_newest(feed: Feed, monkeyp
     monkeypatch.setattr("headrace.log.writer.KEPT_CHECKPOINTS", 3)
     sealed = [feed.cut((ITEMS, 1, n)) for n in range(7)]
     seen = {}
-    from headrace.log.tail import BEGINNING, read_to_end
-    from headrace.log.topics import checkpoints_topic
-
     for record in read_to_end(feed.log.settings, {(checkpoints_topic(feed.log.settings.source), 0): BEGINNING}):
         seen[record.key] = record.value
     live = [key for key, value in seen.items() if value is not None]
