@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import orjson
 import typer
 from rich.console import Console
 
 from headrace import settings
-from headrace_shop import database, work as workload
+from headrace_shop import database
+from headrace_shop import work as workload
 from headrace_shop.database import Amounts
 from headrace_shop.writes import LogWrites
 
 app = typer.Typer(
-    help="The shop: the example application.", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    help="The shop: the example application.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
 )
 
 Dsn = Annotated[str | None, typer.Option(envvar="SHOP_DSN", help="The shop's database; HEADRACE_DSN when not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same rows and edits.")]
+WriteMode = Annotated[
+    Literal["log", "dual"], typer.Option("--writes", help="Write once, or to every store from the request.")
+]
 
 
 @app.command()
@@ -31,7 +38,9 @@ def load(
     customers: Annotated[int, typer.Option(min=0, help="Customers to add.")] = 500,
     orders: Annotated[int, typer.Option(min=0, help="Orders to add, of one to three lines.")] = 2000,
     seed: Seed = 1,
-    if_empty: Annotated[bool, typer.Option("--if-empty", help="Do nothing when the shop has products already.")] = False,
+    if_empty: Annotated[
+        bool, typer.Option("--if-empty", help="Do nothing when the shop has products already.")
+    ] = False,
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
@@ -47,7 +56,11 @@ def load(
     if json:
         typer.echo(orjson.dumps(counts))
     else:
-        Console().print("The shop holds " + ", ".join(f"{count:,} {table.replace('_', ' ')}" for table, count in counts.items()) + ".")
+        Console().print(
+            "The shop holds "
+            + ", ".join(f"{count:,} {table.replace('_', ' ')}" for table, count in counts.items())
+            + "."
+        )
 
 
 @app.command()
@@ -56,7 +69,9 @@ def work(
     rate: Annotated[str, typer.Option(help="Transactions a second: 50 or 50/s.")] = "50/s",
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop after so long; else at Ctrl-C.")] = None,
     seed: Seed = 1,
-    journal: Annotated[Path | None, typer.Option(help="Append the numbers of each committed transaction to this file.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Append the numbers of each committed transaction to this file.")
+    ] = None,
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
@@ -75,9 +90,62 @@ def work(
         typer.echo(orjson.dumps(done))
     else:
         Console().print(
-            f"{done.committed:,} transactions committed with {done.changes:,} changes, the highest number {done.highest:,}; "
+            f"{done.committed:,} transactions committed with {done.changes:,} changes, "
+            f"the highest number {done.highest:,}; "
             f"{done.rolled_back:,} rolled back on purpose, {done.refused:,} refused."
         )
+
+
+@app.command()
+def serve(
+    *,
+    writes: WriteMode = "log",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
+    dsn: Dsn = None,
+) -> None:
+    """Serve the shop's pages until Ctrl-C.
+
+    With `--writes dual` it keeps stores of its own, filled at the start, and writes each of them from the request.
+
+    Example: `headrace shop serve --port 8080`
+    """
+    from headrace_shop import serving  # noqa: PLC0415 - the web server is loaded only to serve
+
+    found = settings.load()
+    serving.serve(found, dsn or found.dsn, writes, host, port)
+
+
+@app.command()
+def replay(
+    *,
+    writes: WriteMode = "log",
+    seed: Seed = 1,
+    until_committed: Annotated[bool, typer.Option("--until-committed", hidden=True)] = False,
+    dsn: Dsn = None,
+    json: Json = False,
+) -> None:
+    """Replay a race of two editors and the death of a process between two writes.
+
+    With `--writes dual` the dual writer's stores are filled anew first and compared with Postgres afterwards. With
+    `--writes log` the consumers' views follow by themselves: compare them by `headrace verify`.
+
+    Example: `headrace shop replay --writes dual --json`
+    """
+    from headrace_shop import replay as accidents  # noqa: PLC0415 - the stores' clients are loaded only when needed
+
+    found = settings.load()
+    address = dsn or found.dsn
+    if until_committed:
+        accidents.commit_and_wait(found, address, writes, seed)
+        return
+    compared = accidents.replay(found, address, writes, seed, say=(lambda _: None) if json else typer.echo)
+    if json:
+        typer.echo(
+            orjson.dumps({view: {"rows": rows, "differing": differing} for view, (rows, differing) in compared.items()})
+        )
+    for view, (rows, differing) in compared.items() if not json else ():
+        typer.echo(f"{view}: {rows} rows, {differing} differ from Postgres")
 
 
 def _rate(text: str) -> float:

@@ -15,6 +15,17 @@ from headrace_shop.generate import Span
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
+KEYS = {
+    "categories": ("id",),
+    "products": ("id",),
+    "reviews": ("id",),
+    "customers": ("id",),
+    "orders": ("id",),
+    "order_items": ("order_id", "line"),
+    "ledger": ("seq",),
+}
+"""The key of each table."""
+
 TABLES = ("categories", "products", "reviews", "customers", "orders", "order_items")
 
 
@@ -38,7 +49,9 @@ def connect(dsn: str) -> Connection:
         return psycopg.connect(dsn, autocommit=True, connect_timeout=5, application_name="headrace-shop")
     except psycopg.OperationalError as error:
         reason = str(error).strip().splitlines()[0]
-        raise Transient("shop-database", f"The shop cannot reach its database: {reason}.", "Change HEADRACE_DSN or give --dsn.") from error
+        raise Transient(
+            "shop-database", f"The shop cannot reach its database: {reason}.", "Change HEADRACE_DSN or give --dsn."
+        ) from error
 
 
 def create(connection: Connection) -> None:
@@ -68,7 +81,9 @@ def load(connection: Connection, amounts: Amounts, seed: int) -> dict[str, int]:
         _load_reviews(connection, amounts.reviews, seed)
         _load_orders(connection, amounts.orders, seed)
         for table in ("products", "reviews", "customers", "orders"):
-            connection.execute(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), coalesce(max(id), 1)) FROM {table}".encode())
+            connection.execute(
+                f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), coalesce(max(id), 1)) FROM {table}".encode()
+            )
     connection.execute("ANALYZE")
     return counts(connection)
 
@@ -94,7 +109,11 @@ def _load_orders(connection: Connection, count: int, seed: int) -> None:
     customers = _ids(connection, "customers", needed=count)
     prices = connection.execute("SELECT id, price FROM products ORDER BY id").fetchall() if count else []
     _copy(connection, "orders (id, customer_id, placed_at, status)", generate.orders(span, customers, seed))
-    _copy(connection, "order_items (order_id, line, product_id, quantity, price)", generate.order_items(span, prices, seed))
+    _copy(
+        connection,
+        "order_items (order_id, line, product_id, quantity, price)",
+        generate.order_items(span, prices, seed),
+    )
 
 
 def _categories(connection: Connection) -> dict[str, int]:

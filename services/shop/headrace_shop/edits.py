@@ -1,7 +1,7 @@
 """What the shop does: each edit is one or more numbered changes, made within somebody's Postgres transaction.
 
-Every change takes a number, leaves it in the row and in the ledger (sql/schema.sql), and names the documents that show
-the row, which only the dual writer needs to know: writing through the log, nobody has to.
+Every change takes a number, leaves it in the row and in the ledger (sql/schema.sql), and notes the rows, which
+only the dual writer needs to know, so that it can find the documents: writing through the log, nobody has to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Made:
 
     Attributes:
         numbers: The number of every change, in order.
-        rows: ``(table, key)`` of every row created, updated or deleted; the key in the order of its columns.
+        rows: ``(table, key)`` of every row created, updated or deleted, the key in the order of its columns; and of
+            rows whose documents showed such a row before and do not any more.
         ids: The ids of the rows that it created, in order.
     """
 
@@ -34,7 +35,11 @@ class Edit(Protocol):
     """Something that a person does in the shop."""
 
     def make(self, connection: Connection, made: Made) -> None:
-        """Make the changes in the open transaction of `connection` and note them in `made`. Raises Misconfigured: `no-such-row`."""
+        """Make the changes in the open transaction of `connection` and note them in `made`.
+
+        Raises:
+            Misconfigured: `no-such-row`.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class MoveProduct:
 
     def make(self, connection: Connection, made: Made) -> None:
         """See `Edit`."""
+        _leave(connection, made, "categories", "products", "category_id", self.product)
         update(connection, made, "products", self.product, "category_id = %s", self.category)
 
 
@@ -85,7 +91,16 @@ class AddProduct:
 
     def make(self, connection: Connection, made: Made) -> None:
         """See `Edit`."""
-        insert(connection, made, "products", category_id=self.category, name=self.name, description=self.description, price=self.price, stock=0)
+        insert(
+            connection,
+            made,
+            "products",
+            category_id=self.category,
+            name=self.name,
+            description=self.description,
+            price=self.price,
+            stock=0,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +113,11 @@ class DeleteProduct:
         """See `Edit`."""
         if connection.execute("SELECT FROM order_items WHERE product_id = %s LIMIT 1", (self.product,)).fetchone():
             raise Misconfigured("no-such-row", f"Product {self.product} was ordered and stays.")
-        for (review,) in connection.execute("SELECT id FROM reviews WHERE product_id = %s FOR UPDATE", (self.product,)).fetchall():
+        for (review,) in connection.execute(
+            "SELECT id FROM reviews WHERE product_id = %s FOR UPDATE", (self.product,)
+        ).fetchall():
             delete(connection, made, "reviews", review)
+        _leave(connection, made, "categories", "products", "category_id", self.product)
         delete(connection, made, "products", self.product)
 
 
@@ -114,7 +132,9 @@ class AddReview:
 
     def make(self, connection: Connection, made: Made) -> None:
         """See `Edit`."""
-        insert(connection, made, "reviews", product_id=self.product, author=self.author, stars=self.stars, body=self.body)
+        insert(
+            connection, made, "reviews", product_id=self.product, author=self.author, stars=self.stars, body=self.body
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +146,7 @@ class MoveReview:
 
     def make(self, connection: Connection, made: Made) -> None:
         """See `Edit`."""
+        _leave(connection, made, "products", "reviews", "product_id", self.review)
         update(connection, made, "reviews", self.review, "product_id = %s", self.product)
 
 
@@ -137,12 +158,13 @@ class DeleteReview:
 
     def make(self, connection: Connection, made: Made) -> None:
         """See `Edit`."""
+        _leave(connection, made, "products", "reviews", "product_id", self.review)
         delete(connection, made, "reviews", self.review)
 
 
 @dataclass(frozen=True, slots=True)
 class PlaceOrder:
-    """A customer orders: ``(product, quantity)`` a line. Prices are those of the moment; stock goes down, never below zero."""
+    """A customer orders, ``(product, quantity)`` a line, at the prices of the moment; stock never goes below zero."""
 
     customer: int
     lines: Sequence[tuple[int, int]]
@@ -153,11 +175,20 @@ class PlaceOrder:
         for line, (product, quantity) in enumerate(sorted(self.lines), start=1):
             update(connection, made, "products", product, "stock = greatest(stock - %s, 0)", quantity)
             (price,) = connection.execute("SELECT price FROM products WHERE id = %s", (product,)).fetchone() or (None,)
-            insert(connection, made, "order_items", order_id=order, line=line, product_id=product, quantity=quantity, price=price)
+            insert(
+                connection,
+                made,
+                "order_items",
+                order_id=order,
+                line=line,
+                product_id=product,
+                quantity=quantity,
+                price=price,
+            )
 
 
 def insert(connection: Connection, made: Made, table: str, **values: Any) -> int:
-    """Insert one row; return its id, or the first column of its key. Raises psycopg errors of constraints as they are."""
+    """Insert one row; return its id, or the first column of its key. Raises psycopg's errors as they are."""
     number = _number(connection, made, "insert", table)
     key = "order_id, line" if table == "order_items" else "id"
     columns, places = ", ".join(values), ", ".join(["%s"] * len(values))
@@ -168,19 +199,26 @@ def insert(connection: Connection, made: Made, table: str, **values: Any) -> int
     return int(row[0])
 
 
-def update(connection: Connection, made: Made, table: str, id: int, assignment: str, value: Any) -> None:  # noqa: A002 - a row's id
+def update(connection: Connection, made: Made, table: str, row_id: int, assignment: str, value: Any) -> None:
     """Change one column of one row. Raises Misconfigured: `no-such-row`."""
     number = _number(connection, made, "update", table)
     statement = f"UPDATE {table} SET {assignment}, seq = %s WHERE id = %s"
-    _one(connection.execute(statement.encode(), (value, number, id)).rowcount, table, id)
-    made.rows.append((table, (id,)))
+    _one(connection.execute(statement.encode(), (value, number, row_id)).rowcount, table, row_id)
+    made.rows.append((table, (row_id,)))
 
 
-def delete(connection: Connection, made: Made, table: str, id: int) -> None:  # noqa: A002 - a row's id
+def delete(connection: Connection, made: Made, table: str, row_id: int) -> None:
     """Delete one row; its number is in the ledger alone. Raises Misconfigured: `no-such-row`."""
     _number(connection, made, "delete", table)
-    _one(connection.execute(f"DELETE FROM {table} WHERE id = %s".encode(), (id,)).rowcount, table, id)
-    made.rows.append((table, (id,)))
+    _one(connection.execute(f"DELETE FROM {table} WHERE id = %s".encode(), (row_id,)).rowcount, table, row_id)
+    made.rows.append((table, (row_id,)))
+
+
+def _leave(connection: Connection, made: Made, parents: str, table: str, column: str, row_id: int) -> None:
+    """Note the row of `parents` that row `id` of `table` is about to leave."""
+    row = connection.execute(f"SELECT {column} FROM {table} WHERE id = %s FOR UPDATE".encode(), (row_id,)).fetchone()
+    if row:
+        made.rows.append((parents, row))
 
 
 def _number(connection: Connection, made: Made, action: str, table: str) -> int:
@@ -191,6 +229,6 @@ def _number(connection: Connection, made: Made, action: str, table: str) -> int:
     return made.numbers[-1]
 
 
-def _one(count: int, table: str, id: int) -> None:  # noqa: A002 - a row's id
+def _one(count: int, table: str, row_id: int) -> None:
     if count != 1:
-        raise Misconfigured("no-such-row", f"There is no row {id} in {table}.", "It was deleted meanwhile.")
+        raise Misconfigured("no-such-row", f"There is no row {row_id} in {table}.", "It was deleted meanwhile.")

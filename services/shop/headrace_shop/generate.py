@@ -1,8 +1,8 @@
 """Rows for the shop, any number of them, the same for the same seed.
 
 The first products of an empty shop are the real films in their order; further ones are editions of them. About one
-description in forty is several kilobytes long, so that Postgres stores it out of line: an update of the price alone then
-does not carry it, and capture must find it.
+description in forty is several kilobytes long, so that Postgres stores it out of line: an update of the price alone
+then does not carry it, and capture must find it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,49 @@ from typing import Any
 
 from headrace_shop import catalogue
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 _EPOCH = datetime(2025, 1, 1, tzinfo=UTC)
-_FIRST = "Ada Ben Chloe Dara Elif Femi Greta Hugo Ines Jonas Kaya Lars Mina Noor Olga Pavel Quinn Rosa Sven Tuva Uma Vito Wanda Yara Zeno".split()
-_LAST = "Adler Brandt Castro Dietrich Eriksen Fontaine Gruber Haas Ito Jansen Keller Lindqvist Moreau Novak Okafor Petrov Rossi Silva".split()
+_FIRST = _words(
+    "Ada Ben Chloe Dara Elif Femi Greta Hugo Ines Jonas Kaya Lars Mina Noor Olga Pavel Quinn Rosa Sven Tuva Uma "
+    "Vito Wanda Yara Zeno"
+)
+_LAST = _words(
+    "Adler Brandt Castro Dietrich Eriksen Fontaine Gruber Haas Ito Jansen Keller Lindqvist Moreau Novak Okafor "
+    "Petrov Rossi Silva"
+)
 EDITIONS = ("Director's Cut", "Restored", "Box Set", "Steelbook", "Anniversary Edition", "Extended")
-_OPENINGS = ("I saw it twice.", "Bought for my father.", "A long evening well spent.", "Not what I expected.", "We laughed & cried.")
-_PRAISE = ("The pictures stay with you", "The cast carries it", "It takes its time", "The ending is worth the wait", "The score is <superb>")
-_BLAME = ("the middle part drags", "the disc came scratched", "the subtitles are poor", "I had hoped for more extras", "it is too long")
-_WORDS = (
-    "light river stage camera night letter window street voice garden mountain silence winter memory harbour signal train "
-    "mirror orchard stranger island thunder lantern bridge horizon whisper theatre morning shadow journey copper velvet"
-).split()
+_OPENINGS = (
+    "I saw it twice.",
+    "Bought for my father.",
+    "A long evening well spent.",
+    "Not what I expected.",
+    "We laughed & cried.",
+)
+_PRAISE = (
+    "The pictures stay with you",
+    "The cast carries it",
+    "It takes its time",
+    "The ending is worth the wait",
+    "The score is <superb>",
+)
+_BLAME = (
+    "the middle part drags",
+    "the disc came scratched",
+    "the subtitles are poor",
+    "I had hoped for more extras",
+    "it is too long",
+)
+_WORDS = _words(
+    "light river stage camera night letter window street voice garden mountain silence winter memory harbour signal "
+    "train mirror orchard stranger island thunder lantern bridge horizon whisper theatre morning shadow journey "
+    "copper velvet"
+)
 _LONG = 0.025
+_DOUBTFUL = 3
 _STATUS = ("placed", "paid", "shipped", "delivered")
 
 Rows = Iterator[Sequence[Any]]
@@ -55,11 +86,21 @@ def products(span: Span, categories: dict[str, int], seed: int) -> Rows:
         name = f"{film.title} ({_edition(edition)})" if edition else film.title
         description = film.description + (" " + _essay(random) if random.random() < _LONG else "")
         stock = random.randint(50, 500)
-        yield number, categories[film.genre], name, description, film.director, film.year, film.rating, price(random), stock
+        yield (
+            number,
+            categories[film.genre],
+            name,
+            description,
+            film.director,
+            film.year,
+            film.rating,
+            price(random),
+            stock,
+        )
 
 
 def reviews(span: Span, products: Sequence[int], seed: int) -> Rows:
-    """Yield rows of (id, product_id, author, stars, body, created_at); a few of `products`, their ids, are favourites."""
+    """Yield rows of (id, product_id, author, stars, body, created_at); a few of the ids `products` are favourites."""
     random = Random(f"reviews {seed}")
     for number in span.ids():
         stars, body = opinion(random)
@@ -104,7 +145,7 @@ def opinion(random: Random) -> tuple[int, str]:
     """Return the stars and the body of a review."""
     stars = random.choices((1, 2, 3, 4, 5), weights=(1, 2, 4, 7, 6))[0]
     praise, blame = random.choice(_PRAISE), random.choice(_BLAME)
-    body = f"{praise}, though {blame}." if stars < 4 else f"{praise}."
+    body = f"{praise}, though {blame}." if stars <= _DOUBTFUL else f"{praise}."
     return stars, f"{random.choice(_OPENINGS)} {body}"
 
 

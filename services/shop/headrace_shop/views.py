@@ -54,7 +54,8 @@ class Views:
 
     def page(self, page_id: str, after: int = 0) -> Page | None:
         """Return a page as the consumer rendered it, or None. One round trip, or some more for up to `WAIT` seconds
-        until the view has reached the LSN `after`."""
+        until the view has reached the LSN `after`.
+        """
         deadline = time.monotonic() + WAIT
         page = self._pages.get(page_id)
         while after and self._pages.applied().lsn < after and time.monotonic() < deadline:
@@ -75,7 +76,8 @@ def warehouse_sql(settings: Settings) -> Sql:
     """Return what asks the process that runs the warehouse.
 
     Raises when called:
-        Transient: `warehouse-away`, when it does not answer; Misconfigured: `warehouse-refused`, when it refuses the query.
+        Transient: `warehouse-away`, when it does not answer.
+        Misconfigured: `warehouse-refused`, when it refuses the query.
     """
     client = httpx.Client(base_url=f"http://{settings.warehouse_listen}", timeout=10)
 
@@ -83,7 +85,9 @@ def warehouse_sql(settings: Settings) -> Sql:
         try:
             answer = client.post("/sql", json={"sql": statement})
         except httpx.HTTPError as error:
-            raise Transient("warehouse-away", f"The warehouse does not answer: {error}.", "Run: headrace run warehouse") from error
+            raise Transient(
+                "warehouse-away", f"The warehouse does not answer: {error}.", "Run: headrace run warehouse"
+            ) from error
         if answer.status_code != httpx.codes.OK:
             raise Misconfigured("warehouse-refused", f"The warehouse refused a query: {answer.text}.")
         found: dict[str, Any] = answer.json()

@@ -1,6 +1,7 @@
 """The shop's web application: reads come from the views, every write is one call of the seam `Writes`.
 
-The one ASGI module: its endpoints are plain functions that Starlette runs in threads; only reading a form is asynchronous.
+The one ASGI module: its endpoints are plain functions that Starlette runs in threads; only reading a form is
+asynchronous.
 """
 
 from __future__ import annotations
@@ -76,8 +77,10 @@ class Shop:
                 Mount("/static", StaticFiles(directory=str(files("headrace_shop").joinpath("static")))),
             ],
             exception_handlers={
-                404: lambda *_: self._message(404, "Not here", "There is no such page.", "/", "All genres"),
-                HeadraceError: lambda _, error: self._message(503, "Not now", str(error)),
+                404: lambda *_: self._absent(),
+                HeadraceError: lambda _, error: self._failed(error),
+                psycopg.errors.ForeignKeyViolation: lambda *_: self._absent(),
+                psycopg.errors.NumericValueOutOfRange: lambda *_: self._absent(),
                 psycopg.Error: lambda _, error: self._message(503, "Not now", f"The database says: {error}"),
                 BadFormError: lambda _, error: self._message(400, "Please look again", str(error)),
             },
@@ -86,7 +89,9 @@ class Shop:
     def home(self, _request: Request) -> Response:
         """Show the genres and what people write about."""
         categories, films = self._select(_CATEGORIES), self._select(_TALKED_ABOUT)
-        return self._page("home", categories=categories, films=films, products=sum(row["products"] for row in categories))
+        return self._page(
+            "home", categories=categories, films=films, products=sum(row["products"] for row in categories)
+        )
 
     def search(self, request: Request) -> Response:
         """Show what the search index finds."""
@@ -110,8 +115,13 @@ class Shop:
         """Show an order that was placed."""
         lines = self._select(_ORDER, request.path_params["id"])
         if not lines:
-            return self._message(404, "Not here", "There is no such order.", "/", "All genres")
-        return self._page("order", id=request.path_params["id"], lines=lines, total=sum(row["quantity"] * row["price"] for row in lines))
+            return self._absent()
+        return self._page(
+            "order",
+            id=request.path_params["id"],
+            lines=lines,
+            total=sum(row["quantity"] * row["price"] for row in lines),
+        )
 
     def set_price(self, request: Request, form: Form) -> Response:
         """Change a price, then show the product."""
@@ -135,12 +145,12 @@ class Shop:
         """Write, and send the reader on with a token, so that the next page shows the change (S25)."""
         written = self._writes.write(edit)
         place = target.format(order=written.made.ids[0] if written.made.ids else 0)
-        return RedirectResponse(f"{place}?after={format_lsn(written.lsn)}", status_code=303)
+        return RedirectResponse(f"{place}?after={format_lsn(written.lsn)}" if written.lsn else place, status_code=303)
 
     def _cached(self, request: Request, collection: str) -> Response:
         page = self._views.page(f"{collection}/{request.path_params['id']}", _after(request))
         if page is None:
-            return self._message(404, "Not here", "There is no such page, or it is not built yet.", "/", "All genres")
+            return self._absent()
         headers = {"ETag": page.etag, "Cache-Control": "no-cache", "X-Headrace-LSN": format_lsn(page.lsn)}
         if page.etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
@@ -152,6 +162,17 @@ class Shop:
 
     def _page(self, name: str, status: int = 200, **values: Any) -> HTMLResponse:
         return HTMLResponse(self._templates.get_template(f"{name}.html").render(values), status_code=status)
+
+    def _absent(self) -> HTMLResponse:
+        return self._message(404, "Not here", "There is no such page, or not any more.", "/", "All genres")
+
+    def _failed(self, error: Exception) -> HTMLResponse:
+        code = getattr(error, "code", "")
+        if code == "no-such-row":
+            return self._absent()
+        if code == "view-not-there":
+            return self._message(503, "Not built yet", "This view is being built. Come back in a moment.")
+        return self._message(503, "Not now", str(error))
 
     def _message(self, status: int, title: str, text: str, link: str = "", label: str = "") -> HTMLResponse:
         return self._page("message", status, title=title, text=text, link=link, label=label)

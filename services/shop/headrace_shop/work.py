@@ -23,11 +23,13 @@ from headrace_shop.database import Connection
 from headrace_shop.edits import Edit
 from headrace_shop.writes import Writes
 
-
 _EDITION = re.compile(r" \([^()]*\)$")
 _MORE = " & more"
+_SEVERAL = 1 / 8
+_REGRETTED = 1 / 20
 _NEVER_ORDERED = """
-    SELECT id FROM products p WHERE NOT EXISTS (SELECT FROM order_items WHERE product_id = p.id) ORDER BY id DESC LIMIT 1"""
+    SELECT id FROM products p WHERE NOT EXISTS (SELECT FROM order_items WHERE product_id = p.id)
+    ORDER BY id DESC LIMIT 1"""
 
 
 class RolledBackError(Exception):
@@ -36,7 +38,7 @@ class RolledBackError(Exception):
 
 @dataclass(slots=True)
 class Done:
-    """What a load did: transactions committed, rolled back on purpose, lost to a race; changes and their highest number."""
+    """What a load did: transactions committed, rolled back on purpose, refused; changes and their highest number."""
 
     committed: int = 0
     rolled_back: int = 0
@@ -77,15 +79,16 @@ class Load:
     def transaction(self) -> list[Edit]:
         """Return the edits of the next transaction: mostly one, one in eight times several, one in twenty regretted."""
         kinds, weights = zip(*self._kinds, strict=True)
-        several = self._random.randint(2, 5) if self._random.random() < 0.125 else 1
+        several = self._random.randint(2, 5) if self._random.random() < _SEVERAL else 1
         chosen: list[Edit] = [kind() for kind in self._random.choices(kinds, weights=weights, k=several)]
-        return [*chosen, Regret()] if self._random.random() < 0.05 else chosen
+        return [*chosen, Regret()] if self._random.random() < _REGRETTED else chosen
 
     def _row(self, table: str, columns: str = "id") -> tuple[Any, ...]:
         """Return some columns of a row near a random one."""
         statement = f"""
             SELECT {columns} FROM {table}
-            WHERE id >= (SELECT min(id) + floor(%s * (max(id) - min(id) + 1))::bigint FROM {table}) ORDER BY id LIMIT 1"""
+            WHERE id >= (SELECT min(id) + floor(%s * (max(id) - min(id) + 1))::bigint FROM {table})
+            ORDER BY id LIMIT 1"""
         row = self._connection.execute(statement.encode(), (self._random.random(),)).fetchone()
         if row is None:
             raise Misconfigured("shop-empty", f"The shop has no {table}.", "Run `headrace shop load`.")
@@ -137,10 +140,10 @@ class Load:
 def work(load: Load, writes: Writes, ticks: Iterator[None], journal: Path | None = None) -> Done:
     """Write one transaction of `load` a tick; return what was done. Ends early, but cleanly, at KeyboardInterrupt."""
     done = Done()
-    with journal.open("a", encoding="utf-8", buffering=1) if journal else nullcontext() as lines:
-        with suppress(KeyboardInterrupt):
-            for _ in ticks:
-                _step(load.transaction(), writes, done, lines)
+    opened = journal.open("a", encoding="utf-8", buffering=1) if journal else nullcontext()
+    with opened as lines, suppress(KeyboardInterrupt):
+        for _ in ticks:
+            _step(load.transaction(), writes, done, lines)
     return done
 
 

@@ -18,7 +18,10 @@ from headrace_shop.edits import Edit, Made
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a committed transaction was. `lsn` is at or after its commit: a view that reached it shows the change (S25)."""
+    """What a committed transaction was. `lsn` is at or after its commit: a view that reached it shows it (S25).
+
+    It is 0 when every view was written already: there is nothing to wait for.
+    """
 
     made: Made
     lsn: int
@@ -54,11 +57,19 @@ class LogWrites:
 def pool(dsn: str, connections: int) -> ConnectionPool[Connection]:
     """Return an open pool of connections in autocommit; a dead one is replaced when it is asked for."""
     kwargs = {"autocommit": True, "connect_timeout": 5, "application_name": "headrace-shop"}
-    return ConnectionPool(dsn, min_size=1, max_size=connections, kwargs=kwargs, check=ConnectionPool.check_connection, timeout=10, open=True)
+    return ConnectionPool(
+        dsn,
+        min_size=1,
+        max_size=connections,
+        kwargs=kwargs,
+        check=ConnectionPool.check_connection,
+        timeout=10,
+        open=True,
+    )
 
 
 def commit(connection: Connection, edits: tuple[Edit, ...]) -> Written:
-    """Make `edits` in one transaction. The token is read after COMMIT returned: inside the transaction it is too low (S25)."""
+    """Make `edits` in one transaction. The token is read after COMMIT: inside the transaction it is too low (S25)."""
     made = Made()
     with connection.transaction():
         for edit in edits:

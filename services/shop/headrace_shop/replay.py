@@ -1,0 +1,123 @@
+"""Two accidents, made deterministic, through both ways of writing.
+
+A race: two editors of one price. A commits, B commits, B writes the other stores, A writes the other stores. Postgres
+keeps B's price; whoever wrote every store itself now shows A's.
+
+A death: a process commits a price and is killed, by SIGKILL, before its next write. What it had not written, nobody
+will.
+
+Writing through the log, each editor's write has one step, so there is nothing to interleave and nothing to leave
+undone.
+
+DuckDB admits one process, so the dual writer's stores are closed while the process that dies has them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from decimal import Decimal
+from random import Random
+from typing import Any
+
+import typer
+
+from headrace.errors import Misconfigured
+from headrace.settings import Settings
+from headrace_shop import database
+from headrace_shop.database import Connection
+from headrace_shop.dual import DualWrites
+from headrace_shop.edits import SetPrice
+from headrace_shop.writes import LogWrites, Writes
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What happens to which products: the prices that A and B give, and the price of the process that dies."""
+
+    raced: int
+    price_a: Decimal
+    price_b: Decimal
+    orphaned: int
+    price_c: Decimal
+
+
+def plan(connection: Connection, seed: int) -> Plan:
+    """Choose two products and three prices. Raises Misconfigured: `shop-empty`."""
+    products = [number for (number,) in connection.execute("SELECT id FROM products ORDER BY id LIMIT 1000")]
+    if len(products) < 2:  # noqa: PLR2004 - two products
+        raise Misconfigured("shop-empty", "The shop has fewer than two products.", "Run `headrace shop load`.")
+    random = Random(f"replay {seed}")
+    raced, orphaned = random.sample(products, 2)
+    prices = random.sample(range(41, 99), 3)
+    a, b, c = (Decimal(price) + Decimal("0.50") for price in prices)
+    return Plan(raced, a, b, orphaned, c)
+
+
+def replay(settings: Settings, dsn: str, mode: str, seed: int, say: Say) -> dict[str, tuple[int, int]]:
+    """Replay both accidents; return (rows, differing rows) of each of the dual writer's views, nothing for ``log``."""
+    with database.connect(dsn) as connection:
+        chosen = plan(connection, seed)
+    first, second = SetPrice(chosen.raced, chosen.price_a), SetPrice(chosen.raced, chosen.price_b)
+    if mode == "log":
+        with closing(LogWrites(dsn)) as writes:
+            race(_steps(writes, first), _steps(writes, second), say)
+    else:
+        with closing(DualWrites(settings, dsn)) as writes:
+            writes.fill()
+            race(writes.steps(first), writes.steps(second), say)
+    die(["shop", "replay", "--until-committed", "--writes", mode, "--seed", str(seed), "--dsn", dsn], say)
+    if mode == "log":
+        return {}
+    with closing(DualWrites(settings, dsn)) as writes:
+        return writes.compare()
+
+
+def race(first: Iterator[Any], second: Iterator[Any], say: Say) -> None:
+    """Run two writes, each an iterator of its steps, in the order A, B, B to its end, A to its end."""
+    say("editor A commits in Postgres")
+    next(first)
+    say("editor B commits in Postgres, after A")
+    next(second)
+    rest = sum(1 for _ in second)
+    say(f"editor B writes {rest} other stores" if rest else "editor B has nothing else to write")
+    rest = sum(1 for _ in first)
+    say(f"editor A writes {rest} other stores, late" if rest else "editor A has nothing else to write")
+
+
+def die(command: list[str], say: Say) -> None:
+    """Run `command`, which commits, says so in one line and waits; kill it then.
+
+    Raises:
+        Misconfigured: `replay-failed`, when it ends before it has said so.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-m", "headrace", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        line = process.stdout.readline() if process.stdout else ""
+        process.kill()
+    if not line:
+        raise Misconfigured(
+            "replay-failed", f"`headrace {' '.join(command)}` ended before it had committed.", "Run it by hand."
+        )
+    say(f"a process {line.strip()} and is killed before its next write (SIGKILL, pid {process.pid})")
+
+
+def commit_and_wait(settings: Settings, dsn: str, mode: str, seed: int) -> None:
+    """Make the first step of a write, say so, and wait to be killed."""
+    with database.connect(dsn) as connection:
+        chosen = plan(connection, seed)
+    edit = SetPrice(chosen.orphaned, chosen.price_c)
+    steps = _steps(LogWrites(dsn), edit) if mode == "log" else DualWrites(settings, dsn).steps(edit)
+    next(steps)
+    typer.echo(f"commits the price {chosen.price_c} of product {chosen.orphaned} in Postgres")
+    sys.stdin.read()
+
+
+def _steps(writes: Writes, edit: SetPrice) -> Iterator[Any]:
+    yield writes.write(edit)
