@@ -1,0 +1,438 @@
+"""Verify against real servers: it is not blind, it is exact under load, and it knows each value as the log has it."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psycopg
+import pytest
+from elasticsearch import Elasticsearch as Client
+
+from headrace import codec
+from headrace.change import Row
+from headrace.consumer import ALL, Consumer
+from headrace.control import Control
+from headrace.documents import Document, DocumentConsumer, Many, Node, One, count, mean
+from headrace.errors import Misconfigured, Transient
+from headrace.log import Log
+from headrace.settings import Settings, environment
+from headrace.stores.elasticsearch import ElasticsearchIndex
+from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference
+from headrace_verify.postgres import connect, moment
+from headrace_verify.verify import Verifier
+from tests.fixtures.capture import capturing, eventually, execute, prepare, rows
+from tests.fixtures.plain import Plain
+from tests.fixtures.serving import serving
+
+ITEMS = "CREATE TABLE public.items (id int PRIMARY KEY, n int, name text)"
+T = "public.items"
+SHOP = (
+    "CREATE TABLE public.categories (id int PRIMARY KEY, name text)",
+    "CREATE TABLE public.products (id int PRIMARY KEY, name text, category_id int)",
+    "CREATE TABLE public.reviews (id int PRIMARY KEY, product_id int, stars int, body text)",
+)
+
+
+class Mirror(Plain):
+    """Every captured table."""
+
+    tables = ALL
+
+
+class Products(DocumentConsumer):
+    """The design's own example."""
+
+    document = Document(
+        "public.products",
+        category=One("public.categories", on="category_id"),
+        reviews=Many("public.reviews", by="product_id"),
+    )
+    store = ElasticsearchIndex(
+        "verify-products",
+        mappings={"properties": {"name": {"type": "keyword"}, "reviews": {"type": "integer"}}},
+    )
+
+    def render(self, row: Node) -> Row | None:
+        if row["name"] == "hidden":
+            return None
+        category = row.category
+        return {
+            "name": row["name"],
+            "category": category and category["name"],
+            "reviews": count(row.reviews),
+            "stars": mean(row.reviews, "stars"),
+        }
+
+
+class Found:
+    """What verify found in one view."""
+
+    def __init__(self, verifier: Verifier, name: str, consumer: type[Consumer]) -> None:
+        (outcome,) = list(verifier.verify({name: consumer}))
+        self.rows = outcome.rows
+        self.notes = outcome.notes
+        self.wrong = list(outcome.wrong())
+        self.undecided = list(outcome.undecided())
+        outcome.close()
+
+    @property
+    def clean(self) -> bool:
+        return not self.wrong and not self.undecided
+
+
+def found(settings: Settings, consumer: type[Any], name: str = "view", timeout: float = 60) -> Found:
+    """Verify one view."""
+    log = Log(settings)
+    return Found(Verifier(log, Control(log), lambda *_: None, timeout), name, consumer)
+
+
+@contextmanager
+def kept(settings: Settings, consumer: type[Any]) -> Iterator[Control]:
+    """Run capture and one consumer; go on when it is live."""
+    with capturing(settings) as capture, serving(settings, view=consumer) as control:
+        capture.reach()
+        eventually("the view is live", lambda: any(r.live for r in control.reports().get("view", [])))
+        yield control
+
+
+@contextmanager
+def loaded(settings: Settings, *statements: Callable[[random.Random], str]) -> Iterator[None]:
+    """Run random statements one after the other, each its own transaction, until the end."""
+    stop = threading.Event()
+    chance = random.Random(7)
+
+    def load() -> None:
+        with psycopg.connect(settings.dsn, autocommit=True) as connection:
+            while not stop.is_set():
+                connection.execute(chance.choice(statements)(chance).encode())
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(30)
+
+
+def meddle(settings: Settings, statement: str, *values: Any) -> None:
+    """Change the plain view behind headrace's back."""
+    with sqlite3.connect(settings.path("plain.sqlite"), timeout=10) as view:
+        view.execute(statement, values)
+
+
+def test_one_row_changed_one_removed_and_one_added_are_found_by_name(settings: Settings) -> None:
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 1200) i")
+    with kept(settings, Mirror):
+        assert found(settings, Mirror).clean
+        meddle(settings, "UPDATE rows SET value = ? WHERE key = ?", '{"id":7,"n":8,"name":"x"}', '{"id":7}')
+        meddle(settings, "DELETE FROM rows WHERE key = ?", '{"id":600}')
+        meddle(settings, "INSERT INTO rows VALUES (1, ?, ?, ?, 1, 1)", T, '{"id":9999}', '{"id":9999}')
+        seen = found(settings, Mirror)
+    assert seen.rows == 1200
+    assert not seen.undecided
+    assert seen.wrong == [
+        Difference(MISSING, T, '{"id":600}'),
+        Difference(DIFFERENT, T, '{"id":7}', ("n",)),
+        Difference(EXTRA, T, '{"id":9999}'),
+    ]
+
+
+def test_it_is_exact_while_everything_changes(settings: Settings) -> None:
+    """Nothing that merely moves is reported, and what is wrong is, whatever moves around it."""
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 3000) i")
+    with (
+        kept(settings, Mirror),
+        loaded(
+            settings,
+            lambda chance: f"UPDATE {T} SET n = n + 1 WHERE id = {chance.randint(100, 2999)}",  # noqa: S608
+            lambda chance: f"DELETE FROM {T} WHERE id = {chance.randint(100, 2999)}",  # noqa: S608
+            lambda chance: f"INSERT INTO {T} VALUES ({chance.randint(100, 2999)}, 0, 'new') ON CONFLICT DO NOTHING",  # noqa: S608
+        ),
+    ):
+        for _ in range(3):
+            assert found(settings, Mirror).clean
+        meddle(settings, "DELETE FROM rows WHERE key = ?", '{"id":50}')
+        seen = found(settings, Mirror)
+    assert [(d.kind, d.key) for d in seen.wrong] == [(MISSING, '{"id":50}')]
+    assert not seen.undecided
+
+
+def test_a_hot_row_that_is_wrong_is_not_excused_for_ever(settings: Settings) -> None:
+    """A row that changes again and again is compared until a snapshot and the view agree on what is between them: nothing."""
+    prepare(settings, ITEMS, f"INSERT INTO {T} VALUES (1, 0, 'right')")
+    stop = threading.Event()
+
+    class Wrong(Mirror):
+        """Spoils one column of everything that it applies."""
+
+        def apply(self, batch: Any) -> None:
+            spoilt = [c._replace(row={**c.row, "name": "wrong"}) if c.row else c for c in batch.changes]
+            super().apply(replace(batch, changes=spoilt))
+
+    def heat() -> None:
+        while not stop.wait(0.7):
+            execute(settings, f"UPDATE {T} SET n = n + 1")  # noqa: S608
+
+    with kept(settings, Wrong):
+        thread = threading.Thread(target=heat, daemon=True)
+        thread.start()
+        try:
+            seen = found(settings, Wrong)
+        finally:
+            stop.set()
+            thread.join(10)
+    assert [(d.kind, d.columns) for d in seen.wrong] == [(DIFFERENT, ("name",))]
+
+
+def test_a_commit_that_the_snapshot_does_not_see_excuses_although_it_is_logged_before(settings: Settings) -> None:
+    """A commit that waits for a synchronous standby is in the log and in the view, and no snapshot sees it (S7)."""
+    prepare(settings, ITEMS, f"INSERT INTO {T} VALUES (1, 0, 'old')")
+    with kept(settings, Mirror) as control:
+        with psycopg.connect(settings.dsn, autocommit=True) as waiting, closing_sync(settings):
+            waiting.execute("SET synchronous_commit = on")
+            thread = threading.Thread(target=_ignore_cancel, args=(waiting, f"UPDATE {T} SET name = 'new'"))  # noqa: S608
+            thread.start()
+            eventually("the view has it", lambda: _named(settings) == "new")
+            with connect(settings) as connection, moment(connection) as now:
+                assert connection.execute(f"SELECT name FROM {T}").fetchone() == ("old",)  # noqa: S608
+            assert now.running
+            seen = found(settings, Mirror, timeout=5)
+            waiting.cancel()
+            thread.join(30)
+        assert not seen.wrong
+        assert [d.key for d in seen.undecided] == ['{"id":1}'], (
+            "not decided while the commit waits, and not called clean"
+        )
+        assert found(settings, Mirror).clean
+        assert control.running("view")
+
+
+@contextmanager
+def closing_sync(settings: Settings) -> Iterator[None]:
+    """Make commits that ask for it wait for a standby that there is not; other connections do not ask."""
+    name = settings.dsn.rpartition("/")[2]
+    execute(settings, f"ALTER DATABASE {name} SET synchronous_commit = local")
+    execute(settings, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()")
+    eventually("it is set", lambda: rows(settings, "SHOW synchronous_standby_names") == [("nobody",)])
+    try:
+        yield
+    finally:
+        with psycopg.connect(settings.dsn, autocommit=True) as connection:
+            connection.execute("SET synchronous_commit = local")
+            connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            connection.execute("SELECT pg_reload_conf()")
+
+
+def _ignore_cancel(connection: psycopg.Connection[Any], statement: str) -> None:
+    connection.execute(statement.encode())
+
+
+def _named(settings: Settings) -> str | None:
+    with sqlite3.connect(settings.path("plain.sqlite"), timeout=10) as view:
+        row = view.execute("SELECT value FROM rows WHERE key = ?", ['{"id":1}']).fetchone()
+    return str(orjson.loads(row[0])["name"]) if row else None
+
+
+VALUES = {
+    "bool": "true",
+    "int8": "9007199254740993",
+    "float8": "'NaN'",
+    "float4": "0.1",
+    "numeric(30,10)": "12345678901234567890.1234567890",
+    "numeric": "'NaN'",
+    "char(5)": "'ab'",
+    "varchar(9)": "E'q\"\\\\ü\\n'",
+    "date": "'infinity'",
+    "time(3)": "'12:34:56.789'",
+    "timetz": "'12:34:56+02'",
+    "timestamp": "'2024-02-29 12:34:56.789'",
+    "timestamptz": "'2024-02-29 12:34:56+03'",
+    "timestamptz[]": "ARRAY['2024-02-29 12:34:56+03'::timestamptz, 'infinity', NULL]",
+    "interval": "'1 year 2 days 03:04:05.6'",
+    "bytea": "'\\x00ff10'",
+    "bytea[]": "ARRAY['\\x00ff'::bytea]",
+    "json": "'{\"a\": [1, 2.50, null]}'",
+    "jsonb": '\'{"a": {"b": "\\u00fc"}}\'',
+    "jsonb[]": "ARRAY['{\"a\": 1}'::jsonb, NULL]",
+    "uuid": "'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'",
+    "inet": "'10.0.0.1'",
+    "inet[]": "ARRAY['10.0.0.1'::inet, '10.0.0.0/8']",
+    "cidr": "'10.0.0.0/8'",
+    "money": "1234.56",
+    "int4range": "'[1,5)'",
+    "int4[]": "'{{1,2},{3,NULL}}'",
+    "text[]": "ARRAY['a,b', 'c\"d', NULL, '']",
+    "numeric[]": "ARRAY[1.10, NULL]",
+    "char(3)[]": "ARRAY['a'::char(3)]",
+    "bool[]": "ARRAY[true, NULL]",
+    "float8[]": "ARRAY[1.5, 'Infinity']",
+    "date[]": "ARRAY['2024-01-01'::date]",
+    "oid": "4294967295",
+    "bit(4)": "'1010'",
+    "point": "'(1,2.5)'",
+    "box[]": "ARRAY['(1,1),(0,0)'::box, '(2,2),(0,0)'::box]",
+    "xml": "'<a>b</a>'",
+    "public.mood": "'fine'",
+    "public.mood[]": "ARRAY['fine'::public.mood]",
+    "public.positive": "7",
+    "public.pair": "ROW(1, NULL)",
+    "public.pair[]": "ARRAY[ROW(1, 'x y')::public.pair]",
+}
+TYPES = (
+    "CREATE TYPE public.mood AS ENUM ('fine', 'bad')",
+    "CREATE DOMAIN public.positive AS int CHECK (VALUE > 0)",
+    "CREATE TYPE public.pair AS (a int, b text)",
+)
+
+
+def test_every_type_is_read_as_the_log_has_it(settings: Settings) -> None:
+    """Snapshot and stream against SQL; the same value, all NULL, and an old row from before a column was added."""
+    columns = {f"c{number}": type_ for number, type_ in enumerate(VALUES)}
+    typed = ", ".join(f"{name} {type_}" for name, type_ in columns.items())
+    values = ", ".join(f"{value}::{type_}" for type_, value in VALUES.items())
+    table = f"CREATE TABLE public.every (id numeric(5,2), code text, PRIMARY KEY (code, id), {typed})"
+    prepare(settings, *TYPES, table, f"INSERT INTO public.every VALUES (1.5, 'k', {values})")
+    execute(settings, "INSERT INTO public.every VALUES (2, 'nulls')")
+    with kept(settings, Mirror):
+        execute(settings, f"INSERT INTO public.every VALUES (1.5, 'streamed \" ü', {values})")
+        assert [(d.kind, d.key, d.columns) for d in found(settings, Mirror).wrong] == []
+        execute(
+            settings,
+            "ALTER TABLE public.every ADD COLUMN later int",
+            "INSERT INTO public.every (id, code, later) VALUES (3, 'l', 1)",
+        )
+        execute(settings, "UPDATE public.every SET c1 = 1 WHERE code = 'nulls'")
+        seen = found(settings, Mirror)
+        assert [(d.kind, d.key, d.columns) for d in seen.wrong] == []
+        meddle(settings, "UPDATE rows SET value = replace(value, '\"1.50\"', '\"1.5\"') WHERE key LIKE '%\"k\"%'")
+        again = found(settings, Mirror)
+    assert seen.rows == 4
+    assert [(d.key, d.columns) for d in again.wrong] == [('{"code":"k","id":"1.50"}', ("id",))]
+
+
+@pytest.fixture
+def shop(settings: Settings, elasticsearch: Any) -> Settings:
+    """A small shop, set up."""
+    prepare(
+        settings,
+        *SHOP,
+        "INSERT INTO public.categories SELECT i, 'c' || i FROM generate_series(1, 5) i",
+        "INSERT INTO public.products SELECT i, 'p' || i, nullif(i % 6, 0) FROM generate_series(1, 300) i",
+        "INSERT INTO public.reviews SELECT i, i % 250, i % 5, repeat('x', 3000) FROM generate_series(1, 1000) i",
+        "UPDATE public.products SET name = 'hidden' WHERE id = 33",
+    )
+    return settings
+
+
+def test_the_expectation_of_documents_is_what_hand_written_sql_says(shop: Settings) -> None:
+    from headrace_verify.expected import expectation
+
+    by_hand = rows(
+        shop,
+        """
+        SELECT p.id::text, p.name, c.name, count(r.id), avg(r.stars)::float8
+        FROM products p LEFT JOIN categories c ON c.id = p.category_id LEFT JOIN reviews r ON r.product_id = p.id
+        WHERE p.name <> 'hidden' GROUP BY p.id, p.name, c.name
+        """,
+    )
+    with capturing(shop) as capture:
+        capture.reach()
+    shapes = {table: schema for (table, _), schema in sorted(Log(shop).schemas().items())}
+    with connect(shop) as connection, moment(connection):
+        expected = expectation(connection, Products, "view", shop, shapes, set(shapes))
+        made = {each.row.key: each.row.value for each in expected.all(connection)}
+        some = [("public.products", codec.encode_key({"id": key}).decode()) for key in (1, 33, 9999)]
+        few = {each.row.key: each.row.value for each in expected.some(connection, some)}
+    assert made.pop("33") is None
+    assert few == {"1": made["1"], "33": None}
+    assert {(key, *value.values()) for key, value in made.items() if value} == {
+        (key, name, category, reviews, pytest.approx(stars) if stars is not None else None)
+        for key, name, category, reviews, stars in by_hand
+    } or made == {
+        key: {"name": name, "category": category, "reviews": reviews, "stars": stars}
+        for key, name, category, reviews, stars in by_hand
+    }
+
+
+def test_documents_are_compared_exactly_under_load_and_meddling_is_found(shop: Settings, elasticsearch: Any) -> None:
+    with kept(shop, Products):
+        client = Client(shop.elasticsearch)
+        with loaded(
+            shop,
+            lambda chance: (
+                f"UPDATE public.reviews SET product_id = {chance.randint(20, 299)} WHERE id = {chance.randint(1, 1000)}"
+            ),  # noqa: S608
+            lambda chance: (
+                f"UPDATE public.products SET name = 'n{chance.random()}' WHERE id = {chance.randint(20, 299)}"
+            ),  # noqa: S608
+            lambda chance: f"UPDATE public.categories SET name = 'n{chance.random()}' WHERE id = 5",  # noqa: S608
+            lambda chance: f"DELETE FROM public.products WHERE id = {chance.randint(100, 299)}",  # noqa: S608
+        ):
+            assert not found(shop, Products, timeout=15).wrong
+        assert found(shop, Products).clean
+        (index,) = client.indices.get_alias(name="verify-products")
+        client.update(index=index, id="1", doc={"reviews": 77}, refresh=True)
+        client.delete(index=index, id="2", refresh=True)
+        source = client.get(index=index, id="3")["_source"]
+        seen = found(shop, Products)
+        client.index(index=index, id="9999", document=source, refresh=True)
+        more = found(shop, Products)
+        client.close()
+    assert seen.wrong == [Difference(DIFFERENT, "", "1", ("reviews",)), Difference(MISSING, "", "2")]
+    assert [d.kind for d in more.wrong].count(EXTRA) == 1
+
+
+def test_the_command_names_keys_and_exits_1(settings: Settings, tmp_path: Path) -> None:
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 30) i")
+    code = Path(__file__).parents[1] / "fixtures" / "plain.py"
+    command = [sys.executable, "-m", "headrace", "verify", "--consumer", f"{code}:Plain"]
+    environ = environment(settings) | {"PATH": "/usr/bin:/bin"}
+
+    def verify(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+    with capturing(settings) as capture:
+        capture.reach()
+        off = verify()
+        assert off.returncode == 3
+        assert "headrace run plain" in off.stderr
+        with serving(settings, plain=Plain) as control:
+            eventually("the view is live", lambda: any(r.live for r in control.reports().get("plain", [])))
+            right = verify()
+            assert right.returncode == 0, right.stderr
+            meddle(settings, "DELETE FROM rows WHERE key = ?", '{"id":3}')
+            wrong = verify()
+            said = orjson.loads(verify("--json").stdout)
+    assert wrong.returncode == 1
+    assert f'missing plain {T} {{"id":3}}' in wrong.stdout
+    assert (said[0]["missing"], said[0]["rows"], said[0]["ok"]) == (1, 30, False)
+    assert said[0]["differences"][0]["key"] == '{"id":3}'
+
+
+def test_without_a_view_or_postgres_it_says_what_to_do(settings: Settings) -> None:
+    prepare(settings, ITEMS)
+    with kept(settings, Mirror):
+
+        class Other(Mirror):
+            """Neither mirrors rows nor renders."""
+
+            mirrors_rows = False
+
+        with pytest.raises(Misconfigured, match="neither mirrors"):
+            found(settings, Other)
+        with pytest.raises(Transient) as away:
+            found(replace(settings, dsn="postgresql://postgres@127.0.0.1:1/x"), Mirror)
+        assert away.value.code == "postgres-away"
+    with pytest.raises(Misconfigured, match="No process runs"):
+        found(settings, Mirror)

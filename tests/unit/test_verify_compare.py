@@ -1,0 +1,89 @@
+"""What verify calls the same, what a snapshot sees, and how its ledger decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from headrace.runner.runner import _just_before
+from headrace_verify.compare import differing, same
+from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference, Expected, Ledger
+from headrace_verify.postgres import Moment
+
+
+@pytest.fixture
+def ledger() -> Iterator[Ledger]:
+    ledger = Ledger()
+    yield ledger
+    ledger.close()
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 1.0), ({"a": [1, None]}, {"a": [1.0, None]}), ("1", "1"), (None, None)])
+def test_json_that_means_the_same_is_the_same(one: object, other: object) -> None:
+    assert same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(1, True), (0, False), ("1", 1), (None, False), ([1], [1, 2]), ({"a": None}, {})]
+)
+def test_json_that_means_something_else_is_not(one: object, other: object) -> None:
+    assert not same(one, other)
+    assert not same(other, one)
+
+
+def test_a_column_that_a_row_was_written_without_is_null_but_a_document_lacks_a_field() -> None:
+    assert differing({"id": 1, "new": None}, {"id": 1}, rows=True) == ()
+    assert differing({"id": 1, "new": 5}, {"id": 1}, rows=True) == ("new",)
+    assert differing({"id": 1}, {"id": 1, "dropped": 7}, rows=True) == ()
+    assert differing({"id": 1, "new": None}, {"id": 1}, rows=False) == ("new",)
+    assert differing({"id": 1}, {"id": 1, "more": 7}, rows=False) == ("more",)
+
+
+def test_a_snapshot_sees_what_was_committed_before_it_and_nothing_else() -> None:
+    now = Moment(xmin=100, xmax=110, running=frozenset({100, 105}), lsn=5000)
+    assert [xid for xid in (1, 99, 100, 101, 105, 109, 110, 111) if not now.sees(xid)] == [100, 105, 110, 111]
+    assert now.sees(0), "rows of the initial snapshot have no transaction"
+    assert now.unseen(xid=99, lsn=5000), "at X or beyond: committed after the snapshot"
+    assert now.unseen(xid=105, lsn=4000), "logged before X, and not visible yet (S7)"
+    assert not now.unseen(xid=99, lsn=4999)
+
+
+def test_transaction_ids_wrap_around() -> None:
+    turn = 1 << 32
+    young = Moment(xmin=turn + 3, xmax=turn + 3, running=frozenset(), lsn=1)
+    assert young.sees(turn - 5), "the one before the turn is older"
+    assert young.sees(2)
+    assert not young.sees(3)
+    old = Moment(xmin=turn - 2, xmax=turn - 2, running=frozenset(), lsn=1)
+    assert not old.sees(5), "the one after the turn is newer"
+
+
+def test_what_nothing_excuses_is_wrong_and_the_rest_waits(ledger: Ledger) -> None:
+    rows = [Expected("t", key, ("t", key), {"id": key}) for key in "abcd"]
+    ledger.add([*rows, Expected("t", "none", ("t", "none"), None)], [("child", "1", "t", "a")])
+    assert ledger.count() == 4
+    assert ledger.strike("t", "a") == {"id": "a"}
+    assert ledger.strike("t", "b") == {"id": "b"}
+    assert ledger.strike("t", "none") is None
+    assert ledger.strike("t", "unknown") is None
+    assert list(ledger.left()) == [Difference(MISSING, "t", "c"), Difference(MISSING, "t", "d")]
+    for difference in [*ledger.left(), Difference(EXTRA, "t", "x"), Difference(DIFFERENT, "t", "b", ("id",))]:
+        ledger.note(difference)
+    for touched in ledger.members("child", "1"):
+        ledger.excuse(*touched)
+    ledger.excuse("t", "c", ("t", "c"))
+    ledger.excuse("t", "x", ("t", "x"))
+    assert ledger.excused_roots() == [("t", "c", "t", "c"), ("t", "x", "t", "x")]
+    ledger.settle("t", "c", None)
+    assert [(d.kind, d.key) for d in ledger.differences(excused=False)] == [(DIFFERENT, "b"), (MISSING, "d")]
+    ledger.settle("t", "x", Difference(EXTRA, "t", "x"))
+    assert ledger.counts() == {"missing": 1, "extra": 1, "different": 1, "undecided": 0}
+
+
+@pytest.mark.parametrize("key", ['{"id":1}', "7", "a,b", "\ue000", "\x00", "é", "\U0001f600"])
+def test_just_before_a_key_comes_that_key_and_nothing_else(key: str) -> None:
+    before = _just_before(key).encode()
+    assert before < key.encode() or key == "\x00"
+    others = [key[:-1], key + "0", key[:-1] + "!", key[:-1] + "\x7f", key[:-1] + "zz"]
+    assert not any(before < other.encode() < key.encode() for other in others)
