@@ -1,0 +1,36 @@
+# What is done with this repository. Needs Python 3.11 or newer, Java 21 or newer and Maven; see CONTRIBUTING.md.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+DIR    ?= .stack
+
+.PHONY: demo test check format stack-up stack-down
+
+demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops everything at the end
+	$(BIN)/headrace demo $(if $(ONCE),--once)
+
+test: .venv/synced           ## all tests, against real servers; TESTS=tests/unit for some of them
+	$(BIN)/python -m pytest -q $(TESTS)
+
+check: .venv/synced          ## style, types, walls, budgets
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python ops/budgets.py
+
+format: .venv/synced         ## wrap and sort as `make check` wants it
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix-only
+
+stack-up: .venv/synced       ## Postgres, Kafka, Elasticsearch and Redis in $(DIR)
+	$(BIN)/headrace stack up --dir $(DIR)
+
+stack-down: .venv/synced
+	$(BIN)/headrace stack down --dir $(DIR)
+
+# uv comes by pip, so that nothing but Python is needed; it then makes .venv exactly what uv.lock says.
+.venv/synced: uv.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv sync --quiet --frozen
+	touch $@
