@@ -7,7 +7,8 @@
 4. What is excused is compared again, a few keys at a time with a snapshot of their own, until it is decided or the time is up.
 
 Step 3 reads first what was logged since the checkpoint before the snapshot. A transaction that was open at the snapshot may
-have its commit before that (WAL order is not visibility order, S7), so what still nothing excuses is looked up in all of the log.
+have its commit before that (WAL order is not visibility order, S7), and a snapshot does not list all of these: one that is
+younger than every finished transaction is only beyond its xmax. So what still nothing excuses is looked up in all of the log.
 """
 
 from __future__ import annotations
@@ -176,8 +177,7 @@ class Verifier:
     def _excuse(self, view: _View, ledger: Ledger, now: Moment, before: Checkpoint) -> None:
         """Find for each difference the change that may explain it."""
         self._excuse_since(view, ledger, now, before)
-        if now.running:
-            self._excuse_since(view, ledger, now, None)
+        self._excuse_since(view, ledger, now, None)
 
     def _excuse_since(self, view: _View, ledger: Ledger, now: Moment, before: Checkpoint | None) -> None:
         if next(ledger.differences(excused=False), None) is None:
