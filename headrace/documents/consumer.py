@@ -186,7 +186,7 @@ class DocumentConsumer:
         chunk: list[Doc] = []
         for touched in local.touched():
             if len(chunk) == _CHUNK:
-                self.store.write(chunk, None, bulk=batch.loading)
+                self.store.write(chunk, None, bulk=True)
                 done += len(chunk)
                 self.progress(done, total)
                 chunk = []

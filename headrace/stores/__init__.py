@@ -22,7 +22,8 @@ class Doc(NamedTuple):
 
 
 class DocumentStore(Protocol):
-    """Documents by id, with a version check: an older version never replaces a newer one, also not after a delete (S21)."""
+    """Documents by id, with a version check: an older version never replaces a newer one, also not after a delete
+    (S21)."""
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Say which servers to use and for which consumer; called once before anything else. Connects to nothing."""
@@ -39,7 +40,7 @@ class DocumentStore(Protocol):
         Args:
             docs: At most one document for each id.
             position: None for all but the last call of a batch.
-            bulk: The generation is loading: nobody reads it yet, so refresh and the like may wait until a call without.
+            bulk: More follows: showing it to readers may wait until a call without.
         """
 
     def promote(self) -> None:

@@ -15,12 +15,12 @@ from headrace_ops import Stack
 from headrace_ops.elasticsearch import Elasticsearch
 
 from headrace.change import Position, Source, Version
-from headrace.consumer import Generation
+from headrace.consumer import Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc
-from headrace.stores import elasticsearch as module
 from headrace.stores.elasticsearch import ElasticsearchIndex, SearchReader
+from headrace.stores.elasticsearch import index as module
 
 MAPPINGS = {"properties": {"name": {"type": "text"}, "stars": {"type": "float"}}}
 G1, G2 = Generation("search", 1, "abc"), Generation("search", 2, "abc")
@@ -32,7 +32,7 @@ def at(lsn: int) -> Position:
 
 
 def doc(id_: str, lsn: int, name: str | None = "kettle") -> Doc:
-    return Doc(id_, name and {"name": name}, Version(1, lsn))
+    return Doc(id_, {"name": name} if name else None, Version(1, lsn))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def open_store(settings: Settings) -> Iterator[Open]:
     made: list[ElasticsearchIndex] = []
 
     def make(generation: Generation = G1) -> ElasticsearchIndex:
-        store = ElasticsearchIndex("products", MAPPINGS)
+        store = ElasticsearchIndex("products", mappings=MAPPINGS)
         store.bind(settings, "search")
         store.open(generation)
         made.append(store)
@@ -104,7 +104,8 @@ def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, clie
     ids = sorted(["10", "9", "a", "ä", "Z", "1,2", "b"])
     store.write([doc(id_, 1, id_) for id_ in ids], at(1))
     client.index(index="products-g1", id="aa", document={"name": "foreign"}, refresh=True)
-    found, after = [], None
+    found: list[ViewRow] = []
+    after = None
     while page := store.scan(after, 3):
         found += page
         after = (page[-1].collection, page[-1].key)
@@ -115,7 +116,7 @@ def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, clie
 def test_readers_see_complete_writes_only(open_store: Open, client: Client) -> None:
     store = open_store()
     store.promote()
-    store.write([doc("1", 1)], None)
+    store.write([doc("1", 1)], None, bulk=True)
     assert client.count(index="products")["count"] == 0
     store.write([doc("2", 1), doc("3", 1, None)], at(1))
     assert client.count(index="products")["count"] == 2
@@ -223,7 +224,7 @@ def test_elasticsearch_away_is_transient_and_it_goes_on_after(open_store: Open, 
 
 
 def test_a_refused_mapping_says_why(settings: Settings) -> None:
-    store = ElasticsearchIndex("broken", {"properties": {"a": {"type": "nonsense"}}})
+    store = ElasticsearchIndex("broken", mappings={"properties": {"a": {"type": "nonsense"}}})
     store.bind(settings, "search")
     with pytest.raises(Misconfigured, match="nonsense"):
         store.open(G1)

@@ -13,7 +13,7 @@ removed after a day.
 index that was restored or made again is another) and its *owner*, which `open` takes, so that a process that was
 replaced meanwhile finds out at once.
 
-*Visibility.* Indices never refresh by themselves; the store refreshes after each position. So readers see the states at
+*Visibility.* Indices never refresh by themselves; the store does after each position. So readers see the states at
 positions, not what is half written, and what `write` has returned for can be read (S25). An empty write costs no
 refresh.
 
@@ -25,19 +25,10 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from elasticsearch import (
-    ApiError,
-    AuthenticationException,
-    AuthorizationException,
-    ConflictError,
-    Elasticsearch,
-    NotFoundError,
-    TransportError,
-)
+from elasticsearch import ConflictError, NotFoundError
 from elasticsearch.helpers import streaming_bulk
 
 from headrace import codec
@@ -46,6 +37,7 @@ from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc
+from headrace.stores.elasticsearch.client import body_of, client, errors, reason_of
 
 _POSITION = "headrace:position"
 _INTERNAL = {"exists": {"field": "headrace.kind"}}
@@ -64,7 +56,6 @@ _BULK_BYTES = 8 * 1024 * 1024
 _BULK_DOCS = 1000
 _DELETED_SECONDS = 24 * 3600
 _PURGE_SECONDS = 3600
-_TIMEOUT = 30
 _FOREIGN = 1000
 
 
@@ -72,20 +63,22 @@ class ElasticsearchIndex:
     """A document store behind an alias.
 
     Args:
-        alias: What readers search; the indices are ``<alias>-g1`` and so on.
+        alias: What readers search, the consumer's name by default; the indices are ``<alias>-g1`` and so on.
         mappings: As Elasticsearch takes them: ``{"properties": {...}}``.
         settings: Index settings, e.g. ``{"number_of_replicas": 1}``.
     """
 
-    def __init__(self, alias: str, mappings: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, alias: str = "", *, mappings: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+    ) -> None:
         """Say where documents go; connects to nothing."""
         self.alias = alias
         self._mappings = mappings
         self._index_settings = {"number_of_shards": 1, "auto_expand_replicas": "0-1"} | dict(settings or {})
-        self._name = re.compile(re.escape(alias) + r"-g(\d+)")
-        self._owner = uuid.uuid4().hex
+        self._owner = ""
         self._index = ""
         self._uuid = ""
+        self._position: str | None = None
         self._written: dict[str, int] = {}
         self._unseen = False
         self._purged = 0.0
@@ -93,12 +86,14 @@ class ElasticsearchIndex:
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Elasticsearch of `settings`. Raises Misconfigured: `bad-setting`."""
         self._consumer = consumer
+        self.alias = self.alias or consumer
+        self._name = re.compile(re.escape(self.alias) + r"-g(\d+)")
         self._owner = uuid.uuid4().hex
         self._client = client(settings)
 
     def generations(self) -> list[Generation]:
         """Return the generations that the server holds."""
-        with _errors():
+        with errors():
             found = self._client.indices.get(index=f"{self.alias}-g*", features="aliases,mappings")
         made = []
         for index, facts in found.items():
@@ -111,7 +106,7 @@ class ElasticsearchIndex:
     def open(self, generation: Generation) -> Position | None:
         """Take the index of `generation` if it is whole, else make it anew, empty."""
         self._index = f"{self.alias}-g{generation.number}"
-        with _errors():
+        with errors():
             if self._find(generation):
                 position = self._take()
                 if position is not None:
@@ -119,32 +114,33 @@ class ElasticsearchIndex:
             self._make(generation)
         return None
 
-    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:  # noqa: ARG002
-        """Write documents, then the position, then show both to readers.
+    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:
+        """Write documents, then the position; then show both to readers, unless `bulk`.
 
         Raises:
             Transient: `elasticsearch-away`, `elasticsearch-busy`; Wiped: `view-wiped`, `view-moved`.
             Poison: `document-refused`, with the id and Elasticsearch's reason.
             Misconfigured: `elasticsearch-refused`, `view-taken-over`.
         """
-        with _errors():
+        with errors():
             self._write_all(self._action(doc) for doc in docs)
             self._unseen = self._unseen or bool(docs)
             if position is not None:
-                self._write_position(position)
+                self._write_position(codec.encode_position(position).decode())
                 self._purge()
+            if not bulk:
                 self._show()
 
     def promote(self) -> None:
         """Swap the alias to this generation."""
-        with _errors():
+        with errors():
             away = [{"remove": {"index": index, "alias": self.alias}} for index in self._live() if index != self._index]
             add = {"add": {"index": self._index, "alias": self.alias, "filter": _VISIBLE}}
             self._client.indices.update_aliases(actions=[*away, add])
 
     def drop(self) -> None:
         """Delete the index, and with it what the alias says of it."""
-        with _errors():
+        with errors():
             self._client.options(ignore_status=404).indices.delete(index=self._index)
 
     def close(self) -> None:
@@ -158,7 +154,7 @@ class ElasticsearchIndex:
         place.
         """
         start = after[1] if after else ""
-        with _errors():
+        with errors():
             ours = self._search(
                 {"bool": {"must_not": [_INTERNAL], "filter": [_NAMED]}}, limit, search_after=[start], sort=_BY_ID
             )
@@ -245,7 +241,7 @@ class ElasticsearchIndex:
     def _judge(self, item: dict[str, Any]) -> None:
         """Decide what an item that failed means. A version conflict is fine: an older write has lost."""
         status, error = item["status"], item.get("error") or {}
-        reason = f"{error.get('type')}: {_reason(error)}"
+        reason = f"{error.get('type')}: {reason_of(error)}"
         if status == 409:
             return
         if status == 404:
@@ -260,9 +256,11 @@ class ElasticsearchIndex:
             f"Change render or the mappings of {self._consumer}, then: headrace rebuild {self._consumer}",
         )
 
-    def _write_position(self, position: Position) -> None:
+    def _write_position(self, position: str) -> None:
+        if position == self._position:
+            return
         try:
-            self._put_state(codec.encode_position(position).decode())
+            self._put_state(position)
         except ConflictError as error:
             raise self._moved() from error
 
@@ -274,6 +272,7 @@ class ElasticsearchIndex:
             index=f"{self._index}-write", id=_POSITION, document=document, require_alias=True, **how
         )
         self._written = _sequence(written.body)
+        self._position = position
 
     def _moved(self) -> Exception:
         """Return what a position means that is not the one that this process wrote."""
@@ -319,91 +318,8 @@ class ElasticsearchIndex:
         return [_row(hit) for hit in found["hits"]["hits"]]
 
 
-class SearchReader:
-    """Searches a live view; what an application uses."""
-
-    def __init__(self, settings: Settings, alias: str, fields: Sequence[str] = ("name^3", "category", "*")) -> None:
-        """Search `fields` (with boosts, as ``name^3``) behind `alias`. Connects to nothing. Raises Misconfigured:
-        `bad-setting`."""
-        self._client = client(settings)
-        self._alias = alias
-        self._fields = list(fields)
-
-    def search(self, text: str, size: int = 30) -> list[Row]:
-        """Return up to `size` documents for `text`, the best first: each body with its `id` and `highlight`, a mapping
-        of fields to fragments of HTML in which the words found are in ``<em>``.
-
-        Raises:
-            Transient: `view-not-there`, when no generation is live; `elasticsearch-away`, `elasticsearch-busy`.
-        """
-        nothing = Transient("view-not-there", f"No generation of {self._alias} is live yet.", "See: headrace status")
-        with _errors(missing=nothing):
-            found = self._client.search(
-                index=self._alias,
-                query={"multi_match": {"query": text, "fields": self._fields, "type": "best_fields", "lenient": True}},
-                highlight={"fields": {"*": {}}, "encoder": "html", "require_field_match": False},
-                size=size,
-            )
-        return [
-            {**_body(hit), "id": hit["_id"], "highlight": hit.get("highlight", {})} for hit in found["hits"]["hits"]
-        ]
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
-
-def client(settings: Settings) -> Elasticsearch:
-    """Return a client that does not repeat anything by itself. Raises Misconfigured: `bad-setting`."""
-    try:
-        return Elasticsearch(settings.elasticsearch, request_timeout=_TIMEOUT, max_retries=0, retry_on_timeout=False)
-    except ValueError as error:
-        raise Misconfigured(
-            "bad-setting",
-            f"HEADRACE_ELASTICSEARCH={settings.elasticsearch!r}: {error}.",
-            "Write it as http://host:9200 or https://user:password@host:9200.",
-        ) from error
-
-
-@contextmanager
-def _errors(missing: Exception | None = None) -> Iterator[None]:
-    """Turn the client's errors into ours, by how one recovers from them."""
-    try:
-        yield
-    except NotFoundError as error:
-        raise missing or Wiped("view-wiped", f"An index is gone: {error.message}.") from error
-    except (AuthenticationException, AuthorizationException) as error:
-        if "cluster_block_exception" in str(error):
-            raise Transient(
-                "elasticsearch-busy", f"Elasticsearch blocks writes: {_why(error)}.", "Free its disk."
-            ) from error
-        raise Misconfigured(
-            "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change HEADRACE_ELASTICSEARCH."
-        ) from error
-    except ApiError as error:
-        if error.status_code in (409, 429) or error.status_code >= 500:
-            raise Transient("elasticsearch-busy", f"Elasticsearch is busy: {_why(error)}.", "See its log.") from error
-        raise Misconfigured(
-            "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change the mappings or settings of the store."
-        ) from error
-    except TransportError as error:
-        raise Transient(
-            "elasticsearch-away", f"Elasticsearch does not answer: {error.message}.", "See HEADRACE_ELASTICSEARCH."
-        ) from error
-
-
 def _wiped(index: str) -> Wiped:
     return Wiped("view-wiped", f"The index {index} is gone, or its position is; it is built anew.")
-
-
-def _why(error: ApiError) -> str:
-    body = error.body
-    return _reason(body["error"]) if isinstance(body, dict) and isinstance(body.get("error"), dict) else str(error)
-
-
-def _reason(error: Mapping[str, Any]) -> str:
-    cause = error.get("caused_by") or {}
-    return f"{error.get('reason')} {cause.get('reason', '')}".strip()
 
 
 def _about(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -415,9 +331,5 @@ def _sequence(found: Mapping[str, Any]) -> dict[str, int]:
     return {"if_seq_no": found["_seq_no"], "if_primary_term": found["_primary_term"]}
 
 
-def _body(hit: Mapping[str, Any]) -> Row:
-    return {name: value for name, value in hit["_source"].items() if name != "headrace"}
-
-
 def _row(hit: Mapping[str, Any]) -> ViewRow:
-    return ViewRow("", hit["_id"], _body(hit), Version.unpacked(hit["_version"]))
+    return ViewRow("", hit["_id"], body_of(hit), Version.unpacked(hit["_version"]))

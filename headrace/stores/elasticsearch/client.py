@@ -1,0 +1,75 @@
+"""The client of Elasticsearch, its errors by how one recovers from them, and what is in a hit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from elasticsearch import (
+    ApiError,
+    AuthenticationException,
+    AuthorizationException,
+    Elasticsearch,
+    NotFoundError,
+    TransportError,
+)
+
+from headrace.change import Row
+from headrace.errors import Misconfigured, Transient, Wiped
+from headrace.settings import Settings
+
+_TIMEOUT = 30
+
+
+def client(settings: Settings) -> Elasticsearch:
+    """Return a client that does not repeat anything by itself. Raises Misconfigured: `bad-setting`."""
+    try:
+        return Elasticsearch(settings.elasticsearch, request_timeout=_TIMEOUT, max_retries=0, retry_on_timeout=False)
+    except ValueError as error:
+        raise Misconfigured(
+            "bad-setting",
+            f"HEADRACE_ELASTICSEARCH={settings.elasticsearch!r}: {error}.",
+            "Write it as http://host:9200 or https://user:password@host:9200.",
+        ) from error
+
+
+@contextmanager
+def errors(missing: Exception | None = None) -> Iterator[None]:
+    """Turn the client's errors into ours, by how one recovers from them."""
+    try:
+        yield
+    except NotFoundError as error:
+        raise missing or Wiped("view-wiped", f"An index is gone: {error.message}.") from error
+    except (AuthenticationException, AuthorizationException) as error:
+        if "cluster_block_exception" in str(error):
+            raise Transient(
+                "elasticsearch-busy", f"Elasticsearch blocks writes: {_why(error)}.", "Free its disk."
+            ) from error
+        raise Misconfigured(
+            "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change HEADRACE_ELASTICSEARCH."
+        ) from error
+    except ApiError as error:
+        if error.status_code in (409, 429) or error.status_code >= 500:
+            raise Transient("elasticsearch-busy", f"Elasticsearch is busy: {_why(error)}.", "See its log.") from error
+        raise Misconfigured(
+            "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change the mappings or settings of the store."
+        ) from error
+    except TransportError as error:
+        raise Transient(
+            "elasticsearch-away", f"Elasticsearch does not answer: {error.message}.", "See HEADRACE_ELASTICSEARCH."
+        ) from error
+
+
+def _why(error: ApiError) -> str:
+    body = error.body
+    return reason_of(body["error"]) if isinstance(body, dict) and isinstance(body.get("error"), dict) else str(error)
+
+
+def reason_of(error: Mapping[str, Any]) -> str:
+    cause = error.get("caused_by") or {}
+    return f"{error.get('reason')} {cause.get('reason', '')}".strip()
+
+
+def body_of(hit: Mapping[str, Any]) -> Row:
+    return {name: value for name, value in hit["_source"].items() if name != "headrace"}

@@ -1,0 +1,62 @@
+"""The client of Redis, its errors by how one recovers from them, and versions as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import redis
+from redis import exceptions
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from headrace.change import NOWHERE, Version
+from headrace.errors import Misconfigured, Transient
+from headrace.settings import Settings
+
+_TIMEOUT = 30
+_BUSY = ("BUSY", "LOADING", "MISCONF", "MASTERDOWN", "NOREPLICAS", "OOM", "READONLY", "TRYAGAIN")
+
+
+def client(settings: Settings) -> redis.Redis:
+    """Return a client that does not repeat anything by itself. Raises Misconfigured: `bad-setting`."""
+    try:
+        return redis.Redis.from_url(
+            settings.redis,
+            decode_responses=True,
+            encoding_errors="replace",
+            socket_timeout=_TIMEOUT,
+            socket_connect_timeout=_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+        )
+    except ValueError as error:
+        raise Misconfigured(
+            "bad-setting", f"HEADRACE_REDIS={settings.redis!r}: {error}.", "Write it as redis://host:6379/0."
+        ) from error
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn the client's errors into ours, by how one recovers from them."""
+    try:
+        yield
+    except (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError) as error:
+        raise Misconfigured("redis-refused", f"Redis: {error}.", "Change HEADRACE_REDIS.") from error
+    except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+        raise Transient("redis-away", f"Redis does not answer: {error}.", "See HEADRACE_REDIS.") from error
+    except exceptions.RedisError as error:
+        if isinstance(error, exceptions.OutOfMemoryError | exceptions.ReadOnlyError) or str(error).startswith(_BUSY):
+            raise Transient("redis-busy", f"Redis does not take writes: {error}.", "See its log.") from error
+        raise Misconfigured("redis-refused", f"Redis: {error}.", "Change HEADRACE_REDIS.") from error
+
+
+def version_text(version: Version) -> str:
+    return f"{version.epoch:05d}-{version.lsn:015d}"
+
+
+def text_version(text: str | None) -> Version:
+    if text is None or not re.fullmatch(r"\d{5}-\d{15}", text):
+        return NOWHERE
+    epoch, lsn = text.split("-")
+    return Version(int(epoch), int(lsn))

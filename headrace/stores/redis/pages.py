@@ -1,0 +1,259 @@
+"""Pages in Redis: a hash a page, a hash a generation, and a key that names the live generation.
+
+| key                    | what                                                                          |
+|------------------------|-------------------------------------------------------------------------------|
+| `<prefix>:live`        | the number of the generation that readers see                                 |
+| `<prefix>:generations` | the set of numbers                                                            |
+| `<prefix>:g<N>`        | of generation N: consumer, fingerprint, owner, position                       |
+| `<prefix>:<N>:<id>`    | a page: the fields of its body, which are text, and its version in `@version` |
+
+*Writing* is one Lua call for pages and position together. It first compares owner and position with what this process
+wrote last (S23): a FLUSHALL, a restart from an old dump or another process that has opened the generation since are
+noticed before anything is written. So an older process never writes at all (S21) and a delete can simply remove the
+page. Versions are text of a fixed width, because Lua's numbers are floats; an older one never replaces a newer one.
+
+*Reading* is one Lua call for pointer and page together, so that a promotion is atomic for every reader.
+
+Redis may lose its last seconds or everything; position and pages go together then, and what is missing is written again
+[I6].
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from headrace import codec
+from headrace.change import NOWHERE, Position, Row
+from headrace.consumer import Cursor, Generation, ViewRow
+from headrace.errors import Misconfigured, Poison, Wiped
+from headrace.settings import Settings
+from headrace.stores import Doc
+from headrace.stores.redis import scripts
+from headrace.stores.redis.client import client, errors, text_version, version_text
+
+_VERSION = "@version"
+_WRITE_BYTES = 4 * 1024 * 1024
+_SCAN = 1000
+_GRACE_SECONDS = 1.0
+
+
+class RedisPages:
+    """A document store in Redis. Bodies are mappings of text to text: each entry is a field of the page's hash.
+
+    Args:
+        prefix: Begins every key; the consumer's name by default.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        """Say where pages go; connects to nothing."""
+        self.prefix = prefix
+        self._number = 0
+        self._owner = ""
+        self._position = ""
+        self._ids: _Ids | None = None
+
+    def bind(self, settings: Settings, consumer: str) -> None:
+        """Use the Redis of `settings`. Raises Misconfigured: `bad-setting`."""
+        self._consumer = consumer
+        self.prefix = self.prefix or consumer
+        self._owner = uuid.uuid4().hex
+        self._redis = client(settings)
+        self._write = self._redis.register_script(scripts.WRITE)
+
+    def generations(self) -> list[Generation]:
+        """Return the generations that the server holds."""
+        keys = [f"{self.prefix}:live", f"{self.prefix}:generations"]
+        with errors():
+            found: Any = self._redis.eval(scripts.GENERATIONS, 2, *keys, f"{self.prefix}:g")
+        made = [
+            Generation(consumer, int(number), fingerprint, live == number)
+            for number, consumer, fingerprint, live in found
+            if consumer == self._consumer
+        ]
+        return sorted(made, key=lambda generation: generation.number)
+
+    def open(self, generation: Generation) -> Position | None:
+        """Become the owner of `generation`; clear its pages if it has no position.
+
+        Raises:
+            Misconfigured: `redis-may-evict`, `view-of-another`.
+        """
+        self._number = generation.number
+        with errors():
+            self._check_policy()
+            said, value = self._redis.eval(
+                scripts.OPEN,
+                2,
+                self._state,
+                f"{self.prefix}:generations",
+                generation.consumer,
+                generation.fingerprint,
+                self._owner,
+                generation.number,
+            )
+            if said == "another":
+                raise Misconfigured(
+                    "view-of-another",
+                    f"{self._state} in Redis is of {value}, not of {generation.consumer} {generation.fingerprint}.",
+                    "Give the consumer's store another prefix.",
+                )
+            self._position = value
+            if not value:
+                self._unlink_pages()
+        return codec.decode_position(value) if value else None
+
+    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:  # noqa: ARG002
+        """Write pages, and with the last of them the position.
+
+        Raises:
+            Transient: `redis-away`, `redis-busy`; Wiped: `view-wiped`, `view-moved`.
+            Poison: `page-not-text`. Misconfigured: `redis-refused`, `view-taken-over`.
+        """
+        after = codec.encode_position(position).decode() if position is not None else ""
+        held: list[str | int] = []
+        size = 0
+        with errors():
+            for doc in docs:
+                arguments = _arguments(doc)
+                if size > _WRITE_BYTES:
+                    self._send(held, "")
+                    held, size = [], 0
+                held += arguments
+                size += sum(len(argument) for argument in arguments if isinstance(argument, str))
+            self._send(held, after)
+
+    def promote(self) -> None:
+        """Move the pointer to this generation."""
+        with errors():
+            self._redis.set(f"{self.prefix}:live", self._number)
+
+    def drop(self) -> None:
+        """Remove this generation; the pages go after a grace time, for readers that took the pointer by themselves."""
+        with errors():
+            if self._redis.get(f"{self.prefix}:live") == str(self._number):
+                self._redis.delete(f"{self.prefix}:live")
+            # Without a position it is nothing, wherever the rest of this may be cut short.
+            self._redis.hdel(self._state, "position", "owner")
+            time.sleep(_GRACE_SECONDS)
+            self._unlink_pages()
+            self._redis.delete(self._state)
+            self._redis.srem(f"{self.prefix}:generations", self._number)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._redis.close()
+
+    def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
+        """Return pages as readers see them, by id. A scan lists the ids when it begins: Redis has no order."""
+        start = after[1] if after else None
+        with errors():
+            if self._ids is None or start is None or self._ids.last != start:
+                self._ids = _Ids(self._page_ids())
+            found: list[ViewRow] = []
+            while len(found) < limit and (ids := self._ids.next(start, limit - len(found))):
+                found += self._read(ids)
+                start = ids[-1]
+        if found:
+            self._ids.last = found[-1].key
+        return found
+
+    # Writing
+
+    @property
+    def _state(self) -> str:
+        return f"{self.prefix}:g{self._number}"
+
+    @property
+    def _pages(self) -> str:
+        return f"{self.prefix}:{self._number}:"
+
+    def _send(self, pages: list[str | int], after: str) -> None:
+        said = self._write(keys=[self._state], args=[self._pages, self._owner, self._position, after, *pages])
+        if said == "taken":
+            raise Misconfigured(
+                "view-taken-over",
+                f"Another process has opened {self._state} in Redis since.",
+                f"Run the consumer {self._consumer} in one process only.",
+            )
+        if said != "ok":
+            raise Wiped(f"view-{said}", f"{self._state} in Redis is not what was last written: {said}.")
+        self._position = after or self._position
+
+    def _check_policy(self) -> None:
+        facts: Any = self._redis.info("memory")
+        policy = str(facts["maxmemory_policy"])
+        # What is volatile-* evicts only keys with a time to live; ours have none.
+        if policy.startswith("allkeys-"):
+            raise Misconfigured(
+                "redis-may-evict",
+                f"Redis has maxmemory-policy {policy}: it may drop pages on its own.",
+                "Run: redis-cli CONFIG SET maxmemory-policy noeviction, and in redis.conf; or use another Redis.",
+            )
+
+    def _unlink_pages(self) -> None:
+        keys: list[str] = []
+        for key in self._redis.scan_iter(match=_literally(self._pages) + "*", count=_SCAN):
+            keys.append(key)
+            if len(keys) >= _SCAN:
+                self._redis.unlink(*keys)
+                keys = []
+        if keys:
+            self._redis.unlink(*keys)
+
+    # Reading
+
+    def _page_ids(self) -> Iterator[str]:
+        for key in self._redis.scan_iter(match=_literally(self._pages) + "*", count=_SCAN):
+            yield key.removeprefix(self._pages)
+
+    def _read(self, ids: Sequence[str]) -> list[ViewRow]:
+        pipeline = self._redis.pipeline(transaction=False)
+        for id_ in ids:
+            pipeline.hgetall(self._pages + id_)
+        found = pipeline.execute(raise_on_error=False)
+        return [_row(id_, fields) for id_, fields in zip(ids, found, strict=True) if fields]
+
+
+class _Ids:
+    """The ids of a generation at one moment, on disk in SQLite's temporary database [I10]."""
+
+    def __init__(self, ids: Iterator[str]) -> None:
+        self.last = ""
+        self._db = sqlite3.connect("", check_same_thread=False)
+        self._db.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((id_,) for id_ in ids))
+
+    def next(self, after: str | None, limit: int) -> list[str]:
+        query = "SELECT id FROM ids WHERE id > ? ORDER BY id LIMIT ?"
+        return [id_ for (id_,) in self._db.execute(query, (after or "", limit))]
+
+
+def _arguments(doc: Doc) -> list[str | int]:
+    """Return a page as the write script takes it: id, version, number of fields, fields."""
+    body = doc.body or {}
+    for name, value in body.items():
+        if not isinstance(value, str) or name.startswith("@"):
+            raise Poison(
+                "page-not-text",
+                f"Page {doc.id!r} has {name}={value!r}: fields are text, and their names do not begin with @.",
+                "Have render return text only.",
+            )
+    fields = [part for item in body.items() for part in item]
+    return [doc.id, version_text(doc.version), len(body), *fields]
+
+
+def _row(id_: str, fields: Any) -> ViewRow:
+    if not isinstance(fields, dict):  # a key of another type, which somebody else put there
+        return ViewRow("", id_, {"@error": str(fields)}, NOWHERE)
+    body: Row = {name: value for name, value in fields.items() if name != _VERSION}
+    return ViewRow("", id_, body, text_version(fields.get(_VERSION)))
+
+
+def _literally(text: str) -> str:
+    """Escape what means something in a pattern of Redis."""
+    return re.sub(r"([*?\[\]\\^])", r"\\\1", text)

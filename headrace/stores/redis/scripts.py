@@ -1,0 +1,53 @@
+"""What happens in one step inside Redis, in Lua. Versions are text of a fixed width, because Lua's numbers are
+floats."""
+
+OPEN = """
+local held = redis.call('HMGET', KEYS[1], 'consumer', 'fingerprint', 'position')
+if held[1] and (held[1] ~= ARGV[1] or held[2] ~= ARGV[2]) then return {'another', held[1] .. ' ' .. held[2]} end
+redis.call('HSET', KEYS[1], 'consumer', ARGV[1], 'fingerprint', ARGV[2], 'owner', ARGV[3])
+redis.call('SADD', KEYS[2], ARGV[4])
+return {'ok', held[3] or ''}
+"""
+
+WRITE = """
+local held = redis.call('HMGET', KEYS[1], 'owner', 'position')
+if not held[1] then return 'wiped' end
+if held[1] ~= ARGV[2] then return 'taken' end
+local position = held[2] or ''
+if position ~= ARGV[3] and (ARGV[4] == '' or position ~= ARGV[4]) then return 'moved' end
+-- Redis looks at its memory only at a script's first write, and a DEL may always run: so this one must come first.
+redis.call('HSET', KEYS[1], 'owner', ARGV[2])
+local i = 5
+while i <= #ARGV do
+    local key, version, fields = ARGV[1] .. ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
+    local held_version = redis.pcall('HGET', key, '@version')
+    if type(held_version) ~= 'string' or held_version <= version then
+        redis.call('DEL', key)
+        for f = i + 3, i + 1 + 2 * fields, 2 do redis.call('HSET', key, ARGV[f], ARGV[f + 1]) end
+        if fields > 0 then redis.call('HSET', key, '@version', version) end
+    end
+    i = i + 3 + 2 * fields
+end
+if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'position', ARGV[4]) end
+return 'ok'
+"""
+
+GENERATIONS = """
+local live, found = redis.call('GET', KEYS[1]) or '', {}
+for _, number in ipairs(redis.call('SMEMBERS', KEYS[2])) do
+    local held = redis.call('HMGET', ARGV[1] .. number, 'consumer', 'fingerprint')
+    if held[1] then table.insert(found, {number, held[1], held[2], live}) end
+end
+return found
+"""
+
+READ = """
+local live = redis.call('GET', KEYS[1])
+if not live then return {'nothing'} end
+return {'ok', redis.call('HMGET', ARGV[1] .. live .. ':' .. ARGV[2], 'html', 'etag', '@version')}
+"""
+
+APPLIED = """
+local live = redis.call('GET', KEYS[1])
+return live and redis.call('HGET', ARGV[1] .. live, 'position')
+"""

@@ -1,0 +1,287 @@
+"""The Redis store against a real Redis."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import redis
+
+from headrace.change import NOWHERE, Position, Source, Version
+from headrace.consumer import Generation, ViewRow
+from headrace.errors import Misconfigured, Poison, Transient, Wiped
+from headrace.settings import Settings
+from headrace.stores import Doc
+from headrace.stores.redis import Page, PageReader, RedisPages
+from headrace_ops import Stack
+from headrace_ops.redis import Redis
+
+G1, G2 = Generation("pages", 1, "abc"), Generation("pages", 2, "abc")
+Open = Callable[..., RedisPages]
+_databases = itertools.count(1000)
+
+
+def at(lsn: int) -> Position:
+    return Position({"t": [lsn]}, {"t": "T"}, Version(1, lsn), Source("7512", 1, "shop", "s", "p"), 1)
+
+
+def doc(id_: str, lsn: int, html: str | None = "<p>") -> Doc:
+    return Doc(id_, {"html": html, "etag": "e"} if html is not None else None, Version(1, lsn))
+
+
+@pytest.fixture
+def settings(redis_server: Redis, tmp_path: Path) -> Settings:
+    address = redis_server.address().rpartition("/")[0]
+    return replace(Settings(), redis=f"{address}/{next(_databases)}", state=str(tmp_path))
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(settings.redis, decode_responses=True) as found:
+        yield found
+
+
+@pytest.fixture
+def open_store(settings: Settings) -> Iterator[Open]:
+    made: list[RedisPages] = []
+
+    def make(generation: Generation = G1) -> RedisPages:
+        store = RedisPages()
+        store.bind(settings, "pages")
+        store.open(generation)
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        store.close()
+
+
+def test_the_position_is_there_after_a_restart(open_store: Open) -> None:
+    store = open_store()
+    assert store.open(G1) is None
+    store.write([doc("product/1", 5)], at(5))
+    assert open_store().open(G1) == at(5)
+    assert store.generations() == [G1]
+
+
+def test_an_older_version_never_replaces_a_newer_one_and_a_tie_may(open_store: Open) -> None:
+    store = open_store()
+    store.write([doc("1", 10, "new")], at(10))
+    store.write([doc("1", 9, "old")], at(11))
+    assert store.scan(None, 10) == [("", "1", {"html": "new", "etag": "e"}, Version(1, 10))]
+    store.write([doc("1", 10, "same")], at(12))
+    assert store.scan(None, 10)[0].value["html"] == "same"
+    store.write([Doc("1", {"html": "large"}, Version(2, 2**48 - 1))], at(13))
+    store.write([Doc("1", {"html": "small"}, Version(2, 2**48 - 2))], at(14))
+    assert store.scan(None, 10)[0] == ("", "1", {"html": "large"}, Version(2, 2**48 - 1))
+
+
+def test_a_delete_leaves_nothing_and_a_zombie_cannot_undo_it(open_store: Open, client: redis.Redis) -> None:
+    """S21, S23: whoever was replaced does not write at all."""
+    zombie = open_store()
+    zombie.write([doc("1", 100)], at(100))
+    successor = open_store()
+    successor.write([doc("1", 110, None)], at(110))
+    with pytest.raises(Misconfigured) as error:
+        zombie.write([doc("1", 100)], at(101))
+    assert error.value.code == "view-taken-over"
+    assert successor.scan(None, 10) == []
+    assert set(client.keys()) == {"pages:g1", "pages:generations"}
+
+
+def test_a_flush_is_noticed_by_the_next_write(open_store: Open, client: redis.Redis) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    client.flushdb()
+    with pytest.raises(Wiped):
+        store.write([doc("2", 2)], at(2))
+    assert client.keys() == []
+    assert store.open(G1) is None
+    store.write([doc("2", 2)], at(2))
+    assert [row.key for row in store.scan(None, 10)] == ["2"]
+
+
+def test_a_redis_that_came_back_with_older_data_is_noticed(open_store: Open, client: redis.Redis) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    before = client.dump("pages:g1") or b""
+    store.write([doc("1", 2)], at(2))
+    client.restore("pages:g1", 0, before, replace=True)
+    with pytest.raises(Wiped):
+        store.write([doc("1", 3)], at(3))
+    assert store.open(G1) == at(1)
+
+
+def test_the_same_write_again_is_taken_once_more(open_store: Open) -> None:
+    """The answer to a write was lost: the position is there already."""
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    store.write([doc("1", 1)], at(1))
+    assert store.open(G1) == at(1)
+
+
+def test_a_load_that_was_killed_starts_without_pages(open_store: Open) -> None:
+    open_store().write([doc("ghost", 1)], None, bulk=True)
+    store = open_store()
+    store.write([doc("1", 2)], at(2))
+    assert [row.key for row in store.scan(None, 10)] == ["1"]
+
+
+def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, client: redis.Redis) -> None:
+    store = open_store()
+    other = open_store(Generation("pages", 11, "abc"))
+    other.write([doc("other", 1)], at(1))
+    ids = ["10", "9", "a", "ä", "Z", "1,2", "b", "[x]", "1:2"]
+    store.write([doc(id_, 1, id_) for id_ in ids], at(1))
+    client.hset("pages:1:aa", mapping={"html": "foreign"})
+    client.set("pages:1:ab", "of another type")
+    found: list[ViewRow] = []
+    after = None
+    while page := store.scan(after, 3):
+        found += page
+        after = (page[-1].collection, page[-1].key)
+    assert [row.key for row in found] == sorted([*ids, "aa", "ab"])
+    assert {row.key: row.value for row in found}["ä"] == {"html": "ä", "etag": "e"}
+    assert {row.key: row.version for row in found}["aa"] == NOWHERE
+    client.delete("pages:1:a")
+    assert "a" not in [row.key for row in store.scan(None, 100)]
+    store.write([doc("ab", 2, "right")], at(2))
+    assert {row.key: row.value for row in store.scan(None, 100)}["ab"]["html"] == "right"
+
+
+def test_a_large_write_goes_in_pieces_with_the_position_last(open_store: Open) -> None:
+    store = open_store()
+    store.write([doc(f"{n:03}", 1, "x" * 200_000) for n in range(100)], at(1))
+    assert len(store.scan(None, 1000)) == 100
+    assert open_store().open(G1) == at(1)
+
+
+def test_promotion_is_atomic_for_a_polling_reader(open_store: Open, settings: Settings) -> None:
+    first, second = open_store(), open_store(G2)
+    reader = PageReader(settings, "pages")
+    with pytest.raises(Transient, match="live"):
+        reader.get("1")
+    assert reader.applied() == NOWHERE
+    first.write([doc("1", 7, "old")], at(8))
+    second.write([doc("1", 9, "new")], at(10))
+    first.promote()
+    assert reader.get("1") == Page("old", "e", Version(1, 7))
+    assert reader.get("2") is None
+    assert reader.applied() == Version(1, 8)
+    seen: list[Page | None] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.append(reader.get("1"))
+
+    polling = threading.Thread(target=read)
+    polling.start()
+    wait_for(lambda: len(seen) > 20)
+    second.promote()
+    first.drop()
+    stop.set()
+    polling.join()
+    assert [page and page.html for page in dict.fromkeys(seen)] == ["old", "new"]
+    assert [(g.number, g.live) for g in second.generations()] == [(2, True)]
+
+
+def test_dropping_takes_every_key_of_the_generation(open_store: Open, client: redis.Redis) -> None:
+    store = open_store()
+    store.write([doc(str(n), 1) for n in range(2500)], at(1))
+    store.promote()
+    store.drop()
+    assert client.keys() == []
+
+
+def test_one_read_is_one_round_trip(open_store: Open, settings: Settings, client: redis.Redis) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    store.promote()
+    reader = PageReader(settings, "pages")
+    reader.get("1")
+    before = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+    total = client.info("stats")["total_commands_processed"]
+    reader.get("1")
+    assert client.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
+    # Within the script GET and HMGET count too, and so do the two INFO.
+    assert client.info("stats")["total_commands_processed"] - total <= 5
+
+
+def test_a_redis_that_may_evict_is_refused(open_store: Open, client: redis.Redis) -> None:
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(Misconfigured) as error:
+            open_store()
+        assert error.value.code == "redis-may-evict"
+        client.config_set("maxmemory-policy", "volatile-lru")
+        open_store()
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_redis_that_is_full_is_transient(open_store: Open, client: redis.Redis) -> None:
+    store = open_store()
+    client.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(Transient) as error:
+            store.write([doc("1", 1)], at(1))
+        assert error.value.code == "redis-busy"
+    finally:
+        client.config_set("maxmemory", "0")
+    store.write([doc("1", 1)], at(1))
+
+
+def test_a_field_that_is_not_text_is_poison(open_store: Open) -> None:
+    with pytest.raises(Poison, match="'7'.*stars=4"):
+        open_store().write([Doc("7", {"stars": 4}, Version(1, 1))], at(1))
+
+
+def test_a_prefix_of_another_consumer_is_refused(open_store: Open) -> None:
+    open_store()
+    with pytest.raises(Misconfigured) as error:
+        open_store(replace(G1, fingerprint="other"))
+    assert error.value.code == "view-of-another"
+
+
+def test_redis_away_is_transient_and_it_goes_on_after(open_store: Open, stack: Stack) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    stack.server("redis").kill()
+    with pytest.raises(Transient):
+        store.write([doc("2", 2)], at(2))
+    stack.server("redis").start()
+    assert store.open(G1) == at(1)
+    store.write([doc("2", 2)], at(2))
+    assert [row.key for row in store.scan(None, 10)] == ["1", "2"]
+
+
+def test_a_wrong_address_names_the_setting(settings: Settings) -> None:
+    with pytest.raises(Misconfigured, match="HEADRACE_REDIS='http://x'"):
+        RedisPages("pages").bind(replace(settings, redis="http://x"), "pages")
+
+
+def test_a_wrong_password_names_the_setting(settings: Settings, client: redis.Redis) -> None:
+    client.config_set("requirepass", "right")
+    try:
+        store = RedisPages("pages")
+        store.bind(replace(settings, redis=settings.redis.replace("://", "://:wrong@")), "pages")
+        with pytest.raises(Misconfigured, match="HEADRACE_REDIS"):
+            store.open(G1)
+        with pytest.raises(Misconfigured, match="HEADRACE_REDIS"):
+            PageReader(settings, "pages").get("1")
+    finally:
+        client.config_set("requirepass", "")
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
