@@ -236,7 +236,7 @@ def test_a_plain_role_gets_what_it_lacks_and_loses_it_again(db: Connection, sour
     try:
         setup.apply(db, setup.plan(db, source, [], role))
         assert setup.plan(db, source, [], role).statements == []
-        theirs = psycopg.conninfo.make_conninfo(source.dsn, user=role, password="pw")  # noqa: S106
+        theirs = psycopg.conninfo.make_conninfo(source.dsn, user=role, password="pw")
         with catalog.connect(theirs) as plain, catalog.connect_replication(theirs) as walsender:
             assert plain.execute("SELECT * FROM s.a").fetchall() == [(1,)]
             facts = catalog.server(plain)
@@ -262,7 +262,7 @@ def test_a_locked_table_stops_setup_soon_and_whole(db: Connection, source: Setti
     assert db.execute("SELECT FROM pg_publication").fetchall() == []
 
 
-def test_bad_connections_name_the_setting(postgres: Postgres, source: Settings) -> None:
+def test_bad_connections_name_the_setting(postgres: Postgres) -> None:
     wrong = {
         "postgres-away": "postgresql://postgres@127.0.0.1:1/postgres",
         "postgres-refused": postgres.dsn("no_such_database"),
@@ -275,12 +275,10 @@ def test_bad_connections_name_the_setting(postgres: Postgres, source: Settings) 
         assert "HEADRACE_DSN" in str(refused.value)
 
 
-def test_a_wrong_password_is_told_and_not_shown(
-    db: Connection, source: Settings
-) -> None:
+def test_a_wrong_password_is_told_and_not_shown(db: Connection, source: Settings) -> None:
     role = f"{source.source}_role"
     db.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'right'")
-    dsn = psycopg.conninfo.make_conninfo(source.dsn, user=role, password="secret-wrong")  # noqa: S106
+    dsn = psycopg.conninfo.make_conninfo(source.dsn, user=role, password="secret-wrong")
     try:
         with pytest.raises(Misconfigured, match="password") as refused:
             catalog.connect(dsn)

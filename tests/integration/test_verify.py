@@ -156,9 +156,9 @@ def test_it_is_exact_while_everything_changes(settings: Settings) -> None:
         kept(settings, Mirror),
         loaded(
             settings,
-            lambda chance: f"UPDATE {T} SET n = n + 1 WHERE id = {chance.randint(100, 2999)}",  # noqa: S608
-            lambda chance: f"DELETE FROM {T} WHERE id = {chance.randint(100, 2999)}",  # noqa: S608
-            lambda chance: f"INSERT INTO {T} VALUES ({chance.randint(100, 2999)}, 0, 'new') ON CONFLICT DO NOTHING",  # noqa: S608
+            lambda chance: f"UPDATE {T} SET n = n + 1 WHERE id = {chance.randint(100, 2999)}",
+            lambda chance: f"DELETE FROM {T} WHERE id = {chance.randint(100, 2999)}",
+            lambda chance: f"INSERT INTO {T} VALUES ({chance.randint(100, 2999)}, 0, 'new') ON CONFLICT DO NOTHING",
         ),
     ):
         for _ in range(3):
@@ -183,7 +183,7 @@ def test_a_hot_row_that_is_wrong_is_not_excused_for_ever(settings: Settings) -> 
 
     def heat() -> None:
         while not stop.wait(0.7):
-            execute(settings, f"UPDATE {T} SET n = n + 1")  # noqa: S608
+            execute(settings, f"UPDATE {T} SET n = n + 1")
 
     with kept(settings, Wrong):
         thread = threading.Thread(target=heat, daemon=True)
@@ -202,11 +202,11 @@ def test_a_commit_that_the_snapshot_does_not_see_excuses_although_it_is_logged_b
     with kept(settings, Mirror) as control:
         with psycopg.connect(settings.dsn, autocommit=True) as waiting, closing_sync(settings):
             waiting.execute("SET synchronous_commit = on")
-            thread = threading.Thread(target=_ignore_cancel, args=(waiting, f"UPDATE {T} SET name = 'new'"))  # noqa: S608
+            thread = threading.Thread(target=_ignore_cancel, args=(waiting, f"UPDATE {T} SET name = 'new'"))
             thread.start()
             eventually("the view has it", lambda: _named(settings) == "new")
             with connect(settings) as connection, moment(connection) as now:
-                assert connection.execute(f"SELECT name FROM {T}").fetchone() == ("old",)  # noqa: S608
+                assert connection.execute(f"SELECT name FROM {T}").fetchone() == ("old",)
             assert not now.running, "its transaction is not even listed: it is beyond xmax"
             seen = found(settings, Mirror, timeout=5)
             waiting.cancel()
@@ -323,7 +323,7 @@ def test_every_type_is_read_as_the_log_has_it(settings: Settings) -> None:
 
 
 @pytest.fixture
-def shop(settings: Settings, elasticsearch: Any) -> Settings:
+def shop(settings: Settings) -> Settings:
     """A small shop, set up."""
     prepare(
         settings,
@@ -361,19 +361,20 @@ def test_the_expectation_of_documents_is_what_hand_written_sql_says(shop: Settin
     }
 
 
-def test_documents_are_compared_exactly_under_load_and_meddling_is_found(shop: Settings, elasticsearch: Any) -> None:
+@pytest.mark.usefixtures("elasticsearch")
+def test_documents_are_compared_exactly_under_load_and_meddling_is_found(shop: Settings) -> None:
     with kept(shop, Products):
         client = Client(shop.elasticsearch)
         with loaded(
             shop,
             lambda chance: (
                 f"UPDATE public.reviews SET product_id = {chance.randint(20, 299)} WHERE id = {chance.randint(1, 1000)}"
-            ),  # noqa: S608
+            ),
             lambda chance: (
                 f"UPDATE public.products SET name = 'n{chance.random()}' WHERE id = {chance.randint(20, 299)}"
-            ),  # noqa: S608
-            lambda chance: f"UPDATE public.categories SET name = 'n{chance.random()}' WHERE id = 5",  # noqa: S608
-            lambda chance: f"DELETE FROM public.products WHERE id = {chance.randint(100, 299)}",  # noqa: S608
+            ),
+            lambda chance: f"UPDATE public.categories SET name = 'n{chance.random()}' WHERE id = 5",
+            lambda chance: f"DELETE FROM public.products WHERE id = {chance.randint(100, 299)}",
         ):
             assert not found(shop, Products, timeout=15).wrong
         assert found(shop, Products).clean
@@ -389,7 +390,7 @@ def test_documents_are_compared_exactly_under_load_and_meddling_is_found(shop: S
     assert [d.kind for d in more.wrong].count(EXTRA) == 1
 
 
-def test_the_command_names_keys_and_exits_1(settings: Settings, tmp_path: Path) -> None:
+def test_the_command_names_keys_and_exits_1(settings: Settings) -> None:
     prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 30) i")
     code = Path(__file__).parents[1] / "fixtures" / "plain.py"
     command = [sys.executable, "-m", "headrace", "verify", "--consumer", f"{code}:Plain"]

@@ -282,7 +282,7 @@ def _grouped(connection: Connection, query: str, oids: list[int]) -> dict[int, l
 
 def _one(connection: Connection, query: str) -> tuple[Any, ...]:
     row = connection.execute(query).fetchone()
-    assert row is not None  # these queries always have one row
+    assert row is not None  # noqa: S101  these queries always have one row
     return row
 
 

@@ -144,7 +144,7 @@ def _check_server(connection: Connection, server: Server, settings: Settings) ->
             "Run: ALTER SYSTEM SET wal_level = 'logical'; then restart Postgres.",
         )
     row = connection.execute(_ROOM, {"slot": settings.slot}).fetchone()
-    assert row is not None  # it always has one row
+    assert row is not None  # noqa: S101  it always has one row
     ours, slots, most_slots, senders, most_senders = row
     if not ours and slots >= most_slots:
         said = f"All of max_replication_slots={most_slots} are taken."
@@ -224,8 +224,8 @@ def _publication(
 
 def _options_hold(connection: Connection, name: str, version: int) -> bool:
     generated = "pubgencols = 's'" if version >= catalog.GENERATED else "true"
-    query = f"SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AND pubviaroot AND {generated} FROM pg_publication WHERE pubname = %s"
-    row = connection.execute(query.encode(), [name]).fetchone()
+    told = f"pubinsert AND pubupdate AND pubdelete AND pubtruncate AND pubviaroot AND {generated}"
+    row = connection.execute(f"SELECT {told} FROM pg_publication WHERE pubname = %s".encode(), [name]).fetchone()
     return bool(row and row[0])
 
 
