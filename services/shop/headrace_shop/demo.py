@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from headrace.change import format_lsn, parse_lsn
 from headrace.errors import CHECK_FAILED, HeadraceError
-from headrace_shop.processes import Programs
+from headrace_shop.processes import Programs, watched
 
 VIEWS = ("search", "pages", "warehouse")
 _RATE = "50/s"
@@ -49,11 +49,11 @@ def demo(
 
         headrace demo --once
     """
-    with _folder() as folder, ExitStack() as stack, _interruptible():
+    with _folder() as folder, watched(folder), ExitStack() as stack, _interruptible():
         act = Act(folder, seed, port, stack)
         try:
             held = act.play()
-            if not once:
+            if held and not once:
                 act.stay()
         except KeyboardInterrupt:
             say("stopping")
@@ -318,7 +318,9 @@ def _interruptible() -> Iterator[None]:
 
 
 def _free_port() -> int:
-    """Return a port that is free now, and the next one too: the dual writer's warehouse takes it."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
-    return port
+    """Return a port that is free now, as is the next one: the dual writer's warehouse takes it."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as listening, suppress(OSError, OverflowError):
+            port: int = listening.getsockname()[1]
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port

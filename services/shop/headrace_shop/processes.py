@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from headrace.errors import Misconfigured, Transient
 
 HEADRACE = (sys.executable, "-m", "headrace")
 _STOP_SECONDS = 15.0
+_WELL = b"well"
 
 
 class Programs:
@@ -40,6 +43,7 @@ class Programs:
                 start_new_session=True,
             )
         self._running[name] = process
+        (self.folder / f"{name}.pid").write_text(str(process.pid))
         return process.pid
 
     def output(self, name: str) -> Path:
@@ -117,3 +121,28 @@ class Programs:
                 raise Misconfigured(
                     "demo-step", f"{name} ended by itself with {process.returncode}:\n{tail}", "See its message above."
                 )
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """Within it, our death, even by SIGKILL, ends the programs and the stack whose files are in `folder`."""
+    program = "import sys; from headrace_shop.processes import watch; watch(sys.argv[1])"
+    command = [sys.executable, "-c", program, str(folder)]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        watcher.communicate(_WELL)
+
+
+def watch(folder: str) -> None:
+    """Wait for the end of standard input; unless all is well then, end what `folder` names, and remove it."""
+    if sys.stdin.buffer.read() == _WELL:
+        return
+    for file in Path(folder).glob("*.pid"):
+        pid = int(file.read_text())
+        with suppress(OSError):
+            if b"headrace" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+    subprocess.run([*HEADRACE, "stack", "down", "--dir", f"{folder}/stack"], check=False)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -50,7 +50,7 @@ class Plan:
 def plan(connection: Connection, seed: int) -> Plan:
     """Choose two products and three prices. Raises Misconfigured: `shop-empty`."""
     products = [number for (number,) in connection.execute("SELECT id FROM products ORDER BY id LIMIT 1000")]
-    if len(products) < 2:  # noqa: PLR2004 - two products
+    if len(products) < 2:
         raise Misconfigured("shop-empty", "The shop has fewer than two products.", "Run `headrace shop load`.")
     random = Random(f"replay {seed}")
     raced, orphaned = random.sample(products, 2)
