@@ -144,7 +144,7 @@ def _check_server(connection: Connection, server: Server, settings: Settings) ->
             "Run: ALTER SYSTEM SET wal_level = 'logical'; then restart Postgres.",
         )
     row = connection.execute(_ROOM, {"slot": settings.slot}).fetchone()
-    assert row is not None  # noqa: S101  it always has one row
+    assert row is not None
     ours, slots, most_slots, senders, most_senders = row
     if not ours and slots >= most_slots:
         said = f"All of max_replication_slots={most_slots} are taken."

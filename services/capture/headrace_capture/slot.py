@@ -21,7 +21,7 @@ def slot_facts(settings: Settings) -> dict[str, Any]:
     """
     with connect(settings.dsn, name="headrace status", timeout_s=5) as connection:
         row = connection.execute(_SLOT, [settings.slot]).fetchone()
-    assert row is not None  # noqa: S101  it always has one row
+    assert row is not None
     lsn, exists, *rest = row
     facts = {"slot": settings.slot, "exists": exists, "active": False, "lsn": lsn}
     named = ("active", "confirmed_flush_lsn", "restart_lsn", "wal_held_bytes", "wal_status")

@@ -125,8 +125,8 @@ def moment(connection: Connection) -> Iterator[Moment]:
     try:
         row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
         now = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row  # noqa: S101  both always have one row
-        assert now  # noqa: S101
+        assert row
+        assert now
         xmin, xmax, running = row[0].split(":")
         yield Moment(int(xmin), int(xmax), frozenset(map(int, filter(None, running.split(",")))), parse_lsn(now[0]))
     finally:

@@ -1,0 +1,110 @@
+"""Connections to the source, with the session settings of S14, and what a refused one means.
+
+Capture, setup and status all come through here, so a value has one text everywhere, and every refusal names the setting.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+from psycopg import conninfo
+
+from headrace.errors import HeadraceError, Misconfigured, Transient
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+SESSION = {
+    "search_path": "",
+    "client_encoding": "UTF8",
+    "row_security": "off",
+    "DateStyle": "ISO,MDY",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "extra_float_digits": "1",
+    "bytea_output": "hex",
+    "lc_monetary": "C",
+    "idle_in_transaction_session_timeout": "0",
+}
+"""What makes a value's text the same in every session (S14), and what keeps the server from ending a quiet one."""
+
+
+def connect(dsn: str, *, name: str = "headrace", timeout_s: float = 30, setting: str = "HEADRACE_DSN") -> Connection:
+    """Connect, with autocommit and the session settings of S14.
+
+    Args:
+        dsn: A connection string of libpq; its own options are kept.
+        name: What pg_stat_activity shows.
+        timeout_s: The longest a statement may take; 0 for no limit.
+        setting: Where the dsn came from, for the error.
+
+    Raises:
+        Transient: `postgres-away`.
+        Misconfigured: `postgres-refused`, `postgres-dsn`.
+    """
+    return _connect(dsn, setting, _options(dsn, timeout_s), {"fallback_application_name": name})
+
+
+def connect_replication(dsn: str, *, name: str = "headrace", setting: str = "HEADRACE_DSN") -> Connection:
+    """Connect as a walsender of the database; the same settings and errors as `connect`, no statement timeout."""
+    return _connect(dsn, setting, _options(dsn, 0), {"fallback_application_name": name, "replication": "database"})
+
+
+def _options(dsn: str, timeout_s: float) -> str:
+    settings = {**SESSION, "statement_timeout": str(int(timeout_s * 1000))}
+    ours = " ".join(f"-c {name}={value}" for name, value in settings.items())
+    return f"{_parsed(dsn).get('options') or ''} {ours}".strip()
+
+
+def _parsed(dsn: str, setting: str = "HEADRACE_DSN") -> dict[str, Any]:
+    try:
+        return dict(conninfo.conninfo_to_dict(dsn))
+    except psycopg.ProgrammingError:  # its text may hold the password
+        raise Misconfigured("postgres-dsn", f"{setting} is not a connection string.", _DSN_EXAMPLE) from None
+
+
+def _connect(dsn: str, setting: str, options: str, extra: dict[str, Any]) -> Connection:
+    given = _parsed(dsn, setting)
+    kept: dict[str, Any] = {
+        "connect_timeout": given.get("connect_timeout") or "10",
+        "tcp_user_timeout": given.get("tcp_user_timeout") or "30000",
+    }
+    try:
+        return psycopg.connect(dsn, autocommit=True, prepare_threshold=None, options=options, **kept, **extra)
+    except psycopg.OperationalError as error:
+        raise _explain(error, given, setting) from error
+
+
+def _explain(error: psycopg.OperationalError, given: dict[str, Any], setting: str) -> HeadraceError:
+    """Turn a refused connection into what to change. libpq gives no SQLSTATE here, only text."""
+    text = " ".join(str(error).split())
+    where = f"{given.get('host') or 'the local socket'}:{given.get('port') or 5432}/{given.get('dbname') or ''}"
+    for part, code, remedy in _REFUSALS:
+        if part in text:
+            return Misconfigured(
+                code, f"Postgres at {where} refuses {given.get('user') or 'the user'}: {text}.", remedy.format(setting)
+            )
+    return Transient(
+        "postgres-away", f"Postgres at {where} does not answer: {text}.", f"Start it, or change {setting}."
+    )
+
+
+_REFUSALS = (
+    ("password authentication failed", "postgres-refused", "Change user or password in {}."),
+    ("no password supplied", "postgres-refused", "Add the password to {}."),
+    (
+        "no pg_hba.conf entry",
+        "postgres-refused",
+        "Let pg_hba.conf admit the role (database and replication), or change {}.",
+    ),
+    ("authentication failed", "postgres-refused", "Change user or password in {}."),
+    (
+        "permission denied",
+        "postgres-refused",
+        "Run `headrace setup --role ROLE --apply` as an administrator, or change {}.",
+    ),
+    ("does not exist", "postgres-refused", "Create it, or change {}."),
+    ("is not permitted to log in", "postgres-refused", "ALTER ROLE … LOGIN, or change {}."),
+    ("could not translate host name", "postgres-refused", "Change the host in {}."),
+)
+_DSN_EXAMPLE = "Write it as postgresql://user:password@host:5432/database."
