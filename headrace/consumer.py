@@ -39,9 +39,9 @@ class Batch:
         changes: The changes of each key in their order. While `loading`, at most the last change of each key.
         position: Where the view stands once the batch is applied; `apply` makes it durable with or after the changes.
             Its `version` moves only with a batch that completes an exact checkpoint.
-        checkpoint: The complete checkpoint that the batch ends at; None for a piece between two of them: half of a
-            transaction too big for one cut, or a part of a backlog. A store must not show readers a state that ends so.
-        exact: Whether the state at `checkpoint` is one that Postgres had (S18). Only then may readers see it.
+        checkpoint: The complete, exact checkpoint that the batch ends at: a state that Postgres had (S18). None for a piece
+            between two of them: half of a transaction too big for one cut, or a part of a backlog. A store must not show
+            readers a state that ends so.
         loading: Whether the generation has not yet reached its first exact checkpoint: it shows readers nothing.
         schemas: The schema version of every (table, version) that occurs in `changes`, and the newest one of each table
             that the reader knows.
@@ -50,14 +50,13 @@ class Batch:
     changes: list[Change]
     position: Position
     checkpoint: Checkpoint | None
-    exact: bool
     loading: bool
     schemas: dict[tuple[str, int], TableSchema] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
         """Whether readers may see the state after this batch."""
-        return self.checkpoint is not None and self.exact
+        return self.checkpoint is not None
 
 
 class ViewRow(NamedTuple):

@@ -240,7 +240,7 @@ class Reader:
             changes = list(last.values())
         else:
             changes.sort(key=_ORDER)
-        return Batch(changes, _copy(self.position), checkpoint, checkpoint is not None, loading, self._schemas)
+        return Batch(changes, _copy(self.position), checkpoint, loading, self._schemas)
 
     def _hand_out(self, target: Checkpoint) -> list[Change]:
         """Decode what is kept below the target's ends, and move the position past it."""
@@ -267,7 +267,7 @@ class Reader:
         while not wanted <= self._schemas.keys():
             self._schemas.update(self._log.schemas())
             if time.monotonic() > deadline:
-                missing = sorted(wanted - self._schemas.keys())[0]
+                missing = min(wanted - self._schemas.keys())
                 raise Transient(
                     "schema-not-there", f"Version {missing[1]} of {missing[0]} is not in the schemas topic."
                 )

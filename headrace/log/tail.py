@@ -16,7 +16,6 @@ from headrace.errors import Transient
 from headrace.log import kafka
 from headrace.settings import Settings
 
-
 BEGINNING = 0
 """The first offset. Compaction never moves it; where somebody deleted records, reading from zero is rightly an error. (Asking
 librdkafka for "the beginning" costs a look-up of half a second.)"""

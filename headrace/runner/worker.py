@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from headrace.change import NOWHERE, Version
@@ -36,7 +36,7 @@ class State:
 
     phase: str = "starting"
     version: Version = NOWHERE
-    lag: Lag = Lag(0, 0, 0.0)
+    lag: Lag = field(default_factory=lambda: Lag(0, 0, 0.0))
     rate: float = 0.0
     progress: tuple[int, int] = (0, 0)
     error: HeadraceError | None = None

@@ -228,7 +228,7 @@ def test_new_code_leaves_the_live_view_readable_and_still(feed: Feed, settings: 
     view = Plain(settings, "plain")
     first = feed.cut((ITEMS, 1, 10))
     view.open(Generation("plain", 1, "older code"))
-    view.apply(Batch([], feed_position(feed), None, exact=False, loading=False))
+    view.apply(Batch([], feed_position(feed), None, loading=False))
     view.promote()
     served = serve()
     feed.cut((ITEMS, 1, 11))
@@ -267,7 +267,7 @@ def test_a_position_of_another_log_is_refused_and_waits_for_a_rebuild(
     position = feed_position(feed)
     position.topics = dict.fromkeys(position.topics, "another")
     view.open(view.generations()[0])
-    view.apply(Batch([], position, None, exact=False, loading=False))
+    view.apply(Batch([], position, None, loading=False))
     served = serve()
     report = served.await_phase(1, "stopped")
     assert report.code == "topic-replaced"

@@ -136,7 +136,7 @@ class Log:
             changes = self.records[start:upto]
             if loading:
                 changes = list({(change.table, change.key): change for change in changes}.values())
-            yield Batch(changes, now, checkpoint, done, loading, SCHEMAS)
+            yield Batch(changes, now, checkpoint, loading, SCHEMAS)
             if done:
                 return
             start = upto

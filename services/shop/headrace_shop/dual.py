@@ -167,7 +167,7 @@ class DualWrites:
 
     def _batch(self, changes: list[Change]) -> Batch:
         checkpoint = Checkpoint(_UNVERSIONED, 0, 0, {}, _SOURCE)
-        return Batch(changes, _position(), checkpoint, exact=True, loading=False, schemas=dict(self._schemas))
+        return Batch(changes, _position(), checkpoint, loading=False, schemas=dict(self._schemas))
 
 
 def _opened(name: str, settings: Settings) -> Consumer:
