@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from headrace.errors import CHECK_FAILED, Misconfigured
 from headrace_ops.server import NAMES, Report
@@ -126,10 +126,10 @@ def _print(facts: list[dict[str, Any]], *, json_: bool) -> None:
     if json_:
         typer.echo(json.dumps(facts))
         return
-    table = Table("server", "state", "address", "pid", "log")
+    table = Table("server", "state", Column("address", overflow="fold"), "pid")
     for fact in facts:
-        table.add_row(fact["server"], fact["state"], fact["address"], str(fact["pid"] or ""), fact["log"])
-    Console(soft_wrap=True).print(table)
+        table.add_row(fact["server"], fact["state"], fact["address"], str(fact["pid"] or ""))
+    Console().print(table)
 
 
 @contextmanager

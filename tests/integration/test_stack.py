@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,7 +46,7 @@ def headrace(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
 def redis_call(server: Redis, *words: str) -> bytes:
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
         connection.sendall((" ".join(words) + "\r\n").encode())
-        return connection.recv(100)
+        return connection.recv(4000)
 
 
 def test_postgres_decodes_logically_in_a_database_of_the_test(settings: Settings) -> None:
@@ -129,6 +130,16 @@ def test_redis_killed_keeps_what_was_acknowledged(redis_server: Redis) -> None:
     redis_server.kill()
     redis_server.start()
     assert redis_call(redis_server, "GET", "k") == b"$1\r\n7\r\n"
+
+
+def test_without_a_redis_of_the_system_the_one_from_maven_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "redis-server" else which(name))
+    stack = Stack(folder, spread=True)
+    stack.up(["redis"])
+    server = stack.server("redis")
+    assert isinstance(server, Redis)
+    assert b"redis_version:6.2" in redis_call(server, "INFO", "server")
 
 
 def test_a_paused_server_does_not_answer_until_it_is_resumed(redis_server: Redis) -> None:
