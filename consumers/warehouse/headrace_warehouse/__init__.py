@@ -1,7 +1,7 @@
 """The warehouse: every captured table, typed, in DuckDB, and SQL over it by HTTP.
 
-Everything about keeping tables is in `headrace.stores.duckdb`; DuckDB admits one process to a file, so the process that keeps it also
-answers for it.
+Everything about keeping tables is in `headrace.stores.duckdb`; DuckDB admits one process to a file, so the process
+that keeps it also answers for it.
 """
 
 from __future__ import annotations

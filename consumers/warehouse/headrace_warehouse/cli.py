@@ -29,11 +29,13 @@ def sql(
 ) -> None:
     """Ask the running warehouse.
 
-    Every answer is one state that Postgres really had. Tables of the schema public by their plain name, others by schema.table.
+    Every answer is one state that Postgres really had. Tables of the schema public by their plain name, others by
+    schema.table.
 
     Example: `headrace sql "SELECT count(*) FROM products"`
 
-    Exit codes: 0 answered, 1 refused or failed in DuckDB, 2 wrong use, 3 no warehouse is running, 5 the warehouse is still loading.
+    Exit codes: 0 answered, 1 refused or failed in DuckDB, 2 wrong use, 3 no warehouse is running, 5 the warehouse is
+    still loading.
     """
     if json and as_csv:
         raise typer.BadParameter("--json and --csv exclude each other.")
@@ -56,7 +58,7 @@ def ask(listen: str, query: str) -> dict[str, Any]:
         Transient: `warehouse-loading`.
         Misconfigured: `warehouse-not-running`.
     """
-    request = urllib.request.Request(  # noqa: S310  always http
+    request = urllib.request.Request(
         f"http://{listen}/sql", orjson.dumps({"sql": query}), {"Content-Type": "application/json"}
     )
     try:

@@ -1,11 +1,11 @@
 """Read-only SQL over HTTP: one endpoint a process, from the first generation that it opens until the process ends.
 
 It outlives the generations that are opened and closed, so that readers keep the last exact state while Kafka is away.
-`POST /sql` with ``{"sql": "SELECT …"}`` answers ``{columns, types, rows, version, lsn, truncated}``, an error ``{code, message, remedy}``.
-`GET /health` is 200 once there is a state to be seen. Both are 503 before.
+`POST /sql` with ``{"sql": "SELECT …"}`` answers ``{columns, types, rows, version, lsn, truncated}``, an error
+``{code, message, remedy}``. `GET /health` is 200 once there is a state to be seen. Both are 503 before.
 
-A page in somebody's browser can reach a loopback address too: only JSON bodies are read, which a browser does not send across sites
-unasked, and on a loopback address only loopback names are answered.
+A page in somebody's browser can reach a loopback address too: only JSON bodies are read, which a browser does not
+send across sites unasked, and on a loopback address only loopback names are answered.
 """
 
 from __future__ import annotations

@@ -93,12 +93,12 @@ class Build:
 
     def show(self) -> None:
         """Let readers see these tables and no others."""
-        wanted = {view for table in self.tables.values() for view in tables.show(self._cursor, table)}
+        wanted = {_folded(view) for table in self.tables.values() for view in tables.show(self._cursor, table)}
         found = self._cursor.execute(
             "SELECT schema_name, view_name FROM duckdb_views() WHERE NOT internal AND database_name = current_database()"
         ).fetchall()
         for view in found:
-            if view not in wanted:
+            if _folded(view) not in wanted:
                 tables.hide(self._cursor, view)
 
     def _write(self, records: dict[str, dict[str, Record]]) -> None:
@@ -131,6 +131,10 @@ class Build:
                 "Run: headrace rebuild NAME",
             )
         return found
+
+
+def _folded(view: tuple[str, str]) -> tuple[str, str]:
+    return view[0].casefold(), view[1].casefold()
 
 
 def _staged(changes: Sequence[Change], start: int) -> pa.Table:

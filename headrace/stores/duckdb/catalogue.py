@@ -1,8 +1,9 @@
 """What a warehouse knows of itself: the schema `headrace` in its file.
 
-`generations` holds each build with its position and a `turn`, the number that compare-and-set compares: opening a generation takes
-the next turn, so that an older instance can no longer move the position (S21). `live` has at most one row. `tables` maps a
-generation's tables to their names here, `schemas` keeps the table schemas that staged rows name.
+`generations` holds each build with its position and a `turn`, the number that compare-and-set compares: opening a
+generation takes the next turn, so that an older instance can no longer move the position (S21). `live` has at most
+one row. `tables` maps a generation's tables to their names here, `schemas` keeps the table schemas that staged rows
+name.
 """
 
 from __future__ import annotations

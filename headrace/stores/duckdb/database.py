@@ -1,7 +1,7 @@
 """One DuckDB file, shared by everything in the process that uses it.
 
-DuckDB admits one process to a file, and one configuration within it. Every thread works with its own cursor; writers take
-turns, as two transactions that change the catalogue would fail each other.
+DuckDB admits one process to a file, and one configuration within it. Every thread works with its own cursor; writers
+take turns, as two transactions that change the catalogue would fail each other.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": False,
     "python_enable_replacements": False,  # no statement sees a variable of this program
 }
+_DAMAGE = ("Corrupt database", "Could not read enough bytes", "not a valid DuckDB database")
 _open: dict[Path, Database] = {}
 _opening = threading.Lock()
 
@@ -36,7 +37,7 @@ class Database:
     def __init__(self, path: Path, memory: str) -> None:
         """Open or make the file; callers use `opened`."""
         self.path = path
-        self._users = 0
+        self.users = 0
         self._turn = threading.RLock()
         self._root = _connect(path, memory)
 
@@ -54,26 +55,35 @@ class Database:
             memory: The most that DuckDB may use, as ``2GB``.
 
         Raises:
-            Misconfigured: `warehouse-locked` (another process has it), `warehouse-file`, `warehouse-version`, `warehouse-memory`.
+            Misconfigured: `warehouse-locked` (another process has it), `warehouse-file`, `warehouse-version`,
+            `warehouse-memory`.
         """
         file = cls.file(path)
         with _opening:
             database = _open.get(file) or cls(file, memory)
             _open[file] = database
-            database._users += 1
+            database.users += 1
             return database
 
     def release(self) -> None:
         """Give one use back; the last one closes the file."""
         with _opening:
-            self._users -= 1
-            if self._users == 0:
+            self.users -= 1
+            if self.users == 0:
                 del _open[self.path]
                 self._root.close()
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """Return a connection for one thread."""
         return self._root.cursor()
+
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raise errors of DuckDB as ours; remember that the file is damaged if they say so."""
+        try:
+            yield
+        except duckdb.Error as error:
+            raise _ours(error, self.path) from error
 
     @contextlib.contextmanager
     def reading(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
@@ -92,7 +102,7 @@ class Database:
         Raises:
             HeadraceError: what DuckDB raised, translated. Nothing of the block is durable then.
         """
-        with self._turn, translated():
+        with self._turn, self.translated():
             cursor.begin()
             try:
                 yield
@@ -109,56 +119,43 @@ def first(cursor: duckdb.DuckDBPyConnection, sql: str, *values: object) -> tuple
     return found[0] if found else None
 
 
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Raise errors of DuckDB as ours."""
-    try:
-        yield
-    except duckdb.Error as error:
-        raise _ours(error) from error
-
-
-def _ours(error: duckdb.Error) -> HeadraceError:
+def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
     text = str(error).splitlines()[0]
-    if isinstance(error, (duckdb.FatalException, duckdb.InternalException)) or "Corrupt database" in text:
+    if any(sign in text for sign in _DAMAGE) or isinstance(error, duckdb.SerializationException):
+        _mark(path).touch()
         return Misconfigured(
-            "warehouse-broken",
-            f"DuckDB gave up: {text}",
-            "Run this process again; if that does not help, remove the file: it is loaded again from zero.",
+            "warehouse-damaged",
+            f"{path} is damaged: {text}",
+            f"Run this process again: it sets the file aside as {path.name}.broken and loads a new one from zero.",
+        )
+    if isinstance(error, (duckdb.FatalException, duckdb.InternalException)):
+        return Misconfigured(
+            "warehouse-failed", f"DuckDB gave up: {text}", "Run this process again: nothing durable is lost."
         )
     if isinstance(error, duckdb.OutOfMemoryException):
-        return Transient(
-            "warehouse-memory",
-            f"DuckDB needs more memory: {text}",
-            "Raise HEADRACE_WAREHOUSE_MEMORY.",
-        )
+        return Transient("warehouse-memory", f"DuckDB needs more memory: {text}", "Raise HEADRACE_WAREHOUSE_MEMORY.")
     if isinstance(error, (duckdb.OperationalError, duckdb.TransactionException)):
-        return Transient(
-            "warehouse-io",
-            f"DuckDB cannot write: {text}",
-            "Look at the disk of HEADRACE_WAREHOUSE.",
-        )
-    return Misconfigured(
-        "warehouse-failed",
-        f"DuckDB refused a statement of headrace: {text}",
-        "Report this.",
-    )
+        return Transient("warehouse-io", f"DuckDB cannot write: {text}", "Look at the disk of HEADRACE_WAREHOUSE.")
+    return Misconfigured("warehouse-failed", f"DuckDB refused a statement of headrace: {text}", "Report this.")
 
 
 def _connect(path: Path, memory: str) -> duckdb.DuckDBPyConnection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _configured(path, memory)
+        if not _mark(path).exists():
+            return _configured(path, memory)
     except OSError as error:
         raise _file(path, str(error)) from error
     except duckdb.Error as error:
         refusal = _refusal(path, str(error).splitlines()[0])
         if refusal is not None:
             raise refusal from error
-        log.warning("%s cannot be read and is set aside: %s", path, error)
-    for file in (path, _wal(path)):
+        log.warning("%s is damaged: %s", path, error)
+    log.warning("%s is set aside as %s.broken; a new one is loaded from zero", path, path.name)
+    for file in (path, path.with_name(f"{path.name}.wal")):
         if file.exists():
             file.replace(f"{file}.broken")
+    _mark(path).unlink(missing_ok=True)
     return _configured(path, memory)
 
 
@@ -213,5 +210,6 @@ def _file(path: Path, text: str) -> Misconfigured:
     )
 
 
-def _wal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.wal")
+def _mark(path: Path) -> Path:
+    """Return the file whose presence says that the next process sets the warehouse aside."""
+    return path.with_name(f"{path.name}.damaged")

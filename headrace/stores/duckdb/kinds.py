@@ -1,8 +1,8 @@
 """From Postgres's types to DuckDB's and back to the log's form, in SQL, a column at a time.
 
-A batch brings each column *raw*: as the Arrow type that its values have in the log, or, where they have none or a batch has other
-values than expected, each value as JSON text (a *fragment*). `parse` makes the typed value of it, `raw` undoes that. A value is
-kept exactly where both together do not give back what came in.
+A batch brings each column *raw*: as the Arrow type that its values have in the log, or, where they have none or a
+batch has other values than expected, each value as JSON text (a *fragment*). `parse` makes the typed value of it,
+`raw` undoes that. A value is kept exactly where both together do not give back what came in.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _numeric(postgres: str) -> Kind:
 
 
 def _list(postgres: str) -> Kind:
-    """A list is always a fragment: Arrow has no type for arrays of any depth."""
+    """Return the kind of a list, always a fragment: Arrow has no type for arrays of any depth."""
     element = kind_of(postgres)
     if postgres in _FLOATS:
         element = kind_of("double precision")

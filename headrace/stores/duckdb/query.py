@@ -1,10 +1,11 @@
 """Read-only SQL for people, on the live generation.
 
-What keeps it read-only and whole, each enough for most of it: the file is opened without external access and its configuration is
-locked; exactly one statement is run, which DuckDB itself types as SELECT; it runs in a read-only transaction, so it sees one state;
-the schemas that hold generations cannot be named, and of table functions only those listed here, since others read what a SELECT
-should not (`query_table`), act (`force_checkpoint`) or trust a number to be an address (`arrow_scan`). Both are looked up in the
-statement as DuckDB parsed it. Time, rows and bytes are bounded.
+What keeps it read-only and whole, each enough for most of it: the file is opened without external access and its
+configuration is locked; exactly one statement is run, which DuckDB itself types as SELECT; it runs in a read-only
+transaction, so it sees one state; the schemas that hold generations cannot be named, and of table functions only
+those listed here, since others read what a SELECT should not (`query_table`), act (`force_checkpoint`) or trust a
+number to be an address (`arrow_scan`). Both are looked up in the statement as DuckDB parsed it. Time, rows and bytes
+are bounded.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from headrace.errors import Misconfigured
 from headrace.settings import Settings
 from headrace.stores.duckdb import catalogue, tables
 from headrace.stores.duckdb.build import Build
-from headrace.stores.duckdb.database import Database, translated
+from headrace.stores.duckdb.database import Database
 
 
 class DuckDBStore:
@@ -35,7 +35,7 @@ class DuckDBStore:
             return []
         database = Database.opened(self.settings.warehouse, self.settings.warehouse_memory)
         try:
-            with translated(), database.cursor() as cursor, database.reading(cursor):
+            with database.translated(), database.cursor() as cursor, database.reading(cursor):
                 if not catalogue.ready(cursor):
                     return []
                 live = catalogue.live(cursor)
@@ -69,6 +69,7 @@ class DuckDBStore:
         It goes to the tables when readers may see it, or when nobody has seen this generation yet; else to staging.
         """
         with self._writing() as build:
+            catalogue.move(self._cursor, self._number, self._turn, batch.position)
             build.learn(batch.schemas)
             if build.version == NOWHERE or (batch.complete and not build.staged):
                 build.apply(batch.changes)
@@ -77,7 +78,6 @@ class DuckDBStore:
                 if batch.complete:
                     build.merge(self.progress)
                     build.apply(())
-            catalogue.move(self._cursor, self._number, self._turn, batch.position)
             build.version = batch.position.version
 
     def promote(self) -> None:
@@ -138,7 +138,8 @@ class DuckDBStore:
 
     @contextmanager
     def _reading(self) -> Iterator[Build]:
-        with translated(), self._opened().reading(self._cursor):
+        database = self._opened()
+        with database.translated(), database.reading(self._cursor):
             self._build = self._build or Build(self._cursor, self._number)
             yield self._build
 

@@ -1,0 +1,392 @@
+"""The store of the warehouse keeps the contract of a consumer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from headrace.change import Version
+from headrace.errors import Misconfigured, Poison, Transient, Wiped
+from headrace.settings import Settings
+from headrace.stores.duckdb import Database, DuckDBStore, Result, query
+from tests.fixtures.tables import FIRST, SECOND, batch, gone, put, schema
+
+ITEMS = schema("public.items", id="integer", name="text")
+TAGS = schema("sales.tags", id="integer", tag="text")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(warehouse=str(tmp_path / "w.duckdb"), warehouse_memory="1GB")
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[DuckDBStore]:
+    made = DuckDBStore(settings, "warehouse")
+    assert made.open(FIRST) is None
+    yield made
+    made.close()
+
+
+def ask(settings: Settings, sql: str) -> Result:
+    database = Database.opened(settings.warehouse, settings.warehouse_memory)
+    try:
+        return query(database, sql, rows=1000, seconds=10)
+    finally:
+        database.release()
+
+
+def rows(store: DuckDBStore) -> dict[tuple[str, str], Any]:
+    return {(row.collection, row.key): row.value for row in store.scan(None, 1000)}
+
+
+# Exact states only
+
+
+def test_readers_see_nothing_before_the_first_exact_state(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(5, put(ITEMS, 5, id=1, name="a"), schemas=(ITEMS,), shown=0))
+    assert store.scan(None, 10) == []
+    with pytest.raises(Misconfigured, match="reached no state"):
+        store.promote()
+    with pytest.raises(Transient, match="loading"):
+        ask(settings, "SELECT 1")
+    store.apply(batch(10, put(ITEMS, 10, id=2, name="b"), schemas=(ITEMS,)))
+    with pytest.raises(Transient, match="loading"):
+        ask(settings, "SELECT 1")
+    store.promote()
+    answer = ask(settings, "SELECT * FROM items ORDER BY id")
+    assert (answer.rows, answer.version) == ([[1, "a"], [2, "b"]], Version(1, 10))
+
+
+def test_pieces_between_two_states_wait_in_staging(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), put(ITEMS, 10, id=2, name="b"), schemas=(ITEMS,)))
+    store.promote()
+    before = rows(store)
+    store.apply(batch(20, put(ITEMS, 20, id=1, name="half"), gone(ITEMS, 20, 2), schemas=(ITEMS,), shown=10))
+    store.apply(batch(30, put(ITEMS, 30, id=2, name="again"), put(TAGS, 30, id=1), schemas=(ITEMS, TAGS), shown=10))
+    assert rows(store) == before
+    assert ask(settings, "SELECT count(*) FROM items").version == Version(1, 10)
+    store.close()
+    position = store.open(FIRST)
+    assert position is not None
+    assert position.offsets == {"shop.public.t": [30]}, "staged is durable"
+    store.apply(batch(40, put(ITEMS, 40, id=1, name="whole"), schemas=(ITEMS,)))
+    answer = ask(settings, "SELECT * FROM items ORDER BY id")
+    assert (answer.rows, answer.version) == ([[1, "whole"], [2, "again"]], Version(1, 40))
+    assert ask(settings, "SELECT count(*) FROM sales.tags").rows == [[1]]
+
+
+def test_staging_is_merged_piece_by_piece_in_its_order(store: DuckDBStore) -> None:
+    store.apply(batch(1, schemas=(ITEMS,)))
+    seen: list[tuple[int, int]] = []
+    store.progress = lambda done, total: seen.append((done, total))
+    for lsn in (2, 3, 4):
+        changes = [put(ITEMS, lsn, id=number % 9000, name=f"{lsn}-{number}") for number in range(12_000)]
+        store.apply(batch(lsn, *changes, schemas=(ITEMS,), shown=1))
+    store.apply(batch(5, gone(ITEMS, 5, 0), schemas=(ITEMS,)))
+    assert seen == [(0, 36_001), (10_000, 36_001), (20_000, 36_001), (30_000, 36_001)]
+    assert len(store.scan(None, 10_000)) == 8999
+    assert {row.value["name"] for row in store.scan(None, 10_000) if row.value["id"] == 17} == {"4-9017"}
+
+
+def test_an_empty_cut_moves_the_state(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1), schemas=(ITEMS,)))
+    store.promote()
+    store.apply(batch(20, schemas=(ITEMS,)))
+    assert ask(settings, "SELECT count(*) FROM items").version == Version(1, 20)
+
+
+# Idempotence, positions
+
+
+def test_replay_in_other_cuts_leaves_the_same_view(store: DuckDBStore) -> None:
+    changes = [put(ITEMS, n, id=n % 5, name=str(n)) if n % 4 else gone(ITEMS, n, n % 5) for n in range(1, 40)]
+    for start in range(0, 39, 3):
+        store.apply(batch(start + 3, *changes[start : start + 3], schemas=(ITEMS,)))
+    once = store.scan(None, 100)
+    for start in range(9, 39, 10):
+        store.apply(batch(start + 10, *changes[start : start + 10], schemas=(ITEMS,)))
+    assert store.scan(None, 100) == once
+
+
+def test_the_last_change_of_a_key_in_a_batch_counts(store: DuckDBStore) -> None:
+    changes = [put(ITEMS, 1, id=1, name="a"), gone(ITEMS, 2, 1), put(ITEMS, 3, id=1, name="c"), put(ITEMS, 3, id=2)]
+    store.apply(batch(5, *changes, gone(ITEMS, 5, 2), schemas=(ITEMS,)))
+    assert [(row.key, row.value["name"], row.version) for row in store.scan(None, 9)] == [
+        ('{"id":1}', "c", Version(1, 3))
+    ]
+
+
+def test_an_older_instance_can_apply_nothing_any_more(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
+    younger = DuckDBStore(settings, "warehouse")
+    younger.open(FIRST)
+    younger.apply(batch(20, put(ITEMS, 20, id=1, name="young"), schemas=(ITEMS,)))
+    with pytest.raises(Wiped, match="opened by somebody else"):
+        store.apply(batch(15, put(ITEMS, 15, id=1, name="zombie"), schemas=(ITEMS,)))
+    assert [row.value["name"] for row in younger.scan(None, 9)] == ["young"]
+    younger.close()
+
+
+def test_a_batch_that_fails_leaves_nothing_behind(store: DuckDBStore) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
+    with pytest.raises(Poison, match="version 1 of its schema"):
+        store.apply(batch(20, put(ITEMS, 20, id=1, name="b"), put(TAGS, 20, id=1), schemas=(ITEMS,)))
+    assert [row.value["name"] for row in store.scan(None, 9)] == ["a"]
+    store.apply(batch(20, put(ITEMS, 20, id=1, name="b"), put(TAGS, 20, id=1), schemas=(ITEMS, TAGS)))
+    assert len(store.scan(None, 9)) == 2
+    store.close()
+    position = store.open(FIRST)
+    assert position is not None
+    assert position.version == Version(1, 20)
+
+
+def test_scan_goes_through_all_tables_in_order_page_by_page(store: DuckDBStore) -> None:
+    changes = [put(of, 10, id=n) for n in range(11) for of in (TAGS, ITEMS)]
+    store.apply(batch(10, *changes, schemas=(ITEMS, TAGS)))
+    for limit in (1, 3, 11, 100):
+        seen, after = [], None
+        while page := store.scan(after, limit):
+            assert len(page) <= limit
+            seen += [(row.collection, row.key) for row in page]
+            after = seen[-1]
+        assert seen == sorted({(change.table, change.key.decode()) for change in changes})
+
+
+# Generations
+
+
+def test_a_rebuild_touches_nothing_of_the_live_one_until_promoted(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="old"), put(TAGS, 10, id=1), schemas=(ITEMS, TAGS)))
+    store.promote()
+    second = DuckDBStore(settings, "warehouse")
+    assert second.open(SECOND) is None
+    second.apply(batch(5, put(ITEMS, 5, id=1, name="new"), schemas=(ITEMS,), shown=0))
+    second.apply(batch(20, put(ITEMS, 20, id=2, name="new"), schemas=(ITEMS,)))
+    store.apply(batch(20, put(ITEMS, 20, id=3, name="old"), schemas=(ITEMS,)))
+    assert ask(settings, "SELECT name FROM items").rows == [["old"], ["old"]]
+    assert [(g.number, g.live) for g in store.generations()] == [(1, True), (2, False)]
+    second.promote()
+    assert ask(settings, "SELECT name FROM items").rows == [["new"], ["new"]]
+    assert ask(settings, "SELECT count(*) FROM duckdb_views() WHERE view_name = 'tags'").rows == [[0]]
+    store.promote()
+    assert ask(settings, "SELECT count(*) FROM sales.tags").rows == [[1]], "rolled back"
+    second.drop()
+    assert [(g.number, g.live) for g in store.generations()] == [(1, True)]
+    with pytest.raises(Wiped):
+        second.apply(batch(30, put(ITEMS, 30, id=2), schemas=(ITEMS,)))
+    second.close()
+
+
+def test_dropping_the_whole_view_leaves_no_table(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1), schemas=(ITEMS,)))
+    store.promote()
+    store.drop()
+    assert store.generations() == []
+    store.close()
+    with duckdb.connect(settings.warehouse) as bare:
+        assert bare.execute("SELECT count(*) FROM duckdb_views() WHERE NOT internal").fetchall() == [(0,)]
+        assert bare.execute("SELECT DISTINCT schema_name FROM duckdb_tables()").fetchall() == [("headrace",)]
+
+
+def test_generations_makes_no_file(settings: Settings) -> None:
+    assert DuckDBStore(settings, "warehouse").generations() == []
+    assert not Path(settings.warehouse).exists()
+
+
+# The file
+
+
+def test_a_lost_file_is_made_anew(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1), schemas=(ITEMS,)))
+    store.close()
+    Path(settings.warehouse).unlink()
+    assert store.generations() == []
+    assert store.open(FIRST) is None
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "flipped", "empty"])
+def test_a_damaged_file_is_set_aside_and_made_anew(store: DuckDBStore, settings: Settings, damage: str) -> None:
+    store.apply(batch(10, *(put(ITEMS, 10, id=n, name=str(n)) for n in range(5000)), schemas=(ITEMS,)))
+    store.close()
+    file = Path(settings.warehouse)
+    data = bytearray(file.read_bytes())
+    if damage == "garbage":
+        data = bytearray(b"not a database" * 1000)
+    elif damage == "cut":
+        del data[len(data) // 2 :]
+    elif damage == "flipped":
+        data[4096 : 3 * 4096] = b"\xff" * 8192
+    else:
+        data.clear()
+    file.write_bytes(data)
+    if damage == "cut":  # DuckDB opens this one and finds out when it reads
+        with pytest.raises(Misconfigured, match="is damaged"):
+            store.open(FIRST)
+        store.close()
+    assert store.generations() == []
+    assert store.open(FIRST) is None
+    assert file.with_name("w.duckdb.broken").read_bytes() == bytes(data)
+    store.apply(batch(10, put(ITEMS, 10, id=1), schemas=(ITEMS,)))
+    assert len(store.scan(None, 9)) == 1
+
+
+def test_a_file_that_another_process_has_is_refused(settings: Settings) -> None:
+    script = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, settings.warehouse], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(Misconfigured, match=rf"w\.duckdb.*PID {other.pid}") as raised:
+            DuckDBStore(settings, "warehouse").open(FIRST)
+        assert raised.value.code == "warehouse-locked"
+        other.communicate()
+
+
+def test_somebody_elses_database_is_refused_and_left_alone(settings: Settings) -> None:
+    with duckdb.connect(settings.warehouse) as bare:
+        bare.execute("CREATE TABLE mine AS SELECT 1")
+    store = DuckDBStore(settings, "warehouse")
+    with pytest.raises(Misconfigured, match="did not make"):
+        store.open(FIRST)
+    store.close()
+    with duckdb.connect(settings.warehouse) as bare:
+        assert bare.execute("SHOW TABLES").fetchall() == [("mine",)]
+
+
+def test_a_folder_in_place_of_the_file_is_misconfigured(settings: Settings) -> None:
+    Path(settings.warehouse).mkdir()
+    with pytest.raises(Misconfigured, match="cannot be opened"):
+        DuckDBStore(settings, "warehouse").open(FIRST)
+
+
+def test_a_size_that_is_none_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(Misconfigured, match="HEADRACE_WAREHOUSE_MEMORY='much'"):
+        DuckDBStore(Settings(warehouse=str(tmp_path / "w"), warehouse_memory="much"), "warehouse").open(FIRST)
+
+
+# Names and schemas
+
+
+def test_names_that_differ_only_in_case_and_taken_names_all_have_a_place(
+    store: DuckDBStore, settings: Settings
+) -> None:
+    many = [
+        schema("public.Users", id="integer", Id="text", _headrace_key="text"),
+        schema("public.users", id="integer"),
+        schema('public.odd"na.me', id="integer", **{'a "quoted" column': "text"}),
+        schema("main.items", id="integer"),
+        schema("g1.items", id="integer"),
+        schema("headrace.live", id="integer"),
+        schema("Sales.tags", id="integer"),
+        schema("sales.tags", id="integer"),
+        schema("w.items", id="integer"),
+    ]
+    changes = [put(of, 10, id=n, **dict.fromkeys((c.name for c in of.columns[1:]), "x")) for n, of in enumerate(many)]
+    store.apply(batch(10, *changes, schemas=tuple(many)))
+    store.promote()
+    assert rows(store) == {(change.table, change.key.decode()): change.row for change in changes}
+    assert len(ask(settings, "SELECT * FROM duckdb_views() WHERE NOT internal AND schema_name <> 'main'").rows) == 9
+    assert ask(settings, 'SELECT id, "Id_2", "_headrace_key_2" FROM "Users"').rows == [[0, "x", "x"]]
+    assert ask(settings, "SELECT * FROM users_2").rows == [[1]]
+    assert ask(settings, 'SELECT "a ""quoted"" column" FROM "odd""na.me"').rows == [["x"]]
+    assert ask(settings, "SELECT a.id, b.id, c.id FROM main_.items a, g1_.items b, w_.items c").rows == [[3, 4, 8]]
+    assert ask(settings, "SELECT * FROM headrace_.live").rows == [[5]]
+
+
+def test_a_known_table_without_rows_appears(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(10, schemas=(ITEMS,)))
+    store.promote()
+    assert ask(settings, "SELECT count(*) FROM items").rows == [[0]]
+    store.apply(batch(20, schemas=(ITEMS, TAGS)))
+    assert ask(settings, "SELECT count(*) FROM sales.tags").rows == [[0]]
+
+
+def test_columns_come_and_go_and_change_their_type(store: DuckDBStore, settings: Settings) -> None:
+    v1 = schema("public.t", 1, id="integer", n="integer", gone="text", note="character varying(10)")
+    v2 = schema("public.t", 2, id="integer", n="bigint", note="text", new="numeric(6,2)")
+    v3 = schema("public.t", 3, id="integer", n="text", new="date", note="integer", gone="integer")
+    store.apply(
+        batch(10, put(v1, 10, id=1, n=1, gone="x", note="7"), put(v1, 10, id=2, note="odd", n=5), schemas=(v1,))
+    )
+    store.promote()
+    store.apply(batch(20, put(v2, 20, id=3, n=2**40, new="1.50"), schemas=(v1, v2)))
+    assert ask(settings, "SELECT * FROM t ORDER BY id").rows == [
+        [1, 1, "7", None],
+        [2, 5, "odd", None],
+        [3, 2**40, None, "1.50"],
+    ]
+    store.apply(batch(30, put(v1, 30, id=4, n=4, gone="late", note="n"), schemas=(v1, v2)))
+    assert rows(store)["public.t", '{"id":4}'] == {"id": 4, "n": 4, "note": "n", "new": None}, (
+        "an older schema's record"
+    )
+    store.apply(batch(40, put(v3, 40, id=5, n="five", new="2026-01-01", gone=5, note=5), schemas=(v3,)))
+    answer = ask(settings, "SELECT * FROM t ORDER BY id")
+    assert answer.columns == ["id", "n", "new", "note", "gone"]
+    assert answer.rows == [
+        [1, "1", None, 7, None],
+        [2, "5", None, None, None],
+        [3, str(2**40), None, None, None],
+        [4, "4", None, None, None],
+        [5, "five", "2026-01-01", 5, 5],
+    ]
+    store.close()
+    store.open(FIRST)
+    assert [list(row.value) for row in store.scan(None, 1)] == [answer.columns]
+
+
+KINDS = ["integer", "text", "boolean", "double precision", "numeric(6,2)", "numeric", "date", "jsonb", "bytea", "uuid"]
+KINDS += ["timestamp without time zone", "timestamp with time zone", "integer[]", "text[]", "real"]
+
+
+@pytest.mark.parametrize("old", KINDS)
+def test_no_change_of_type_stops_the_consumer(store: DuckDBStore, old: str) -> None:
+    values = {"integer": 7, "boolean": True, "double precision": 1.5, "real": "NaN", "jsonb": {"a": 1}}
+    values |= {
+        "date": "0044-03-15 BC",
+        "numeric(6,2)": "1.50",
+        "bytea": "AP8=",
+        "integer[]": [[1], [2]],
+        "text[]": ["a"],
+    }
+    before = schema("public.t", 1, id="integer", **{f"c{n}": old for n in range(len(KINDS))})
+    after = schema("public.t", 2, id="integer", **{f"c{n}": new for n, new in enumerate(KINDS)})
+    value = values.get(old, "2026-01-01")
+    first = {f"c{n}": value for n in range(len(KINDS))}
+    store.apply(batch(10, put(before, 10, id=1, **first), put(before, 10, id=3, **first), schemas=(before,)))
+    second = {f"c{n}": values.get(new, "2026-01-01") for n, new in enumerate(KINDS)}
+    store.apply(batch(20, put(after, 20, id=2, **second), put(before, 15, id=1, **first), schemas=(before, after)))
+    kept = {row.key: row.value for row in store.scan(None, 9)}
+    # A uuid or a timestamp that was never one is kept as it came.
+    assert kept['{"id":2}'] == {"id": 2, **second}
+    same = f"c{KINDS.index(old)}"
+    assert kept['{"id":1}'][same] == kept['{"id":3}'][same] == value
+
+
+def test_a_column_that_comes_back_does_not_bring_old_values(store: DuckDBStore) -> None:
+    v1 = schema("public.t", 1, id="integer", d="date")
+    v2 = schema("public.t", 2, id="integer")
+    v3 = schema("public.t", 3, id="integer", d="date")
+    store.apply(batch(10, put(v1, 10, id=1, d="0044-03-15 BC"), schemas=(v1,)))
+    store.apply(batch(20, put(v2, 20, id=2), schemas=(v2,)))
+    store.apply(batch(30, put(v3, 30, id=3, d="2026-01-01"), schemas=(v3,)))
+    assert [row.value.get("d") for row in store.scan(None, 9)] == [None, None, "2026-01-01"]
+
+
+def test_staged_rows_of_several_schemas_are_merged_after_a_restart(store: DuckDBStore) -> None:
+    v1 = schema("public.t", 1, id="integer", a="text")
+    v2 = schema("public.t", 2, id="integer", a="text", b="integer")
+    store.apply(batch(1, schemas=()))
+    store.apply(batch(10, put(v1, 10, id=1, a="x"), schemas=(v1,), shown=1))
+    store.apply(batch(20, put(v2, 20, id=2, a="y", b=2), schemas=(v2,), shown=1))
+    store.close()
+    store.open(FIRST)
+    store.apply(batch(30, schemas=()))
+    assert [row.value for row in store.scan(None, 9)] == [{"id": 1, "a": "x", "b": None}, {"id": 2, "a": "y", "b": 2}]
