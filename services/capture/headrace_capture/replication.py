@@ -123,7 +123,9 @@ class Replication:
 
     def wait(self, seconds: float) -> None:
         """Wait until there is something to read, at most `seconds`."""
-        select.select([self._pg.socket], [], [], seconds)
+        waiting = select.poll()  # select() knows no descriptor above 1023
+        waiting.register(self._pg.socket, select.POLLIN)
+        waiting.poll(seconds * 1000)
 
     def confirm(self, lsn: int) -> None:
         """Tell Postgres that everything below `lsn` is covered by a committed checkpoint: it may forget it (S4)."""
