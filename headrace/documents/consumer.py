@@ -150,6 +150,10 @@ class DocumentConsumer:
         self._close_local()
         self.store.close()
 
+    def get(self, keys: Sequence[Cursor]) -> Sequence[ViewRow]:
+        """Return some documents as readers see them."""
+        return self.store.get([key for _, key in keys])
+
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them."""
         return self.store.scan(after, limit)

@@ -92,7 +92,7 @@ class LocalRows:
             self._db.executescript(_SCHEMA)
             kept = self._meta("fingerprint")
             if kept not in (None, fingerprint.encode()):
-                raise sqlite3.DatabaseError
+                raise sqlite3.DatabaseError  # noqa: TRY301  thrown away like one that is damaged
             self._db.execute("BEGIN")
             self._put("fingerprint", fingerprint.encode())
             position = self._meta("position")
@@ -173,7 +173,7 @@ class LocalRows:
 
     def _touch_joined(self, table: str, key: str, old: Row | None, new: Row | None) -> None:
         for link in self._links.values():
-            if link.many and link.table == table:
+            if link.many and link.table == table and link.other in self._keys:  # else there is no root yet
                 for parent in {_value(old, link.columns), _value(new, link.columns)} - {None}:
                     self._touch(link.document, str(parent))
             elif not link.many and link.other == table:

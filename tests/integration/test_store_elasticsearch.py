@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from elasticsearch import Elasticsearch as Client
 from elasticsearch import NotFoundError
-from headrace_ops import Stack
-from headrace_ops.elasticsearch import Elasticsearch
 
 from headrace.change import Position, Source, Version
 from headrace.consumer import Generation, ViewRow
@@ -21,6 +19,8 @@ from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.elasticsearch import ElasticsearchIndex, SearchReader
 from headrace.stores.elasticsearch import index as module
+from headrace_ops import Stack
+from headrace_ops.elasticsearch import Elasticsearch
 
 MAPPINGS = {"properties": {"name": {"type": "text"}, "stars": {"type": "float"}}}
 G1, G2 = Generation("search", 1, "abc"), Generation("search", 2, "abc")

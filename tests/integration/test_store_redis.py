@@ -239,7 +239,7 @@ def test_a_redis_that_is_full_is_transient(open_store: Open, client: redis.Redis
 
 
 def test_a_field_that_is_not_text_is_poison(open_store: Open) -> None:
-    with pytest.raises(Poison, match="'7'.*stars=4"):
+    with pytest.raises(Poison, match=r"'7'.*stars=4"):
         open_store().write([Doc("7", {"stars": 4}, Version(1, 1))], at(1))
 
 

@@ -67,9 +67,11 @@ def _why(error: ApiError) -> str:
 
 
 def reason_of(error: Mapping[str, Any]) -> str:
+    """Return what Elasticsearch says of an error, with its cause."""
     cause = error.get("caused_by") or {}
     return f"{error.get('reason')} {cause.get('reason', '')}".strip()
 
 
 def body_of(hit: Mapping[str, Any]) -> Row:
+    """Return the document of a hit as it was rendered."""
     return {name: value for name, value in hit["_source"].items() if name != "headrace"}

@@ -147,6 +147,11 @@ class ElasticsearchIndex:
         """Close the connections."""
         self._client.close()
 
+    def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
+        """Return some documents as readers see them."""
+        with errors():
+            return self._search({"bool": {"must_not": [_INTERNAL], "filter": [{"ids": {"values": ids}}]}}, len(ids))
+
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id.
 

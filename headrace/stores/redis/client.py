@@ -52,10 +52,12 @@ def errors() -> Iterator[None]:
 
 
 def version_text(version: Version) -> str:
+    """Return a version as text that sorts like it."""
     return f"{version.epoch:05d}-{version.lsn:015d}"
 
 
 def text_version(text: str | None) -> Version:
+    """Undo `version_text`; NOWHERE for what is not one."""
     if text is None or not re.fullmatch(r"\d{5}-\d{15}", text):
         return NOWHERE
     epoch, lsn = text.split("-")

@@ -148,6 +148,11 @@ class RedisPages:
         """Close the connections."""
         self._redis.close()
 
+    def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
+        """Return some pages as readers see them."""
+        with errors():
+            return self._read(ids)
+
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return pages as readers see them, by id. A scan lists the ids when it begins: Redis has no order."""
         start = after[1] if after else None
