@@ -86,6 +86,8 @@ class Consumer(Protocol):
         name: Names the view in commands, in control and in the store; set by the runner from the entry point.
         tables: ``schema.table`` of each table that it reads, or ALL.
         mirrors_rows: True when the view holds each table's rows as they are; verify then expects `SELECT * FROM table`.
+        get: Optional: ``get(keys: Sequence[Cursor]) -> Sequence[ViewRow]``, the rows of some keys as readers see them. Without it
+            verify's second look at a row is a scan from just before its key.
         progress: Set by the runner; call ``progress(done, total)`` in long work so that status can show it.
     """
 

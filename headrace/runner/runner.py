@@ -292,7 +292,9 @@ def _behind(target: Worker, wanted: Version) -> Misconfigured:
 
 
 def _named(consumer: Consumer, keys: list[tuple[str, str]]) -> list[ViewRow]:
-    """Return the rows of some keys: a scan from just before each."""
+    """Return the rows of some keys: by the consumer's own `get`, else by a scan from just before each."""
+    if get := getattr(consumer, "get", None):
+        return list(get(keys))
     found = [row for collection, key in keys for row in consumer.scan((collection, _just_before(key)), 1)]
     wanted = {(collection, key) for collection, key in keys}
     return [row for row in found if (row.collection, row.key) in wanted]

@@ -52,5 +52,8 @@ class DocumentStore(Protocol):
     def close(self) -> None:
         """Release connections."""
 
+    def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
+        """Return the documents of these ids that readers see, in any order."""
+
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id; `ViewRow.collection` is the empty text."""
