@@ -1,0 +1,134 @@
+"""SIGKILL of capture under load: an independent reader sees each committed number exactly once and no other."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+
+import psycopg
+import pytest
+
+from headrace.change import format_lsn
+from headrace.log import Log
+from headrace.settings import Settings
+from tests.fixtures.capture import (
+    capturing,
+    changes,
+    end,
+    eventually,
+    execute,
+    now,
+    prepare,
+    reached,
+    replay,
+    selected,
+    spawn,
+)
+
+T = "public.items"
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
+KEYS = 50
+
+
+class Load:
+    """Writes until told to stop: inserts, updates, deletes, changed keys; every row it writes has a number of its own."""
+
+    def __init__(self, settings: Settings, seed: int) -> None:
+        self.committed: list[int] = []
+        self._settings = settings
+        self._random = random.Random(seed)
+        self._number = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop, and wait until it has."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with psycopg.connect(self._settings.dsn) as connection:
+            while not self._stop.is_set():
+                written = [no for _ in range(self._random.choice([1, 1, 2, 40])) for no in self._change(connection)]
+                if self._random.random() < 0.1:
+                    connection.rollback()
+                else:
+                    connection.commit()
+                    self.committed += written
+
+    def _change(self, connection: psycopg.Connection[tuple[int]]) -> list[int]:
+        key, other = self._random.randrange(KEYS), self._random.randrange(KEYS)
+        what = self._random.random()
+        self._number += 1
+        if what < 0.15:
+            connection.execute("DELETE FROM items WHERE id = %s", [key])
+            return []
+        if what < 0.25:
+            moved = "UPDATE items SET id = %s, no = %s WHERE id = %s AND NOT EXISTS (SELECT FROM items WHERE id = %s)"
+            return [self._number] if connection.execute(moved, [other, self._number, key, other]).rowcount else []
+        written = "INSERT INTO items VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET no = excluded.no"
+        connection.execute(written, [key, self._number])
+        return [self._number]
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_six_kills_under_load(settings: Settings, seed: int) -> None:
+    """Each at another moment of the stream; after the last one the log equals the table."""
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        capture.reach()  # a snapshot shows no numbers that were written over before it
+    moments = random.Random(seed)
+    load = Load(settings, seed)
+    try:
+        for kill in range(6):
+            process = spawn(settings)
+            try:
+                lsn = now(settings)
+                reached(settings, lsn)
+                more = moments.randrange(10_000, 300_000)
+                eventually("there is work", lambda: now(settings) > lsn + more)  # noqa: B023  called at once
+            finally:
+                said = end(process)
+            newest = Log(settings).newest_checkpoint()
+            assert newest
+            print(f"seed {seed} kill {kill} {more} bytes of WAL after {format_lsn(lsn)}, log at {newest.version}: {said[-80:]}")  # noqa: T201
+    finally:
+        load.stop()
+    with capturing(settings) as capture:
+        capture.reach()
+    exactly(settings, load)
+
+
+def exactly(settings: Settings, load: Load) -> None:
+    """Each committed number is in the log once and no other is, in their order; and the log is the table."""
+    log = [change.row["no"] for change in changes(settings, T) if change.row]
+    assert Counter(log) == Counter(load.committed)
+    assert log == load.committed
+    assert replay(settings, T) == selected(settings, T)
+
+
+def test_killed_snapshots_leave_no_ghosts(settings: Settings) -> None:
+    """Killed twice while rows are published, rows deleted between; then the log equals the table (S6)."""
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 200000) i")
+    for kill in range(2):
+        process = spawn(settings)
+        try:
+            topic = Log(settings).topic_of(T)
+
+            def published() -> bool:
+                newest = Log(settings).newest_checkpoint()
+                return bool(newest and newest.snapshot == "running" and any(newest.ends.get(topic, [])))  # noqa: B023
+
+            eventually("rows of the snapshot are published", published)
+        finally:
+            end(process)
+        newest = Log(settings).newest_checkpoint()
+        assert newest
+        assert newest.snapshot == "running"
+        execute(settings, f"DELETE FROM items WHERE id % 1000 = {kill}")  # noqa: S608
+    with capturing(settings) as capture:
+        execute(settings, "DELETE FROM items WHERE id % 1000 = 2")
+        capture.reach()
+    assert replay(settings, T) == selected(settings, T)
