@@ -33,6 +33,7 @@ _FUNCTIONS = {
     *("pragma_table_info", "pragma_version"),
 }
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
+_LONG = {"UBIGINT", "HUGEINT", "UHUGEINT"}
 _NATIVE = _INTEGERS | {"BOOLEAN", "VARCHAR", "DOUBLE"}
 _BYTES = 32 * 1024 * 1024
 _BATCH = 1000
@@ -45,7 +46,7 @@ class Result:
     Attributes:
         columns: Names, in order; they may repeat.
         types: DuckDB's name of each column's type.
-        rows: Values: integers, floats, booleans and lists as themselves, bytes in base64, all others as DuckDB's text.
+        rows: Values: integers (to 64 bits), floats, booleans and lists as themselves, bytes in base64, all others as DuckDB's text.
         version: The state that it shows: the LSN of the source.
         truncated: Whether there were more rows than asked for.
     """
@@ -134,9 +135,16 @@ def _as_json(index: int, kind: str) -> str:
 def _values(values: list[Any], kind: str) -> list[Any]:
     if _nested(kind):
         return [value if value is None else read_json(value) for value in values]
+    if kind in _LONG:
+        return [value if value is None else _integer(int(value)) for value in values]
     if kind in {"FLOAT", "DOUBLE"}:
         return [value if value is None or math.isfinite(value) else str(value) for value in values]
     return values
+
+
+def _integer(value: int) -> int | str:
+    """Return an integer that JSON writers take: one of more than 64 bits is text."""
+    return value if -(1 << 63) <= value < 1 << 64 else str(value)
 
 
 def _nested(kind: str) -> bool:
