@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 import psycopg
 import pytest
+import redis
 from elasticsearch import Elasticsearch as Client
 
 from headrace import codec
@@ -26,7 +27,9 @@ from headrace.documents import Document, DocumentConsumer, Many, Node, One, coun
 from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
 from headrace.settings import Settings, environment
+from headrace.stores.duckdb import Database, DuckDBStore
 from headrace.stores.elasticsearch import ElasticsearchIndex
+from headrace.stores.redis import RedisPages
 from headrace_verify.expected import expectation
 from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference
 from headrace_verify.postgres import connect, moment
@@ -388,6 +391,64 @@ def test_documents_are_compared_exactly_under_load_and_meddling_is_found(shop: S
         client.close()
     assert seen.wrong == [Difference(DIFFERENT, "", "1", ("reviews",)), Difference(MISSING, "", "2")]
     assert [d.kind for d in more.wrong].count(EXTRA) == 1
+
+
+class Pages(DocumentConsumer):
+    """A page a product."""
+
+    document = Products.document
+    store = RedisPages("verify-pages")
+
+    def render(self, row: Node) -> Row | None:
+        return {"html": f"<h1>{row['name']}</h1>{count(row.reviews)}"}
+
+
+class Warehouse(DuckDBStore):
+    """The built-in one without its endpoint."""
+
+
+@pytest.mark.usefixtures("elasticsearch", "redis_server")
+def test_one_row_changed_removed_and_added_in_each_of_three_stores_are_nine_keys(shop: Settings) -> None:
+    views: dict[str, type[Any]] = {"products": Products, "pages": Pages, "warehouse": Warehouse}
+    with capturing(shop) as capture, serving(shop, **views) as control:
+        capture.reach()
+        for name in views:
+            eventually(f"{name} is live", lambda: any(r.live for r in control.reports().get(name, [])))  # noqa: B023
+        assert all(found(shop, consumer, name).clean for name, consumer in views.items())
+        _meddle_everywhere(shop)
+        seen = {name: found(shop, consumer, name) for name, consumer in views.items()}
+    docs = {(DIFFERENT, "", "1"), (MISSING, "", "2"), (EXTRA, "", "9999")}
+    table = "public.reviews"
+    rows_ = {(DIFFERENT, table, '{"id":1}'), (MISSING, table, '{"id":2}'), (EXTRA, table, '{"id":9999}')}
+    assert {name: {(d.kind, d.collection, d.key) for d in of.wrong} for name, of in seen.items()} == {
+        "products": docs,
+        "pages": docs,
+        "warehouse": rows_,
+    }
+    assert not any(of.undecided for of in seen.values())
+
+
+def _meddle_everywhere(settings: Settings) -> None:
+    client = Client(settings.elasticsearch)
+    (index,) = client.indices.get_alias(name="verify-products")
+    client.index(index=index, id="9999", document=client.get(index=index, id="3")["_source"])
+    client.update(index=index, id="1", doc={"reviews": 77})
+    client.delete(index=index, id="2", refresh=True)
+    client.close()
+    with redis.Redis.from_url(settings.redis) as pages:
+        pages.hset("verify-pages:1:1", "html", "<h1>other</h1>")
+        pages.delete("verify-pages:1:2")
+        pages.hset("verify-pages:1:9999", "html", "<h1>new</h1>")
+    database = Database.opened(settings.warehouse, settings.warehouse_memory)
+    try:
+        with database.cursor() as cursor:
+            cursor.execute("UPDATE g1.\"public.reviews\" SET body = 'y' WHERE id = 1")
+            cursor.execute('DELETE FROM g1."public.reviews" WHERE id = 2')
+            cursor.execute(
+                f'INSERT INTO g1."public.reviews" SELECT * REPLACE (\'{{"id":9999}}\' AS _headrace_key, 9999 AS id) FROM g1."public.reviews" WHERE id = 3'
+            )
+    finally:
+        database.release()
 
 
 def test_the_command_names_keys_and_exits_1(settings: Settings) -> None:

@@ -25,7 +25,7 @@ from headrace_verify.verify import Outcome, Verifier
 _SHOWN = 20
 
 Names = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME]...", help="Consumers; all that have been run when none is named.")
+    list[str] | None, typer.Argument(metavar="NAME...", help="Consumers; all that have been run when none is named.")
 ]
 Files = Annotated[
     list[str] | None,

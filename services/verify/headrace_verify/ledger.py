@@ -45,6 +45,7 @@ class Ledger:
         self._folder = TemporaryDirectory(prefix="headrace-verify-")
         self._db = sqlite3.connect(Path(self._folder.name) / "ledger.sqlite", isolation_level=None)
         self._db.executescript(_SCHEMA)
+        self._db.execute("BEGIN")  # never committed: nobody else reads it, and it goes with the folder
 
     def close(self) -> None:
         """Remove it."""
@@ -53,13 +54,11 @@ class Ledger:
 
     def add(self, rows: list[Expected], members: list[tuple[str, str, str, str]]) -> None:
         """Expect rows; `members` are (table, log's key, collection, document's key) of joined rows."""
-        self._db.execute("BEGIN")
         self._db.executemany(
             "INSERT OR REPLACE INTO expected VALUES (?, ?, ?, ?, ?, 0)",
             ((row.collection, row.key, *row.root, _packed(row.value)) for row in rows),
         )
         self._db.executemany("INSERT OR IGNORE INTO members VALUES (?, ?, ?, ?)", members)
-        self._db.execute("COMMIT")
 
     def count(self) -> int:
         """Return how many rows are expected."""
