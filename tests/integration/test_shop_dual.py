@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from decimal import Decimal
@@ -28,7 +27,7 @@ def shop(
     elasticsearch: object,
     redis_server: object,
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Settings]:
+) -> Settings:
     settings = replace(settings, warehouse_listen=f"127.0.0.1:{ports.choose()}")
     for name, value in environment(settings).items():
         monkeypatch.setitem(os.environ, name, value)
@@ -68,7 +67,7 @@ def test_the_replay_diverges_dually_and_not_through_the_log(shop: Settings) -> N
     assert "SIGKILL" in said[-1]
     with database.connect(shop.dsn) as connection:
         chosen = replay.plan(connection, seed=1)
-        prices = dict(connection.execute("SELECT id, price FROM products").fetchall())
+        prices = {key: price for key, price in connection.execute("SELECT id, price FROM products")}  # noqa: C416
     assert prices[chosen.raced] == chosen.price_b
     assert prices[chosen.orphaned] == chosen.price_c
     compared = replay.replay(shop, shop.dsn, "dual", seed=2, say=said.append)

@@ -121,7 +121,7 @@ def replay(
     *,
     writes: WriteMode = "log",
     seed: Seed = 1,
-    until_committed: Annotated[bool, typer.Option("--until-committed", hidden=True)] = False,
+    part: Annotated[Literal["", "race", "death"], typer.Option(hidden=True)] = "",
     dsn: Dsn = None,
     json: Json = False,
 ) -> None:
@@ -136,8 +136,9 @@ def replay(
 
     found = settings.load()
     address = dsn or found.dsn
-    if until_committed:
-        accidents.commit_and_wait(found, address, writes, seed)
+    if part:
+        play = accidents.play_race if part == "race" else accidents.play_death
+        play(found, address, writes, seed)
         return
     compared = accidents.replay(found, address, writes, seed, say=(lambda _: None) if json else typer.echo)
     if json:

@@ -9,7 +9,7 @@ will.
 Writing through the log, each editor's write has one step, so there is nothing to interleave and nothing to leave
 undone.
 
-DuckDB admits one process, so the dual writer's stores are closed while the process that dies has them.
+DuckDB admits one process, so the race is one process, the death another, and who compares opens the stores afterwards.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from headrace_shop.edits import SetPrice
 from headrace_shop.writes import LogWrites, Writes
 
 Say = Callable[[str], None]
+_BY_HAND = "Run it by hand."
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +62,27 @@ def plan(connection: Connection, seed: int) -> Plan:
 
 def replay(settings: Settings, dsn: str, mode: str, seed: int, say: Say) -> dict[str, tuple[int, int]]:
     """Replay both accidents; return (rows, differing rows) of each of the dual writer's views, nothing for ``log``."""
-    with database.connect(dsn) as connection:
-        chosen = plan(connection, seed)
-    first, second = SetPrice(chosen.raced, chosen.price_a), SetPrice(chosen.raced, chosen.price_b)
-    if mode == "log":
-        with closing(LogWrites(dsn)) as writes:
-            race(_steps(writes, first), _steps(writes, second), say)
-    else:
-        with closing(DualWrites(settings, dsn)) as writes:
-            writes.fill()
-            race(writes.steps(first), writes.steps(second), say)
-    die(["shop", "replay", "--until-committed", "--writes", mode, "--seed", str(seed), "--dsn", dsn], say)
+    command = ["shop", "replay", "--writes", mode, "--seed", str(seed), "--dsn", dsn, "--part"]
+    for line in _lines([*command, "race"]):
+        say(line)
+    die([*command, "death"], say)
     if mode == "log":
         return {}
     with closing(DualWrites(settings, dsn)) as writes:
         return writes.compare()
+
+
+def play_race(settings: Settings, dsn: str, mode: str, seed: int) -> None:
+    """Let two editors race; the dual writer's stores are filled first."""
+    chosen = _plan(dsn, seed)
+    first, second = SetPrice(chosen.raced, chosen.price_a), SetPrice(chosen.raced, chosen.price_b)
+    if mode == "log":
+        with closing(LogWrites(dsn)) as writes:
+            race(_steps(writes, first), _steps(writes, second), typer.echo)
+    else:
+        with closing(DualWrites(settings, dsn)) as dual:
+            dual.fill()
+            race(dual.steps(first), dual.steps(second), typer.echo)
 
 
 def race(first: Iterator[Any], second: Iterator[Any], say: Say) -> None:
@@ -102,21 +109,30 @@ def die(command: list[str], say: Say) -> None:
         line = process.stdout.readline() if process.stdout else ""
         process.kill()
     if not line:
-        raise Misconfigured(
-            "replay-failed", f"`headrace {' '.join(command)}` ended before it had committed.", "Run it by hand."
-        )
+        raise Misconfigured("replay-failed", f"`headrace {' '.join(command)}` ended before it had committed.", _BY_HAND)
     say(f"a process {line.strip()} and is killed before its next write (SIGKILL, pid {process.pid})")
 
 
-def commit_and_wait(settings: Settings, dsn: str, mode: str, seed: int) -> None:
+def play_death(settings: Settings, dsn: str, mode: str, seed: int) -> None:
     """Make the first step of a write, say so, and wait to be killed."""
-    with database.connect(dsn) as connection:
-        chosen = plan(connection, seed)
+    chosen = _plan(dsn, seed)
     edit = SetPrice(chosen.orphaned, chosen.price_c)
     steps = _steps(LogWrites(dsn), edit) if mode == "log" else DualWrites(settings, dsn).steps(edit)
     next(steps)
     typer.echo(f"commits the price {chosen.price_c} of product {chosen.orphaned} in Postgres")
     sys.stdin.read()
+
+
+def _plan(dsn: str, seed: int) -> Plan:
+    with database.connect(dsn) as connection:
+        return plan(connection, seed)
+
+
+def _lines(command: list[str]) -> list[str]:
+    done = subprocess.run([sys.executable, "-m", "headrace", *command], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise Misconfigured("replay-failed", f"`headrace {' '.join(command)}` ended with {done.returncode}.", _BY_HAND)
+    return done.stdout.splitlines()
 
 
 def _steps(writes: Writes, edit: SetPrice) -> Iterator[Any]:
