@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,21 @@ def test_what_a_dead_process_left_half_unpacked_is_removed(empty_cache: Path, mo
     place = artifacts.get(wanted(lambda brought, filled: (brought / "file").rename(filled / "file")))
     assert (place / "file").read_text() == "x"
     assert sorted(path.name for path in empty_cache.iterdir()) == [".lock", "thing-1"]
+
+
+def test_two_who_want_the_same_thing_at_once_fetch_it_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[Path] = []
+
+    def download(_artifact: Artifact, folder: Path, _report: object) -> None:
+        fetched.append(folder)
+        (folder / "file").write_text("x")
+
+    monkeypatch.setattr(artifacts, "_download", download)
+    thing = wanted(lambda brought, filled: (brought / "file").rename(filled / "file"))
+    with ThreadPoolExecutor(8) as pool:
+        places = set(pool.map(lambda _: artifacts.get(thing), range(8)))
+    assert places == {empty_cache / "thing-1"}
+    assert len(fetched) == 1
 
 
 def test_a_full_disk_is_named_with_what_is_needed(tmp_path: Path) -> None:
