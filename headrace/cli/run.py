@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -41,7 +42,7 @@ def run(names: Names = None, consumer: Files = None) -> None:
     if not chosen:
         typer.echo("Name a consumer (headrace plugins lists them) or give --consumer FILE.py:CLASS.", err=True)
         raise typer.Exit(USAGE)
-    runner.run(load(), chosen, lambda line: typer.echo(line))
+    runner.run(load(), chosen, typer.echo)
 
 
 def plugins(json: AsJson = False) -> None:
@@ -72,7 +73,7 @@ def settings(json: AsJson = False) -> None:
     """
     now = load()
     rows = [
-        {"setting": name, "value": str(getattr(now, name[9:].lower())), "default": default, "meaning": doc}
+        {"setting": name, "value": _masked(str(getattr(now, name[9:].lower()))), "default": default, "meaning": doc}
         for name, default, doc in table()
     ]
     if json:
@@ -84,6 +85,11 @@ def settings(json: AsJson = False) -> None:
             row["setting"], row["value"], row["default"] if row["default"] != row["value"] else "", row["meaning"]
         )
     out.print(shown)
+
+
+def _masked(value: str) -> str:
+    """Hide the password of an address."""
+    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)
 
 
 def _package(entry: object) -> str:

@@ -8,8 +8,10 @@ from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from headrace.change import format_lsn
@@ -74,10 +76,12 @@ def status(
 def _facts(settings: Settings, control: Control, name: str | None) -> Facts:
     reports = control.reports()
     wanted = {n: found for n, found in reports.items() if name in {None, n}}
+    captures = reports.get("capture", [])
+    source = captures[-1] if captures else None
     return {
         "source": {"name": settings.source} | _slot(settings),
-        "capture": [_said(report) for report in reports.get("capture", [])],
-        "consumers": {n: [_said(report) for report in found] for n, found in wanted.items() if n != "capture"},
+        "capture": [_said(report, source) for report in captures],
+        "consumers": {n: [_said(report, source) for report in found] for n, found in wanted.items() if n != "capture"},
     }
 
 
@@ -92,7 +96,11 @@ def _slot(settings: Settings) -> Facts:
     return {}
 
 
-def _said(report: Report) -> Facts:
+def _said(report: Report, source: Report | None) -> Facts:
+    records, wal, behind = report.lag
+    if source is not None and source.version.epoch == report.version.epoch:
+        # Counted to what is captured now: a process that died still says what was missing when it last spoke.
+        wal = max(wal, source.version.lsn - report.version.lsn) if report.dead else wal
     return {
         "generation": report.generation,
         "fingerprint": report.fingerprint,
@@ -101,7 +109,7 @@ def _said(report: Report) -> Facts:
         "epoch": report.version.epoch,
         "lsn": report.version.lsn,
         "applied": format_lsn(report.version.lsn),
-        "lag": {"records": report.lag[0], "wal_bytes": report.lag[1], "seconds": round(report.lag[2], 3)},
+        "lag": {"records": records, "wal_bytes": wal, "seconds": round(behind, 3)},
         "rate": report.rate,
         "eta_seconds": report.eta if report.eta >= 0 else None,
         "progress": list(report.progress),
@@ -114,53 +122,65 @@ def _said(report: Report) -> Facts:
 
 
 def _view(facts: Facts) -> Group:
-    return Group(_source_line(facts), _table(facts))
+    notes = [note for name, report in _named(facts) if (note := _note(name, report))]
+    return Group(_source_line(facts), _table(facts), *notes)
+
+
+def _named(facts: Facts) -> list[tuple[str, Facts]]:
+    everyone = [("capture", facts["capture"]), *facts["consumers"].items()]
+    return [(name, report) for name, reports in everyone for report in reports]
 
 
 def _source_line(facts: Facts) -> str:
     source = facts["source"]
     if "error" in source:
-        return f"source [bold]{source['name']}[/bold]: [red]{source['error']}[/red]"
-    held = source.get("wal_held_bytes")
-    parts = [f"source [bold]{source['name']}[/bold]"]
-    if source.get("exists") is False:
-        parts.append("[red]no slot: run headrace capture[/red]")
-    if held is not None:
-        parts.append(f"slot {source.get('slot', '')} {'active' if source.get('active') else 'not active'}")
-        parts.append(f"at {source.get('confirmed_flush_lsn')}, {size(held)} of WAL held back")
-    return ", ".join(parts)
+        return f"source [bold]{source['name']}[/bold]: [red]{source['error']}[/red] {source.get('remedy', '')}"
+    if not source.get("exists", True):
+        return f"source [bold]{source['name']}[/bold]: [red]no slot[/red]; run: headrace capture"
+    if "confirmed_flush_lsn" not in source:
+        return f"source [bold]{source['name']}[/bold]"
+    active = "active" if source["active"] else "[red]not active[/red]"
+    held = size(source["wal_held_bytes"] or 0)
+    return f"source [bold]{source['name']}[/bold]: slot {active}, at {source['confirmed_flush_lsn']}, {held} of WAL held back"
 
 
 def _table(facts: Facts) -> Table:
-    table = Table(
-        "name", "gen", "phase", "records behind", "WAL behind", "seconds", "applied LSN", "changes/s", "left", "reason"
-    )
-    for name, reports in [("capture", facts["capture"]), *facts["consumers"].items()]:
-        for report in reports:
-            table.add_row(*_row(name, report))
+    table = Table("name", "phase", "applied", "behind", "rate", "left", box=SIMPLE, pad_edge=False)
+    for name, report in _named(facts):
+        table.add_row(*_row(name, report))
     return table
 
 
 def _row(name: str, report: Facts) -> list[str]:
-    lag = report["lag"]
     done, total = report["progress"]
     phase = report["phase"] + (f" {100 * done // total}%" if total else "")
     colour = _COLOURS.get(report["phase"], "cyan")
-    generation = f"{report['generation'] or ''}{' *' if report['live'] else ''}"
-    left = seconds(report["eta_seconds"]) if report["eta_seconds"] is not None else ""
-    reason = f"{report['reason']} {report['remedy']}".strip()
+    generation = f" g{report['generation']}" if report["generation"] else ""
     return [
-        name,
-        generation,
+        name + generation,
         f"[{colour}]{phase}[/{colour}]",
-        str(lag["records"]),
-        size(lag["wal_bytes"]),
-        f"{lag['seconds']:.1f}",
         report["applied"],
-        f"{report['rate']:.0f}",
-        left,
-        reason,
+        _behind(report["lag"]),
+        f"{report['rate']:.0f}/s",
+        seconds(report["eta_seconds"]) if report["eta_seconds"] is not None else "",
     ]
+
+
+def _behind(lag: Facts) -> str:
+    parts = [
+        f"{lag['records']} records" if lag["records"] else "",
+        size(lag["wal_bytes"]) if lag["wal_bytes"] else "",
+        seconds(lag["seconds"]) if lag["seconds"] else "",
+    ]
+    return ", ".join(part for part in parts if part) or "nothing"
+
+
+def _note(name: str, report: Facts) -> str:
+    if report["phase"] == "dead":
+        command = "headrace capture" if name == "capture" else f"headrace run {name}"
+        return f"[red]{name}[/red]: no word for {seconds(report['age_seconds'])}; run: {command}"
+    reason = f"{report['reason']} {report['remedy']}".strip()
+    return f"[yellow]{name} g{report['generation']}[/yellow]: {escape(reason)}" if reason else ""
 
 
 def _check(control: Control, name: str | None, most: float) -> None:
