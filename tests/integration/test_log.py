@@ -17,6 +17,7 @@ from headrace.log.topics import checkpoints_topic
 from headrace.settings import Settings
 from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed
 
+
 def drain(reader: Reader, until: Version, seconds: float = 20.0) -> list[Batch]:
     """Poll until a batch completes `until` exactly."""
     batches: list[Batch] = []
@@ -172,7 +173,7 @@ def test_old_checkpoints_are_tombstoned_and_never_the_newest(feed: Feed, monkeyp
         (lambda p: replace(p, source=replace(SOURCE, slot="other")), "position-of-another-source"),
         (lambda p: replace(p, version=Version(1, 10**9)), "position-ahead"),
         (lambda p: replace(p, appended=1), "away-too-long"),
-        (lambda p: replace(p, topics={topic: "other" for topic in p.topics}), "topic-replaced"),
+        (lambda p: replace(p, topics=dict.fromkeys(p.topics, "other")), "topic-replaced"),
     ],
 )
 def test_a_position_that_makes_no_sense_is_refused(feed: Feed, spoil: object, code: str) -> None:

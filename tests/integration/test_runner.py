@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.change import NOWHERE
+from headrace.change import NOWHERE, Position
 from headrace.consumer import Batch, Generation
 from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Poison
@@ -87,7 +87,9 @@ def serve(settings: Settings) -> Iterator[Callable[..., Served]]:
         served.stop()
 
 
-def test_the_first_build_promotes_itself_and_follows(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
+def test_the_first_build_promotes_itself_and_follows(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
     served = serve()
@@ -100,7 +102,9 @@ def test_the_first_build_promotes_itself_and_follows(feed: Feed, settings: Setti
     assert served.report(1).lag == (0, 0, 0.0)
 
 
-def test_a_restarted_runner_goes_on_where_the_store_says(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
+def test_a_restarted_runner_goes_on_where_the_store_says(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 10))
     served = serve()
@@ -115,7 +119,9 @@ def test_a_restarted_runner_goes_on_where_the_store_says(feed: Feed, settings: S
     assert runner.await_phase(1, "live").live
 
 
-def test_a_rebuild_stands_beside_the_live_one_until_promoted(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
+def test_a_rebuild_stands_beside_the_live_one_until_promoted(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
     view = Plain(settings, "plain")
     feed.cut(*((ITEMS, n, n) for n in range(50)))
     served = serve()
@@ -140,11 +146,13 @@ def test_a_rebuild_stands_beside_the_live_one_until_promoted(feed: Feed, setting
     assert "2" not in [str(report.generation) for report in control.reports()["plain"]]
 
 
-def test_readers_never_go_back_in_time_over_promotions(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
+def test_readers_never_go_back_in_time_over_promotions(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 0))
     served = serve()
-    wait_for(lambda: view.rows())
+    wait_for(view.rows)
     seen: list[int] = []
     stopping = threading.Event()
 
@@ -192,7 +200,7 @@ def test_a_store_that_is_away_is_waited_for(
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 10))
     served = serve()
-    wait_for(lambda: view.rows())
+    wait_for(view.rows)
     monkeypatch.setattr(Plain, "away", True)
     feed.cut((ITEMS, 2, 20))
     report = served.await_phase(1, "waiting")
@@ -211,11 +219,13 @@ class Picky(Plain):
         super().apply(batch)
 
 
-def test_poison_stops_the_consumer_and_loses_nothing(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
+def test_poison_stops_the_consumer_and_loses_nothing(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
     view = Plain(settings, "picky")
     feed.cut((ITEMS, 1, 10))
     served = serve(Picky, "picky")
-    wait_for(lambda: view.rows())
+    wait_for(view.rows)
     feed.cut((ITEMS, 2, 13), (ITEMS, 3, 30))
     report = served.await_phase(1, "stopped")
     assert report.code == "unlucky"
@@ -224,7 +234,9 @@ def test_poison_stops_the_consumer_and_loses_nothing(feed: Feed, settings: Setti
     assert isinstance(served.runner.failed(), Poison)
 
 
-def test_new_code_leaves_the_live_view_readable_and_still(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
+def test_new_code_leaves_the_live_view_readable_and_still(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
     view = Plain(settings, "plain")
     first = feed.cut((ITEMS, 1, 10))
     view.open(Generation("plain", 1, "older code"))
@@ -247,7 +259,7 @@ def test_new_code_leaves_the_live_view_readable_and_still(feed: Feed, settings: 
     assert [g.live for g in view.generations()] == [True, False]
 
 
-def feed_position(feed: Feed):  # type: ignore[no-untyped-def]
+def feed_position(feed: Feed) -> Position:
     reader = feed.log.reader([ITEMS], None)
     while True:
         batch = reader.poll(0.2)
@@ -262,7 +274,7 @@ def test_a_position_of_another_log_is_refused_and_waits_for_a_rebuild(
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 10))
     served = serve()
-    wait_for(lambda: view.rows())
+    wait_for(view.rows)
     served.stop()
     position = feed_position(feed)
     position.topics = dict.fromkeys(position.topics, "another")

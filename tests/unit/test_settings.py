@@ -1,0 +1,57 @@
+"""Settings: the environment wins over the file, and what is not known is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from headrace.errors import Misconfigured
+from headrace.settings import Settings, environment, load, table
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "headrace.toml"
+    file.write_text('source = "file"\npartitions = 3\n')
+    settings = load({"HEADRACE_SOURCE": "shop"}, config=file)
+    assert (settings.source, settings.partitions, settings.slot) == ("shop", 3, "headrace")
+
+
+def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "other.toml"
+    file.write_text("cut_ms = 7")
+    assert load({"HEADRACE_CONFIG": str(file)}).cut_ms == 7
+
+
+@pytest.mark.parametrize(
+    ("environ", "code", "said"),
+    [
+        ({"HEADRACE_PARTITION": "1"}, "unknown-setting", "HEADRACE_PARTITIONS"),
+        ({"HEADRACE_NONSENSE": "1"}, "unknown-setting", "headrace settings"),
+        ({"HEADRACE_CUT_MS": "soon"}, "bad-setting", "HEADRACE_CUT_MS"),
+        ({"HEADRACE_CUT_MS": "-1"}, "bad-setting", "HEADRACE_CUT_MS"),
+        ({"HEADRACE_CONFIG": "no/such/file.toml"}, "config-file", "HEADRACE_CONFIG"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(environ: dict[str, str], code: str, said: str) -> None:
+    with pytest.raises(Misconfigured) as caught:
+        load(environ)
+    assert caught.value.code == code
+    assert said in str(caught.value)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "headrace.toml"
+    file.write_text("source = [")
+    with pytest.raises(Misconfigured, match=r"headrace\.toml"):
+        load({}, config=file)
+
+
+def test_the_environment_of_settings_gives_them_back() -> None:
+    settings = Settings(source="shop", partitions=4)
+    assert environment(settings) == {"HEADRACE_SOURCE": "shop", "HEADRACE_PARTITIONS": "4"}
+    assert load(environment(settings)) == settings
+
+
+def test_every_setting_has_a_meaning() -> None:
+    assert all(meaning for _, _, meaning in table())
