@@ -88,9 +88,9 @@ def test_killed_between_any_two_steps_of_a_cut(settings: Settings) -> None:
     died = set()
     for steps_left in itertools.count(1):
         one, *many = [next(numbers) for _ in range(3)]
-        execute(settings, f"INSERT INTO items VALUES ({one}, {one})")  # noqa: S608
+        execute(settings, f"INSERT INTO items VALUES ({one}, {one})")
         values = ", ".join(f"({no}, {no})" for no in many)
-        execute(settings, f"BEGIN; INSERT INTO items VALUES {values}; DELETE FROM items WHERE id = {one}; COMMIT")  # noqa: S608
+        execute(settings, f"BEGIN; INSERT INTO items VALUES {values}; DELETE FROM items WHERE id = {one}; COMMIT")
         where = die_at(settings, steps_left)
         if where is None:
             break
@@ -112,7 +112,11 @@ def test_killed_between_any_two_steps_of_the_snapshot(settings: Settings) -> Non
         if die_at(settings, steps_left) is None:
             break
         gone = min(steps_left, 4)  # more ghosts at each attempt would need more steps at each attempt
-        execute(settings, f"DELETE FROM items WHERE id = {gone}", f"INSERT INTO items VALUES ({gone + 4}, 0) ON CONFLICT DO NOTHING")  # noqa: S608
+        execute(
+            settings,
+            f"DELETE FROM items WHERE id = {gone}",
+            f"INSERT INTO items VALUES ({gone + 4}, 0) ON CONFLICT DO NOTHING",
+        )
     assert steps_left > 10
     with capturing(settings) as capture:
         execute(settings, "INSERT INTO items VALUES (0, 0)")

@@ -18,7 +18,7 @@ def cstring(text: str) -> bytes:
     return text.encode() + b"\0"
 
 
-def row(*values: bytes | None | p.Unchanged) -> bytes:
+def row(*values: bytes | p.Unchanged | None) -> bytes:
     parts = [struct.pack(">H", len(values))]
     for value in values:
         if value is None:
@@ -30,7 +30,9 @@ def row(*values: bytes | None | p.Unchanged) -> bytes:
     return b"".join(parts)
 
 
-COLUMNS = b"\x01" + cstring("id") + struct.pack(">Ii", 23, -1) + b"\x00" + cstring("näme") + struct.pack(">Ii", 1043, 104)
+COLUMNS = (
+    b"\x01" + cstring("id") + struct.pack(">Ii", 23, -1) + b"\x00" + cstring("näme") + struct.pack(">Ii", 1043, 104)
+)
 EXAMPLES: list[tuple[bytes, p.Parsed]] = [
     (b"B" + struct.pack(">QqI", 0x17ABA90, SECOND, 771), p.Begin(0x17ABA90, Y2K_MS + 1000, 771)),
     (b"C\0" + struct.pack(">QQq", 5, 9, -SECOND), p.Commit(5, 9, Y2K_MS - 1000)),
@@ -47,13 +49,22 @@ EXAMPLES: list[tuple[bytes, p.Parsed]] = [
     (b"Y" + struct.pack(">I", 7) + cstring("public") + cstring("mood"), p.Type(7, "public", "mood")),
     (b"I" + struct.pack(">I", 7) + b"N" + row(b"1", None, b""), p.Insert(7, [b"1", None, b""])),
     (b"U" + struct.pack(">I", 7) + b"N" + row(b"1", p.UNCHANGED), p.Update(7, None, False, [b"1", p.UNCHANGED])),
-    (b"U" + struct.pack(">I", 7) + b"K" + row(b"1", None) + b"N" + row(b"2", b"x"), p.Update(7, [b"1", None], False, [b"2", b"x"])),
-    (b"U" + struct.pack(">I", 7) + b"O" + row(b"1", b"w") + b"N" + row(b"1", b"x"), p.Update(7, [b"1", b"w"], True, [b"1", b"x"])),
+    (
+        b"U" + struct.pack(">I", 7) + b"K" + row(b"1", None) + b"N" + row(b"2", b"x"),
+        p.Update(7, [b"1", None], False, [b"2", b"x"]),
+    ),
+    (
+        b"U" + struct.pack(">I", 7) + b"O" + row(b"1", b"w") + b"N" + row(b"1", b"x"),
+        p.Update(7, [b"1", b"w"], True, [b"1", b"x"]),
+    ),
     (b"D" + struct.pack(">I", 7) + b"K" + row(b"1", None), p.Delete(7, [b"1", None], False)),
     (b"D" + struct.pack(">I", 7) + b"O" + row(b"1", b"x"), p.Delete(7, [b"1", b"x"], True)),
     (b"T" + struct.pack(">IBII", 2, 3, 7, 8), p.Truncate((7, 8), True, True)),
     (b"O" + struct.pack(">Q", 4) + cstring("elsewhere"), p.Origin(4, "elsewhere")),
-    (b"M\1" + struct.pack(">Q", 4) + cstring("headrace") + struct.pack(">I", 2) + b"hi", p.Message(True, 4, "headrace", b"hi")),
+    (
+        b"M\1" + struct.pack(">Q", 4) + cstring("headrace") + struct.pack(">I", 2) + b"hi",
+        p.Message(True, 4, "headrace", b"hi"),
+    ),
 ]
 NAMES = [type(parsed).__name__ for _, parsed in EXAMPLES]
 
@@ -104,7 +115,7 @@ VALUES = st.lists(st.one_of(st.none(), st.binary(max_size=50), st.just(p.UNCHANG
 
 
 @given(VALUES)
-def test_any_row_comes_back(values: list[bytes | None | p.Unchanged]) -> None:
+def test_any_row_comes_back(values: list[bytes | p.Unchanged | None]) -> None:
     """Whatever the values hold."""
     parsed = p.parse(b"I" + struct.pack(">I", 1) + b"N" + row(*values))
     assert parsed == p.Insert(1, values)

@@ -66,7 +66,11 @@ def test_scalars(base: str, text: bytes, expected: bytes) -> None:
         ("int4", b"{{1,2},{3,4}}", b"[[1,2],[3,4]]"),
         ("int4", b"[0:1]={3,4}", b"[3,4]"),
         ("int4", b"[1:2][-1:0]={{1,2},{3,4}}", b"[[1,2],[3,4]]"),
-        ("text", b'{"a,b","c\\"d","e\\\\f",NULL,"NULL","","{x}",plain}', b'["a,b","c\\"d","e\\\\f",null,"NULL","","{x}","plain"]'),
+        (
+            "text",
+            b'{"a,b","c\\"d","e\\\\f",NULL,"NULL","","{x}",plain}',
+            b'["a,b","c\\"d","e\\\\f",null,"NULL","","{x}","plain"]',
+        ),
         ("bytea", b'{"\\\\x00ff"}', b'["AP8="]'),
         ("jsonb", b'{"{\\"a\\": [1, 2]}"}', b'[{"a": [1, 2]}]'),
         ("box", b"{(1,1),(0,0);(2,2),(1,1)}", b'["(1,1),(0,0)","(2,2),(1,1)"]'),
@@ -125,7 +129,15 @@ def escape(value: str | None) -> bytes:
     """Write a field as COPY does."""
     if value is None:
         return b"\\N"
-    for plain, escaped in (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"), ("\b", "\\b"), ("\f", "\\f"), ("\v", "\\v")):
+    for plain, escaped in (
+        ("\\", "\\\\"),
+        ("\t", "\\t"),
+        ("\n", "\\n"),
+        ("\r", "\\r"),
+        ("\b", "\\b"),
+        ("\f", "\\f"),
+        ("\v", "\\v"),
+    ):
         value = value.replace(plain, escaped)
     return value.encode()
 
@@ -164,6 +176,6 @@ def test_members_of_a_record_stand_as_they_were_written(row: dict[str, object]) 
         (f"{(1 << 33) - 5}:{(1 << 33) - 1}:", 3, False),
     ],
 )
-def test_a_snapshot_sees_what_committed_before_it(snapshot: str, xid: int, seen: bool) -> None:  # noqa: FBT001
+def test_a_snapshot_sees_what_committed_before_it(snapshot: str, xid: int, seen: bool) -> None:
     """Transaction ids of the stream are the low 32 bits; they wrap."""
     assert sees(snapshot, xid) is seen

@@ -255,7 +255,7 @@ def _told(source: Source) -> str:
 
 def _slot(connection: catalog.Connection, name: str) -> Slot | None:
     invalidated = "invalidation_reason" if connection.info.server_version >= 170000 else "NULL"
-    query = sql.SQL(_SLOT).format(sql.SQL(invalidated))  # type: ignore[arg-type]
+    query = sql.SQL(_SLOT).format(sql.SQL(invalidated))
     with postgres_errors("looking at the slot"):
         row = connection.execute(query, [name]).fetchone()
     return Slot(row[0], row[1], row[2], parse_lsn(row[3]), row[4]) if row else None

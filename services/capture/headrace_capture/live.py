@@ -62,7 +62,7 @@ class LiveKeys:
                 tick()
         self._take(bunch)
 
-    def keys(self, below: int | None = None) -> Iterator[bytes]:
+    def each(self, below: int | None = None) -> Iterator[bytes]:
         """Yield the live keys in their order; only those whose newest record has a commit LSN below `below`, if given."""
         bound = (1 << 63) - 1 if below is None else below
         after = b""

@@ -91,7 +91,8 @@ class Relations:
         if known.key != wanted.key:
             raise Misconfigured(
                 "key-changed",
-                f"The key of {wanted.table} was ({', '.join(known.key)}) and is ({', '.join(wanted.key)}): a key cannot change under a topic.",
+                f"The key of {wanted.table} was ({', '.join(known.key)}) and is ({', '.join(wanted.key)}): "
+                "a key cannot change under a topic.",
                 _AGAIN,
             )
         return known if known.columns == wanted.columns else replace(wanted, version=known.version + 1)

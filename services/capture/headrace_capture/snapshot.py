@@ -129,7 +129,7 @@ class Snapshot:
                 continue
             with LiveKeys(self._log, name) as live:
                 live.catch_up(self._progress.beat)
-                for count, key in enumerate(live.keys(below=version.lsn), start=1):
+                for count, key in enumerate(live.each(below=version.lsn), start=1):
                     self._writer.produce(table.topic, key, stamp.value(table, 0, DELETE, NULL), stamp.headers(table, 0))
                     self._writer.produce(table.topic, key, None, stamp.headers(table, 0))
                     if not count % _LOOK_AROUND:
@@ -157,7 +157,7 @@ def _query(table: catalog.Table, only: str | None) -> sql.Composed:
     """Return the COPY of what the stream would send: its columns, its row filter, its rows (an ordinary table's own only)."""
     columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.published)
     source = table.identifier if table.kind == "p" else sql.SQL("ONLY {}").format(table.identifier)
-    where = sql.SQL(f" WHERE {only}") if only else sql.SQL("")  # type: ignore[arg-type]  # Postgres's own text of the filter
+    where = sql.SQL(f" WHERE {only}") if only else sql.SQL("")  # Postgres's own text of the filter
     return sql.SQL("COPY (SELECT {} FROM {}{}) TO STDOUT").format(columns, source, where)
 
 

@@ -149,7 +149,8 @@ class Stream:
         assert self._half is not None
         return Misconfigured(
             "partial-missing",
-            f"The log holds half of the transaction committed at {format_lsn(self._half[0])}; Postgres went on to {format_lsn(lsn)} without it.",
+            f"The log holds half of the transaction committed at {format_lsn(self._half[0])}; "
+            f"Postgres went on to {format_lsn(lsn)} without it.",
             "Start again from zero: headrace teardown --topics, then setup and capture.",
         )
 
@@ -228,7 +229,7 @@ class Stream:
             self._seal_partial()
             with LiveKeys(self._log, table.name) as live:
                 live.catch_up(self._tick)
-                for key in live.keys():
+                for key in live.each():
                     self._put_delete(table, key)
                     if self._cut.full:
                         self._seal_partial()

@@ -76,9 +76,9 @@ class Table:
         try:
             return self._row % tuple(
                 [
-                    NULL if value is None else convert(value)
+                    NULL if value is None else convert(value)  # type: ignore[arg-type]  # UNCHANGED fails, as it should
                     for convert, value in zip(self._converters, values, strict=True)
-                ]  # type: ignore[arg-type]
+                ]
             )
         except (ValueError, TypeError, AttributeError, IndexError):
             return self.row_of_any(values)
