@@ -32,12 +32,22 @@ Files = Annotated[
     typer.Option("--consumer", metavar="FILE.py:CLASS", help="A consumer in one file; may be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, with every key.")]
+Number = Annotated[
+    int | None,
+    typer.Option("--generation", help="Compare this one, for example before it is promoted; else the live one."),
+]
 Timeout = Annotated[
     float, typer.Option("--timeout", help="Longest wait, s, for a view to catch up, and for busy rows to be decided.")
 ]
 
 
-def verify(names: Names = None, consumer: Files = None, timeout: Timeout = 60.0, json: AsJson = False) -> None:
+def verify(
+    names: Names = None,
+    consumer: Files = None,
+    generation: Number = None,
+    timeout: Timeout = 60.0,
+    json: AsJson = False,
+) -> None:
     """Compare every row of a view with Postgres, also while both go on, and print what is missing, extra or different.
 
     A difference counts unless the log has a change of that row which the snapshot of Postgres could not see; such rows are
@@ -66,7 +76,7 @@ def verify(names: Names = None, consumer: Files = None, timeout: Timeout = 60.0,
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None),
             timeout,
         )
-        for outcome in verifier.verify(chosen):
+        for outcome in verifier.verify(chosen, generation):
             facts.append(_facts(outcome, None if json else _SHOWN))
             outcome.close()
     if json:

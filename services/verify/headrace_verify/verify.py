@@ -43,7 +43,7 @@ class Outcome:
     """What was found in one view. `close` removes the file behind it.
 
     Attributes:
-        generation: The live one, which was compared.
+        generation: The one that was compared.
         lsn: Every view was compared at this LSN or later.
         rows: How many rows were expected.
         notes: What a reader should know: tables that are inexact or not compared.
@@ -79,15 +79,19 @@ class Verifier:
         self._progress = progress
         self._timeout = timeout
 
-    def verify(self, consumers: dict[str, type[Consumer]]) -> Iterator[Outcome]:
+    def verify(self, consumers: dict[str, type[Consumer]], generation: int | None = None) -> Iterator[Outcome]:
         """Yield the outcome of each view; all are compared with the same snapshot.
+
+        Args:
+            consumers: Name to class.
+            generation: Which one of each; the live one when None.
 
         Raises:
             Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, and what
                 stopped a view.
             Transient: `view-behind`, `postgres-away`.
         """
-        views = {name: self._live(name, consumer) for name, consumer in consumers.items()}
+        views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
         with closing(connect(self._log.settings)) as connection, _postgres_errors():
             before = self._checkpoint()
             ledgers: dict[str, tuple[Expectation, Ledger]] = {}
@@ -111,15 +115,16 @@ class Verifier:
 
     # Before
 
-    def _live(self, name: str, consumer: type[Consumer]) -> Report:
-        live = [report for report in self._control.running(name) if report.live]
-        if not live:
-            said = f"{name} has no live generation yet."
+    def _served(self, name: str, consumer: type[Consumer], generation: int | None) -> Report:
+        running = self._control.running(name)
+        found = [report for report in running if (report.generation == generation if generation else report.live)]
+        if not found:
+            said = f"{name} has no generation {generation}." if generation else f"{name} has no live generation yet."
             raise Misconfigured("no-live-generation", said, "Wait for its first build: headrace status --watch")
-        if live[0].fingerprint != fingerprint(consumer):
-            said = f"The live generation {live[0].generation} of {name} was built by other code than is installed here."
+        if found[0].fingerprint != fingerprint(consumer):
+            said = f"Generation {found[0].generation} of {name} was built by other code than is installed here."
             raise Misconfigured("stale-generation", said, f"Run: headrace rebuild {name}")
-        return live[0]
+        return found[0]
 
     def _checkpoint(self) -> Checkpoint:
         found = self._log.newest_checkpoint(complete=True)
