@@ -109,6 +109,7 @@ def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, clie
     while page := store.scan(after, 3):
         found += page
         after = (page[-1].collection, page[-1].key)
+    assert sorted(store.get(["10", "aa", "none"])) == [row for row in found if row.key in {"10", "aa"}]
     assert [row.key for row in found] == sorted([*ids, "aa"])
     assert all(row.value == {"name": row.key} for row in found if row.key != "aa")
 

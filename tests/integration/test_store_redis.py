@@ -146,6 +146,7 @@ def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, clie
     while page := store.scan(after, 3):
         found += page
         after = (page[-1].collection, page[-1].key)
+    assert sorted(store.get(["10", "aa", "none"])) == [row for row in found if row.key in {"10", "aa"}]
     assert [row.key for row in found] == sorted([*ids, "aa", "ab"])
     assert {row.key: row.value for row in found}["ä"] == {"html": "ä", "etag": "e"}
     assert {row.key: row.version for row in found}["aa"] == NOWHERE
