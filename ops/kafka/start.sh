@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Start the broker of the image of apache/kafka; after a kill, end its old session first.
+#
+# A node that was killed is still registered as the leader of everything. Started as it is, it would take up the
+# transactions that were being committed, then be fenced because its old session ends, and Kafka 4 would never write
+# their commit markers (KAFKA-20734): readers of committed records would be stuck for ever. So after a kill the
+# controller runs alone first, until it has fenced the broker or has found none to fence.
+set -eu
+
+data=$KAFKA_LOG_DIRS
+work=/tmp/headrace-controller
+if [ -e "$data/meta.properties" ] && [ ! -e "$data/.kafka_cleanshutdown" ]; then
+    echo "Kafka was killed: ending its old session"
+    mkdir -p "$work"
+    cat > "$work/controller.properties" <<CONF
+process.roles=controller
+node.id=$KAFKA_NODE_ID
+controller.quorum.voters=$KAFKA_CONTROLLER_QUORUM_VOTERS
+controller.listener.names=$KAFKA_CONTROLLER_LISTENER_NAMES
+listeners=CONTROLLER://localhost:9093
+log.dirs=$data
+broker.session.timeout.ms=100
+CONF
+    cat > "$work/log4j2.properties" <<CONF
+appender.console.type=Console
+appender.console.name=console
+appender.console.layout.type=PatternLayout
+appender.console.layout.pattern=%d{ISO8601} %-5p %c{1}: %m%n
+rootLogger.level=INFO
+rootLogger.appenderRef.console.ref=console
+CONF
+    KAFKA_LOG4J_OPTS="-Dlog4j2.configurationFile=$work/log4j2.properties" \
+        /opt/kafka/bin/kafka-server-start.sh "$work/controller.properties" > "$work/log" 2>&1 &
+    controller=$!
+    active=0
+    for _ in $(seq 600); do
+        kill -0 "$controller" 2>/dev/null || break
+        if grep -q "Fencing broker $KAFKA_NODE_ID " "$work/log"; then break; fi
+        if grep -q "Performing controller activation" "$work/log"; then active=$((active + 1)); fi
+        if [ "$active" -gt 20 ]; then break; fi
+        sleep 0.1
+    done
+    kill "$controller" 2>/dev/null || true
+    wait "$controller" || true
+    tail -n 3 "$work/log"
+fi
+exec /etc/kafka/docker/run
