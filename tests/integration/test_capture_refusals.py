@@ -1,0 +1,212 @@
+"""What capture refuses, in one short error each: code, what was seen, what to do. Nothing is lost by any of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from headrace.errors import Misconfigured, Transient
+from headrace.log import Log
+from headrace.settings import Settings, environment
+from headrace_capture.capture import Slot, check
+from tests.fixtures.capture import (
+    Running,
+    capturing,
+    changes,
+    end,
+    eventually,
+    execute,
+    now,
+    prepare,
+    reached,
+    refused,
+    replay,
+    rows,
+    selected,
+    spawn,
+)
+
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
+T = "public.items"
+
+
+def closed_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def test_a_dsn_that_does_not_answer(settings: Settings) -> None:
+    error = refused(replace(settings, dsn=f"postgresql://postgres@127.0.0.1:{closed_port()}/x"))
+    assert isinstance(error, Transient)
+    assert (error.code, error.exit_code) == ("postgres-away", 5)
+    assert "HEADRACE_DSN" in error.remedy
+
+
+def test_a_wrong_password(settings: Settings) -> None:
+    role = f"r_{settings.source}"
+    execute(settings, f"CREATE ROLE {role} LOGIN PASSWORD 'right'")
+    try:
+        error = refused(replace(settings, dsn=settings.dsn.replace("//postgres@", f"//{role}:wrong@")))
+    finally:
+        execute(settings, f"DROP ROLE {role}")
+    assert (error.code, error.exit_code) == ("postgres-refused", 3)
+    assert "wrong" not in str(error)
+
+
+def test_no_publication(settings: Settings) -> None:
+    error = refused(settings)
+    assert error.code == "publication-missing"
+    assert "headrace setup --apply" in error.remedy
+
+
+def test_kafka_that_does_not_answer(settings: Settings) -> None:
+    prepare(settings, ITEMS)
+    process = subprocess.run(
+        [sys.executable, "-m", "headrace", "capture"],
+        env=environment(replace(settings, kafka=f"127.0.0.1:{closed_port()}")) | {"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.returncode == 5
+    assert "HEADRACE_KAFKA" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_a_row_that_is_too_large_stops_capture_and_loses_nothing(settings: Settings) -> None:
+    """With a larger limit it goes on where it stopped."""
+    prepare(settings, ITEMS)
+    small = replace(settings, message_max_bytes=10_000)
+    running = Running(small)
+    running.hear("streaming")
+    execute(
+        settings,
+        "INSERT INTO items VALUES (1, 'x')",
+        "INSERT INTO items VALUES (2, repeat('x', 20000))",
+        "INSERT INTO items VALUES (3, 'x')",
+    )
+    error = eventually("capture stops", lambda: running.error)
+    running.join()
+    assert isinstance(error, Misconfigured)
+    assert error.code == "row-too-large"
+    assert '{"id":2}' in error.message
+    assert "HEADRACE_MESSAGE_MAX_BYTES" in error.remedy
+    with capturing(replace(settings, message_max_bytes=100_000)) as capture:
+        capture.reach()
+    assert [c.key for c in changes(settings, T)] == [b'{"id":1}', b'{"id":2}', b'{"id":3}']
+
+
+# I12: positions that no longer make sense
+
+
+@pytest.fixture
+def captured(settings: Settings) -> Settings:
+    """A source that was captured for a while."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'a')")
+    with capturing(settings) as capture:
+        capture.reach()
+    return settings
+
+
+def drop_slot(settings: Settings) -> None:
+    execute(settings, f"SELECT pg_drop_replication_slot('{settings.slot}')")
+
+
+def test_a_slot_that_is_gone(captured: Settings) -> None:
+    drop_slot(captured)
+    error = refused(captured)
+    assert error.code == "slot-missing"
+    assert "teardown --topics" in error.remedy
+
+
+def test_a_slot_beyond_its_checkpoint(captured: Settings) -> None:
+    """Somebody else read from it."""
+    execute(captured, "INSERT INTO items VALUES (2, 'b')")
+    execute(captured, f"SELECT pg_replication_slot_advance('{captured.slot}', pg_current_wal_lsn())")
+    assert refused(captured).code == "slot-beyond-checkpoint"
+
+
+def test_a_slot_made_anew_under_its_name(captured: Settings) -> None:
+    drop_slot(captured)
+    execute(captured, "INSERT INTO items VALUES (2, 'b')")
+    execute(captured, f"SELECT pg_create_logical_replication_slot('{captured.slot}', 'pgoutput')")
+    assert refused(captured).code == "slot-beyond-checkpoint"
+
+
+def test_a_slot_of_another_log(settings: Settings) -> None:
+    """It may belong to somebody: it is neither used nor dropped."""
+    prepare(settings, ITEMS)
+    execute(settings, f"SELECT pg_create_logical_replication_slot('{settings.slot}', 'pgoutput')")
+    assert refused(settings).code == "slot-without-checkpoint"
+    assert rows(settings, f"SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{settings.slot}'") == [(1,)]
+
+
+def test_another_database_under_the_same_source(captured: Settings, fresh_database: Callable[[], str]) -> None:
+    other = replace(captured, dsn=fresh_database())
+    prepare(other, ITEMS)
+    drop_slot(captured)
+    error = refused(other)
+    assert error.code == "other-source"
+    assert "HEADRACE_SOURCE" in error.remedy
+
+
+@pytest.mark.parametrize(
+    "change", [{"system_id": "other"}, {"timeline": 2}, {"slot": "other"}, {"publication": "other"}]
+)
+def test_any_other_source_is_refused(captured: Settings, change: dict[str, str]) -> None:
+    checkpoint = Log(captured).newest_checkpoint()
+    assert checkpoint
+    slot = Slot("pgoutput", checkpoint.source.database, None, checkpoint.version.lsn, "")
+    check(checkpoint, checkpoint.source, slot)
+    with pytest.raises(Misconfigured, match="positions do not compare"):
+        check(checkpoint, replace(checkpoint.source, **change), slot)
+    with pytest.raises(Misconfigured, match="can no longer be read"):
+        check(checkpoint, checkpoint.source, slot._replace(lost="its WAL was removed"))
+
+
+def test_a_key_that_changed(captured: Settings) -> None:
+    """A topic's keys never change under it (S9)."""
+    running = Running(captured)
+    running.hear("streaming")
+    execute(captured, "ALTER TABLE items DROP CONSTRAINT items_pkey", "ALTER TABLE items ADD PRIMARY KEY (id, name)")
+    execute(captured, "INSERT INTO items VALUES (2, 'b')")
+    error = eventually("capture stops", lambda: running.error)
+    running.join()
+    assert error.code == "key-changed"
+
+
+# The process
+
+
+def test_sigterm_stops_it_cleanly(captured: Settings) -> None:
+    """Exit code 0; what was committed before is in the log, and the slot is free."""
+    process = spawn(captured)
+    try:
+        execute(captured, "INSERT INTO items VALUES (2, 'b')")
+        reached(captured, now(captured))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        said = end(process)
+    assert "stopped" in said
+    assert replay(captured, T) == selected(captured, T)
+
+
+def test_it_goes_on_when_postgres_comes_back(captured: Settings) -> None:
+    """Its connections are cut: it says that it waits, and then goes on."""
+    with capturing(captured) as capture:
+        capture.reach()
+        execute(captured, "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active")
+        capture.hear("waiting: ")
+        execute(captured, "INSERT INTO items VALUES (2, 'b')")
+        capture.reach()
+    assert [c.key for c in changes(captured, T)] == [b'{"id":1}', b'{"id":2}']
