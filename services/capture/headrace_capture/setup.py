@@ -198,8 +198,8 @@ def _identities(made: Plan, table: Table, memory: Memory, statements: list[sql.C
         memory.changed(schema, name, was, now)
     if identities.approximate(table, version, narrowed=narrowed):
         made.warnings.append(
-            f"{table.full_name} keeps its replica identity, as FULL would make UPDATE and DELETE fail (S8): "
-            "a large value that an update leaves alone may have to be read again, and the table counts as approximate (S7)."
+            f"{table.full_name} keeps its replica identity, as FULL could make UPDATE and DELETE fail (S8): a large "
+            "value that an update leaves alone may have to be read again, and the table counts as approximate (S7)."
         )
 
 

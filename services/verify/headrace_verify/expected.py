@@ -88,7 +88,14 @@ def _tables(
         said = f"The log does not know {', '.join(unknown)} yet."
         raise Misconfigured("table-not-captured", said, "Let `headrace capture` run until its snapshot is complete.")
     found = [read_table(connection, shapes[name]) for name in wanted if name in published]
-    return [table for table in found if table], tuple(f"{name} is not captured and not compared" for name in gone)
+    there = [table for table in found if table]
+    notes = [f"{name} is not captured and not compared" for name in gone]
+    notes += [
+        f"{table.name} is approximate: a large value that an update left alone may be of a later moment (S7)"
+        for table in there
+        if table.approximate
+    ]
+    return there, tuple(notes)
 
 
 class Rows:

@@ -54,12 +54,16 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table as it is read: its columns that the log has too, and its key."""
+    """A table as it is read: its columns that the log has too, and its key.
+
+    It is approximate when a large value that an update left alone may have been read again, later than the update (S7).
+    """
 
     name: str
     key: tuple[str, ...]
     columns: tuple[_Column, ...]
     only: bool
+    approximate: bool
 
     @property
     def identifier(self) -> sql.Composed:
@@ -144,9 +148,10 @@ def table(connection: Connection, schema: TableSchema) -> Table | None:
     rows = connection.execute(_COLUMNS, schema.table.split(".", 1)).fetchall()
     if not rows:
         return None
-    there = {row[1]: _Column(*row[1:]) for row in rows}
+    kind, approximate = rows[0][:2]
+    there = {row[2]: _Column(*row[2:]) for row in rows}
     columns = tuple(there[column.name] for column in schema.columns if column.name in there)
-    return Table(schema.table, schema.key, columns, only=rows[0][0] == "r")
+    return Table(schema.table, schema.key, columns, kind == "r", approximate)
 
 
 def stream(connection: Connection, query: sql.Composed) -> Iterator[tuple[Any, ...]]:
@@ -234,7 +239,9 @@ WITH RECURSIVE base(oid, below) AS (
   SELECT oid, oid FROM pg_type WHERE typtype <> 'd'
   UNION ALL SELECT t.oid, b.below FROM pg_type t JOIN base b ON t.typtype = 'd' AND t.typbasetype = b.oid
 )
-SELECT c.relkind::text, a.attname, format_type(a.atttypid, NULL), t.typname, coalesce(et.typname, '')
+SELECT c.relkind::text, EXISTS (SELECT FROM pg_class l WHERE l.reltoastrelid <> 0 AND l.relreplident <> 'f'
+         AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid)))),
+       a.attname, format_type(a.atttypid, NULL), t.typname, coalesce(et.typname, '')
 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN base b ON b.oid = a.atttypid JOIN pg_type t ON t.oid = b.below
 LEFT JOIN base e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type et ON et.oid = e.below
