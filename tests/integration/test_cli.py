@@ -1,0 +1,106 @@
+"""The command line as scripts and people use it: facts as JSON, exit codes, one-line checks, builds that are waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from headrace.settings import Settings, environment
+from tests.fixtures.feed import ITEMS, Feed
+from tests.fixtures.plain import Plain
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+PLAIN = f"{Path(__file__).parents[1] / 'fixtures' / 'plain.py'}:Plain"
+
+
+@pytest.fixture
+def headrace(settings: Settings, tmp_path: Path) -> Run:
+    """Run one command to its end."""
+
+    def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "headrace", *args]
+        env = os.environ | environment(settings) | {"COLUMNS": "160"}
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def runner(settings: Settings, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Start `headrace run` for the plain consumer."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "headrace", "run", "--consumer", PLAIN]
+        env = os.environ | environment(settings)
+        started.append(subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=60)
+
+
+def await_rows(view: Plain, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(view.rows()) != count:
+        assert time.monotonic() < deadline, f"{len(view.rows())} rows, not {count}"
+        time.sleep(0.1)
+
+
+def test_a_view_runs_is_killed_catches_up_and_is_rebuilt(
+    settings: Settings, headrace: Run, runner: Callable[[], subprocess.Popen[str]]
+) -> None:
+    feed, view = Feed(settings), Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
+    assert "headrace run plain" in headrace("status", "plain", "--check", code=1).stdout
+
+    process = runner()
+    await_rows(view, 2)
+    assert headrace("status", "plain", "--check").stdout == "ok\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    feed.cut((ITEMS, 1, None), (ITEMS, 3, 30), (ITEMS, 4, 40))
+    process = runner()
+    await_rows(view, 3)
+
+    facts = json.loads(headrace("status", "--json").stdout)
+    (report,) = facts["consumers"]["plain"]
+    assert (report["generation"], report["live"], report["lag"]["records"]) == (1, True, 0)
+
+    built = json.loads(headrace("rebuild", "plain", "--wait", "--no-verify", "--json").stdout)
+    assert built["generation"] == 2
+    assert [generation.live for generation in view.generations()] == [False, True]
+    assert "live again" in headrace("rollback", "plain").stdout
+    assert json.loads(headrace("drop", "plain", "2", "--json").stdout) == {"dropped": [2]}
+
+    process.terminate()
+    assert process.wait(60) == 0
+    assert "headrace run plain" in headrace("status", "plain", "--check", code=1).stdout
+    refused = headrace("rebuild", "plain", code=3)
+    assert "headrace run plain" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_help_has_examples_for_every_command(headrace: Run) -> None:
+    for command in ("run", "status", "rebuild", "promote", "rollback", "drop", "plugins", "settings"):
+        assert f"headrace {command}" in headrace(command, "--help").stdout.replace("Usage: python -m headrace", "")
+
+
+def test_what_is_installed_and_what_is_set_can_be_listed(headrace: Run, settings: Settings) -> None:
+    names = [row["name"] for row in json.loads(headrace("plugins", "--json").stdout)]
+    assert {"search", "pages", "warehouse"} <= set(names)
+    listed = {row["setting"]: row["value"] for row in json.loads(headrace("settings", "--json").stdout)}
+    assert listed["HEADRACE_SOURCE"] == settings.source
