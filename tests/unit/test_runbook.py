@@ -23,7 +23,8 @@ def _raised() -> dict[str, str]:
         makers = ERRORS | {
             function.name
             for function in ast.walk(tree)
-            if isinstance(function, ast.FunctionDef) and any(isinstance(code, ast.Name) for code in _codes(function, ERRORS))
+            if isinstance(function, ast.FunctionDef)
+            and any(isinstance(code, ast.Name) for code in _codes(function, ERRORS))
         }
         literal = [code.value for code in _codes(tree, makers) if isinstance(code, ast.Constant)]
         found |= dict.fromkeys(map(str, literal), str(path.relative_to(ROOT)))
