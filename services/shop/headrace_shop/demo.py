@@ -26,7 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.change import format_lsn, parse_lsn
-from headrace.errors import CHECK_FAILED, HeadraceError
+from headrace.control import Control, Report
+from headrace.errors import CHECK_FAILED, INTERRUPTED, HeadraceError
+from headrace.log import Log
+from headrace.settings import load
 from headrace_shop.processes import Programs, watched
 
 VIEWS = ("search", "pages", "warehouse")
@@ -49,7 +52,7 @@ def demo(
 
         headrace demo --once
     """
-    with _folder() as folder, watched(folder), ExitStack() as stack, _interruptible():
+    with _folder() as folder, watched(folder), _interruptible(), ExitStack() as stack:
         act = Act(folder, seed, port, stack)
         try:
             held = act.play()
@@ -57,9 +60,9 @@ def demo(
                 act.stay()
         except KeyboardInterrupt:
             say("stopping")
-            raise typer.Exit(130) from None
-    if not held:
-        raise typer.Exit(CHECK_FAILED)
+            raise typer.Exit(INTERRUPTED) from None
+        if not held:
+            raise typer.Exit(CHECK_FAILED)
 
 
 @dataclass(slots=True)
@@ -72,6 +75,7 @@ class Act:
         port: Of the shop, 0 for a free one.
         closing: What must be done at the end.
         programs: The command line with the stack's settings; set by the first scene.
+        control: What the consumers say of themselves; set by the first scene.
     """
 
     folder: Path
@@ -79,6 +83,7 @@ class Act:
     port: int
     closing: ExitStack
     programs: Programs = field(init=False)
+    control: Control = field(init=False)
     _start: float = field(default_factory=time.monotonic)
 
     def play(self) -> bool:
@@ -101,12 +106,14 @@ class Act:
         say(f"everything stays up: the shop is open at [bold]http://127.0.0.1:{self.port}/[/bold]; Ctrl-C ends it")
         say(f"in another terminal: [bold]. {self._environment()}[/bold], and then for example: headrace status --watch")
         self.programs.start("work", "shop", "work", "--rate", "5/s", "--seed", str(self.seed + 1))
-        signal.pause()
+        with suppress(KeyboardInterrupt):
+            signal.pause()
+        say("stopping")
 
     # Scenes
 
     def _servers(self) -> None:
-        scene("Real servers: Postgres, Kafka, Elasticsearch, Redis")
+        self._scene("Real servers: Postgres, Kafka, Elasticsearch, Redis")
         place = str(self.folder / "stack")
         bare = Programs(self.folder, {})
         self.closing.callback(bare.run, "stack", "down", "--dir", place)
@@ -122,15 +129,16 @@ class Act:
             "HEADRACE_WAREHOUSE_LISTEN": f"127.0.0.1:{_free_port()}",
         }
         self.programs = Programs(self.folder, settings)
+        self.control = Control(Log(load(settings)))
         self.closing.callback(self.programs.stop_all)
 
     def _shop(self) -> None:
-        scene("A shop that knows nothing of all this: it writes to Postgres, once")
+        self._scene("A shop that knows nothing of all this: it writes to Postgres, once")
         counts = self.programs.facts("shop", "load", "--seed", str(self.seed))
         say(", ".join(f"{count:,} {table.replace('_', ' ')}" for table, count in counts.items()))
 
     def _views(self) -> None:
-        scene("Capture publishes every change to Kafka; three consumers keep three views")
+        self._scene("Capture publishes every change to Kafka; three consumers keep three views")
         self.programs.run("setup", "--apply")
         self.programs.start("capture", "capture")
         for view in VIEWS:
@@ -147,7 +155,7 @@ class Act:
         )
 
     def _death(self) -> None:
-        scene("The search consumer dies")
+        self._scene("The search consumer dies")
         self._pass(4)
         applied = self._applied("search")
         pid = self.programs.kill("search")
@@ -163,18 +171,17 @@ class Act:
         say(f"it has caught up after {took:.1f} s, under load")
 
     def _rebuild(self) -> None:
-        scene("The pages are rebuilt from zero, beside the live ones, while the load goes on")
+        self._scene("The pages are rebuilt from zero, beside the live ones, while the load goes on")
         start = time.monotonic()
         self.programs.run("rebuild", "pages", "--wait")
-        generations = self._status()["consumers"]["pages"]
-        live = next(report["generation"] for report in generations if report["live"])
+        live = self._report("pages").generation
         say(
             f"generation {live} of pages was built, verified and promoted in {time.monotonic() - start:.1f} s; "
             f"generation {live - 1} stays until dropped"
         )
 
     def _verify(self, what: str) -> bool:
-        scene(f"Verify: {what}")
+        self._scene(f"Verify: {what}")
         facts = self.programs.facts("verify", *VIEWS, ok=(0, CHECK_FAILED))
         for fact in facts:
             self._said(fact)
@@ -182,17 +189,18 @@ class Act:
 
     def _said(self, fact: dict[str, Any]) -> None:
         wrong = _differing(fact)
-        say(f"{fact['consumer']}: {fact['rows']:,} rows at {fact['lsn']}, {wrong} differ")
+        undecided = f", {fact['undecided']} changed too often to be decided" if fact["undecided"] else ""
+        say(f"{fact['consumer']}: {fact['rows']:,} rows at {fact['lsn']}, {wrong} differ{undecided}")
         for difference in fact["differences"][:5]:
             say(f"  [red]{difference['kind']}[/red] {difference['collection']} {difference['key']}")
 
     def _calm(self) -> None:
-        scene("The load ends")
+        self._scene("The load ends")
         say(self.programs.stop("work", signal.SIGINT).strip())
         self._settle()
 
     def _replay(self) -> bool:
-        scene("The same two accidents, written through the log and written to every store by the application")
+        self._scene("The same two accidents, written through the log and written to every store by the application")
         for line in self.programs.run("shop", "replay", "--writes", "log", "--seed", str(self.seed)).splitlines():
             say(f"log: {line}")
         self._settle()
@@ -204,14 +212,12 @@ class Act:
         return self._close(by_log, by_dual)
 
     def _close(self, by_log: dict[str, dict[str, Any]], by_dual: dict[str, int]) -> bool:
-        scene(f"After {time.monotonic() - self._start:.0f} s")
-        status = self._status()["consumers"]
+        self._scene("What came of it")
         table = Table("view", "rows", "applied LSN", "lag", "differing rows: log", "differing rows: dual writes")
         for view in VIEWS:
-            report = next(report for report in status[view] if report["live"])
-            fact = by_log[view]
-            lag = f"{report['lag']['records']} records"
-            table.add_row(view, f"{fact['rows']:,}", report["applied"], lag, str(_differing(fact)), str(by_dual[view]))
+            report, fact = self._report(view), by_log[view]
+            lsn, lag = format_lsn(report.version.lsn), f"{report.lag[0]} records"
+            table.add_row(view, f"{fact['rows']:,}", lsn, lag, str(_differing(fact)), str(by_dual[view]))
         _out.print(table)
         log, dual = sum(_differing(fact) for fact in by_log.values()), sum(by_dual.values())
         held = log == 0 and all(fact["ok"] for fact in by_log.values()) and dual > 0
@@ -230,20 +236,20 @@ class Act:
 
     # What is seen
 
-    def _status(self) -> dict[str, Any]:
-        facts: dict[str, Any] = self.programs.facts("status")
-        return facts
+    def _scene(self, title: str) -> None:
+        _out.print(f"\n[bold cyan]{title}[/bold cyan] [dim]({time.monotonic() - self._start:.0f} s)[/dim]")
 
-    def _report(self, view: str) -> dict[str, Any] | None:
-        return next((report for report in self._status()["consumers"].get(view, []) if report["live"]), None)
+    def _report(self, view: str) -> Report:
+        """Return what the live generation says of itself, or an empty report: what `headrace status` prints."""
+        found = self.control.reports().get(view, [])
+        return next((report for report in found if report.live), Report(view))
 
     def _live(self, view: str) -> bool:
         report = self._report(view)
-        return report is not None and report["phase"] == "live"
+        return report.phase == "live" and not report.dead
 
     def _applied(self, view: str) -> int:
-        report = self._report(view)
-        return report["lsn"] if report else 0
+        return self._report(view).version.lsn
 
     def _lsn(self) -> int:
         with psycopg.connect(self.programs.environment["HEADRACE_DSN"], autocommit=True) as connection:
@@ -272,11 +278,6 @@ class Act:
         self.programs.wait("the load", lambda: time.monotonic() >= until)
 
 
-def scene(title: str) -> None:
-    """Begin a scene."""
-    _out.print(f"\n[bold cyan]{title}[/bold cyan]")
-
-
 def say(line: str) -> None:
     """Say what was done or seen."""
     _out.print(f"  {line}")
@@ -293,13 +294,24 @@ def _count(lines: list[str], view: str) -> int:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
+    """Make a folder and remove it, but for the outputs of the programs when something did not hold."""
     folder = Path(tempfile.mkdtemp(prefix="headrace-demo-"))
     folder.chmod(0o755)  # the servers' unprivileged user must get in
     say(f"in {folder}")
+    kept = False
     try:
         yield folder
+    except typer.Exit as end:
+        kept = end.exit_code == CHECK_FAILED
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for part in folder.iterdir():
+            if not (kept and part.suffix == ".log"):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        if kept:
+            say(f"what the programs said stays in {folder}")
+        else:
+            folder.rmdir()
 
 
 @contextmanager

@@ -98,14 +98,14 @@ class Programs:
         return orjson.loads(self.run(*command, "--json", ok=ok))
 
     def wait(self, what: str, reached: Callable[[], bool], seconds: float = 120.0) -> float:
-        """Wait until `reached`; return how long it took, seconds.
+        """Wait until `reached`, which may raise Transient meanwhile; return how long it took, seconds.
 
         Raises:
             Transient: `demo-waited`, naming `what`, when that takes too long.
             Misconfigured: `demo-step`, when a background program ends meanwhile.
         """
         start = time.monotonic()
-        while not reached():
+        while not _holds(reached):
             self._check()
             if time.monotonic() > start + seconds:
                 raise Transient(
@@ -123,16 +123,27 @@ class Programs:
                 )
 
 
+def _holds(reached: Callable[[], bool]) -> bool:
+    try:
+        return reached()
+    except Transient:
+        return False
+
+
 @contextmanager
 def watched(folder: Path) -> Iterator[None]:
     """Within it, our death, even by SIGKILL, ends the programs and the stack whose files are in `folder`."""
     program = "import sys; from headrace_shop.processes import watch; watch(sys.argv[1])"
     command = [sys.executable, "-c", program, str(folder)]
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    said = _WELL
     try:
         yield
+    except KeyboardInterrupt:  # somebody interrupted the cleaning up
+        said = b""
+        raise
     finally:
-        watcher.communicate(_WELL)
+        watcher.communicate(said)
 
 
 def watch(folder: str) -> None:

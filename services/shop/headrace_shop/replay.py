@@ -35,6 +35,7 @@ from headrace_shop.writes import LogWrites, Writes
 
 Say = Callable[[str], None]
 _BY_HAND = "Run it by hand."
+_TWO = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +50,14 @@ class Plan:
 
 
 def plan(connection: Connection, seed: int) -> Plan:
-    """Choose two products and three prices. Raises Misconfigured: `shop-empty`."""
-    products = [number for (number,) in connection.execute("SELECT id FROM products ORDER BY id LIMIT 1000")]
-    if len(products) < 2:
+    """Choose two products, and new prices for them, each other than the present one. Raises Misconfigured: `shop-empty`."""
+    products = connection.execute("SELECT id, price FROM products ORDER BY id LIMIT 1000").fetchall()
+    if len(products) < _TWO:
         raise Misconfigured("shop-empty", "The shop has fewer than two products.", "Run `headrace shop load`.")
     random = Random(f"replay {seed}")
-    raced, orphaned = random.sample(products, 2)
-    prices = random.sample(range(41, 99), 3)
-    a, b, c = (Decimal(price) + Decimal("0.50") for price in prices)
-    return Plan(raced, a, b, orphaned, c)
+    (raced, price), (orphaned, other) = random.sample(products, _TWO)
+    a, b = random.sample(range(1, 10), 2)
+    return Plan(raced, price + a, price + b, orphaned, other + random.randint(1, 9))
 
 
 def replay(settings: Settings, dsn: str, mode: str, seed: int, say: Say) -> dict[str, tuple[int, int]]:

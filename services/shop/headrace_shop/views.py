@@ -25,7 +25,7 @@ WAIT = 2.0
 """How long a page waits for the view to show what its reader has just written, seconds."""
 
 _TOTALS = """
-    SELECT (SELECT count(*) FROM orders) AS orders, coalesce(sum(quantity), 0)::BIGINT AS items,
+    SELECT (SELECT count(*) FROM orders) AS orders, coalesce(sum(quantity), 0)::BIGINT AS sold,
            coalesce(sum(quantity * price), 0)::VARCHAR AS revenue FROM order_items"""
 _GENRES = """
     SELECT c.name, sum(i.quantity)::BIGINT AS sold, sum(i.quantity * i.price)::VARCHAR AS revenue
@@ -38,7 +38,7 @@ _FILMS = """
 
 @dataclass(frozen=True, slots=True)
 class Sales:
-    """The sales page: totals {orders, items, revenue}, genres [{name, sold, revenue}], films [{id, name, sold}]."""
+    """The sales page: totals {orders, sold, revenue}, genres [{name, sold, revenue}], films [{id, name, sold}]."""
 
     totals: Row
     genres: list[Row]
