@@ -13,12 +13,12 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
-from headrace_shop import database, edits, work
-from headrace_shop.database import Amounts, Connection
-from headrace_shop.writes import LogWrites
 
 from headrace.change import parse_lsn
 from headrace.errors import Misconfigured, Transient
+from headrace_shop import database, edits, work
+from headrace_shop.database import Amounts, Connection
+from headrace_shop.writes import LogWrites
 
 NUMBERED = [*database.TABLES]
 SMALL = Amounts(products=60, reviews=120, customers=10, orders=20)
@@ -73,7 +73,10 @@ def test_reviews_for_an_empty_shop_are_refused(dsn: str) -> None:
 def test_an_edit_is_one_transaction_and_its_token_is_not_before_its_commit(shop: Connection, writes: LogWrites) -> None:
     written = writes.write(edits.SetPrice(1, Decimal("9.90")), edits.AddReview(1, "Ada", 5, "<b>Good</b>"))
     (flushed,) = shop.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone() or ("",)
-    assert shop.execute("SELECT price, seq FROM products WHERE id = 1").fetchone() == (Decimal("9.90"), written.made.numbers[0])
+    assert shop.execute("SELECT price, seq FROM products WHERE id = 1").fetchone() == (
+        Decimal("9.90"),
+        written.made.numbers[0],
+    )
     assert 0 < written.lsn <= parse_lsn(flushed)
     assert ledger(shop) == written.made.numbers
     assert numbers(shop) == written.made.numbers
@@ -83,9 +86,9 @@ def test_an_order_takes_prices_and_stock_of_the_moment(shop: Connection, writes:
     writes.write(edits.SetPrice(3, Decimal("5.00")))
     (stock,) = shop.execute("SELECT stock FROM products WHERE id = 3").fetchone() or (0,)
     order = writes.write(edits.PlaceOrder(1, [(3, 2)])).made.ids[0]
-    assert shop.execute("SELECT product_id, quantity, price FROM order_items WHERE order_id = %s", (order,)).fetchall() == [
-        (3, 2, Decimal("5.00"))
-    ]
+    assert shop.execute(
+        "SELECT product_id, quantity, price FROM order_items WHERE order_id = %s", (order,)
+    ).fetchall() == [(3, 2, Decimal("5.00"))]
     assert shop.execute("SELECT stock FROM products WHERE id = 3").fetchone() == (stock - 2,)
 
 
@@ -109,7 +112,14 @@ def test_the_ledger_holds_exactly_the_numbers_that_were_committed(
     assert (len(said), said[-1]) == (done.changes, done.highest)
     assert set(numbers(shop)) <= set(said)
     done_to = {what for (what,) in shop.execute("SELECT DISTINCT what FROM ledger")}
-    assert {"update products", "insert reviews", "delete reviews", "insert orders", "delete products", "insert products"} <= done_to
+    assert {
+        "update products",
+        "insert reviews",
+        "delete reviews",
+        "insert orders",
+        "delete products",
+        "insert products",
+    } <= done_to
 
 
 def test_the_same_seed_gives_the_same_load(fresh_database: Callable[[], str]) -> None:
@@ -133,7 +143,9 @@ def test_a_load_that_is_killed_leaves_nothing_half_written(shop: Connection, dsn
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while shop.execute("SELECT FROM pg_stat_activity WHERE application_name = 'headrace-shop' AND pid <> pg_backend_pid()").fetchone():
+    while shop.execute(
+        "SELECT FROM pg_stat_activity WHERE application_name = 'headrace-shop' AND pid <> pg_backend_pid()"
+    ).fetchone():
         time.sleep(0.01)
     assert set(numbers(shop)) <= set(ledger(shop))
 
