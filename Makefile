@@ -4,13 +4,16 @@ PYTHON ?= python3
 BIN    := .venv/bin
 DIR    ?= .stack
 
-.PHONY: demo test check format stack-up stack-down
+.PHONY: demo test soak check format stack-up stack-down
 
 demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops everything at the end
 	$(BIN)/headrace demo $(if $(ONCE),--once)
 
 test: .venv/synced           ## all tests, against real servers; TESTS=tests/unit for some of them
 	$(BIN)/python -m pytest -q $(TESTS)
+
+soak: .venv/synced           ## KILLS=60 seeded kills of everything under load, checked after every six; SEED=1 is the first seed
+	$(BIN)/python tests/soak.py $(or $(KILLS),60) $(or $(SEED),1)
 
 check: .venv/synced          ## style, types, walls, budgets
 	$(BIN)/ruff check

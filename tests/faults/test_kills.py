@@ -6,6 +6,7 @@ consumer, which knows nothing of headrace, must see each committed number exactl
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from typing import Any
@@ -23,10 +24,12 @@ from tests.fixtures.processes import SMALL, System, console
 VIEWS = ("search", "pages", "warehouse")
 VICTIMS = ("capture", "kafka", *VIEWS)
 KILLS = 6
+SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
+"""`make soak` gives more of them: see tests/soak.py."""
 RATE = "60/s"
 
 
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.usefixtures("elasticsearch", "redis_server")
 def test_each_committed_number_is_in_the_log_once_and_every_view_is_equal_after_six_kills(
     system: System, stack: Stack, kafka: Kafka, seed: int
