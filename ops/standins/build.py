@@ -1,6 +1,6 @@
 """Build the stand-in images and give them the names of the official ones: see README.md beside this file.
 
-    python ops/standins/build.py        # as root, with an engine, debootstrap and what `headrace stack` needs
+python ops/standins/build.py        # as root, with an engine, debootstrap and what `headrace stack` needs
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def images(wanted: Sequence[str], say: Callable[[str], None] = print) -> None:
 
 def has(name: str) -> bool:
     """Whether the engine has an image of that name."""
-    return subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode == 0
+    return subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode == 0  # noqa: S607  the engine on PATH
 
 
 def _kind(name: str) -> str:
