@@ -158,6 +158,7 @@ class Control:
             Misconfigured: `consumer-not-running`; and whatever the runner refuses it with.
             Transient: `no-answer`, when none comes within `timeout` seconds.
         """
+        self.running(name)
         tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)})
         try:
             request = self._request(name, verb, args or {})
@@ -212,7 +213,6 @@ class Control:
         self._writer.flush()
 
     def _request(self, name: str, verb: str, args: dict[str, Any]) -> str:
-        self.running(name)
         request = uuid.uuid4().hex
         self._put(self._key(name, "request", request), {"verb": verb, "args": args})
         self._writer.flush()
