@@ -29,7 +29,7 @@ build-backend = "hatchling.build"
 
 _MODULE = '''"""The view {name}: one document for each row of {table}."""
 
-from headrace.documents import Document, DocumentConsumer, Row
+from headrace.documents import Document, DocumentConsumer, Node
 from headrace.stores.elasticsearch import ElasticsearchIndex
 
 
@@ -39,7 +39,7 @@ class {cls}(DocumentConsumer):
     document = Document("{table}")
     store = ElasticsearchIndex("{name}", mappings={{"dynamic": True}})
 
-    def render(self, row: Row) -> dict[str, object]:
+    def render(self, row: Node) -> dict[str, object]:
         """Return the document of one row."""
         return dict(row)
 '''
