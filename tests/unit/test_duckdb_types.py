@@ -102,6 +102,18 @@ def test_one_value_alone_comes_back_too(store: DuckDBStore, postgres: str, duck:
         assert [codec.dumps(row.value["x"]) for row in store.scan(None, 9)] == [codec.dumps(value)], duck
 
 
+@pytest.mark.parametrize(("postgres", "duck", "values"), OF_TYPE, ids=[kind for kind, _, _ in OF_TYPE])
+def test_a_value_that_went_through_staging_comes_back_too(
+    store: DuckDBStore, postgres: str, duck: str, values: list[Any]
+) -> None:
+    of = schema("public.t", id="integer", **{"x~/\"$.[*]'": postgres})
+    store.apply(batch(1, schemas=()))
+    rows = [{"id": number, of.columns[1].name: value} for number, value in enumerate([*values, None])]
+    store.apply(batch(10, *(put(of, 5, **row) for row in rows), schemas=(of,), shown=1))
+    store.apply(batch(20, schemas=()))
+    assert [codec.dumps(row.value) for row in store.scan(None, 100)] == [codec.dumps(row) for row in rows], duck
+
+
 def test_what_a_type_cannot_hold_is_null_to_readers_and_exact_to_verify(store: DuckDBStore) -> None:
     of = schema("public.t", id="integer", d="date", n="numeric(6,2)", a="integer[]")
     row = {"id": 1, "d": "0044-03-15 BC", "n": "NaN", "a": [[1], [2]]}

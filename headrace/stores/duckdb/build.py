@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import duckdb
-import orjson
 import pyarrow as pa
 
 from headrace.change import Change, TableSchema
@@ -13,9 +12,6 @@ from headrace.errors import Poison
 from headrace.stores.duckdb import catalogue, tables
 from headrace.stores.duckdb.database import first
 from headrace.stores.duckdb.tables import Record, Table
-
-_PIECE = 10_000
-"""How many staged changes are merged at once."""
 
 
 class Build:
@@ -59,7 +55,9 @@ class Build:
         for change in changes:
             record = Record(change.key.decode(), change.version.packed(), change.schema, change.row)
             records.setdefault(change.table, {})[record.key] = record
-        self._write(records)
+        for source, changed in records.items():
+            newest = max(record.schema for record in changed.values())
+            tables.write(self._cursor, self._shape(source, newest), list(changed.values()))
         for source, version in sorted(self._schemas, reverse=True):
             if source not in self.tables:
                 self._shape(source, version)
@@ -76,18 +74,15 @@ class Build:
         self.staged += len(changes)
 
     def merge(self, progress: Callable[[int, int], None]) -> None:
-        """Apply what is staged, in its order and in pieces, and empty the staging."""
-        for start in range(0, self.staged, _PIECE):
-            progress(start, self.staged)
-            found = self._cursor.execute(
-                f"SELECT source, key, version, schema, body FROM {self._staging} WHERE n >= ? AND n < ? ORDER BY n",
-                [start, start + _PIECE],
-            ).fetchall()
-            records: dict[str, dict[str, Record]] = {}
-            for source, key, version, schema, body in found:
-                row = None if body is None else orjson.loads(body)
-                records.setdefault(source, {})[key] = Record(key, version, schema, row)
-            self._write(records)
+        """Apply what is staged, table by table, and empty the staging."""
+        found = self._cursor.execute(
+            f"SELECT source, max(schema), count(*) FROM {self._staging} GROUP BY source ORDER BY source"
+        ).fetchall()
+        done = 0
+        for source, newest, count in found:
+            progress(done, self.staged)
+            tables.merge(self._cursor, self._shape(source, newest), self._staging)
+            done += count
         self._cursor.execute(f"DELETE FROM {self._staging}")
         self.staged = 0
 
@@ -100,11 +95,6 @@ class Build:
         for view in found:
             if _folded(view) not in wanted:
                 tables.hide(self._cursor, view)
-
-    def _write(self, records: dict[str, dict[str, Record]]) -> None:
-        for source, changed in records.items():
-            newest = max(record.schema for record in changed.values())
-            tables.write(self._cursor, self._shape(source, newest), list(changed.values()))
 
     def _shape(self, source: str, version: int) -> Table:
         """Return a table in the shape of its newest schema so far."""

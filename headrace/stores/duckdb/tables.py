@@ -161,6 +161,21 @@ def write(cursor: duckdb.DuckDBPyConnection, table: Table, records: Sequence[Rec
         cursor.execute(_insertion(table, raw, untyped))
 
 
+def merge(cursor: duckdb.DuckDBPyConnection, table: Table, staging: str) -> None:
+    """Apply what `staging` holds of a table, the last change of each key, as two statements whatever the size.
+
+    The bodies are taken apart in DuckDB: Arrow tables that were registered stay in memory until a transaction ends [I10].
+    """
+    mine = f"FROM {staging} WHERE source = {text(table.source)}"
+    cursor.execute(f"DELETE FROM {table.path} WHERE {KEY} IN (SELECT key {mine})")
+    paths = ", ".join(text(_pointer(mapped.column)) for mapped in table.columns)
+    # Of JSON's null the text is null, of the string null it is "null".
+    listed = "".join(f", nullif(CAST(j[{n + 1}] AS VARCHAR), 'null') AS r{n}" for n in range(len(table.columns)))
+    last = f"n IN (SELECT max(n) {mine} GROUP BY key) AND body IS NOT NULL"
+    raw = f"(SELECT k, v{listed} FROM (SELECT key AS k, version AS v, json_extract(body, [{paths}]) AS j {mine} AND {last}))"
+    cursor.execute(_insertion(table, raw, set(range(len(table.columns)))))
+
+
 def read(cursor: duckdb.DuckDBPyConnection, table: Table, after: str | None, limit: int) -> list[ViewRow]:
     """Return up to `limit` rows after the key `after`, by key, in the log's form."""
     raws = [mapped.kind.raw.format(quoted(mapped.name)) for mapped in table.columns]
@@ -209,6 +224,11 @@ def _forget_exact(cursor: duckdb.DuckDBPyConnection, table: Table, mapped: Mappe
         f"UPDATE {table.path} SET {EXACT} = json_merge_patch({EXACT}, ?::JSON) WHERE {EXACT} IS NOT NULL",
         [patch],
     )
+
+
+def _pointer(name: str) -> str:
+    """Return the JSON pointer to a member."""
+    return "/" + name.replace("~", "~0").replace("/", "~1")
 
 
 def _typed(values: list[Any], kind: Kind) -> pa.Array | None:
