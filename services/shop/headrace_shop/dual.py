@@ -27,8 +27,6 @@ from headrace.documents.consumer import DocumentConsumer
 from headrace.errors import Transient
 from headrace.settings import Settings
 from headrace.stores import Doc
-from headrace.stores.elasticsearch import ElasticsearchIndex
-from headrace.stores.redis import RedisPages
 from headrace_shop import documents
 from headrace_shop.database import KEYS, TABLES, Connection
 from headrace_shop.documents import Touched
@@ -175,10 +173,6 @@ def _opened(name: str, settings: Settings) -> Consumer:
     cls = plugins.load(name)
     consumer = cls(settings, PREFIX + name)
     store = consumer.store if isinstance(consumer, DocumentConsumer) else consumer
-    if isinstance(store, ElasticsearchIndex):
-        store.alias = PREFIX + store.alias
-    elif isinstance(store, RedisPages):
-        store.prefix = PREFIX + store.prefix
     store.open(Generation(PREFIX + name, 1, fingerprint(cls)))
     return consumer
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import socket
-from typing import TypeVar, cast
 
 import typer
 import uvicorn
 
-from headrace import plugins
-from headrace.documents.consumer import DocumentConsumer
 from headrace.errors import Misconfigured
 from headrace.settings import Settings
-from headrace.stores.elasticsearch import ElasticsearchIndex, SearchReader
-from headrace.stores.redis import PageReader, RedisPages
+from headrace.stores.elasticsearch import SearchReader
+from headrace.stores.redis import PageReader
 from headrace_shop import dual
 from headrace_shop.views import Views, warehouse_sql
 from headrace_shop.web import Shop
 from headrace_shop.writes import LogWrites, Writes, pool
-
-_Store = TypeVar("_Store")
-_OTHER = "The example shop reads its own consumers: install headrace-search and headrace-pages."
 
 
 def serve(settings: Settings, dsn: str, mode: str, host: str, port: int) -> None:
@@ -62,16 +56,7 @@ def views(settings: Settings, mode: str) -> Views:
     """Return the views to read: the consumers', or the dual writer's own."""
     prefix = dual.PREFIX if mode == "dual" else ""
     own = dual.own_settings(settings) if mode == "dual" else settings
-    pages, search = _store("pages", RedisPages).prefix, _store("search", ElasticsearchIndex).alias
-    return Views(PageReader(own, prefix + pages), SearchReader(own, prefix + search), warehouse_sql(own))
-
-
-def _store(name: str, kind: type[_Store]) -> _Store:
-    """Return the store that a consumer declares: it knows under which name readers find it."""
-    store = cast("type[DocumentConsumer]", plugins.load(name)).store
-    if not isinstance(store, kind):
-        raise Misconfigured("shop-view", f"The shop cannot read {name}: it is kept in {type(store).__name__}.", _OTHER)
-    return store
+    return Views(PageReader(own, f"{prefix}pages"), SearchReader(own, f"{prefix}search"), warehouse_sql(own))
 
 
 def _listen(host: str, port: int) -> socket.socket:
