@@ -121,7 +121,8 @@ def first(cursor: duckdb.DuckDBPyConnection, sql: str, *values: object) -> tuple
 
 def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
     text = str(error).splitlines()[0]
-    if any(sign in text for sign in _DAMAGE) or isinstance(error, duckdb.SerializationException):
+    told = type(error) in {duckdb.Error, duckdb.IOException} and any(sign in text for sign in _DAMAGE)
+    if told or isinstance(error, duckdb.SerializationException):
         _mark(path).touch()
         return Misconfigured(
             "warehouse-damaged",
