@@ -1,11 +1,12 @@
-"""`headrace stack`: the servers on this machine, as ordinary processes."""
+"""`headrace stack`: the servers on this machine, as ordinary processes, or as containers with HEADRACE_STACK=docker."""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +17,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column, Table
 
 from headrace.errors import CHECK_FAILED, Misconfigured
-from headrace_ops.server import NAMES, Report
+from headrace_ops.docker_stack import DockerStack
+from headrace_ops.server import NAMES, Report, silent
 from headrace_ops.stack import Stack
 
 app = typer.Typer(
-    help="Postgres, Kafka, Elasticsearch and Redis on this machine, without containers.",
+    help="Postgres, Kafka, Elasticsearch and Redis on this machine: as processes, or containers by HEADRACE_STACK=docker.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -30,8 +32,10 @@ Only = Annotated[str, typer.Option("--only", help="Servers, separated by commas;
 Ports = Annotated[list[str], typer.Option("--port", help="A port that must be used, as `postgres=5433`. Repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 Server = Annotated[str, typer.Argument(help="postgres, kafka, elasticsearch or redis")]
+Remove = Annotated[bool, typer.Option("--remove", help="Remove the data of all servers too.")]
 Lines = Annotated[int, typer.Option(help="How many lines.")]
 _DIR = Path(".stack")
+_BACKENDS: dict[str, type[Stack | DockerStack]] = {"processes": Stack, "docker": DockerStack}
 
 
 @app.command()
@@ -43,18 +47,20 @@ def up(folder: Folder = _DIR, only: Only = "", port: Ports = [], json_: Json = F
     Exit codes: 0 all answer; 3 something is missing or in the way; 5 a download failed or a server is too slow.
     """
     with _bars() as report:
-        stack = Stack(folder, ports=_ports(port), report=report)
+        stack = _stack(folder, ports=_ports(port), report=report)
         stack.up(_names(only))
     _print(stack.status(), json_=json_)
 
 
 @app.command()
-def down(folder: Folder = _DIR, only: Only = "", json_: Json = False) -> None:
-    """Stop the servers; their data stays in the folder.
+def down(folder: Folder = _DIR, only: Only = "", remove: Remove = False, json_: Json = False) -> None:
+    """Stop the servers; their data stays, in the folder or in the volumes of the containers.
 
     Example: `headrace stack down --dir .stack`
     """
-    stopped = Stack(folder).down(_names(only))
+    if only and remove:
+        raise typer.BadParameter("--remove removes everything; --only names some.")
+    stopped = _stack(folder).down(_names(only), remove=remove)
     if json_:
         typer.echo(json.dumps({"stopped": stopped}))
     else:
@@ -69,7 +75,7 @@ def status(folder: Folder = _DIR, json_: Json = False) -> None:
 
     Exit codes: 0 at least one server was ever started here and all of those answer; else 1.
     """
-    facts = Stack(folder).status()
+    facts = _stack(folder).status()
     _print(facts, json_=json_)
     if not facts or any(fact["state"] != "running" for fact in facts):
         raise typer.Exit(CHECK_FAILED)
@@ -81,7 +87,11 @@ def logs(server: Server, folder: Folder = _DIR, lines: Lines = 40) -> None:
 
     Example: `headrace stack logs kafka --lines 100`
     """
-    path = Stack(folder).server(server).log
+    stack = _stack(folder)
+    if isinstance(stack, DockerStack):
+        typer.echo(stack.server(server).said(lines), nl=False)
+        return
+    path = stack.server(server).log
     if not path.exists():
         raise Misconfigured("stack-down", f"{server} has never run in {folder}.", _up(folder))
     with path.open(errors="replace") as text:
@@ -94,13 +104,22 @@ def env(folder: Folder = _DIR, json_: Json = False) -> None:
 
     Example: `eval "$(headrace stack env)"`
     """
-    settings = Stack(folder).environment()
+    settings = _stack(folder).environment()
     if not settings:
         raise Misconfigured("stack-down", f"No server of {folder} is running.", _up(folder))
     if json_:
         typer.echo(json.dumps(settings))
     else:
         typer.echo("\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items()))
+
+
+def _stack(folder: Path, *, ports: Mapping[str, int] | None = None, report: Report = silent) -> Stack | DockerStack:
+    """Return the stack of `folder` in the backend that HEADRACE_STACK names. Raises Misconfigured: `bad-setting`."""
+    wanted = os.environ.get("HEADRACE_STACK", "processes")
+    if wanted not in _BACKENDS:
+        known = " or ".join(_BACKENDS)
+        raise Misconfigured("bad-setting", f"HEADRACE_STACK={wanted!r} is not {known}.", "Change HEADRACE_STACK.")
+    return _BACKENDS[wanted](folder, ports=ports, report=report)
 
 
 def _up(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -77,10 +78,12 @@ class Stack:
                 self._stop(absent)
                 raise
 
-    def down(self, names: Sequence[str] = NAMES) -> list[str]:
-        """Stop those of `names` that run; return them."""
+    def down(self, names: Sequence[str] = NAMES, *, remove: bool = False) -> list[str]:
+        """Stop those of `names` that run; return them. With `remove` the folder goes with its data."""
         running = [server for name in names if (server := self.server(name)).process()]
         self._stop(running)
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
         return [server.name for server in running]
 
     def status(self) -> list[dict[str, Any]]:

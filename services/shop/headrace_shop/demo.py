@@ -6,6 +6,8 @@ ends the demo with exit code 1. Whatever happens, what was started is stopped.
 
 from __future__ import annotations
 
+import os
+import random
 import shlex
 import shutil
 import signal
@@ -116,8 +118,8 @@ class Act:
         self._scene("Real servers: Postgres, Kafka, Elasticsearch, Redis")
         place = str(self.folder / "stack")
         bare = Programs(self.folder, {})
-        self.closing.callback(bare.run, "stack", "down", "--dir", place)
-        bare.run("stack", "up", "--dir", place)
+        self.closing.callback(bare.run, "stack", "down", "--remove", "--dir", place)
+        bare.run("stack", "up", "--dir", place, *_ports())
         settings = bare.facts("stack", "env", "--dir", place)
         for name, address in settings.items():
             say(f"{name.removeprefix('HEADRACE_').lower()} at {address}")
@@ -329,10 +331,19 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _ports() -> Iterator[str]:
+    """Yield options that give each server of the stack a port that nobody else wants; containers have theirs already."""
+    if os.environ.get("HEADRACE_STACK", "processes") == "processes":
+        for server in ("postgres", "kafka", "elasticsearch", "redis"):
+            yield from ("--port", f"{server}={_free_port()}")
+
+
 def _free_port() -> int:
-    """Return a port that is free now, as is the next one: the dual writer's warehouse takes it."""
+    """Return a port that is free now, as is the next one: the dual writer's warehouse takes it.
+
+    It is below those that the system gives to outgoing connections, of which one could take it meanwhile.
+    """
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as listening, suppress(OSError, OverflowError):
-            port: int = listening.getsockname()[1]
-            with socket.create_server(("127.0.0.1", port + 1)):
-                return port
+        port = random.randrange(15_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
+            return port

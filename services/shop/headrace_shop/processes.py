@@ -155,5 +155,5 @@ def watch(folder: str) -> None:
         with suppress(OSError):
             if b"headrace" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
-    subprocess.run([*HEADRACE, "stack", "down", "--dir", f"{folder}/stack"], check=False)
+    subprocess.run([*HEADRACE, "stack", "down", "--remove", "--dir", f"{folder}/stack"], check=False)
     shutil.rmtree(folder, ignore_errors=True)
