@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 DIR    ?= .stack
 
-.PHONY: demo test soak check format stack-up stack-down
+.PHONY: demo test compose-test soak check format stack-up stack-down
 
 demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops everything at the end
 	$(BIN)/headrace demo $(if $(ONCE),--once)
@@ -20,6 +20,9 @@ check: .venv/synced          ## style, types, walls, budgets
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python ops/budgets.py
+
+compose-test: .venv/synced   ## docker-compose.yml for real: a kill, a rebuild, verify; says SKIPPED where there is no engine
+	$(BIN)/python ops/compose_test.py
 
 format: .venv/synced         ## wrap and sort as `make check` wants it
 	$(BIN)/ruff format
