@@ -17,6 +17,8 @@ from headrace.settings import Settings
 
 TIMEOUT = 15.0
 """Seconds that one request to Kafka may take."""
+LEADER_IS_LATE = frozenset({"NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "UNKNOWN_TOPIC_OR_PART"})
+"""Errors of a topic that was just made; librdkafka's `retriable()` speaks of transactions only."""
 
 
 def _common(settings: Settings) -> dict[str, Any]:

@@ -209,9 +209,7 @@ class Reader:
         for topic, ends in target.ends.items():
             if self._reads(topic):
                 self._move(topic, ends)
-        self.position = replace(
-            self.position, version=target.version, source=target.source, appended=target.appended
-        )
+        self.position = replace(self.position, version=target.version, source=target.source, appended=target.appended)
         newest = self._newest
         self._behind_since = time.time() if newest and newest.version != target.version else None
         self._target = None

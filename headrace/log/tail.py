@@ -118,9 +118,18 @@ class Tail:
                     yield record(message)
 
     def _end(self, place: tuple[str, int]) -> int:
-        with kafka.kafka_errors(f"asking where {place[0]} ends"):
-            marks = self._consumer.get_watermark_offsets(TopicPartition(*place), timeout=kafka.TIMEOUT, cached=False)
-        return marks[1] if marks else 0
+        deadline = time.monotonic() + kafka.TIMEOUT
+        while True:
+            try:
+                marks = self._consumer.get_watermark_offsets(
+                    TopicPartition(*place), timeout=kafka.TIMEOUT, cached=False
+                )
+            except KafkaException as error:
+                if error.args[0].name() not in kafka.LEADER_IS_LATE or time.monotonic() > deadline:
+                    raise kafka.translate(error.args[0], f"asking where {place[0]} ends") from error
+                time.sleep(0.1)
+            else:
+                return marks[1] if marks else 0
 
     def mirror(self, offsets: dict[tuple[str, int], int]) -> None:
         """Commit offsets to the group, without waiting for it and without caring whether it worked."""
@@ -143,4 +152,3 @@ def read_to_end(settings: Settings, starts: dict[tuple[str, int], int]) -> Itera
         yield from tail.to_end()
     finally:
         tail.close()
-

@@ -14,7 +14,7 @@ from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, Top
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ignore[attr-defined]
 
 from headrace.errors import Misconfigured, Transient
-from headrace.log.kafka import TIMEOUT, kafka_errors, translate
+from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, kafka_errors, translate
 from headrace.settings import Settings
 
 CONTROL = "headrace.control"
@@ -23,7 +23,6 @@ ANSWERS = "headrace.answers"
 _PLAIN = frozenset(string.ascii_letters + string.digits + "-_")
 _ESCAPE = re.compile(r"_u([0-9A-F]{4,6})_")
 Ends = dict[str, list[int]]
-_LEADER_IS_LATE = frozenset({"NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "UNKNOWN_TOPIC_OR_PART"})
 
 
 def topic_of(source: str, table: str) -> str:
@@ -175,6 +174,6 @@ class Topics:
                 return [(place, future.result(TIMEOUT).offset) for place, future in futures.items()]
             except KafkaException as error:
                 # A new topic's leader may be a moment late; librdkafka's retriable() speaks of transactions only.
-                if error.args[0].name() not in _LEADER_IS_LATE or time.monotonic() > deadline:
+                if error.args[0].name() not in LEADER_IS_LATE or time.monotonic() > deadline:
                     raise translate(error.args[0], "asking where topics end") from error
                 time.sleep(0.1)

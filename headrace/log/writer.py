@@ -201,7 +201,9 @@ class CutWriter:
         while self._serve(lambda client: client.flush(1.0)):
             if time.monotonic() > deadline:
                 raise Transient(
-                    "cut-lost", "Kafka did not take the records of a cut in time.", "Check HEADRACE_KAFKA and the broker."
+                    "cut-lost",
+                    "Kafka did not take the records of a cut in time.",
+                    "Check HEADRACE_KAFKA and the broker.",
                 )
 
     def _serve(self, call: Callable[[Producer], int]) -> int:
@@ -209,7 +211,9 @@ class CutWriter:
         try:
             left = call(self._client)
         except SystemError as error:
-            raise Transient("fenced", f"The writer of cuts was fenced or broke: {error.__cause__}.", "capture starts again.") from error
+            raise Transient(
+                "fenced", f"The writer of cuts was fenced or broke: {error.__cause__}.", "capture starts again."
+            ) from error
         self._raise_failed()
         return left
 

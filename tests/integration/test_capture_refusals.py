@@ -118,6 +118,9 @@ def captured(settings: Settings) -> Settings:
 
 
 def drop_slot(settings: Settings) -> None:
+    """Drop the slot, when the walsender of a capture that has just ended is gone too."""
+    free = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND NOT active"
+    eventually("the slot is free", lambda: rows(settings, free))
     execute(settings, f"SELECT pg_drop_replication_slot('{settings.slot}')")
 
 
