@@ -208,9 +208,9 @@ class Control:
         )
         return Version(*answer["version"]), {(row.collection, row.key): row for row in rows}
 
-    def flush(self) -> None:
-        """Wait until what was written is in Kafka."""
-        self._writer.flush()
+    def flush(self, seconds: float = 15.0) -> None:
+        """Wait up to `seconds` until what was written is in Kafka. Raises Transient: `kafka-away`."""
+        self._writer.flush(seconds)
 
     def _request(self, name: str, verb: str, args: dict[str, Any]) -> str:
         request = uuid.uuid4().hex

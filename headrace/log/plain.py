@@ -8,8 +8,6 @@ from headrace.errors import Transient
 from headrace.log import kafka
 from headrace.settings import Settings
 
-_FLUSH_SECONDS = 15.0
-
 
 class PlainWriter:
     """Writes single records."""
@@ -32,11 +30,11 @@ class PlainWriter:
                 ) from error
         self._producer.poll(0)
 
-    def flush(self) -> None:
-        """Wait until everything sent is in Kafka.
+    def flush(self, seconds: float = 15.0) -> None:
+        """Wait up to `seconds` until everything sent is in Kafka.
 
         Raises:
             Transient: `kafka-away`.
         """
-        if self._producer is not None and self._producer.flush(_FLUSH_SECONDS):
+        if self._producer is not None and self._producer.flush(seconds):
             raise Transient("kafka-away", "Kafka takes no records.", "Check HEADRACE_KAFKA and the broker.")

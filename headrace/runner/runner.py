@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
+from contextlib import suppress
 from typing import Any
 
 from headrace.change import NOWHERE, Version
@@ -22,6 +23,7 @@ from headrace.runner.worker import State, Worker
 
 _HOLD_SECONDS = 30.0
 _CALL_SECONDS = 120.0
+_STOP_SECONDS, _FLUSH_SECONDS = 6.0, 2.0
 _PAGE = 500
 
 
@@ -89,15 +91,17 @@ class Runner:
         return final[0] if final and len(final) == len(self._workers) else None
 
     def stop(self) -> None:
-        """End every worker and say so."""
+        """End every worker and say so. Whoever waits for a server that is away is left behind: it has promised nothing yet [I7]."""
+        deadline = time.monotonic() + _STOP_SECONDS
         for worker in self._workers.values():
             worker.stop()
         for worker in self._workers.values():
-            worker.join(_CALL_SECONDS)
+            worker.join(max(0.0, deadline - time.monotonic()))
             if worker.state.phase != "stopped":
                 worker.state.phase = "off"
             self._control.report(self._report(worker.generation, worker.state))
-        self._control.flush()
+        with suppress(Transient):  # with Kafka away the last report just grows old
+            self._control.flush(_FLUSH_SECONDS)
 
     # Generations
 

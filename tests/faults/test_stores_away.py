@@ -15,6 +15,8 @@ from tests.fixtures.processes import SMALL, System
 RATE = "40/s"
 HUNG = 15.0
 """Seconds after which a fast shutdown of Postgres hangs."""
+GRACE = 10.0
+"""Seconds that a container engine gives a process to end."""
 
 
 @pytest.fixture
@@ -71,7 +73,11 @@ def test_kafka_away_capture_lets_postgres_go_and_comes_back(loaded: System, stac
     stack.server("postgres").stop()
     assert time.monotonic() - began < HUNG, "Postgres waits for capture's walsender"
     stack.server("postgres").start()
+    began = time.monotonic()
+    assert loaded.ends("warehouse") == 0
+    assert time.monotonic() - began < GRACE, "a consumer waits for Kafka before it ends"
     stack.server("kafka").start()
+    loaded.start("warehouse", "run", "warehouse")
     loaded.wait("capture to stream again", lambda: _connected(loaded))
     loaded.run("shop", "work", "--rate", RATE, "--seconds", "1")
     loaded.settle("warehouse")

@@ -51,7 +51,7 @@ class Progress:
         self._thread.join(5.0)
         self._send()
         with suppress(HeadraceError):
-            self._control.flush()
+            self._control.flush(2.0)
 
     def beat(self) -> None:
         """The loop goes round."""
