@@ -143,7 +143,8 @@ def reap() -> None:
     """Let go of our own children that have ended, so that they do not stay as zombies."""
     for child in _children[:]:
         if child.poll() is not None:
-            with contextlib.suppress(ValueError):  # servers are stopped at once, each in a thread: another one was faster
+            # Servers are stopped at once, each in a thread: another one may have been faster.
+            with contextlib.suppress(ValueError):
                 _children.remove(child)
 
 
