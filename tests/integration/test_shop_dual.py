@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from decimal import Decimal
@@ -17,6 +18,7 @@ from headrace_shop.database import Amounts
 from headrace_shop.dual import DualWrites
 from headrace_shop.edits import SetPrice
 from headrace_shop.writes import LogWrites
+from headrace_warehouse import endpoint
 
 NOTHING = {"search": 0, "pages": 0, "warehouse": 0}
 
@@ -27,14 +29,15 @@ def shop(
     elasticsearch: object,
     redis_server: object,
     monkeypatch: pytest.MonkeyPatch,
-) -> Settings:
+) -> Iterator[Settings]:
     settings = replace(settings, warehouse_listen=f"127.0.0.1:{ports.choose()}")
     for name, value in environment(settings).items():
         monkeypatch.setitem(os.environ, name, value)
     with database.connect(settings.dsn) as connection:
         database.create(connection)
         database.load(connection, Amounts(products=80, reviews=150, customers=10, orders=20), seed=1)
-    return settings
+    yield settings
+    endpoint.stop()  # the dual writer's warehouse answers until its process ends, and this one goes on
 
 
 def differing(writes: DualWrites) -> dict[str, int]:
