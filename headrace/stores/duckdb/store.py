@@ -129,6 +129,18 @@ class DuckDBStore:
                     )
         return rows
 
+    def get(self, keys: Sequence[Cursor]) -> Sequence[ViewRow]:
+        """Return some rows of this generation, each named as (table, key), in the log's form: one query a table."""
+        wanted: dict[str, list[str]] = {}
+        for source, key in keys:
+            wanted.setdefault(source, []).append(key)
+        with self._reading() as build:
+            known = build.tables if build.version != NOWHERE else {}
+            found = [
+                tables.pick(self._cursor, known[source], named) for source, named in wanted.items() if source in known
+            ]
+        return [row for rows in found for row in rows]
+
     @contextmanager
     def _writing(self) -> Iterator[Build]:
         with self._opened().writing(self._cursor):

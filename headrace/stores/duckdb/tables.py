@@ -178,12 +178,21 @@ def merge(cursor: duckdb.DuckDBPyConnection, table: Table, staging: str) -> None
 
 def read(cursor: duckdb.DuckDBPyConnection, table: Table, after: str | None, limit: int) -> list[ViewRow]:
     """Return up to `limit` rows after the key `after`, by key, in the log's form."""
+    return _select(cursor, table, f"WHERE {KEY} > $1 ORDER BY {KEY} LIMIT $2", [after or "", limit])
+
+
+def pick(cursor: duckdb.DuckDBPyConnection, table: Table, keys: Sequence[str]) -> list[ViewRow]:
+    """Return those of the rows `keys` that there are, by key, in the log's form."""
+    return _select(cursor, table, f"WHERE {KEY} IN (SELECT unnest($1::VARCHAR[]))", [list(keys)])
+
+
+def _select(cursor: duckdb.DuckDBPyConnection, table: Table, which: str, values: list[Any]) -> list[ViewRow]:
     raws = [mapped.kind.raw.format(quoted(mapped.name)) for mapped in table.columns]
     printed = ", ".join(f"CAST({raw} AS VARCHAR)" for raw in raws)
     found = cursor.execute(
         f"SELECT {KEY}, {VERSION}, {EXACT}, CASE WHEN {EXACT} IS NOT NULL THEN [{printed}] END, {', '.join(raws)} "
-        f"FROM (SELECT * FROM {table.path} WHERE {KEY} > $1 ORDER BY {KEY} LIMIT $2) ORDER BY {KEY}",
-        [after or "", limit],
+        f"FROM (SELECT * FROM {table.path} {which}) ORDER BY {KEY}",
+        values,
     ).fetchall()
     return [_row(table, found_row[:4], found_row[4:]) for found_row in found]
 
