@@ -17,6 +17,7 @@ soak: .venv/synced           ## KILLS=60 seeded kills of everything under load, 
 
 check: .venv/synced          ## style, types, walls, budgets
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python ops/budgets.py

@@ -126,6 +126,7 @@ class Checkpoint:
         partial: ``(commit_lsn, ordinal)`` of the last change in the log of a transaction that is not wholly there (S5).
         inexact: Tables whose topic is not known to equal Postgres at this LSN (S12).
         snapshot: None once streaming; ``running`` or ``complete`` in the checkpoints of the initial snapshot (S6).
+        base: LSN of the checkpoint whose `ends` this one's record goes on from, its own when the record names every topic (S16).
         offset: Where the record stands in the checkpoints topic; -1 before it is written.
         appended: The broker's timestamp of the record, in ms since the Unix epoch; 0 before it is written.
     """
@@ -138,6 +139,7 @@ class Checkpoint:
     partial: tuple[int, int] | None = None
     inexact: tuple[str, ...] = ()
     snapshot: str | None = None
+    base: int = 0
     offset: int = -1
     appended: int = 0
 

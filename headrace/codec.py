@@ -6,7 +6,7 @@ The key's bytes are a format of their own, the same under every codec for values
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -78,20 +78,28 @@ def decode_change(
 
 
 def encode_checkpoint_key(checkpoint: Checkpoint) -> bytes:
-    """Return the key of a checkpoint: its version."""
-    return orjson.dumps({"epoch": checkpoint.version.epoch, "lsn": checkpoint.version.lsn})
+    """Return the key of a checkpoint: its version; for half a transaction also which one, so that it never replaces a state."""
+    key = {"epoch": checkpoint.version.epoch, "lsn": checkpoint.version.lsn}
+    return orjson.dumps(key | {"partial": checkpoint.partial[0]} if checkpoint.partial else key)
 
 
-def encode_checkpoint(checkpoint: Checkpoint) -> bytes:
-    """Return the value of a checkpoint; absent and false fields are left out."""
+def encode_checkpoint(checkpoint: Checkpoint, topics: Collection[str] | None = None) -> bytes:
+    """Return the value of a checkpoint; absent and false fields are left out.
+
+    Args:
+        checkpoint: With `ends` of every topic.
+        topics: Name only the ends of these, the ones touched since the checkpoint at `base`; all when None.
+    """
     record: dict[str, Any] = {
         "epoch": checkpoint.version.epoch,
         "lsn": checkpoint.version.lsn,
         "commit_ts": checkpoint.commit_ts,
         "xid": checkpoint.xid,
-        "ends": checkpoint.ends,
+        "ends": checkpoint.ends if topics is None else {topic: checkpoint.ends[topic] for topic in sorted(topics)},
         "source": asdict(checkpoint.source),
     }
+    if topics is not None:
+        record["base"] = checkpoint.base
     if checkpoint.partial:
         record["partial"] = {"commit_lsn": checkpoint.partial[0], "ordinal": checkpoint.partial[1]}
     if checkpoint.inexact:
@@ -102,7 +110,10 @@ def encode_checkpoint(checkpoint: Checkpoint) -> bytes:
 
 
 def decode_checkpoint(value: bytes, offset: int = -1, appended: int = 0) -> Checkpoint:
-    """Undo `encode_checkpoint`; `offset` and `appended` (broker's ms) are the record's own. Raises KeyError, ValueError."""
+    """Undo `encode_checkpoint`; `offset` and `appended` (broker's ms) are the record's own. Raises KeyError, ValueError.
+
+    The `ends` of one with another `base` are only what was touched since: see `headrace.log.spine`.
+    """
     record = orjson.loads(value)
     partial = record.get("partial")
     return Checkpoint(
@@ -114,6 +125,7 @@ def decode_checkpoint(value: bytes, offset: int = -1, appended: int = 0) -> Chec
         partial=(partial["commit_lsn"], partial["ordinal"]) if partial else None,
         inexact=tuple(record.get("inexact", ())),
         snapshot=record.get("snapshot"),
+        base=record.get("base", record["lsn"]),
         offset=offset,
         appended=appended,
     )

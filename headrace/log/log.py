@@ -10,6 +10,7 @@ from headrace.change import Change, Checkpoint, Position, TableSchema
 from headrace.errors import Misconfigured
 from headrace.log import kafka
 from headrace.log.reader import Reader
+from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import (
     ANSWERS,
@@ -80,10 +81,15 @@ class Log:
         return {name: count for name, (_, count) in self.topics.describe(topics).items()}
 
     def checkpoints(self, start: int = BEGINNING) -> Iterator[Checkpoint]:
-        """Yield the committed checkpoints that are in their topic now from offset `start` on, oldest first."""
+        """Yield the committed checkpoints that are in their topic now from offset `start` on, oldest first.
+
+        One whose ends are only to be had from a base before `start` is left out.
+        """
+        spine = Spine()
         for record in read_to_end(self.settings, {(checkpoints_topic(self.settings.source), 0): start}):
-            if record.value is not None:
-                yield codec.decode_checkpoint(record.value, record.offset, record.timestamp)
+            checkpoint = spine.take(record.value, record.offset, record.timestamp)
+            if checkpoint is not None:
+                yield checkpoint
 
     def newest_checkpoint(self, *, complete: bool = False) -> Checkpoint | None:
         """Return the newest committed checkpoint, or the newest complete one; None when there is none."""

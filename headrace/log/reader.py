@@ -23,6 +23,7 @@ from headrace import codec
 from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, TableSchema
 from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured, Refused, Transient
+from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, record
 from headrace.log.topics import checkpoints_topic, table_of, topic_of
 
@@ -61,6 +62,7 @@ class Reader:
         self._wanted = {topic_of(log.settings.source, table) for table in tables}
         self._began = time.time()
         self._newest = log.newest_checkpoint(complete=True)
+        self._spine = Spine(self._newest)
         self._target: Checkpoint | None = None
         self._behind_since: float | None = None
         self._schemas: dict[tuple[str, int], TableSchema] = {}
@@ -141,11 +143,8 @@ class Reader:
             self._take_checkpoint(message)
 
     def _take_checkpoint(self, message: Message) -> None:
-        value = message.value()
-        if value is None:
-            return
-        checkpoint = codec.decode_checkpoint(value, message.offset() or 0, message.timestamp()[1])
-        if checkpoint.complete:
+        checkpoint = self._spine.take(message.value(), message.offset() or 0, message.timestamp()[1])
+        if checkpoint is not None and checkpoint.complete:
             self._newest = checkpoint
             self._behind_since = self._behind_since or time.time()
             self._add_topics(checkpoint)

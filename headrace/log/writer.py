@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -24,6 +25,9 @@ from headrace.settings import Settings
 
 KEPT_CHECKPOINTS = 2_000
 """Checkpoints that stay in their topic; older ones are tombstoned in bunches of as many (S16)."""
+WHOLE_PARTITIONS = 256
+"""Up to so many partitions every checkpoint names the ends of all of them; above, one in WHOLE_EVERY does (S16)."""
+WHOLE_EVERY = 100
 _COMMIT_SECONDS = 60
 
 
@@ -45,6 +49,8 @@ class CutWriter:
         self._ends: Ends = {}
         self._failed: KafkaError | None = None
         self._kept: deque[bytes] = deque()
+        self._base: Checkpoint | None = None
+        self._since_base = 0
         self.open_records = 0
         self.opened_at = 0.0
 
@@ -82,6 +88,7 @@ class CutWriter:
                     "A table needs a new topic for another partition count: headrace teardown --topics, then setup and capture.",
                 )
         self._ends = {topic: list(offsets) for topic, offsets in ends.items()}
+        self._base = None
         # A key that was tombstoned is no longer to be trimmed; a later value of the same key moves it to the end.
         kept: dict[bytes, None] = {}
         for record in read_to_end(self._settings, {(self._checkpoints, 0): BEGINNING}):
@@ -142,13 +149,29 @@ class CutWriter:
             self._begin()
         self._flush()
         ends = {topic: list(offsets) for topic, offsets in self._ends.items()}
-        checkpoint = Checkpoint(version, commit_ts, xid, ends, source, partial, inexact, snapshot)
+        checkpoint = Checkpoint(version, commit_ts, xid, ends, source, partial, inexact, snapshot, version.lsn)
+        checkpoint, named = self._named(checkpoint)
         key = codec.encode_checkpoint_key(checkpoint)
-        self._send(self._checkpoints, key, codec.encode_checkpoint(checkpoint), [])
+        self._send(self._checkpoints, key, codec.encode_checkpoint(checkpoint, named), [])
         self._trim(key)
         self._commit()
         self.open_records, self.opened_at = 0, 0.0
         return checkpoint
+
+    def _named(self, checkpoint: Checkpoint) -> tuple[Checkpoint, set[str] | None]:
+        """Choose which ends its record names: with many partitions only those touched since its base (S16).
+
+        A base is complete, for the key of half a transaction or half a snapshot is written again and again.
+        """
+        if not checkpoint.complete or sum(map(len, self._ends.values())) <= WHOLE_PARTITIONS:
+            return checkpoint, None
+        base = self._base
+        self._since_base += 1
+        if base is None or self._since_base >= WHOLE_EVERY:
+            self._base, self._since_base = checkpoint, 0
+            return checkpoint, None
+        touched = {topic for topic, ends in checkpoint.ends.items() if base.ends.get(topic) != ends}
+        return replace(checkpoint, base=base.version.lsn), touched
 
     def abort(self) -> None:
         """Throw the open cut away. The caller starts again from the newest checkpoint: `ends` are no longer known."""

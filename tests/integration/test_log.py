@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from unittest.mock import ANY
 
 import pytest
 
@@ -165,6 +166,46 @@ def test_old_checkpoints_are_tombstoned_and_never_the_newest(feed: Feed, monkeyp
     live = [key for key, value in seen.items() if value is not None]
     assert codec.encode_checkpoint_key(sealed[-1]) in live
     assert len(live) == 4
+
+
+def test_half_a_transaction_never_takes_the_place_of_the_state_before_it(feed: Feed) -> None:
+    """S16: they have one LSN; under one key compaction would leave a reader without any state until the transaction ends."""
+    whole = feed.cut((ITEMS, 1, 10))
+    feed.put(ITEMS, 2, 20)
+    half = feed.seal(partial=(whole.version.lsn + 5, 1))
+    assert codec.encode_checkpoint_key(half) != codec.encode_checkpoint_key(whole)
+    assert feed.log.newest_checkpoint() == replace(half, offset=ANY, appended=ANY)
+    assert feed.log.newest_checkpoint(complete=True) == replace(whole, offset=ANY, appended=ANY)
+
+
+def test_with_many_partitions_a_checkpoint_names_what_was_touched_and_readers_know_the_rest(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S16: the hundredth names every topic; here the fourth."""
+    monkeypatch.setattr("headrace.log.writer.WHOLE_PARTITIONS", 1)
+    monkeypatch.setattr("headrace.log.writer.WHOLE_EVERY", 4)
+    reader = feed.log.reader([ITEMS, TAGS], None)
+    sealed = []
+    for n in range(10):
+        sealed.append(feed.cut((ITEMS if n % 3 else TAGS, n, n)))
+        if n == 5:
+            feed.put(ITEMS, 99, n)
+            feed.seal(partial=(feed.lsn + 5, 1))
+        if n == 6:
+            feed.open()
+    records = list(read_to_end(feed.log.settings, {(checkpoints_topic(feed.log.settings.source), 0): BEGINNING}))
+    named = [
+        codec.loads(record.value)["ends"].keys()
+        for record in records
+        if record.value and b"partial" not in record.value
+    ]
+    assert [len(ends) for ends in named] == [2, 1, 1, 2, 2, 1, 2, 2, 1, 2]
+    whole = [checkpoint for checkpoint in feed.log.checkpoints() if checkpoint.complete]
+    assert [checkpoint.ends for checkpoint in whole] == [checkpoint.ends for checkpoint in sealed]
+    late = [c.ends for c in feed.log.checkpoints(whole[4].offset) if c.complete]
+    assert late == [checkpoint.ends for checkpoint in sealed[-len(late) :]]
+    assert drain(reader, sealed[-1].version)[-1].position.offsets == sealed[-1].ends
+    reader.close()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_record_of_another_format_is_poison_with_its_place(value: bytes, heade
 
 @pytest.mark.parametrize("more", [{}, {"partial": (7, 3)}, {"inexact": ("public.t",)}, {"snapshot": "running"}])
 def test_a_checkpoint_comes_back(more: dict[str, object]) -> None:
-    checkpoint = Checkpoint(Version(1, 9), 5, 6, {"s.public.t": [1, 2]}, SOURCE, **more)  # type: ignore[arg-type]
+    checkpoint = Checkpoint(Version(1, 9), 5, 6, {"s.public.t": [1, 2]}, SOURCE, base=9, **more)  # type: ignore[arg-type]
     assert codec.decode_checkpoint(codec.encode_checkpoint(checkpoint)) == checkpoint
     assert checkpoint.complete == (not more or "inexact" in more)
 

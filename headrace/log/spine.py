@@ -1,0 +1,34 @@
+"""The checkpoints of a source, made whole as they are read (S16).
+
+With many partitions most checkpoints name only the topics touched since an earlier one, their *base*, which names all of them. They add up
+from the base on, each by itself, so that compaction may remove any of those between. One whose base is not there is passed over:
+the next that names every topic is never far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from headrace import codec
+from headrace.change import Checkpoint
+
+
+class Spine:
+    """Reads checkpoints in the order of their offsets."""
+
+    def __init__(self, known: Checkpoint | None = None) -> None:
+        """Go on after `known`, a checkpoint with the ends of every topic."""
+        self._known = known
+
+    def take(self, value: bytes | None, offset: int, appended: int) -> Checkpoint | None:
+        """Return the checkpoint with the ends of every topic; None for a tombstone, or when its base is not known."""
+        if value is None:
+            return None
+        read = codec.decode_checkpoint(value, offset, appended)
+        if read.base != read.version.lsn:
+            known = self._known
+            if known is None or (known.version.epoch, known.base) != (read.version.epoch, read.base):
+                return None
+            read = replace(read, ends=known.ends | read.ends)
+        self._known = read
+        return read
