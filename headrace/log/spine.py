@@ -1,6 +1,6 @@
 """The checkpoints of a source, made whole as they are read (S16).
 
-With many partitions most checkpoints name only the topics touched since an earlier one, their *base*, which names all of them. They add up
+With many partitions most checkpoints name only the topics touched since an earlier one, their *base*, a complete one that names all of them. They add up
 from the base on, each by itself, so that compaction may remove any of those between. One whose base is not there is passed over:
 the next that names every topic is never far.
 """
@@ -30,5 +30,6 @@ class Spine:
             if known is None or (known.version.epoch, known.base) != (read.version.epoch, read.base):
                 return None
             read = replace(read, ends=known.ends | read.ends)
-        self._known = read
+        if read.complete:
+            self._known = read
         return read
