@@ -1,8 +1,8 @@
 """The checkpoints of a source, made whole as they are read (S16).
 
-With many partitions most checkpoints name only the topics touched since an earlier one, their *base*, a complete one that names all of them. They add up
-from the base on, each by itself, so that compaction may remove any of those between. One whose base is not there is passed over:
-the next that names every topic is never far.
+With many partitions most checkpoints name only the topics touched since an earlier one, their *base*: a complete one that names all of
+them. They add up from the base on, each by itself, so that compaction may remove any of those between. One whose base is not there is
+passed over: the next that names every topic is never far.
 """
 
 from __future__ import annotations

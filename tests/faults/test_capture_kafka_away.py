@@ -26,7 +26,7 @@ def test_a_kafka_that_is_paused_does_not_hold_postgres(settings: Settings, stack
             execute(settings, "INSERT INTO items VALUES (2)")
         finally:
             stack.server("kafka").resume()
-        eventually("it streams again", lambda: rows(settings, walsender) == [(True,)], 180)
+        capture.eventually("it streams again", lambda: rows(settings, walsender) == [(True,)], 180)
         execute(settings, "INSERT INTO items VALUES (3)")
         capture.reach()
     assert [c.row["id"] for c in changes(settings, T) if c.row] == [1, 2, 3]

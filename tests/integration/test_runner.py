@@ -152,7 +152,7 @@ def test_readers_never_go_back_in_time_over_promotions(
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 0))
     served = serve()
-    wait_for(view.rows)
+    served.await_phase(1, "live")
     seen: list[int] = []
     stopping = threading.Event()
 
@@ -200,7 +200,7 @@ def test_a_store_that_is_away_is_waited_for(
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 10))
     served = serve()
-    wait_for(view.rows)
+    served.await_phase(1, "live")
     monkeypatch.setattr(Plain, "away", True)
     feed.cut((ITEMS, 2, 20))
     report = served.await_phase(1, "waiting")
@@ -225,7 +225,7 @@ def test_poison_stops_the_consumer_and_loses_nothing(
     view = Plain(settings, "picky")
     feed.cut((ITEMS, 1, 10))
     served = serve(Picky, "picky")
-    wait_for(view.rows)
+    served.await_phase(1, "live")
     feed.cut((ITEMS, 2, 13), (ITEMS, 3, 30))
     report = served.await_phase(1, "stopped")
     assert report.code == "unlucky"
@@ -274,7 +274,7 @@ def test_a_position_of_another_log_is_refused_and_waits_for_a_rebuild(
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 10))
     served = serve()
-    wait_for(view.rows)
+    served.await_phase(1, "live")
     served.stop()
     position = feed_position(feed)
     position.topics = dict.fromkeys(position.topics, "another")

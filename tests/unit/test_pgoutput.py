@@ -132,8 +132,8 @@ def test_frames() -> None:
     """The two messages of a server; everything else, and every cut of them, is refused."""
     data = b"w" + struct.pack(">QQq", 1, 2, 3) + b"payload"
     alive = b"k" + struct.pack(">QqB", 9, 0, 1)
-    assert p.unframe(data) == p.XLogData(b"payload")
-    assert p.unframe(memoryview(alive)) == p.Keepalive(9, True)
+    assert p.unframe(data) == b"payload"
+    assert p.unframe(alive) == p.Keepalive(9, True)
     for end in range(len(alive)):
         with pytest.raises(p.DecodeError):
             p.unframe(alive[:end])

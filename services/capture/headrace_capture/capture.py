@@ -56,13 +56,13 @@ class Capture:
         self._say = say
         self._stopped = stopped
         self._progress = Progress(Control(self._log), say)
-        self._streamed = False
+        self._answered = False
 
     def run(self) -> None:
-        """Capture until stopped. What is transient is tried again for ever, once streaming has begun.
+        """Capture until stopped. What is transient is tried again for ever, once all servers have answered.
 
         Raises:
-            Transient: before the first stream: a server does not answer, and somebody is there to read it.
+            Transient: at the start: a server does not answer, and somebody is there to read it.
             Misconfigured: `wal-level`, `publication-missing`, `slot-missing`, `slot-lost`, `slot-beyond-checkpoint`, `other-source`, ….
             Poison: see `Stream.run`.
         """
@@ -86,7 +86,7 @@ class Capture:
             except Stopped:
                 return
             except Transient as error:
-                if not self._streamed:
+                if not self._answered:
                     raise
                 failures = failures + 1 if time.monotonic() - began < 60 else 1
                 self._progress.phase("waiting", error)
@@ -179,6 +179,7 @@ class Capture:
         return complete
 
     def _stream(self, writer: CutWriter, checkpoint: Checkpoint, connection: catalog.Connection) -> None:
+        self._answered = True
         cut = Cut(writer, self._settings, replace(checkpoint, snapshot=None), self._progress.sealed)
         self._progress.sealed(checkpoint)
         with (
@@ -191,7 +192,6 @@ class Capture:
             with closing(Filler(self._log, connection, self._tick(replication))) as filler:
                 self._say(f"streaming from {format_lsn(checkpoint.version.lsn)}")
                 self._progress.phase("streaming")
-                self._streamed = True
                 Stream(self._log, cut, replication, relations, filler, self._progress).run(self._stopped)
 
     def _tick(self, replication: Replication) -> Callable[[], None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from headrace.change import Checkpoint, Source, Version
 from headrace.log import CutWriter
@@ -19,8 +19,7 @@ LONGEST_SECONDS = 10.0
 EMPTY_CUT_SECONDS = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
+class Whole(NamedTuple):
     """The last transaction that is wholly in the log: its end LSN, when it committed (ms), its id."""
 
     lsn: int
@@ -34,6 +33,8 @@ class Cut:
     Attributes:
         sealed: The newest committed checkpoint: nothing beyond it may be confirmed to Postgres (S4).
         inexact: Tables whose topic is not known to equal Postgres (S12); named in every checkpoint.
+        whole: The last transaction that is wholly in the cut.
+        most: Records that fill a cut.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Cut:
         self.writer = writer
         self.sealed = sealed
         self.inexact = set(sealed.inexact)
-        self._settings = settings
+        self.most = settings.cut_records
+        self._longest = settings.cut_ms / 1000
         self._sealing = sealing
-        self._whole = Whole(sealed.version.lsn, sealed.commit_ts, sealed.xid)
+        self.whole = Whole(sealed.version.lsn, sealed.commit_ts, sealed.xid)
         self._sealed_at = 0.0
 
     @property
@@ -61,7 +63,7 @@ class Cut:
     @property
     def full(self) -> bool:
         """Whether it holds as many records as a cut may."""
-        return self.writer.open_records >= self._settings.cut_records
+        return self.writer.open_records >= self.most
 
     @property
     def age(self) -> float:
@@ -69,22 +71,18 @@ class Cut:
         return time.monotonic() - self.writer.opened_at if self.writer.opened_at else 0.0
 
     @property
-    def due(self) -> bool:
+    def old(self) -> bool:
         """Whether to seal it though more waits to be read."""
-        return self.full or self.age * 1000 >= self._settings.cut_ms
+        return self.age >= self._longest
 
     @property
     def open(self) -> bool:
         """Whether there is anything that the newest checkpoint does not cover."""
-        return bool(self.writer.opened_at) or self._whole.lsn > self.sealed.version.lsn
-
-    def end_transaction(self, whole: Whole) -> None:
-        """Note that everything up to the end of this transaction is in the cut."""
-        self._whole = whole
+        return bool(self.writer.opened_at) or self.whole.lsn > self.sealed.version.lsn
 
     def seal(self, partial: tuple[int, int] | None = None) -> None:
         """Commit the cut with its checkpoint."""
-        whole = self._whole
+        whole = self.whole
         sealed = self.writer.seal(
             version=Version(self.epoch, whole.lsn),
             commit_ts=whole.commit_ts,
@@ -105,5 +103,5 @@ class Cut:
 
     def seal_empty(self, lsn: int) -> None:
         """Write a checkpoint alone: Postgres has sent everything up to `lsn`, and nothing of it was captured (S4)."""
-        self._whole = Whole(lsn, int(time.time() * 1000), 0)
+        self.whole = Whole(lsn, int(time.time() * 1000), 0)
         self.seal()

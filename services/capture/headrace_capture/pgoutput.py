@@ -132,12 +132,6 @@ class Message(NamedTuple):
 Parsed = Begin | Commit | Relation | Type | Insert | Update | Delete | Truncate | Origin | Message
 
 
-class XLogData(NamedTuple):
-    """One message of the stream."""
-
-    payload: bytes
-
-
 class Keepalive(NamedTuple):
     """Postgres has sent everything up to `wal_end`; `reply` asks for a status at once."""
 
@@ -146,7 +140,8 @@ class Keepalive(NamedTuple):
 
 
 _I16, _I32, _I64 = Struct(">H"), Struct(">I"), Struct(">Q")
-_read16, _read32, _read64 = _I16.unpack_from, _I32.unpack_from, _I64.unpack_from
+_read16, _read32 = _I16.unpack_from, _I32.unpack_from
+_BEGIN, _COMMIT = Struct(">cQqI"), Struct(">cBQQq")
 _KEEPALIVE = Struct(">cQqB")
 _STATUS = Struct(">cQQQqB")
 _DATA_HEADER = 25
@@ -178,11 +173,6 @@ class _Cursor:
 
     def int64(self) -> int:
         return self._number(_I64)
-
-    def timestamp(self) -> int:
-        """Read µs since 2000 (signed), return ms since 1970."""
-        raw = self.int64()
-        return (raw - ((raw >> 63) << 64) + _EPOCH_US) // 1000
 
     def text(self) -> str:
         end = self._buffer.index(b"\0", self._at)
@@ -224,18 +214,18 @@ def parse(payload: bytes) -> Parsed:
         raise DecodeError(f"message {payload[:1]!r} of {len(payload)} bytes: {failure}") from failure
 
 
-def unframe(data: bytes | memoryview) -> XLogData | Keepalive:
-    """Decode what one CopyData of the replication protocol carries.
+def unframe(data: bytes) -> bytes | Keepalive:
+    """Decode what one CopyData of the replication protocol carries: a message for `parse`, or a keepalive.
 
     Raises:
         DecodeError: it is neither of the two messages that a server sends.
     """
     if data[:1] == b"w" and len(data) > _DATA_HEADER:
-        return XLogData(bytes(data[_DATA_HEADER:]))
+        return data[_DATA_HEADER:]
     if data[:1] == b"k" and len(data) == _KEEPALIVE.size:
         _, wal_end, _, reply = _KEEPALIVE.unpack(data)
         return Keepalive(wal_end, bool(reply))
-    raise DecodeError(f"a CopyData {bytes(data[:1])!r} of {len(data)} bytes")
+    raise DecodeError(f"a CopyData {data[:1]!r} of {len(data)} bytes")
 
 
 def status(lsn: int, now: float) -> bytes:
@@ -244,18 +234,15 @@ def status(lsn: int, now: float) -> bytes:
 
 
 def _begin(payload: bytes) -> Begin:
-    at = _Cursor(payload)
-    found = Begin(at.int64(), at.timestamp(), at.int32())
-    at.end()
-    return found
+    _, commit_lsn, timestamp, xid = _BEGIN.unpack(payload)
+    return Begin(commit_lsn, (timestamp + _EPOCH_US) // 1000, xid)
 
 
 def _commit(payload: bytes) -> Commit:
-    at = _Cursor(payload)
-    at.flag(0)
-    found = Commit(at.int64(), at.int64(), at.timestamp())
-    at.end()
-    return found
+    _, flags, commit_lsn, end_lsn, timestamp = _COMMIT.unpack(payload)
+    if flags:
+        raise DecodeError(f"flags {flags}")
+    return Commit(commit_lsn, end_lsn, (timestamp + _EPOCH_US) // 1000)
 
 
 def _relation(payload: bytes) -> Relation:
@@ -349,12 +336,13 @@ def _row(payload: bytes, at: int) -> tuple[list[Datum], int]:
     at += 2
     for _ in range(count):
         kind = payload[at]
-        at += 1
         if kind == _TEXT:
-            begin = at + 4
-            at = begin + _read32(payload, at)[0]
+            begin = at + 5
+            at = begin + _read32(payload, at + 1)[0]
             add(payload[begin:at])
-        elif kind == _NULL:
+            continue
+        at += 1
+        if kind == _NULL:
             add(None)
         elif kind == _TOAST:
             add(UNCHANGED)

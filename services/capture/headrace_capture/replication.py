@@ -108,7 +108,7 @@ class Replication:
         if result.status != pq.ExecStatus.COPY_BOTH:
             raise self._failure(result)
 
-    def read(self) -> memoryview | None:
+    def read(self) -> bytes | None:
         """Return the next CopyData, or None when the socket has nothing more now."""
         size, data = self._pg.get_copy_data(1)
         if size == 0:
@@ -116,7 +116,7 @@ class Replication:
                 self._pg.consume_input()
             size, data = self._pg.get_copy_data(1)
         if size > 0:
-            return memoryview(data)
+            return bytes(data)
         if size == 0:
             return None
         raise self._failure(self._pg.get_result())

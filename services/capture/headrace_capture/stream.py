@@ -32,13 +32,17 @@ from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
 from headrace_capture.replication import Replication
 from headrace_capture.tables import Stamp, Table
-from headrace_capture.toast import Filler
+from headrace_capture.toast import WORTH_REMEMBERING, Filler
 
 CREATE, UPDATE, DELETE = b"c", b"u", b"d"
 NULL: Final = b"null"
 _IDLE_SECONDS = 1.0
 _LOOK_AT_CLOCK = 255
 """Inside a transaction the cut's age is looked at once in as many changes (a power of two, less one)."""
+_LOOK_AT_CLOCK_COMMITS = 31
+"""Between transactions: once in as many of them."""
+_BUNCH = 256
+"""Messages between two looks at everything else."""
 
 
 class Stream:
@@ -58,6 +62,8 @@ class Stream:
         self._progress = progress
         self._stamp: Stamp | None = None
         self._ordinal = 0
+        self._commits = 0
+        self._size = 0
         self._skip = 0
         self._half = cut.sealed.partial
         self._sent_up_to = 0
@@ -79,13 +85,15 @@ class Stream:
             Misconfigured: `row-too-large`, `key-changed`, `slot-lost`, `partial-missing`.
             Poison: `bad-message`, `bad-value`, `value-not-found`.
         """
+        read, take = self._replication.read, self._take
         while not stopped():
             self._progress.beat()
-            data = self._replication.read()
-            if data is None:
-                self._idle()
-            else:
-                self._take(data)
+            for _ in range(_BUNCH):
+                data = read()
+                if data is None:
+                    self._idle()
+                    break
+                take(data)
         if not self._between_transactions:
             self._writer.abort()
         elif self._cut.open:
@@ -110,19 +118,20 @@ class Stream:
         self._replication.alive()
         self._replication.wait(wait)
 
-    def _take(self, data: memoryview) -> None:
+    def _take(self, data: bytes) -> None:
         try:
-            frame = pgoutput.unframe(data)
-            if isinstance(frame, Keepalive):
-                self._keepalive(frame)
+            payload = pgoutput.unframe(data)
+            if isinstance(payload, Keepalive):
+                self._keepalive(payload)
                 return
-            message = pgoutput.parse(frame.payload)
+            message = pgoutput.parse(payload)
         except pgoutput.DecodeError as error:
             raise Poison(
                 "bad-message",
                 f"After {format_lsn(self._cut.sealed.version.lsn)} the stream has {error}.",
                 "Report this as a defect.",
             ) from error
+        self._size = len(data)
         handler = self._handlers.get(type(message))
         if handler is not None:  # types, origins and messages say nothing that is needed
             handler(message)
@@ -156,11 +165,13 @@ class Stream:
 
     def _commit(self, commit: Commit) -> None:
         stamp = self._open_stamp
-        self._cut.end_transaction(Whole(commit.end_lsn, commit.commit_ts, stamp.xid))
+        self._cut.whole = Whole(commit.end_lsn, commit.commit_ts, stamp.xid)
         if self._half and stamp.lsn == self._half[0]:
             self._half = None
         self._stamp = None
-        if self._between_transactions and self._cut.due:
+        self._commits += 1
+        look = not self._commits & _LOOK_AT_CLOCK_COMMITS
+        if self._half is None and (self._cut.full or (look and self._cut.old)):
             self._seal()
 
     def _relation(self, relation: Relation) -> None:
@@ -172,7 +183,7 @@ class Stream:
             return
         key = table.key(insert.new)
         if table.wide:
-            self._filler.memory.remember(table, key, insert.new)
+            self._filler.memory.changed(table, key, key, insert.new, self._size)
         if self._ordinal > self._skip:
             self._put(table, key, CREATE, table.row(insert.new))
             self._after_change()
@@ -191,9 +202,8 @@ class Stream:
             if UNCHANGED in new:
                 old = update.old if update.whole else None
                 new, read = self._filler.fill(table, (before, key), new, old, self._open_stamp.xid, self._seal_partial)
-                encode = table.row_of_any
-            self._filler.memory.forget(table, before)
-            self._filler.memory.remember(table, key, new)
+                encode, self._size = table.row_of_any, WORTH_REMEMBERING
+            self._filler.memory.changed(table, before, key, new, self._size)
         if before != key:
             self._put_delete(table, before)
         self._put(table, key, UPDATE if before == key else CREATE, encode(new), read)
@@ -203,9 +213,10 @@ class Stream:
         """A change that is in the log already still tells the values that a later one leaves alone."""
         row = list(update.new)
         self._filler.memory.recall(table, keys[0], row)
-        self._filler.memory.forget(table, keys[0])
-        if UNCHANGED not in row:
-            self._filler.memory.remember(table, keys[1], row)
+        if UNCHANGED in row:
+            self._filler.memory.forget(table, keys[0])
+        else:
+            self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING)
 
     def _delete(self, delete: Delete) -> None:
         table = self._next(delete.oid)

@@ -32,7 +32,7 @@ from headrace_capture.replication import postgres_errors
 from headrace_capture.tables import REREAD, Json, Table
 
 REMEMBERED_BYTES = 64 * 1024 * 1024
-_WORTH_REMEMBERING = 1_000
+WORTH_REMEMBERING = 1_000
 """Postgres moves values out of line in rows above about 2 000 bytes; in their text they may be shorter."""
 _REREAD_SECONDS = 5.0
 
@@ -49,12 +49,26 @@ class Memory:
         self._bytes = 0
         self._rows: OrderedDict[tuple[str, bytes], tuple[int, list[Datum]]] = OrderedDict()
 
-    def remember(self, table: Table, key: bytes, row: Datums) -> None:
-        """Keep the wide values of a key's newest row, or forget the key if they are small or not from the stream."""
-        self.forget(table, key)
+    def changed(self, table: Table, before: bytes, key: bytes, row: Datums, size: int) -> None:
+        """Keep the wide values of a row's newest state, unless they are small or not from the stream; forget those of its last one.
+
+        Args:
+            table: The row's table.
+            before: Its key until now.
+            key: Its key from now on.
+            row: The whole row.
+            size: About the bytes that came for it: nothing of a smaller message is worth remembering.
+        """
+        if self._rows:
+            self.forget(table, before)
+            self.forget(table, key)
+        if size >= WORTH_REMEMBERING:
+            self._remember(table, key, row)
+
+    def _remember(self, table: Table, key: bytes, row: Datums) -> None:
         wide = [row[at] for at in table.wide]
         size = sum(len(value) for value in wide if isinstance(value, bytes))
-        if size < _WORTH_REMEMBERING or any(isinstance(value, Json) for value in wide):
+        if size < WORTH_REMEMBERING or any(isinstance(value, Json) for value in wide):
             return
         self._rows[table.name, key] = (size, wide)
         self._bytes += size

@@ -118,9 +118,14 @@ def key_converter(base: str, element: str = "") -> Converter:
     return inner
 
 
-def template(names: Sequence[str]) -> bytes:
-    """Return an object's JSON with a ``%b`` for each value."""
-    return b"{%b}" % b",".join(orjson.dumps(name).replace(b"%", b"%%") + b":%b" for name in names)
+COPIED: Final[dict[Converter, bytes]] = {_as_is: b"%b", _quoted: b'"%b"'}
+"""Converters that copy the text, and what they make of it."""
+
+
+def template(names: Sequence[str], places: Sequence[bytes] = ()) -> bytes:
+    """Return an object's JSON with a ``%b`` for each value, or with that value's own of `places`."""
+    keys = [orjson.dumps(name).replace(b"%", b"%%") for name in names]
+    return b"{%b}" % b",".join(b"%b:%b" % pair for pair in zip(keys, places or [b"%b"] * len(keys), strict=True))
 
 
 def _array(element: Converter, delimiter: bytes) -> Converter:
