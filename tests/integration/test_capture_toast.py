@@ -34,7 +34,7 @@ def last(settings: Settings) -> tuple[Row | None, str | None]:
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let capture remember no large values: as if they had been pushed out."""
-    monkeypatch.setattr(toast, "_WORTH_REMEMBERING", 1 << 60)
+    monkeypatch.setattr(toast, "WORTH_REMEMBERING", 1 << 60)
 
 
 def test_from_the_same_transaction(settings: Settings) -> None:
@@ -156,7 +156,7 @@ def test_of_a_row_that_is_gone_though_its_value_is_in_the_open_cut(settings: Set
         capture.reach()
     execute(settings, f"INSERT INTO docs VALUES (1, 0, '{W}')", "UPDATE docs SET n = 1", "DELETE FROM docs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toast, "_WORTH_REMEMBERING", 1 << 60)
+        patch.setattr(toast, "WORTH_REMEMBERING", 1 << 60)
         with capturing(settings) as capture:
             capture.reach()
     assert [(c.op, c.row and c.row["n"]) for c in changes(settings, T)] == [
@@ -178,7 +178,7 @@ def test_memory_is_bounded() -> None:
     table: Any = Wide()
     memory = toast.Memory(most=5_000)
     for key in (b"1", b"2", b"3"):
-        memory.remember(table, key, [b"x" * 2_000])
+        memory.changed(table, key, key, [b"x" * 2_000], 2_000)
     row: list[Any] = [toast.UNCHANGED]
     memory.recall(table, b"1", row)
     assert row == [toast.UNCHANGED]
