@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from headrace import codec
 from headrace.change import Checkpoint, Source, TableSchema, Version
 from headrace.codec import Headers
-from headrace.errors import Misconfigured, Transient
+from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import kafka
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Ends, Topics, checkpoints_topic, schemas_topic
@@ -35,7 +35,8 @@ class CutWriter:
     """Writes cuts of one source. One at a time per source: `open` fences every predecessor.
 
     Attributes:
-        open_records: Records in the open cut.
+        records: Records in the cuts that were committed.
+        open_records: Records in the open cut; `open_bytes` of keys and values.
         opened_at: `time.monotonic()` when the open cut began; 0.0 when none is open.
     """
 
@@ -47,11 +48,12 @@ class CutWriter:
         self._schemas = schemas_topic(settings.source)
         self._producer: Producer | None = None
         self._ends: Ends = {}
-        self._failed: KafkaError | None = None
+        self._last: dict[str, tuple[bytes, bytes | None, Headers] | None] = {}
+        self._failed: HeadraceError | None = None
         self._kept: deque[bytes] = deque()
         self._base: Checkpoint | None = None
         self._since_base = 0
-        self.open_records = 0
+        self.records = self.open_records = self.open_bytes = 0
         self.opened_at = 0.0
 
     def open(self) -> None:
@@ -66,7 +68,6 @@ class CutWriter:
             **{
                 "transactional.id": f"headrace-{self._settings.source}",
                 "transaction.timeout.ms": 60_000,
-                "on_delivery": self._delivered,
             },
         )
         with kafka.kafka_errors("opening the transactional writer"):
@@ -82,12 +83,9 @@ class CutWriter:
         described = self._topics.describe(ends)
         for topic, offsets in ends.items():
             if described[topic][1] != len(offsets):
-                raise Misconfigured(
-                    "partitions-changed",
-                    f"Topic {topic} has {described[topic][1]} partitions, the newest checkpoint knows {len(offsets)}.",
-                    "A table needs a new topic for another partition count: headrace teardown --topics, then setup and capture.",
-                )
+                raise _grown(topic, described[topic][1], len(offsets))
         self._ends = {topic: list(offsets) for topic, offsets in ends.items()}
+        self._last = {topic: None for topic, offsets in ends.items() if len(offsets) == 1}
         self._base = None
         # A key that was tombstoned is no longer to be trimmed; a later value of the same key moves it to the end.
         kept: dict[bytes, None] = {}
@@ -100,7 +98,10 @@ class CutWriter:
     def add_topic(self, topic: str) -> None:
         """Name a topic in every checkpoint from now on, also before it has records: an empty table is a state too."""
         if topic not in self._ends:
-            self._ends[topic] = [0] * self._topics.describe([topic])[topic][1]
+            count = self._topics.describe([topic])[topic][1]
+            self._ends[topic] = [0] * count
+            if count == 1:
+                self._last[topic] = None
 
     def produce(self, topic: str, key: bytes, value: bytes | None, headers: Headers) -> None:
         """Append a record to the open cut, which begins with the first one.
@@ -121,13 +122,19 @@ class CutWriter:
         if topic not in self._ends:
             self.add_topic(topic)
         self.open_records += 1
-        self._send(topic, key, value, headers)
+        self.open_bytes += size
+        if topic not in self._last:
+            self._send(topic, key, value, headers, -1, self._delivered)
+            return
+        before, self._last[topic] = self._last[topic], (key, value, headers)
+        if before is not None:
+            self._send(topic, *before, 0)
 
     def schema(self, schema: TableSchema) -> None:
         """Publish a schema version in the open cut (S13)."""
         if not self.opened_at:
             self._begin()
-        self._send(self._schemas, codec.encode_schema_key(schema), codec.encode_schema(schema), [])
+        self._send(self._schemas, codec.encode_schema_key(schema), codec.encode_schema(schema), [], 0)
 
     def seal(
         self,
@@ -147,15 +154,18 @@ class CutWriter:
         """
         if not self.opened_at:
             self._begin()
+        self._send_last()
         self._flush()
         ends = {topic: list(offsets) for topic, offsets in self._ends.items()}
         checkpoint = Checkpoint(version, commit_ts, xid, ends, source, partial, inexact, snapshot, version.lsn)
         checkpoint, named = self._named(checkpoint)
         key = codec.encode_checkpoint_key(checkpoint)
-        self._send(self._checkpoints, key, codec.encode_checkpoint(checkpoint, named), [])
+        self._send(self._checkpoints, key, codec.encode_checkpoint(checkpoint, named), [], 0)
         self._trim(key)
         self._commit()
-        self.open_records, self.opened_at = 0, 0.0
+        self.records += self.open_records
+        self.open_records = self.open_bytes = 0
+        self.opened_at = 0.0
         return checkpoint
 
     def _named(self, checkpoint: Checkpoint) -> tuple[Checkpoint, set[str] | None]:
@@ -179,7 +189,9 @@ class CutWriter:
             with kafka.kafka_errors("aborting a cut"):
                 self._producer.abort_transaction(_COMMIT_SECONDS)
             self._failed = None  # the reports of what was thrown away
-        self.open_records, self.opened_at = 0, 0.0
+        self._last = dict.fromkeys(self._last)
+        self.open_records = self.open_bytes = 0
+        self.opened_at = 0.0
 
     def close(self) -> None:
         """Forget the producer. A cut that is open stays to be aborted by the next `open` or by the broker's timeout."""
@@ -198,11 +210,30 @@ class CutWriter:
             raise Transient("writer-closed", "The writer is closed.")
         return self._producer
 
-    def _send(self, topic: str, key: bytes, value: bytes | None, headers: Headers) -> None:
+    def _send_last(self) -> None:
+        """Hand over the last record of each topic with one partition: where it lands is where the cut ends there.
+
+        A report for each record costs as much as the record. A partition keeps the order of its writer.
+        """
+        for topic, last in self._last.items():
+            if last is not None:
+                self._last[topic] = None
+                self._send(topic, *last, 0, self._delivered)
+
+    def _send(
+        self,
+        topic: str,
+        key: bytes,
+        value: bytes | None,
+        headers: Headers,
+        partition: int,
+        report: Callable[[KafkaError | None, Message], None] | None = None,
+    ) -> None:
+        """Hand one record to librdkafka; partition -1 leaves the choice to the partitioner."""
         while True:
             try:
                 # Headers as a list of pairs of str and bytes: what librdkafka's binding reads fastest.
-                self._client.produce(topic, value, key, headers=headers)  # type: ignore[arg-type]
+                self._client.produce(topic, value, key, partition, report, headers=headers)  # type: ignore[arg-type]
             except BufferError:
                 self._serve(lambda client: client.poll(0.1))
             except KafkaException as error:
@@ -212,12 +243,13 @@ class CutWriter:
 
     def _delivered(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
-            self._failed = self._failed or error
+            self._failed = self._failed or kafka.translate(error, "delivering the records of a cut")
             return
-        topic, offset, partition = message.topic(), message.offset(), message.partition()
-        ends = self._ends.get(topic or "")
-        if ends is not None and offset is not None and partition is not None:
+        ends, partition, offset = self._ends[message.topic() or ""], message.partition() or 0, message.offset() or 0
+        if partition < len(ends):
             ends[partition] = max(ends[partition], offset + 1)
+        else:
+            self._failed = _grown(message.topic(), partition + 1, len(ends))
 
     def _flush(self) -> None:
         deadline = time.monotonic() + _COMMIT_SECONDS
@@ -243,14 +275,14 @@ class CutWriter:
     def _raise_failed(self) -> None:
         if self._failed is not None:
             failed, self._failed = self._failed, None
-            raise kafka.translate(failed, "delivering the records of a cut")
+            raise failed
 
     def _trim(self, key: bytes) -> None:
         if not self._kept or self._kept[-1] != key:
             self._kept.append(key)
         if len(self._kept) >= 2 * KEPT_CHECKPOINTS:
             for _ in range(KEPT_CHECKPOINTS):
-                self._send(self._checkpoints, self._kept.popleft(), None, [])
+                self._send(self._checkpoints, self._kept.popleft(), None, [], 0)
 
     def _commit(self) -> None:
         deadline = time.monotonic() + _COMMIT_SECONDS
@@ -261,9 +293,19 @@ class CutWriter:
                 cause = error.args[0]
                 # Retriable means that the outcome is unknown: asking again is the only way to learn it (S3).
                 if not cause.retriable() or time.monotonic() > deadline:
-                    raise Transient(
+                    failure = kafka.translate(cause, "committing a cut")  # a record that was not taken may be why
+                    lost = Transient(
                         "cut-lost", f"A cut could not be committed: {cause.str()}.", "capture starts again."
-                    ) from error
+                    )
+                    raise (failure if isinstance(failure, Misconfigured) else lost) from error
             else:
                 self._raise_failed()
                 return
+
+
+def _grown(topic: str | None, now: int, known: int) -> Misconfigured:
+    return Misconfigured(
+        "partitions-changed",
+        f"Topic {topic} has {now} partitions, the newest checkpoint knows {known}.",
+        "A table needs a new topic for another partition count: headrace teardown --topics, then setup and capture.",
+    )

@@ -16,6 +16,8 @@ from headrace.settings import Settings
 
 LONGEST_SECONDS = 10.0
 """The longest a cut stays open inside a transaction: well below half of Kafka's transaction.timeout.ms (S5)."""
+FULL_BYTES = 64 * 1024 * 1024
+"""Bytes of rows that fill a cut: Kafka takes them well within the time of a transaction."""
 EMPTY_CUT_SECONDS = 0.1
 
 
@@ -35,6 +37,7 @@ class Cut:
         inexact: Tables whose topic is not known to equal Postgres (S12); named in every checkpoint.
         whole: The last transaction that is wholly in the cut.
         most: Records that fill a cut.
+        longest: Seconds that it stays open between transactions though more waits to be read.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Cut:
         self.sealed = sealed
         self.inexact = set(sealed.inexact)
         self.most = settings.cut_records
-        self._longest = settings.cut_ms / 1000
+        self.longest = settings.cut_ms / 1000
         self._sealing = sealing
         self.whole = Whole(sealed.version.lsn, sealed.commit_ts, sealed.xid)
         self._sealed_at = 0.0
@@ -62,18 +65,13 @@ class Cut:
 
     @property
     def full(self) -> bool:
-        """Whether it holds as many records as a cut may."""
-        return self.writer.open_records >= self.most
+        """Whether it holds as many records or bytes as a cut may."""
+        return self.writer.open_records >= self.most or self.writer.open_bytes >= FULL_BYTES
 
     @property
     def age(self) -> float:
         """Return for how many seconds it has been open, 0 when it is empty."""
         return time.monotonic() - self.writer.opened_at if self.writer.opened_at else 0.0
-
-    @property
-    def old(self) -> bool:
-        """Whether to seal it though more waits to be read."""
-        return self.age >= self._longest
 
     @property
     def open(self) -> bool:

@@ -34,6 +34,12 @@ Datum = bytes | None | Unchanged
 """A column's value: Postgres's text, None for NULL, UNCHANGED."""
 Datums = Sequence[Datum]
 
+MALFORMED: Final = (DecodeError, KeyError, IndexError, ValueError, error)
+"""What a parser of `PARSERS` raises, and `parse` tells apart: a read beyond the end, text without its end or not UTF-8."""
+
+HEADER: Final = 25
+"""Bytes before the message in a CopyData that carries one."""
+
 _EPOCH_US: Final = 946_684_800_000_000
 """2000-01-01 in µs since the Unix epoch: Postgres counts from there."""
 
@@ -140,12 +146,14 @@ class Keepalive(NamedTuple):
 
 
 _I16, _I32, _I64 = Struct(">H"), Struct(">I"), Struct(">Q")
-_read16, _read32 = _I16.unpack_from, _I32.unpack_from
+_read32 = _I32.unpack_from
 _BEGIN, _COMMIT = Struct(">cQqI"), Struct(">cBQQq")
 _KEEPALIVE = Struct(">cQqB")
 _STATUS = Struct(">cQQQqB")
-_DATA_HEADER = 25
-_NULL, _TEXT, _TOAST = b"nut"[0], b"nut"[2], b"nut"[1]
+_NULL, _TEXT, _TOAST = b"ntu"
+_NEW, _OLD = b"NO"
+_made = tuple.__new__
+"""Makes a named tuple of values without the call of its own constructor, which takes as long as reading two columns."""
 
 
 class _Cursor:
@@ -205,12 +213,12 @@ def parse(payload: bytes) -> Parsed:
         DecodeError: it is not exactly one message of protocol version 1.
     """
     try:
-        return _PARSERS[payload[0]](payload)
+        return PARSERS[payload[0]](payload)
     except KeyError:
         raise DecodeError(f"unknown message {payload[:1]!r}") from None
     except DecodeError as failure:
         raise DecodeError(f"message {payload[:1]!r} of {len(payload)} bytes: {failure}") from None
-    except (IndexError, ValueError, error) as failure:  # a read beyond the end, text without its end or not UTF-8
+    except MALFORMED as failure:
         raise DecodeError(f"message {payload[:1]!r} of {len(payload)} bytes: {failure}") from failure
 
 
@@ -220,8 +228,8 @@ def unframe(data: bytes) -> bytes | Keepalive:
     Raises:
         DecodeError: it is neither of the two messages that a server sends.
     """
-    if data[:1] == b"w" and len(data) > _DATA_HEADER:
-        return data[_DATA_HEADER:]
+    if data[:1] == b"w" and len(data) > HEADER:
+        return data[HEADER:]
     if data[:1] == b"k" and len(data) == _KEEPALIVE.size:
         _, wal_end, _, reply = _KEEPALIVE.unpack(data)
         return Keepalive(wal_end, bool(reply))
@@ -235,14 +243,14 @@ def status(lsn: int, now: float) -> bytes:
 
 def _begin(payload: bytes) -> Begin:
     _, commit_lsn, timestamp, xid = _BEGIN.unpack(payload)
-    return Begin(commit_lsn, (timestamp + _EPOCH_US) // 1000, xid)
+    return _made(Begin, (commit_lsn, (timestamp + _EPOCH_US) // 1000, xid))
 
 
 def _commit(payload: bytes) -> Commit:
     _, flags, commit_lsn, end_lsn, timestamp = _COMMIT.unpack(payload)
     if flags:
         raise DecodeError(f"flags {flags}")
-    return Commit(commit_lsn, end_lsn, (timestamp + _EPOCH_US) // 1000)
+    return _made(Commit, (commit_lsn, end_lsn, (timestamp + _EPOCH_US) // 1000))
 
 
 def _relation(payload: bytes) -> Relation:
@@ -294,28 +302,31 @@ def _message(payload: bytes) -> Message:
 def _insert(payload: bytes) -> Insert:
     _expect(payload, 5, b"N")
     new, end = _row(payload, 6)
-    _ended(payload, end)
-    return Insert(_read32(payload, 1)[0], new)
+    if end != len(payload):
+        raise _ends_at(end)
+    return _made(Insert, (_read32(payload, 1)[0], new))
 
 
 def _update(payload: bytes) -> Update:
-    kind, at = payload[5:6], 6
+    kind, at = payload[5], 6
     old: list[Datum] | None = None
-    if kind != b"N":
+    if kind != _NEW:
         _expect(payload, 5, b"KO")
         old, at = _row(payload, 6)
         _expect(payload, at, b"N")
         at += 1
     new, end = _row(payload, at)
-    _ended(payload, end)
-    return Update(_read32(payload, 1)[0], old, kind == b"O", new)
+    if end != len(payload):
+        raise _ends_at(end)
+    return _made(Update, (_read32(payload, 1)[0], old, kind == _OLD, new))
 
 
 def _delete(payload: bytes) -> Delete:
     _expect(payload, 5, b"KO")
     old, end = _row(payload, 6)
-    _ended(payload, end)
-    return Delete(_read32(payload, 1)[0], old, payload[5:6] == b"O")
+    if end != len(payload):
+        raise _ends_at(end)
+    return Delete(_read32(payload, 1)[0], old, payload[5] == _OLD)
 
 
 def _expect(payload: bytes, at: int, kinds: bytes) -> None:
@@ -323,22 +334,21 @@ def _expect(payload: bytes, at: int, kinds: bytes) -> None:
         raise DecodeError(f"{payload[at : at + 1]!r} at {at} where one of {kinds!r} belongs")
 
 
-def _ended(payload: bytes, end: int) -> None:
-    if end != len(payload):
-        raise DecodeError(f"it ends at {end}")
+def _ends_at(end: int) -> DecodeError:
+    return DecodeError(f"it ends at {end}")
 
 
-def _row(payload: bytes, at: int) -> tuple[list[Datum], int]:
+def _row(payload: bytes, at: int, length: Callable[..., tuple[int]] = _read32) -> tuple[list[Datum], int]:
     """Read one row; return it and where it ends. A length beyond the end makes `end` too large, which the caller refuses."""
     columns: list[Datum] = []
     add = columns.append
-    (count,) = _read16(payload, at)
+    count = payload[at] << 8 | payload[at + 1]
     at += 2
     for _ in range(count):
         kind = payload[at]
         if kind == _TEXT:
             begin = at + 5
-            at = begin + _read32(payload, at + 1)[0]
+            at = begin + length(payload, at + 1)[0]
             add(payload[begin:at])
             continue
         at += 1
@@ -351,7 +361,7 @@ def _row(payload: bytes, at: int) -> tuple[list[Datum], int]:
     return columns, at
 
 
-_PARSERS: dict[int, Callable[[bytes], Parsed]] = {
+PARSERS: dict[int, Callable[[bytes], Parsed]] = {
     b"B"[0]: _begin,
     b"C"[0]: _commit,
     b"R"[0]: _relation,

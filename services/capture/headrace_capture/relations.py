@@ -13,7 +13,7 @@ from dataclasses import replace
 from psycopg import sql
 
 from headrace.change import Column, TableSchema
-from headrace.errors import Misconfigured
+from headrace.errors import Misconfigured, Poison
 from headrace.log import Log
 from headrace_capture import catalog
 from headrace_capture.cut import Cut
@@ -22,6 +22,11 @@ from headrace_capture.replication import postgres_errors
 from headrace_capture.tables import ColumnPlan, Table, newest
 
 _AGAIN = "Start it again from zero: headrace teardown --topics, then setup and capture."
+
+
+class _ByOid(dict[int, Table | None]):
+    def __missing__(self, oid: int) -> None:
+        raise Poison("bad-message", f"A row of table {oid} came before its shape.", "Report this as a defect.")
 
 
 class Relations:
@@ -34,7 +39,7 @@ class Relations:
         self._connection = connection
         self._say = say
         self._newest = newest(log.schemas().values())
-        self.by_oid: dict[int, Table | None] = {}
+        self.by_oid = _ByOid()
 
     def take(self, relation: Relation, xid: int) -> Table | None:
         """Learn the shape that comes from now on; publish it if it is a new version.

@@ -108,12 +108,11 @@ class Snapshot:
                 if not count % _LOOK_AROUND:
                     self._look_around(version, count)
         self._progress.say(f"snapshot of {table.name}: {count} rows")
-        self._progress.changes += count % _LOOK_AROUND
 
     def _look_around(self, version: Version, done: int) -> None:
         if self._stopped():
             raise Stopped
-        self._progress.changes += _LOOK_AROUND
+        self._progress.changes = self._writer.records + self._writer.open_records
         self._progress.phase("snapshot", progress=(done, 0))
         if self._writer.open_records >= self._log.settings.cut_records:
             self._seal(version, "running")

@@ -14,7 +14,7 @@ from headrace.change import Version, format_lsn
 from headrace.errors import Misconfigured, Poison
 from headrace.log import Log
 from headrace_capture import pgoutput
-from headrace_capture.cut import LONGEST_SECONDS, Cut, Whole
+from headrace_capture.cut import FULL_BYTES, LONGEST_SECONDS, Cut, Whole
 from headrace_capture.live import LiveKeys
 from headrace_capture.pgoutput import (
     UNCHANGED,
@@ -37,12 +37,8 @@ from headrace_capture.toast import WORTH_REMEMBERING, Filler
 CREATE, UPDATE, DELETE = b"c", b"u", b"d"
 NULL: Final = b"null"
 _IDLE_SECONDS = 1.0
-_LOOK_AT_CLOCK = 255
-"""Inside a transaction the cut's age is looked at once in as many changes (a power of two, less one)."""
-_LOOK_AT_CLOCK_COMMITS = 31
-"""Between transactions: once in as many of them."""
 _BUNCH = 256
-"""Messages between two looks at everything else."""
+"""Messages between two looks at the clock and at everything else."""
 
 
 class Stream:
@@ -62,20 +58,23 @@ class Stream:
         self._progress = progress
         self._stamp: Stamp | None = None
         self._ordinal = 0
-        self._commits = 0
         self._size = 0
+        self._now = 0
+        self._most = cut.most
+        self._epoch = cut.epoch
         self._skip = 0
         self._half = cut.sealed.partial
         self._sent_up_to = 0
-        self._handlers: dict[type[Any], Callable[[Any], None]] = {
-            Begin: self._begin,
-            Commit: self._commit,
-            Relation: self._relation,
-            Insert: self._insert,
-            Update: self._update,
-            Delete: self._delete,
-            Truncate: self._truncate,
+        handlers: dict[bytes, Callable[[Any], None]] = {
+            b"B": self._begin,
+            b"C": self._commit,
+            b"R": self._relation,
+            b"I": self._insert,
+            b"U": self._update,
+            b"D": self._delete,
+            b"T": self._truncate,
         }
+        self._handlers = {kind[0]: (pgoutput.PARSERS[kind[0]], handler) for kind, handler in handlers.items()}
 
     def run(self, stopped: Callable[[], bool]) -> None:
         """Capture until `stopped`; then what is whole is sealed, and what is not is left to be sent again.
@@ -88,12 +87,15 @@ class Stream:
         read, take = self._replication.read, self._take
         while not stopped():
             self._progress.beat()
+            self._now = self._progress.now_ms()
             for _ in range(_BUNCH):
                 data = read()
                 if data is None:
                     self._idle()
                     break
                 take(data)
+            else:
+                self._look_at_clock()
         if not self._between_transactions:
             self._writer.abort()
         elif self._cut.open:
@@ -120,21 +122,31 @@ class Stream:
 
     def _take(self, data: bytes) -> None:
         try:
-            payload = pgoutput.unframe(data)
-            if isinstance(payload, Keepalive):
-                self._keepalive(payload)
-                return
-            message = pgoutput.parse(payload)
+            payload = data[pgoutput.HEADER :]
+            parse, handle = self._handlers[payload[0]]
+            message = parse(payload)
+        except pgoutput.MALFORMED:
+            self._take_other(data)
+        else:
+            self._size = len(payload)
+            handle(message)
+            if self._writer.open_records >= self._most or self._writer.open_bytes >= FULL_BYTES:
+                self._seal_here()
+
+    def _take_other(self, data: bytes) -> None:
+        """Take what is not a change: a keepalive, or a message that says nothing that is needed (a type, an origin); refuse the rest."""
+        try:
+            frame = pgoutput.unframe(data)
+            if isinstance(frame, Keepalive):
+                self._keepalive(frame)
+            else:
+                pgoutput.parse(frame)
         except pgoutput.DecodeError as error:
             raise Poison(
                 "bad-message",
                 f"After {format_lsn(self._cut.sealed.version.lsn)} the stream has {error}.",
                 "Report this as a defect.",
             ) from error
-        self._size = len(data)
-        handler = self._handlers.get(type(message))
-        if handler is not None:  # types, origins and messages say nothing that is needed
-            handler(message)
 
     def _keepalive(self, keepalive: Keepalive) -> None:
         # Inside a transaction, or with one half in the log, its end is still to come: only then may this LSN be confirmed.
@@ -146,13 +158,13 @@ class Stream:
             self._replication.tell()
 
     def _begin(self, begin: Begin) -> None:
-        if self._half and begin.commit_lsn > self._half[0]:
+        half = self._half
+        if half and begin.commit_lsn > half[0]:
             raise self._half_is_missing(begin.commit_lsn)
-        self._stamp = Stamp(
-            Version(self._cut.epoch, begin.commit_lsn), begin.xid, (begin.commit_ts, self._progress.now_ms())
-        )
+        commit_lsn, commit_ts, xid = begin
+        self._stamp = Stamp(Version(self._epoch, commit_lsn), xid, (commit_ts, self._now))
         self._ordinal = 0
-        self._skip = self._half[1] if self._half and begin.commit_lsn == self._half[0] else 0
+        self._skip = half[1] if half and commit_lsn == half[0] else 0
 
     def _half_is_missing(self, lsn: int) -> Misconfigured:
         assert self._half is not None
@@ -169,45 +181,59 @@ class Stream:
         if self._half and stamp.lsn == self._half[0]:
             self._half = None
         self._stamp = None
-        self._commits += 1
-        look = not self._commits & _LOOK_AT_CLOCK_COMMITS
-        if self._half is None and (self._cut.full or (look and self._cut.old)):
-            self._seal()
 
     def _relation(self, relation: Relation) -> None:
         self._relations.take(relation, self._open_stamp.xid)
 
     def _insert(self, insert: Insert) -> None:
-        table = self._next(insert.oid)
+        oid, new = insert
+        self._ordinal += 1
+        table = self._tables[oid]
         if table is None:
             return
-        key = table.key(insert.new)
+        key = table.key(new)
         if table.wide:
-            self._filler.memory.changed(table, key, key, insert.new, self._size)
+            self._filler.memory.changed(table, key, key, new, self._size)
         if self._ordinal > self._skip:
-            self._put(table, key, CREATE, table.row(insert.new))
-            self._after_change()
+            self._put(table, key, CREATE, table.row(new))
 
     def _update(self, update: Update) -> None:
-        table = self._next(update.oid)
+        oid, old, _, new = update
+        self._ordinal += 1
+        table = self._tables[oid]
         if table is None:
             return
-        new, read, encode = update.new, None, table.row
-        key = table.key(new) if update.old is None or UNCHANGED not in new else table.key(_filled(new, update.old))
-        before = key if update.old is None else table.key(update.old)
+        if table.wide and (UNCHANGED in new or self._ordinal <= self._skip):
+            self._update_of_wide(table, update)
+            return
+        key = before = table.key(new)
+        if old is not None and not table.same_key(old, new):
+            before = table.key(old)
+        if table.wide:
+            self._filler.memory.changed(table, before, key, new, self._size)
+        if self._ordinal > self._skip:
+            self._put_update(table, before, key, table.row(new))
+
+    def _update_of_wide(self, table: Table, update: Update) -> None:
+        """Take an update that left large values alone, or one that is in the log already and tells them to later ones."""
+        old, new = update.old, update.new
+        key = table.key(new) if old is None else table.key(_filled(new, old))
+        before = key if old is None else table.key(old)
         if self._ordinal <= self._skip:
             self._remember_skipped(table, (before, key), update)
             return
-        if table.wide:
-            if UNCHANGED in new:
-                old = update.old if update.whole else None
-                new, read = self._filler.fill(table, (before, key), new, old, self._open_stamp.xid, self._seal_partial)
-                encode, self._size = table.row_of_any, WORTH_REMEMBERING
-            self._filler.memory.changed(table, before, key, new, self._size)
-        if before != key:
+        whole = old if update.whole else None
+        row, read = self._filler.fill(table, (before, key), new, whole, self._open_stamp.xid, self._seal_partial)
+        self._filler.memory.changed(table, before, key, row, WORTH_REMEMBERING)
+        self._put_update(table, before, key, table.row_of_any(row), read)
+        self._look_at_clock()
+
+    def _put_update(self, table: Table, before: bytes, key: bytes, row: bytes, read: bytes | None = None) -> None:
+        if before == key:
+            self._put(table, key, UPDATE, row, read)
+        else:
             self._put_delete(table, before)
-        self._put(table, key, UPDATE if before == key else CREATE, encode(new), read)
-        self._after_change()
+            self._put(table, key, CREATE, row, read)
 
     def _remember_skipped(self, table: Table, keys: tuple[bytes, bytes], update: Update) -> None:
         """A change that is in the log already still tells the values that a later one leaves alone."""
@@ -219,14 +245,14 @@ class Stream:
             self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING)
 
     def _delete(self, delete: Delete) -> None:
-        table = self._next(delete.oid)
+        self._ordinal += 1
+        table = self._tables[delete.oid]
         if table is None:
             return
         key = table.key(delete.old)
         self._filler.memory.forget(table, key)
         if self._ordinal > self._skip:
             self._put_delete(table, key)
-            self._after_change()
 
     def _truncate(self, truncate: Truncate) -> None:
         """Delete every live key of each table; the log itself is the list of them (S11). All have one ordinal."""
@@ -244,17 +270,6 @@ class Stream:
                     self._put_delete(table, key)
                     if self._cut.full:
                         self._seal_partial()
-        self._after_change()
-
-    def _next(self, oid: int) -> Table | None:
-        """Count a change; return its table, None if that is left out."""
-        self._ordinal += 1
-        try:
-            return self._tables[oid]
-        except KeyError:
-            raise Poison(
-                "bad-message", f"A row of table {oid} came before its shape.", "Report this as a defect."
-            ) from None
 
     @property
     def _open_stamp(self) -> Stamp:
@@ -263,21 +278,27 @@ class Stream:
         return self._stamp
 
     def _put(self, table: Table, key: bytes, op: bytes, row: bytes, read: bytes | None = None) -> None:
-        stamp, ordinal = self._open_stamp, self._ordinal
+        stamp, ordinal = self._stamp or self._open_stamp, self._ordinal
         self._writer.produce(
             table.topic, key, stamp.value(table, ordinal, op, row), stamp.headers(table, ordinal, read)
         )
-        self._progress.changes += 1
 
     def _put_delete(self, table: Table, key: bytes) -> None:
         """Write the delete and its tombstone, next to each other in one cut (I4)."""
         self._put(table, key, DELETE, NULL)
         self._writer.produce(table.topic, key, None, self._open_stamp.headers(table, self._ordinal))
 
-    def _after_change(self) -> None:
-        """End the cut inside the transaction if it is too large or too old (S5)."""
-        if self._cut.full or (not self._ordinal & _LOOK_AT_CLOCK and self._cut.age > LONGEST_SECONDS):
-            self._cut.seal((self._open_stamp.lsn, self._ordinal))
+    def _look_at_clock(self) -> None:
+        """End a cut that is too old: sooner between transactions than inside one."""
+        if self._cut.age >= (LONGEST_SECONDS if self._stamp else self._cut.longest):
+            self._seal_here()
+
+    def _seal_here(self) -> None:
+        """End the cut after the last message, which may be inside a transaction (S5)."""
+        if self._between_transactions:
+            self._seal()
+        elif self._stamp is not None:
+            self._cut.seal((self._stamp.lsn, self._ordinal))
             self._sealed()
 
     def _seal_partial(self) -> None:
@@ -292,6 +313,7 @@ class Stream:
         self._sealed()
 
     def _sealed(self) -> None:
+        self._progress.changes = self._writer.records
         self._replication.confirm(self._cut.sealed.version.lsn)
 
     def _tick(self) -> None:

@@ -7,7 +7,7 @@ then on a row is a few lookups and one `%`. A shape that differs from the newest
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import orjson
@@ -64,10 +64,9 @@ class Table:
         # Of a row without NULLs: what is copied as it stands needs no call, with its quotes in the template.
         self._called = tuple((at, plan.convert) for at, plan in enumerate(columns) if plan.convert not in COPIED)
         self._full = template(names, [COPIED.get(plan.convert, b"%b") for plan in columns])
-        self._key_converters = tuple((at, columns[at].convert_key) for at in self.key_at)
         self._row = template(names)
-        self._key = template(shape.key)
-        self.version = b"%d" % shape.version
+        self._key_of = _keys(shape.key, [(at, columns[at].convert_key) for at in self.key_at])
+        self.version = ("schema", b"%d" % shape.version)
         schema, _, name = self.name.partition(".")
         self.origin = (
             b',"source":{"connector":"headrace",%b,"lsn":'
@@ -94,9 +93,16 @@ class Table:
     def key(self, values: Datums) -> bytes:
         """Return the key's canonical JSON. Raises Poison (`bad-value`)."""
         try:
-            return self._key % tuple([convert(values[at]) for at, convert in self._key_converters])  # type: ignore[arg-type]
+            return self._key_of(values)
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise Poison("bad-value", f"A key of {self.name} cannot be read: {error}.", _BAD) from error
+
+    def same_key(self, old: Datums, new: Datums) -> bool:
+        """Whether two states of a row have one key, as far as their texts tell."""
+        for at in self.key_at:  # noqa: SIM110  a generator costs more than all the rest
+            if old[at] != new[at]:
+                return False
+        return True
 
     def row_of_any(self, values: Datums) -> bytes:
         """Return the row, some of whose values may be JSON already, and name the column that cannot be converted."""
@@ -115,6 +121,16 @@ class Table:
             ) from error
 
 
+def _keys(names: Sequence[str], plans: Sequence[tuple[int, Converter]]) -> Callable[[Datums], bytes]:
+    """Return what makes a row's key; nearly all keys are one number."""
+    whole = template(names, [COPIED.get(convert, b"%b") for _, convert in plans])
+    if len(plans) == 1 and plans[0][1] in COPIED:
+        at = plans[0][0]
+        return lambda values: whole % values[at]  # UNCHANGED and NULL fail, as they should
+    every = template(names)
+    return lambda values: every % tuple([convert(values[at]) for at, convert in plans])  # type: ignore[arg-type]
+
+
 _BAD: Final = (
     "A database whose encoding is SQL_ASCII may hold text that is not UTF-8: mend the row. Otherwise report this."
 )
@@ -130,8 +146,9 @@ class Stamp:
         self.lsn = version.lsn
         self.xid = xid
         self._read = SNAPSHOT if snapshot else None
-        self._headers = (("epoch", b"%d" % version.epoch), ("lsn", b"%d" % version.lsn)), ("xid", b"%d" % xid)
-        self._before_ordinal = b'%d,"txId":%d,"sequence":[%d,' % (version.lsn, xid, version.lsn)
+        lsn, id_ = b"%d" % version.lsn, b"%d" % xid
+        self._headers = ("epoch", b"%d" % version.epoch), ("lsn", lsn), ("xid", id_)
+        self._before_ordinal = b'%b,"txId":%b,"sequence":[%b,' % (lsn, id_, lsn)
         told = b"true" if snapshot else b"false"
         self._after_ordinal = b'],"snapshot":%b,"ts_ms":%d},"op":"' % (told, times[0])
         self._end = b'","ts_ms":%d}' % times[1]
@@ -150,8 +167,8 @@ class Stamp:
 
     def headers(self, table: Table, ordinal: int, read: bytes | None = None) -> Headers:
         """Return a record's headers; `read` tells how its row was read if not from the stream."""
-        (epoch, lsn), xid = self._headers
-        headers = [epoch, lsn, ("ordinal", b"%d" % ordinal), xid, ("schema", table.version)]
+        epoch, lsn, xid = self._headers
+        headers = [epoch, lsn, ("ordinal", b"%d" % ordinal), xid, table.version]
         read = read or self._read
         return [*headers, ("read", read)] if read else headers
 
