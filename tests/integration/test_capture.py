@@ -303,7 +303,7 @@ def test_s14_the_servers_settings_do_not_shape_values(settings: Settings) -> Non
         first
         == second
         == {
-            "at": "2024-02-03T04:05:06.7Z",
+            "at": "2024-02-03T04:05:06.7+00:00",
             "day": "2024-02-03",
             "took": "1 day 02:00:00",
             "f": 0.30000000000000004,

@@ -40,7 +40,7 @@ def _film(reviews: int = 2, category: bool = True) -> dict[str, Row | list[Row] 
             "author": "Ada",
             "stars": 4 + n,
             "body": "<script>",
-            "created_at": "2026-01-01T00:00:00Z",
+            "created_at": "2026-01-01T00:00:00+00:00",
         }
         for n in range(reviews)
     ]

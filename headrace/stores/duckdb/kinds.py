@@ -80,7 +80,7 @@ _SCALARS = {
         "TIMESTAMP WITH TIME ZONE",
         pa.string(),
         "CASE WHEN {0} NOT LIKE '%BC' THEN TRY_CAST({0} AS TIMESTAMP WITH TIME ZONE) END",
-        "replace(CAST(({0} AT TIME ZONE 'UTC') AS VARCHAR), ' ', 'T') || CASE WHEN isfinite({0}) THEN 'Z' ELSE '' END",
+        "replace(CAST(({0} AT TIME ZONE 'UTC') AS VARCHAR), ' ', 'T') || CASE WHEN isfinite({0}) THEN '+00:00' ELSE '' END",
     ),
 }
 _LISTED = {"date", "uuid", "boolean", "json", "jsonb", *_INTEGERS}

@@ -61,14 +61,11 @@ _SUSPECT: Final = re.compile(rb"[0-9][eE]|\\u")
 
 
 def _timestamp(value: bytes) -> bytes:
-    # Infinity and years BC have no ISO 8601 form that readers agree on: they stay Postgres's text.
-    return b'"%b"' % value if value[-1] in b"yC" else b'"%b"' % value.replace(b" ", b"T", 1)
+    return b'"%b"' % value.replace(b" ", b"T", 1)  # as Postgres's own JSON; of a year BC the second blank stays
 
 
 def _timestamptz(value: bytes) -> bytes:
-    if value[-1] in b"yC":
-        return b'"%b"' % value
-    return b'"%bZ"' % value[:-3].replace(b" ", b"T", 1)  # the session's time zone is UTC: the text ends in +00
+    return b'"%b"' % value.replace(b" ", b"T", 1).replace(b"+00", b"+00:00", 1)  # the session's time zone is UTC
 
 
 def _bytea(value: bytes) -> bytes:

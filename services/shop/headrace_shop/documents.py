@@ -75,7 +75,7 @@ def natural(value: Any) -> Any:
         return format(value, "f")
     if isinstance(value, datetime):
         text = value.isoformat().removesuffix("+00:00")
-        return (text.rstrip("0") if "." in text else text) + "Z"
+        return (text.rstrip("0") if "." in text else text) + "+00:00"
     return value
 
 

@@ -161,7 +161,7 @@ def stream(connection: Connection, query: sql.Composed) -> Iterator[tuple[Any, .
         yield from cursor.execute(query)
 
 
-_NATURAL = frozenset({"bool", "int2", "int4", "int8", "float4", "float8"})
+_NATURAL = frozenset({"bool", "int2", "int4", "int8", "float4", "float8", "timestamp", "timestamptz"})
 _TEXT = frozenset({"text", "varchar", "bpchar", "name", "inet"})
 """Types whose cast to text is not their output, or needs none: inside an array `to_json` gives the output."""
 
@@ -179,15 +179,9 @@ def _expression(column: _Column, alias: str) -> sql.Composed:
 
 _OUTPUT = "CASE WHEN {v} IS DISTINCT FROM NULL THEN format('%s', {v}) END"
 """The type's own output; a cast to text differs for char(n), inet, and others."""
-_STAMP = "CASE WHEN right({v}::text, 1) IN ('y', 'C') THEN {v}::text ELSE replace({v}::text, ' ', 'T') END"
-_STAMPTZ = (
-    "CASE WHEN right({v}::text, 1) IN ('y', 'C') THEN {v}::text ELSE replace(left({v}::text, -3), ' ', 'T') || 'Z' END"
-)
 _SCALARS = {
     "oid": "{v}::int8",
     "numeric": "{v}::text",
-    "timestamp": _STAMP,
-    "timestamptz": _STAMPTZ,
     "bytea": "translate(encode({v}, 'base64'), chr(10), '')",
     "json": "{v}::text",
     "jsonb": "{v}::text",
@@ -214,16 +208,10 @@ def _document(text: str) -> Any:
         return text
 
 
-def _stamp(text: str) -> str:
-    return text if text[-1] in "yC" else text.replace(" ", "T")
-
-
 _FINISH: dict[str, Callable[[str], Any]] = {"json": _document, "jsonb": _document}
 _FINISH_ELEMENT: dict[str, Callable[[str], Any]] = {
     "json": _document,
     "jsonb": _document,
-    "timestamp": _stamp,
-    "timestamptz": lambda text: text if text[-1] in "yC" else _stamp(text[:-3]) + "Z",
     "bytea": lambda text: base64.b64encode(bytes.fromhex(text[2:])).decode(),
 }
 
