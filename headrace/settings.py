@@ -43,6 +43,7 @@ class Settings:
     templates: str = _setting("./templates", "folder of the Jinja2 templates of the pages")
     partitions: int = _setting(1, "partitions of a new table topic; never changed afterwards")
     replication: int = _setting(1, "replicas of a new topic")
+    snapshot_connections: int = _setting(2, "connections that read the initial snapshot")
     cut_ms: int = _setting(200, "longest time a cut stays open, ms")
     cut_records: int = _setting(20_000, "most records in a cut")
     message_max_bytes: int = _setting(16 * 1024 * 1024, "largest record; a larger row stops capture")

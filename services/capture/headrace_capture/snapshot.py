@@ -1,30 +1,77 @@
 """The initial snapshot: every captured table as it was at the slot's consistent point, by COPY.
 
-One connection exports the snapshot by making the slot and then stays idle, for its next command would end it; another one reads all
-tables in that snapshot. Values are the same text that the stream sends, so they go through the same converters. Rows are written in cuts
+One connection exports the snapshot by making the slot and then stays idle, for its next command would end it; others read all tables
+in that snapshot, a piece each at a time. A row is the same bytes as if the stream had sent it (see `copies`). Rows are written in cuts
 whose checkpoints say `snapshot: running`; nothing in the log is a state until the last one says `complete` (S6). A snapshot that starts
 again cannot know what its predecessor published: afterwards every live key whose newest record is older than this snapshot gets a delete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Final
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
 
 from psycopg import sql
 
 from headrace.change import Checkpoint, TableSchema, Version
+from headrace.errors import Transient
 from headrace.log import CutWriter, Log
-from headrace_capture import catalog
+from headrace_capture import catalog, copies
+from headrace_capture.copies import Copy, Piece
+from headrace_capture.cut import FULL_BYTES, LONGEST_SECONDS
 from headrace_capture.live import LiveKeys
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations, keyless
 from headrace_capture.replication import Replication, Stopped, postgres_errors
 from headrace_capture.stream import DELETE, NULL
-from headrace_capture.tables import ColumnPlan, Stamp, Table, copy_fields, newest
+from headrace_capture.tables import HEAD, ColumnPlan, Stamp, Table, copy_fields, newest
+from headrace_capture.values import template
 
 READ: Final = b"r"
-_LOOK_AROUND = 1_024
+_BUNCH = 512
+"""Rows of one connection before the others get their turn."""
+
+
+class Rows:
+    """How the rows of one table become records.
+
+    Attributes:
+        table: The table.
+        count: Rows that were written.
+    """
+
+    def __init__(self, table: Table, writer: CutWriter, stamp: Stamp) -> None:
+        """Prepare what is the same for each row."""
+        self.table = table
+        self.count = 0
+        self._writer = writer
+        self._stamp = stamp
+        self._headers = stamp.headers(table, 0)
+        self._key = template(table.shape.key) if len(table.key_at) == 1 else b"%b"
+        self._end = stamp.value(table, 0, READ, b"").removeprefix(HEAD)
+
+    def write(self, rows: list[bytes], *, native: bool) -> int:
+        """Write what a connection gave; return how many rows that were."""
+        self.count += len(rows)
+        if not native:
+            self._write_text(rows)
+            return len(rows)
+        produce, topic, headers, key, end = self._writer.produce, self.table.topic, self._headers, self._key, self._end
+        for data in rows:
+            made, row = copies.fields(data)
+            produce(topic, key % made, b"".join((HEAD, row, end)), headers)
+        return len(rows)
+
+    def _write_text(self, rows: list[bytes]) -> None:
+        table = self.table
+        for line in rows:
+            row = copy_fields(line[:-1])
+            value = self._stamp.value(table, 0, READ, table.row(row))
+            self._writer.produce(table.topic, table.key(row), value, self._headers)
 
 
 class Snapshot:
@@ -55,30 +102,42 @@ class Snapshot:
         point, name = exporter.create_slot(settings.slot, self._stopped)
         version = Version(self._intent.version.epoch, point)
         stamp = Stamp(version, 0, (self._progress.now_ms(), self._progress.now_ms()), snapshot=True)
-        with (
-            catalog.connect(settings.dsn, name="headrace snapshot", timeout_s=0) as connection,
-            postgres_errors("reading a snapshot"),
-        ):
-            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(name)))
-            tables = self._tables(connection)
-            for table, query in tables:
-                self._read(connection, table, query, stamp, version)
-            connection.execute("COMMIT")
-        self._remove_older(stamp, version, [table for table, _ in tables])
+        with self._connections(name) as connections, postgres_errors("reading a snapshot"):
+            tables = self._tables(connections[0], stamp)
+            self._read(connections, tables, version)
+        self._remove_older(stamp, version, [rows.table for rows, _ in tables])
         return self._seal(version, "complete")
 
-    def _tables(self, connection: catalog.Connection) -> list[tuple[Table, sql.Composed]]:
-        """Return what to read and how, and publish the tables' shapes."""
+    @contextmanager
+    def _connections(self, snapshot: str) -> Iterator[list[catalog.Connection]]:
+        """Connect several times and take the exported snapshot; each asserts that it sees what the first one sees."""
+        settings = self._log.settings
+        with ExitStack() as stack:
+            connections = [
+                stack.enter_context(catalog.connect(settings.dsn, name="headrace snapshot", timeout_s=0))
+                for _ in range(max(1, settings.snapshot_connections))
+            ]
+            for connection in connections:
+                connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
+            seen = {connection.execute("SELECT pg_current_snapshot()::text").fetchone() for connection in connections}
+            if len(seen) > 1:
+                raise Transient("snapshot-differs", f"Connections of one snapshot see {seen}.", "capture starts again.")
+            yield connections
+
+    def _tables(self, connection: catalog.Connection, stamp: Stamp) -> list[tuple[Rows, list[Piece]]]:
+        """Return what to read of each table, and publish the tables' shapes."""
         publication = self._log.settings.publication
-        filters = {(row[0], row[1]): row[2] for row in connection.execute(_FILTERS, [publication])}
+        filters = {(row[0], row[1]): row[2] for row in connection.execute(_FILTERS, [publication]).fetchall()}
         found = []
         for published in catalog.published_tables(connection, publication):
             if not published.key:
                 self._progress.say(keyless(published.full_name, published.keyless))
                 continue
-            table = self._table(published)
-            found.append((table, _query(published, filters.get((published.schema, published.name)))))
+            rows = Rows(self._table(published), self._writer, stamp)
+            found.append(
+                (rows, list(copies.pieces(connection, published, filters.get((published.schema, published.name)))))
+            )
         return found
 
     def _table(self, published: catalog.Table) -> Table:
@@ -95,26 +154,43 @@ class Snapshot:
         return Table(shape, self._log.topic_of(shape.table), columns, about)
 
     def _read(
-        self, connection: catalog.Connection, table: Table, query: sql.Composed, stamp: Stamp, version: Version
+        self, connections: list[catalog.Connection], tables: list[tuple[Rows, list[Piece]]], version: Version
     ) -> None:
-        self._progress.say(f"snapshot of {table.name}")
-        headers = stamp.headers(table, 0)
-        count = 0
-        with connection.cursor().copy(query) as copy:
-            for line in copy:
-                row = copy_fields(bytes(line)[:-1])
-                self._writer.produce(table.topic, table.key(row), stamp.value(table, 0, READ, table.row(row)), headers)
-                count += 1
-                if not count % _LOOK_AROUND:
-                    self._look_around(version, count)
-        self._progress.say(f"snapshot of {table.name}: {count} rows")
+        """Read every piece, on whichever connection is free, from whichever socket has rows."""
+        waiting = deque((rows, piece) for rows, pieces in tables for piece in pieces)
+        pages, done = sum(piece.pages for _, piece in waiting), 0
+        under_way: dict[catalog.Connection, tuple[Rows, Copy]] = {}
+        while waiting or under_way:
+            for connection in connections:
+                if waiting and connection not in under_way:
+                    rows, piece = waiting.popleft()
+                    under_way[connection] = rows, Copy(connection, piece)
+            got = 0
+            for connection, (rows, copy) in list(under_way.items()):
+                got += rows.write(copy.take(_BUNCH), native=copy.piece.native)
+                if copy.done:
+                    del under_way[connection]
+                    done += copy.piece.pages
+                    self._told(rows, waiting, under_way)
+            self._look_around(version, (done, pages))
+            if not got and under_way:
+                _wait(copy.socket for _, copy in under_way.values())
 
-    def _look_around(self, version: Version, done: int) -> None:
+    def _told(
+        self, rows: Rows, waiting: Iterable[tuple[Rows, Piece]], under_way: Mapping[Any, tuple[Rows, Copy]]
+    ) -> None:
+        """Say so when a table has been read."""
+        if not any(other is rows for other, _ in (*waiting, *under_way.values())):
+            self._progress.say(f"snapshot of {rows.table.name}: {rows.count} rows")
+
+    def _look_around(self, version: Version, progress: tuple[int, int]) -> None:
         if self._stopped():
             raise Stopped
-        self._progress.changes = self._writer.records + self._writer.open_records
-        self._progress.phase("snapshot", progress=(done, 0))
-        if self._writer.open_records >= self._log.settings.cut_records:
+        writer = self._writer
+        self._progress.changes = writer.records + writer.open_records
+        self._progress.phase("snapshot", progress=progress)
+        old = writer.opened_at and time.monotonic() - writer.opened_at > LONGEST_SECONDS
+        if old or writer.open_records >= self._log.settings.cut_records or writer.open_bytes >= FULL_BYTES:
             self._seal(version, "running")
 
     def _remove_older(self, stamp: Stamp, version: Version, tables: Iterable[Table]) -> None:
@@ -131,8 +207,8 @@ class Snapshot:
                 for count, key in enumerate(live.each(below=version.lsn), start=1):
                     self._writer.produce(table.topic, key, stamp.value(table, 0, DELETE, NULL), stamp.headers(table, 0))
                     self._writer.produce(table.topic, key, None, stamp.headers(table, 0))
-                    if not count % _LOOK_AROUND:
-                        self._look_around(version, 0)
+                    if not count % _BUNCH:
+                        self._look_around(version, (0, 0))
 
     def _gone(self, name: str) -> Table | None:
         """Return a table that the log has and the publication no longer."""
@@ -152,12 +228,11 @@ class Snapshot:
         return checkpoint
 
 
-def _query(table: catalog.Table, only: str | None) -> sql.Composed:
-    """Return the COPY of what the stream would send: its columns, its row filter, its rows (an ordinary table's own only)."""
-    columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.published)
-    source = table.identifier if table.kind == "p" else sql.SQL("ONLY {}").format(table.identifier)
-    where = sql.SQL(f" WHERE {only}") if only else sql.SQL("")  # Postgres's own text of the filter
-    return sql.SQL("COPY (SELECT {} FROM {}{}) TO STDOUT").format(columns, source, where)
+def _wait(sockets: Iterable[int]) -> None:
+    waiting = select.poll()
+    for socket in sockets:
+        waiting.register(socket, select.POLLIN)
+    waiting.poll(100)
 
 
 _FILTERS = "SELECT schemaname, tablename, rowfilter FROM pg_publication_tables WHERE pubname = %s"

@@ -20,6 +20,8 @@ from headrace_capture.values import COPIED, NULL, Converter, converter, key_conv
 
 SNAPSHOT: Final = b"snapshot"
 REREAD: Final = b"reread"
+HEAD: Final = b'{"before":null,"after":'
+"""What every record's value begins with; the row follows."""
 
 
 class Json(bytes):
@@ -155,7 +157,8 @@ class Stamp:
 
     def value(self, table: Table, ordinal: int, op: bytes, row: bytes) -> bytes:
         """Return a record's value: the envelope around `row` (``null`` for a delete)."""
-        return b'{"before":null,"after":%b%b%b%d%b%b%b' % (
+        return b"%b%b%b%b%d%b%b%b" % (
+            HEAD,
             row,
             table.origin,
             self._before_ordinal,
