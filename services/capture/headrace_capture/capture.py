@@ -16,6 +16,7 @@ from typing import NamedTuple
 from psycopg import sql
 
 from headrace.change import Checkpoint, Source, Version, format_lsn, parse_lsn
+from headrace.consumer import no_progress
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import CutWriter, Log
@@ -48,14 +49,19 @@ class Capture:
     """Captures one source until it is stopped."""
 
     def __init__(
-        self, settings: Settings, say: Callable[[str], None], stopped: Callable[[], bool], log: Log | None = None
+        self,
+        settings: Settings,
+        say: Callable[[str], None],
+        stopped: Callable[[], bool],
+        log: Log | None = None,
+        show: Callable[[int, int], None] = no_progress,
     ) -> None:
-        """Connect to nothing yet; `say` tells people what happens, `stopped` is asked often."""
+        """Connect to nothing yet; `say` tells people what happens, `show` how far long work is, `stopped` is asked often."""
         self._settings = settings
         self._log = log or Log(settings)
         self._say = say
         self._stopped = stopped
-        self._progress = Progress(Control(self._log), say)
+        self._progress = Progress(Control(self._log), say, show)
         self._answered = False
 
     def run(self) -> None:

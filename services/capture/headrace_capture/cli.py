@@ -9,6 +9,8 @@ from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from headrace.settings import load
 from headrace_capture.capture import Capture
@@ -38,7 +40,13 @@ def capture() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, asked)
-    Capture(load(), say, stop.is_set).run()
+    with Bar(*_COLUMNS, console=_console, transient=True, disable=not _console.is_terminal) as bar:
+        task = bar.add_task("snapshot", total=None, visible=False)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=total > 0)
+
+        Capture(load(), say, stop.is_set, show=show).run()
     say("stopped")
 
 
@@ -49,4 +57,5 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
 _console = Console(highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from headrace.change import Checkpoint, format_lsn
+from headrace.consumer import no_progress
 from headrace.control import Control, Report
 from headrace.errors import HeadraceError
 
@@ -27,9 +28,12 @@ class Progress:
         changes: Records written since the start.
     """
 
-    def __init__(self, control: Control, say: Callable[[str], None]) -> None:
-        """Report through `control`, tell people through `say`."""
+    def __init__(
+        self, control: Control, say: Callable[[str], None], show: Callable[[int, int], None] = no_progress
+    ) -> None:
+        """Report through `control`, tell people through `say`, and once a second (done, total) of long work through `show`."""
         self.say = say
+        self._show = show
         self.changes = 0
         self._control = control
         self._report = Report(NAME, phase="starting", live=True)
@@ -104,6 +108,7 @@ class Progress:
 
     def _send(self) -> None:
         """Report; while Kafka is away there is nobody to report to, and that is no reason to stop."""
+        self._show(*self._report.progress)
         lag = (0, int(self._facts.get("wal_behind", 0)), 0.0)
         report = replace(self._report, rate=self._rate.of(self.changes), lag=lag, facts=dict(self._facts))
         with suppress(HeadraceError):
