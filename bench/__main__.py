@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -94,7 +95,8 @@ def _show(part: Part) -> Part:
 
 
 def main() -> None:
-    """Run it; an error of ours is printed in three lines."""
+    """Run it; an error of ours is printed in three lines. SIGTERM ends what was started too."""
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
     try:
         _app()
     except HeadraceError as error:

@@ -98,6 +98,7 @@ def limit(tool: Limit, expected: Mapping[str, int]) -> Run:
     program = tool.start()
     program.wait(PATIENCE)
     seconds = time.monotonic() - program.started_at
+    tool.check()
     records = sum(expected.values())
     return Run(
         tool.kind,

@@ -15,7 +15,7 @@ import psycopg
 from bench.program import Program
 from bench.source import Source, client
 from headrace.change import parse_lsn
-from headrace.errors import Transient
+from headrace.errors import Poison, Transient
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace_capture import catalog, setup, teardown
@@ -138,6 +138,7 @@ class Limit:
         self.name = name
         self._source = source
         self._folder = folder
+        self._end = "0/0"
         tables = ", ".join(source.captured)
         source.run(f"CREATE PUBLICATION {name} FOR TABLE {tables}")
         source.run(f"SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")
@@ -145,6 +146,7 @@ class Limit:
     def start(self) -> Program:
         """Start it; it ends when it has everything that is committed now."""
         self._source.run("SELECT pg_logical_emit_message(true, 'bench', '')")
+        self._end = self._source.lsn()
         options = ["proto_version=1", f"publication_names={self.name}"]
         command = [
             client("pg_recvlogical"),
@@ -153,8 +155,14 @@ class Limit:
             "--start",
             "--no-loop",
         ]
-        command += [f"--endpos={self._source.lsn()}", "--file=/dev/null", *(f"--option={option}" for option in options)]
+        command += [f"--endpos={self._end}", "--file=/dev/null", *(f"--option={option}" for option in options)]
         return Program(self.name, command, self._folder, {})
+
+    def check(self) -> None:
+        """Raise Poison `bench-missing` unless it has told Postgres that it has all of it."""
+        slot = f"FROM pg_replication_slots WHERE slot_name = '{self.name}'"
+        if not self._source.value(f"SELECT confirmed_flush_lsn >= '{self._end}' {slot}"):
+            raise Poison("bench-missing", f"{self.kind} ended before {self._end}.", "Run it again.")
 
     def drop(self) -> None:
         """Drop both."""
