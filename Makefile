@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 DIR    ?= .stack
 
-.PHONY: demo test compose-test soak check format stack-up stack-down
+.PHONY: demo test compose-test soak bench-capture check format stack-up stack-down
 
 demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops everything at the end
 	$(BIN)/headrace demo $(if $(ONCE),--once)
@@ -14,6 +14,9 @@ test: .venv/synced           ## all tests, against real servers; TESTS=tests/uni
 
 soak: .venv/synced           ## KILLS=60 seeded kills of everything under load, checked after every six; SEED=1 is the first seed
 	$(BIN)/python tests/soak.py $(or $(KILLS),60) $(or $(SEED),1)
+
+bench-capture: .venv/synced  ## capture and Debezium in turn, on the same rows; ARGS="--quick --ours --only single"; see bench/README.md
+	$(BIN)/python -m bench $(ARGS)
 
 check: .venv/synced          ## style, types, walls, budgets
 	$(BIN)/ruff check

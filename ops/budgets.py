@@ -1,4 +1,4 @@
-"""Hold the size budgets: functions to 50 lines, modules to 400, in everything that is shipped.
+"""Hold the size budgets: functions to 50 lines, modules to 400, in everything that is shipped and in bench.
 
 Complexity (8) is ruff's C901. A docstring counts: what needs a page to be explained is two things.
 Prints each excess as `path:line: what`, and the median length of a function; exits 1 if there is one.
@@ -15,7 +15,7 @@ from pathlib import Path
 FUNCTION_LINES = 50
 MODULE_LINES = 400
 MEDIAN_LINES = 8
-ROOTS = ("headrace", "ops", "services", "consumers")
+ROOTS = ("headrace", "ops", "services", "consumers", "bench")
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

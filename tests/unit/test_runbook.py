@@ -12,7 +12,9 @@ ERRORS = {"Transient", "Misconfigured", "Poison", "Refused", "Wiped", "HeadraceE
 
 
 def _sources() -> list[Path]:
-    return [path for room in ("headrace", "services", "consumers", "ops") for path in (ROOT / room).rglob("*.py")]
+    return [
+        path for room in ("headrace", "services", "consumers", "ops", "bench") for path in (ROOT / room).rglob("*.py")
+    ]
 
 
 def _raised() -> dict[str, str]:

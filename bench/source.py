@@ -1,0 +1,193 @@
+"""The rows, and the changes that make the backlogs. Whatever is measured reads the very same write-ahead log.
+
+No column is so wide that Postgres could keep it out of line, so that `headrace setup` leaves the replica identity as it is,
+and both tools get the same, smaller stream.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from headrace.errors import Misconfigured
+from headrace_ops.postgres import Postgres
+
+_QUIET = """
+ALTER SYSTEM SET autovacuum = off;
+ALTER SYSTEM SET checkpoint_timeout = '1h';
+ALTER SYSTEM SET max_wal_size = '16GB';
+"""
+_ORDERS = """
+CREATE TABLE orders (
+    id bigint PRIMARY KEY, customer_id int NOT NULL, quantity int NOT NULL, status varchar(12) NOT NULL,
+    amount numeric(12, 2) NOT NULL, placed timestamptz NOT NULL, title varchar(80) NOT NULL, note varchar(240) NOT NULL
+);
+INSERT INTO orders
+SELECT i, i % 9973, 0, (ARRAY['new', 'paid', 'packed', 'shipped'])[1 + i % 4], (i % 1000000) / 100.0,
+       timestamptz '2026-01-01 UTC' + i * interval '1 second', 'Größe "L", Artikel ' || md5(i::text),
+       repeat(md5((i + 1)::text) || ' ', 5) || 'not before noon' || chr(10) || 'please ring ' || (i % 100)::text
+FROM generate_series(1, {rows}) i;
+CREATE PROCEDURE change(begin_with int, changes int, per_transaction int, number_of_rows int)
+LANGUAGE plpgsql AS $$
+BEGIN
+    FOR i IN 1..changes LOOP
+        UPDATE orders SET quantity = begin_with + i WHERE id = 1 + (i::bigint * 7919) % number_of_rows;
+        IF i % per_transaction = 0 THEN COMMIT; END IF;
+    END LOOP;
+END $$;
+"""
+_AWAKE = """
+CREATE TABLE awake (id int PRIMARY KEY, times int NOT NULL);
+INSERT INTO awake VALUES (1, 0);
+"""
+_BANK = """
+ALTER TABLE pgbench_history ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY;
+"""
+_CLIENTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that is captured: its key, and the columns that both tools write alike (as plain integers and text)."""
+
+    name: str
+    key: str
+    columns: tuple[str, ...]
+
+
+ORDERS = Table("orders", "id", ("customer_id", "quantity", "status", "title", "note"))
+AWAKE = "awake"
+BANK = (
+    Table("pgbench_accounts", "aid", ("bid", "abalance")),
+    Table("pgbench_tellers", "tid", ("bid", "tbalance")),
+    Table("pgbench_branches", "bid", ("bbalance",)),
+    Table("pgbench_history", "id", ("tid", "bid", "aid", "delta")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One database of the stack's Postgres. Beside what is counted it has a small table by which a tool shows that it is awake."""
+
+    dsn: str
+    tables: tuple[Table, ...]
+
+    @property
+    def captured(self) -> list[str]:
+        """Return the names of all tables to capture."""
+        return [*(table.name for table in self.tables), AWAKE]
+
+    def touch(self) -> None:
+        """Change a row that is captured and not counted."""
+        self.run(f"UPDATE {AWAKE} SET times = times + 1")
+
+    def run(self, *statements: str, quick: bool = False) -> None:
+        """Run statements, each by itself; `quick` does not wait for the disk at each commit."""
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            if quick:
+                connection.execute("SET synchronous_commit = off")
+            for statement in statements:
+                connection.execute(statement.encode())
+
+    def value(self, query: str) -> Any:
+        """Return the one value that a query gives."""
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            row = connection.execute(query.encode()).fetchone()
+        assert row is not None
+        return row[0]
+
+    def settle(self) -> None:
+        """Leave nothing to do that would fall to whoever reads first."""
+        self.run("VACUUM (FREEZE, ANALYZE)", "CHECKPOINT")
+
+    def lsn(self) -> str:
+        """Return where the write-ahead log ends now."""
+        return str(self.value("SELECT pg_current_wal_insert_lsn()"))
+
+
+def calm(postgres: Postgres) -> None:
+    """Keep Postgres's own housekeeping out of the measurement."""
+    with psycopg.connect(postgres.address(), autocommit=True) as connection:
+        for statement in _QUIET.strip().splitlines():
+            connection.execute(statement.encode())
+        connection.execute("SELECT pg_reload_conf()")
+
+
+def version(postgres: Postgres) -> str:
+    """Return the server's version."""
+    return str(Source(postgres.address(), ()).value("SHOW server_version"))
+
+
+def orders(postgres: Postgres, database: str, rows: int) -> Source:
+    """Make a database with `rows` orders."""
+    source = Source(_database(postgres, database), (ORDERS,))
+    source.run(_AWAKE, _ORDERS.format(rows=rows))
+    source.settle()
+    return source
+
+
+def bank(postgres: Postgres, database: str, scale: int) -> Source:
+    """Make a database with pgbench's tables; its history is given a key, without which neither tool could capture it."""
+    source = Source(_database(postgres, database), BANK)
+    _pgbench(source, "--initialize", "--quiet", f"--scale={scale}")
+    source.run(_AWAKE, _BANK)
+    source.settle()
+    return source
+
+
+def change(source: Source, rows: int, per_transaction: int) -> Callable[[int], dict[str, int]]:
+    """Return what makes a backlog of updates: given how many, it makes them and returns the records expected of each table."""
+    begin = 0
+
+    def make(changes: int) -> dict[str, int]:
+        nonlocal begin
+        source.run(f"CALL change({begin}, {changes}, {per_transaction}, {rows})", quick=True)
+        begin += changes
+        return {ORDERS.name: changes}
+
+    return make
+
+
+def transfer(source: Source) -> Callable[[int], dict[str, int]]:
+    """Return what makes a backlog of pgbench's TPC-B: four changes in each transaction."""
+
+    def make(changes: int) -> dict[str, int]:
+        each = -(-changes // (4 * _CLIENTS))
+        _pgbench(source, "--no-vacuum", f"--client={_CLIENTS}", "--jobs=2", f"--transactions={each}")
+        return {table.name: each * _CLIENTS for table in BANK}
+
+    return make
+
+
+def _database(postgres: Postgres, name: str) -> str:
+    with psycopg.connect(postgres.address(), autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    return postgres.dsn(name)
+
+
+def _pgbench(source: Source, *options: str) -> None:
+    subprocess.run(
+        [client("pgbench"), *options, source.dsn],
+        env={**os.environ, "PGOPTIONS": "-c synchronous_commit=off"},
+        capture_output=True,
+        check=True,
+    )
+
+
+def client(name: str) -> str:
+    """Return the path of one of Postgres's own clients. Raises Misconfigured `no-postgres-clients`."""
+    found = shutil.which(name)
+    if found is None:
+        raise Misconfigured(
+            "no-postgres-clients",
+            f"There is no `{name}` on the PATH.",
+            "Install Postgres's clients (Debian: apt-get install postgresql-client postgresql-contrib).",
+        )
+    return found
