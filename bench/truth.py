@@ -93,10 +93,11 @@ def compare(dsn: str, table: str, key: str, columns: Sequence[str], found: Found
 
 def _to_end(consumer: Consumer) -> Iterator[Message]:
     while True:
-        messages = consumer.consume(10_000, _SECONDS)
-        if not messages:
+        first = consumer.poll(_SECONDS)
+        if first is None:
             raise Poison("bench-no-end", f"Kafka sent nothing for {_SECONDS:.0f} s, not even the end of a topic.")
-        for message in messages:
+        # `consume` with a time would wait for so many messages.
+        for message in (first, *consumer.consume(10_000, 0)):
             error = message.error()
             if error is None:
                 yield message
