@@ -2,8 +2,9 @@
 
 One librdkafka consumer reads the checkpoints and the tables' partitions together. The newest complete checkpoint is the *target*;
 records below its `ends` are handed out, in pieces of bounded size, and the piece that reaches all of its `ends` completes it. Commit
-markers arrive partition by partition, so some partitions run ahead of the target: what they bring is kept, and they are paused when
-it becomes much. A target is exact when it was still younger than `min.compaction.lag.ms` when reached: before that age no record below
+markers arrive partition by partition, so some partitions run ahead of the target; and while half of a big transaction is in the log
+there is no target. What comes then is kept, and such partitions are paused while it is much, in records or in bytes; the checkpoints
+never are. A target is exact when it was still younger than `min.compaction.lag.ms` when reached: before that age no record below
 its `ends` can have been removed for a later one beyond them. So it is when nothing at all follows it (capture has been off). Otherwise
 the next checkpoint is the target.
 """
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from headrace.log.log import Log
 
 Place = tuple[str, int]
+BATCH_BYTES = 32 * 1024 * 1024
+"""Most bytes of records in a piece, about: where rows are large, fewer than `batch_records` are handed out at once."""
 _SCHEMA_SECONDS = 15.0
 _ORDER = attrgetter("version", "ordinal")
 
@@ -71,6 +74,7 @@ class Reader:
         self._paused: set[Place] = set()
         self._at_end: set[Place] = set()
         self._waiting = 0
+        self._waiting_bytes = 0
         self.position = position or Position()
         if position is None and self._newest:
             self.position = Position(appended=self._newest.appended, source=self._newest.source)
@@ -97,9 +101,9 @@ class Reader:
         """
         batch = self._next(idle=False)
         if batch is None:
-            for message in self._tail.poll(timeout):
+            for message in self._tail.poll(timeout, self._log.settings.batch_records):
                 self._take(message)
-            self._pause_those_ahead()
+            self._steer()
             batch = self._next(idle=True)
         return batch
 
@@ -138,7 +142,7 @@ class Reader:
             self._read_to[place] = offset + 1
             self._at_end.discard(place)
             self._kept[place].append(message)
-            self._waiting += 1
+            self._count(message, 1)
         else:
             self._take_checkpoint(message)
 
@@ -166,14 +170,28 @@ class Reader:
         self._kept |= {place: deque() for place in starts}
         self._tail.add({place: offset or BEGINNING for place, offset in starts.items()})
 
-    def _pause_those_ahead(self) -> None:
-        most = 2 * self._log.settings.batch_records
-        if self._target is None or self._waiting <= most:
+    def _steer(self) -> None:
+        """While much waits, fetch nothing of the partitions that the target does not need, of none when there is no target."""
+        if not self._paused and not self._much(2):
             return
-        ahead = {place for place in self._read_to if self._passed(place, self._target)} - self._paused
-        if ahead:
-            self._tail.pause(ahead)
-            self._paused |= ahead
+        target = self._target
+        ahead = {place for place in self._read_to if target is None or self._passed(place, target)}
+        again = self._paused - ahead if self._much() else self._paused
+        if again:
+            self._tail.resume(again)
+            self._paused = self._paused - again
+        if self._much(2) and ahead > self._paused:
+            self._tail.pause(ahead - self._paused)
+            self._paused = ahead
+
+    def _much(self, times: int = 1) -> bool:
+        """Whether so many pieces wait to be handed out, or to be aimed at."""
+        records, size = self._log.settings.batch_records, BATCH_BYTES
+        return self._waiting >= times * records or self._waiting_bytes >= times * size
+
+    def _count(self, message: Message, sign: int) -> None:
+        self._waiting += sign
+        self._waiting_bytes += sign * (len(message.key() or b"") + len(message.value() or b""))
 
     # What goes out
 
@@ -185,7 +203,7 @@ class Reader:
             if self._is_exact(target):
                 return self._complete(target)
             self._target = self._newest
-        if self._waiting >= self._log.settings.batch_records or (idle and self._waiting and self.position.loading):
+        if self._much() or (idle and self._waiting and self.position.loading):
             return self._piece(target)
         return None
 
@@ -212,9 +230,6 @@ class Reader:
         newest = self._newest
         self._behind_since = time.time() if newest and newest.version != target.version else None
         self._target = None
-        if self._paused:
-            self._tail.resume(self._paused)
-            self._paused.clear()
         return self._batch(changes, target, loading=loading)
 
     def _piece(self, target: Checkpoint) -> Batch | None:
@@ -247,8 +262,9 @@ class Reader:
             table = table_of(topic)
             before: Change | None = None
             while kept and (kept[0].offset() or 0) < end:
-                _, _, offset, _, key, value, headers = record(kept.popleft())
-                self._waiting -= 1
+                message = kept.popleft()
+                self._count(message, -1)
+                _, _, offset, _, key, value, headers = record(message)
                 change = codec.decode_change(table, partition, offset, key, value, headers)
                 if not _says_nothing_new(change, before):
                     changes.append(change)
