@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from confluent_kafka import Message
 
 from headrace import codec
-from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, TableSchema
+from headrace.change import DELETE, Change, Checkpoint, Position, TableSchema
 from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured, Refused, Transient
 from headrace.log.spine import Spine
@@ -58,12 +58,11 @@ class Reader:
 
         Raises:
             Refused: the position makes no sense for this log [I12]: `position-of-another-source`, `topic-replaced`,
-                `position-ahead`, `away-too-long`.
+                `position-ahead`, `away-too-long`, `build-too-slow`.
         """
         self._log = log
         self._all = tuple(tables) == ALL
         self._wanted = {topic_of(log.settings.source, table) for table in tables}
-        self._began = time.time()
         self._newest = log.newest_checkpoint(complete=True)
         self._spine = Spine(self._newest)
         self._target: Checkpoint | None = None
@@ -75,9 +74,7 @@ class Reader:
         self._at_end: set[Place] = set()
         self._waiting = 0
         self._waiting_bytes = 0
-        self.position = position or Position()
-        if position is None and self._newest:
-            self.position = Position(appended=self._newest.appended, source=self._newest.source)
+        self.position = position or Position(source=self._newest.source if self._newest else None)
         if self._newest:
             self._check_position(self._newest)
         self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): self._after_newest()}, group)
@@ -97,7 +94,7 @@ class Reader:
         Raises:
             Transient: `kafka-away`, `schema-not-there`.
             Poison: `undecodable-record`.
-            Misconfigured: `table-not-captured`, `build-too-slow` (S19).
+            Misconfigured: `table-not-captured`; Refused: `build-too-slow` (S19).
         """
         batch = self._next(idle=False)
         if batch is None:
@@ -157,6 +154,8 @@ class Reader:
         new = [topic for topic in checkpoint.ends if self._reads(topic) and (topic, 0) not in self._read_to]
         if not new:
             return
+        if not self.position.offsets:
+            self.position.appended = _now_ms()  # a build begins: nothing that it reads was removed before now (S19)
         described = self._log.topics.describe(new)
         starts: dict[Place, int] = {}
         for topic in new:
@@ -236,12 +235,8 @@ class Reader:
         changes = self._hand_out(target)
         if not changes:
             return None
-        if self.position.loading and time.time() - self._began > self._log.settings.delete_retention_ms / 1000:
-            raise Misconfigured(
-                "build-too-slow",
-                "The build has not reached its first state within delete.retention.ms: tombstones may be gone (S19).",
-                "Run: headrace rebuild NAME, with fewer records or a longer HEADRACE_DELETE_RETENTION_MS.",
-            )
+        if self.position.loading:
+            self._check_age()
         return self._batch(changes, None, loading=self.position.loading)
 
     def _batch(self, changes: list[Change], checkpoint: Checkpoint | None, *, loading: bool) -> Batch:
@@ -320,18 +315,32 @@ class Reader:
             )
         if position.version > newest.version:
             raise _refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
-        away = self._began * 1000 - position.appended
-        if position.version != NOWHERE and away > self._log.settings.delete_retention_ms:
+        if position.offsets:
+            self._check_age()
+
+    def _check_age(self) -> None:
+        """Refuse to go on where tombstones may be gone that the view has not seen (S19)."""
+        hours = (_now_ms() - self.position.appended) / 3_600_000
+        if hours <= self._log.settings.delete_retention_ms / 3_600_000:
+            return
+        if self.position.loading:
             raise _refused(
-                "away-too-long",
-                f"The view was last fed {away / 3_600_000:.0f} hours ago, longer than delete.retention.ms.",
+                "build-too-slow",
+                f"The build began {hours:.0f} hours ago, longer than delete.retention.ms, and is at no state yet.",
             )
+        raise _refused(
+            "away-too-long", f"The view was last fed {hours:.0f} hours ago, longer than delete.retention.ms."
+        )
 
 
 def _refused(code: str, seen: str) -> Refused:
     return Refused(
         code, f"{seen} Going on could miss changes or keep rows that are gone.", "Run: headrace rebuild NAME"
     )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _says_nothing_new(change: Change, before: Change | None) -> bool:

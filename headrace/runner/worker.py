@@ -15,9 +15,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from headrace.change import NOWHERE, Version
+from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Consumer, Generation
-from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
 from headrace.log import Lag, Log, Reader
 
 _POLL_SECONDS = 0.25
@@ -131,15 +131,24 @@ class Worker(threading.Thread):
             if self.still:
                 self._rest(consumer)
                 return
-            reader = self._log.reader(
-                consumer.tables, position, f"{self.generation.consumer}.g{self.generation.number}"
-            )
+            reader = self._reader(consumer, position)
             try:
                 self._follow(consumer, reader)
             finally:
                 reader.close()
         finally:
             consumer.close()
+
+    def _reader(self, consumer: Consumer, position: Position | None) -> Reader:
+        group = f"{self.generation.consumer}.g{self.generation.number}"
+        try:
+            return self._log.reader(consumer.tables, position, group)
+        except Refused as error:
+            if position is None or not position.loading or self.generation.live:
+                raise
+            # Nobody sees a build yet: one that makes no sense, or stood still for too long, begins again from zero (S19).
+            consumer.drop()
+            raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
 
     def _follow(self, consumer: Consumer, reader: Reader) -> None:
         self._whole = True

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.change import NOWHERE, Position
-from headrace.consumer import Batch, Generation
+from headrace.change import CREATE, NOWHERE, Change, Position, Version
+from headrace.consumer import Batch, Generation, fingerprint
 from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Poison
 from headrace.log import Log
@@ -290,6 +290,22 @@ def test_a_position_of_another_log_is_refused_and_waits_for_a_rebuild(
     served.await_phase(2, "following")
     control.ask("plain", "promote")
     assert view.rows() == {'{"id":1}': 10}
+
+
+def test_a_build_that_stood_still_for_too_long_begins_again_from_zero(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    """S19: it had read a row that was deleted meanwhile, and the tombstone has been compacted away too."""
+    feed.cut((ITEMS, 1, 10))
+    half = replace(feed_position(feed), version=NOWHERE, appended=int(time.time() * 1000) - 8 * 24 * 3_600_000)
+    ghost = Change(ITEMS, CREATE, b'{"id":9}', {"id": 9, "n": 90}, Version(1, 50), 0, 7, 1, 0, 0)
+    view = Plain(settings, "plain")
+    view.open(Generation("plain", 1, fingerprint(Plain)))
+    view.apply(Batch([ghost], half, None, loading=True))
+    feed.cut((ITEMS, 2, 20))
+    served = serve()
+    served.await_phase(1, "live")
+    assert view.rows() == {'{"id":1}': 10, '{"id":2}': 20}
 
 
 def test_scan_gives_every_row_of_a_generation(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
