@@ -16,15 +16,15 @@ from typing import Any
 
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Consumer, Cursor, Generation, ViewRow, fingerprint, no_progress
-from headrace.control import Control, Report, Request
+from headrace.control import PAGE_BYTES, Control, Report, Request
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log
-from headrace.runner.worker import State, Worker
+from headrace.runner.worker import State, Worker, as_ours
 
 _HOLD_SECONDS = 30.0
 _CALL_SECONDS = 120.0
 _STOP_SECONDS, _FLUSH_SECONDS = 6.0, 2.0
-_PAGE = 500
+_FIRST_ROWS, _MOST_ROWS = 10, 500
 
 
 class Runner:
@@ -233,23 +233,35 @@ class Runner:
 
     def _scan(self, request: Request) -> dict[str, Any]:
         worker = self._worker(request.args.get("generation"))
-        worker.call(lambda consumer: self._page(worker, consumer, request, None))
-        return {"scan": request.id, "generation": worker.generation.number}
+        self._send_page(worker, request, None, _FIRST_ROWS)
+        return {"rows": request.id, "generation": worker.generation.number}
 
     def _rows(self, request: Request) -> dict[str, Any]:
-        """Answer single rows by their keys, and the version that they show."""
+        """Send single rows by their keys, and answer the version that they show."""
         worker = self._worker(request.args.get("generation"))
         keys = request.args["keys"]
         rows, version = self._wait_for(worker, lambda consumer: (_named(consumer, keys), worker.state.version))
-        return {"rows": [(*row[:3], list(row.version)) for row in rows], "version": list(version)}
+        self._control.send_rows(request, rows, last=True)
+        return {"rows": request.id, "version": list(version)}
 
-    def _page(self, worker: Worker, consumer: Consumer, request: Request, after: Cursor | None) -> None:
-        """Send one page and queue the next, so that the worker reads on between them."""
-        rows = consumer.scan(after, _PAGE)
-        last = len(rows) < _PAGE
-        self._control.send_page(request, rows, last=last)
-        if not last:
-            worker.call(lambda again: self._page(worker, again, request, (rows[-1].collection, rows[-1].key)))
+    def _send_page(self, worker: Worker, request: Request, after: Cursor | None, limit: int) -> None:
+        """Queue the next rows of a scan; whatever becomes of them is told to who reads them."""
+        sent = worker.call(lambda consumer: self._page(worker, consumer, request, after, limit))
+        sent.add_done_callback(lambda done: self._tell_failure(request, done))
+
+    def _page(self, worker: Worker, consumer: Consumer, request: Request, after: Cursor | None, limit: int) -> None:
+        """Send some rows and queue the next, so that the worker reads on between them: fewer at once where rows are large."""
+        rows = consumer.scan(after, limit)
+        size = self._control.send_rows(request, rows, last=len(rows) < limit)
+        if len(rows) == limit:
+            fit = PAGE_BYTES * limit // max(size, 1)
+            last = (rows[-1].collection, rows[-1].key)
+            self._send_page(worker, request, last, min(max(fit, 1), _MOST_ROWS))
+
+    def _tell_failure(self, request: Request, done: Future[None]) -> None:
+        error = done.exception()
+        if error is not None:
+            self._control.break_off(request, as_ours(error, self.name))
 
     def _wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
         try:

@@ -113,14 +113,8 @@ class Worker(threading.Thread):
                 wait = _BACKOFF_SECONDS[0] if self.state.phase != "waiting" else min(2 * wait, _BACKOFF_SECONDS[1])
                 self._set(phase="waiting", error=error)
                 self._answer_nothing(wait, error)
-            except HeadraceError as error:
-                self._halt(error)
             except Exception as error:  # noqa: BLE001  a plugin may raise anything; the reason must reach status, not only a log
-                self._halt(
-                    Misconfigured(
-                        "consumer-failed", f"{self.name} raised {error!r}.", "Mend the consumer and start it again."
-                    )
-                )
+                self._halt(as_ours(error, self.name))
 
     def _serve(self) -> None:
         consumer = self._make()
@@ -228,6 +222,13 @@ class Worker(threading.Thread):
 
     def _progress(self, done: int, total: int) -> None:
         self.state.progress = (done, total)
+
+
+def as_ours(error: BaseException, name: str) -> HeadraceError:
+    """Return an error as one of ours: what else a consumer may raise is a fault in its code."""
+    if isinstance(error, HeadraceError):
+        return error
+    return Misconfigured("consumer-failed", f"{name} raised {error!r}.", "Mend the consumer and start it again.")
 
 
 class _Rate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,11 +10,13 @@ from dataclasses import replace
 
 import pytest
 
+from headrace import codec
 from headrace.change import CREATE, NOWHERE, Change, Position, Version
-from headrace.consumer import Batch, Generation, fingerprint
+from headrace.consumer import Batch, Cursor, Generation, ViewRow, fingerprint
 from headrace.control import Control, Report
-from headrace.errors import Misconfigured, Poison
+from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.log import Log
+from headrace.log.plain import PlainWriter
 from headrace.runner import Runner
 from headrace.settings import Settings
 from tests.fixtures.feed import ITEMS, Feed
@@ -317,6 +320,53 @@ def test_scan_gives_every_row_of_a_generation(feed: Feed, settings: Settings, se
     assert [row.key for row in rows] == sorted(row.key for row in rows)
     assert {row.key: row.value["n"] for row in rows} == view.rows()
     assert {row.version.lsn for row in rows} == {last.version.lsn - 10}
+
+
+def test_rows_of_any_size_come_through_a_scan_and_by_their_keys(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    """More than Kafka takes as one record, and some that are more by themselves than a topic takes by default."""
+    view = Plain(settings, "plain")
+    sizes = {n: 10 if n % 4 else 300_000 for n in range(40)} | {7: 3_000_000}
+    for number in sizes:
+        feed.put(ITEMS, number, number)
+    feed.seal()
+    serve()
+    wait_for(lambda: len(view.rows()) == 40)
+    view.widen(sizes)
+    control = Control(Log(settings))
+    rows = {codec.loads(row.key)["id"]: row.value for row in control.scan("plain", timeout=10)}
+    assert {id_: len(row["wide"]) for id_, row in rows.items()} == sizes
+    wanted = [(ITEMS, f'{{"id":{n}}}') for n in sizes]
+    _, some = control.rows("plain", 1, wanted, timeout=10)
+    assert {codec.loads(key)["id"]: row.value for (_, key), row in some.items()} == rows
+
+
+class Broken(Plain):
+    """Cannot be read beyond its first rows."""
+
+    def scan(self, after: Cursor | None, limit: int) -> list[ViewRow]:
+        if after is not None:
+            raise ValueError("a fault in the plugin")
+        return super().scan(after, limit)
+
+
+def test_a_scan_that_breaks_off_says_why_to_who_asked(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    feed.cut(*((ITEMS, n, n) for n in range(100)))
+    served = serve(Broken, "broken")
+    served.await_phase(1, "live")
+    with pytest.raises(Misconfigured, match="a fault in the plugin"):
+        list(Control(Log(settings)).scan("broken", timeout=10))
+    assert served.await_phase(1, "live")
+
+
+def test_a_record_that_kafka_refuses_is_not_silently_lost(feed: Feed, settings: Settings) -> None:
+    """The topic takes one megabyte, the client more."""
+    feed.log.topics.make({f"{settings.source}.narrow": (1, {})})
+    with pytest.raises(HeadraceError):
+        PlainWriter(settings).write(f"{settings.source}.narrow", b"k", os.urandom(2_000_000), seconds=5)
 
 
 def test_nobody_running_is_said_with_the_command(feed: Feed, settings: Settings) -> None:
