@@ -35,12 +35,18 @@ _KINDS = {"Transient": Transient, "Misconfigured": Misconfigured, "Poison": Pois
 
 
 class Request(NamedTuple):
-    """What somebody asks of a runner. `at` is the broker's timestamp, ms."""
+    """What somebody asks of a runner. `at` is the broker's timestamp, ms; `timeout` how long the asker waits, seconds."""
 
     id: str
     verb: str
     args: dict[str, Any]
     at: int
+    timeout: float
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the asker no longer waits: who was told "no answer" must not see it carried out at the next start."""
+        return time.time() > self.at / 1000 + self.timeout
 
 
 @dataclass(slots=True)
@@ -107,13 +113,13 @@ class Control:
         return RequestBox(self._log, set(names))
 
     def answer(self, name: str, request: Request, value: dict[str, Any]) -> None:
-        """Answer a request and take it away. Raises Transient: `kafka-away`."""
+        """Answer a request, by `refusal` too, and take it away. Raises Transient: `kafka-away`."""
         self._writer.write(CONTROL, self._key(name, "answer", request.id), codec.dumps(value))
-        self._writer.write(CONTROL, self._key(name, "request", request.id), None)
+        self.take_away(name, request)
 
-    def refuse(self, name: str, request: Request, error: HeadraceError) -> None:
-        """Answer a request by an error, which is raised where it was asked."""
-        self.answer(name, request, {"error": _said(error)})
+    def take_away(self, name: str, request: Request) -> None:
+        """Take a request away. Raises Transient: `kafka-away`."""
+        self._writer.write(CONTROL, self._key(name, "request", request.id), None)
 
     def send_rows(self, request: Request, rows: Sequence[ViewRow], *, last: bool) -> int:
         """Send rows that were asked for, in pages; `last` ends them. Return how many bytes they are.
@@ -136,7 +142,7 @@ class Control:
 
     def break_off(self, request: Request, error: HeadraceError) -> None:
         """End rows by an error, which is raised where they are read."""
-        self._writer.write(ANSWERS, request.id.encode(), codec.dumps({"error": _said(error)}))
+        self._writer.write(ANSWERS, request.id.encode(), codec.dumps(refusal(error)))
 
     def _send_page(self, request: Request, rows: Sequence[bytes], *, last: bool) -> None:
         page = b'{"rows":[%b],"last":%b}' % (b",".join(rows), b"true" if last else b"false")
@@ -182,7 +188,7 @@ class Control:
         self.running(name)
         tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)})
         try:
-            request = self._request(name, verb, args or {})
+            request = self._request(name, {"verb": verb, "args": args or {}, "timeout": timeout})
             key = self._key(name, "answer", request)
             for value in _values(tail, key, timeout, name):
                 self._writer.write(CONTROL, key, None)
@@ -232,9 +238,9 @@ class Control:
         """Wait up to `seconds` until what was written is in Kafka. Raises Transient: `kafka-away`."""
         self._writer.flush(seconds)
 
-    def _request(self, name: str, verb: str, args: dict[str, Any]) -> str:
+    def _request(self, name: str, said: dict[str, Any]) -> str:
         request = uuid.uuid4().hex
-        self._writer.write(CONTROL, self._key(name, "request", request), codec.dumps({"verb": verb, "args": args}))
+        self._writer.write(CONTROL, self._key(name, "request", request), codec.dumps(said))
         return request
 
     def _put(self, key: bytes, value: dict[str, Any] | None) -> None:
@@ -285,7 +291,7 @@ class RequestBox:
             if value is not None:
                 said = codec.loads(value)
                 self._open[key["name"], key["id"]] = Request(
-                    key["id"], said["verb"], said["args"], message.timestamp()[1]
+                    key["id"], said["verb"], said["args"], message.timestamp()[1], said.get("timeout", 0.0)
                 )
         if not self._caught_up:
             return []
@@ -318,9 +324,10 @@ def _pages(values: Iterator[dict[str, Any]]) -> Iterator[ViewRow]:
             return
 
 
-def _said(error: HeadraceError) -> dict[str, str]:
+def refusal(error: HeadraceError) -> dict[str, Any]:
+    """Return the answer that raises `error` where it was asked."""
     kind = next((kind for kind, cls in _KINDS.items() if isinstance(error, cls)), "Misconfigured")
-    return {"kind": kind, "code": error.code, "message": error.message, "remedy": error.remedy}
+    return {"error": {"kind": kind, "code": error.code, "message": error.message, "remedy": error.remedy}}
 
 
 def _answer(value: dict[str, Any]) -> dict[str, Any]:

@@ -7,16 +7,18 @@ unasked. Requests come through `headrace.control` and are carried out one at a t
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Consumer, Cursor, Generation, ViewRow, fingerprint, no_progress
-from headrace.control import PAGE_BYTES, Control, Report, Request
+from headrace.control import PAGE_BYTES, Control, Report, Request, refusal
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log
 from headrace.runner.worker import State, Worker, as_ours
@@ -39,7 +41,9 @@ class Runner:
         self._fingerprint = fingerprint(consumer)
         self._store = self._make()
         self._workers: dict[int, Worker] = {}
-        self._away: Transient | None = None
+        self._failure: HeadraceError | None = None
+        self._placeholder = True
+        self._reporting = threading.Lock()
         self._first: Future[None] | None = None
         self._verbs = {
             "rebuild": self._rebuild,
@@ -50,32 +54,54 @@ class Runner:
             "rows": self._rows,
         }
 
-    def tick(self) -> None:
-        """Look at the store, begin what is missing, and report. Called about once a second."""
+    def look(self) -> None:
+        """Look at the store, and begin what is missing. Called about once a second; what it fails by is in the report."""
         try:
             self._look()
-            self._away = None
-        except Transient as error:
-            self._away = error
-        for worker in self._workers.values():
-            self._control.report(self._report(worker.generation, worker.state))
+            self._failure = None
+        except Exception as error:  # noqa: BLE001  a plugin may raise anything; the consumers beside it go on
+            self._failure = as_ours(error, self.name)
+
+    def report(self) -> None:
+        """Say how each generation stands. Called about once a second, by a thread of its own; with Kafka away nobody hears it."""
+        with self._reporting, suppress(HeadraceError):
+            for worker in list(self._workers.values()):
+                self._control.report(self._report(worker.generation, worker.state))
+            self._report_placeholder()
+
+    def _report_placeholder(self) -> None:
+        """Until the store has said which generations there are, generation 0 stands for them; then its report goes."""
         if not self._workers:
-            state = State(phase="waiting", error=self._away)
+            phase = "waiting" if self._failure is None or isinstance(self._failure, Transient) else "stopped"
+            state = State(phase=phase, error=self._failure)
             self._control.report(self._report(Generation(self.name, 0, self._fingerprint), state))
+            self._placeholder = True
+        elif self._placeholder:
+            self._control.forget(self.name, 0)  # a predecessor's too
+            self._placeholder = False
 
     def handle(self, request: Request) -> None:
-        """Carry out a request and answer it."""
-        try:
-            verb = self._verbs.get(request.verb)
-            if verb is None:
-                raise Misconfigured(
+        """Carry out a request and answer it; one whose asker has given up is only taken away."""
+        with suppress(Transient):  # with Kafka away nobody hears it
+            if request.given_up:
+                self._control.take_away(self.name, request)
+            else:
+                self._control.answer(self.name, request, self._carried_out(request))
+
+    def _carried_out(self, request: Request) -> dict[str, Any]:
+        verb = self._verbs.get(request.verb)
+        if verb is None:
+            return refusal(
+                Misconfigured(
                     "unknown-request",
                     f"The runner of {self.name} does not know {request.verb!r}.",
                     "Use one version of headrace.",
                 )
-            self._control.answer(self.name, request, verb(request))
-        except HeadraceError as error:
-            self._control.refuse(self.name, request, error)
+            )
+        try:
+            return verb(request)
+        except Exception as error:  # noqa: BLE001  whatever it is, it belongs to who asked
+            return refusal(as_ours(error, self.name))
 
     def phases(self) -> dict[str, str]:
         """Return the phase of each generation, with its reason, for a line to people when it changes."""
@@ -86,6 +112,8 @@ class Runner:
 
     def failed(self) -> HeadraceError | None:
         """Return why nothing of this consumer runs or waits any more, None while something does."""
+        if not self._workers:
+            return None if isinstance(self._failure, Transient) else self._failure
         errors = [worker.state.error for worker in self._workers.values() if worker.state.phase == "stopped"]
         final = [error for error in errors if error is not None and not isinstance(error, Refused)]
         return final[0] if final and len(final) == len(self._workers) else None
@@ -110,7 +138,6 @@ class Runner:
         if not held and not self._workers:
             number = 1 + max((report.generation for report in self._control.reports().get(self.name, [])), default=0)
             held = {number: Generation(self.name, number, self._fingerprint)}
-            self._control.forget(self.name, 0)
         for number, generation in held.items():
             if number in self._workers:
                 self._workers[number].generation = generation
@@ -125,6 +152,10 @@ class Runner:
         self._workers[generation.number] = worker
         worker.start()
         return worker
+
+    def _end(self, worker: Worker) -> None:
+        worker.stop()
+        worker.join(_CALL_SECONDS)
 
     def _promote_first(self) -> None:
         """Promote the newest generation that shows a state, when none is live: the first build, or after a wipe."""
@@ -146,12 +177,19 @@ class Runner:
     # Verbs
 
     def _rebuild(self, _request: Request) -> dict[str, Any]:
-        """Begin the next generation, or go on with the one that is being built."""
+        """Begin the next generation, or go on with the one that is being built, also when it has stopped.
+
+        Only one that may not go on, because its position makes no sense, is left as it is.
+        """
         live = self._live()
         newest = max(self._workers, default=0)
         building = self._workers.get(newest)
         if building is None or building is live or building.still or (live and newest < live.generation.number):
             building = self._begin(Generation(self.name, newest + 1, self._fingerprint))
+        elif building.state.phase == "stopped":
+            self._end(building)
+            refused = isinstance(building.state.error, Refused)
+            building = self._begin(replace(building.generation, number=newest + 1 if refused else newest))
         return {"generation": building.generation.number}
 
     def _promote_asked(self, request: Request) -> dict[str, Any]:
@@ -193,7 +231,8 @@ class Runner:
         finally:
             if live is not None:
                 live.release()
-        self.tick()
+        self.look()
+        self.report()
         return {"generation": target.generation.number, "version": list(target.state.version)}
 
     def _meet(self, live: Worker | None, target: Worker) -> None:
@@ -223,13 +262,26 @@ class Runner:
             )
         wanted = [number] if number is not None else [n for n in self._workers if live and n < live.generation.number]
         for each in wanted:
-            worker = self._worker(each)
-            self._wait_for(worker, lambda consumer: consumer.drop())
-            worker.stop()
-            worker.join(_CALL_SECONDS)
-            del self._workers[each]
-            self._control.forget(self.name, each)
+            self._remove(self._worker(each))
+            with self._reporting:
+                del self._workers[each]
+                self._control.forget(self.name, each)
         return {"dropped": wanted}
+
+    def _remove(self, worker: Worker) -> None:
+        """Drop a generation by its worker; one that has stopped answers nothing any more, so its store is opened anew."""
+        if worker.state.phase != "stopped":
+            self._wait_for(worker, lambda consumer: consumer.drop())
+            self._end(worker)
+            return
+        self._end(worker)
+        if worker.generation.number in {generation.number for generation in self._store.generations()}:
+            consumer = self._make()
+            try:
+                consumer.open(worker.generation)
+                consumer.drop()
+            finally:
+                consumer.close()
 
     def _scan(self, request: Request) -> dict[str, Any]:
         worker = self._worker(request.args.get("generation"))
@@ -286,7 +338,7 @@ class Runner:
             progress=state.progress,
             reason=error.message if error else self._stale_reason(state),
             code=error.code if error else "",
-            remedy=(error.remedy if error else "").replace("NAME", self.name),
+            remedy=error.remedy if error else "",
         )
 
     def _stale_reason(self, state: State) -> str:

@@ -8,6 +8,7 @@ What others want of the consumer (a promotion, a page of a scan) is queued and c
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -109,12 +110,14 @@ class Worker(threading.Thread):
         while not self._stopping.is_set():
             try:
                 self._serve()
-            except Transient as error:
+            except Exception as failure:  # noqa: BLE001  a plugin may raise anything; the reason must reach status, not only a log
+                error = as_ours(failure, self.generation.consumer)
+                if not isinstance(error, Transient):
+                    self._halt(error)
+                    continue
                 wait = _BACKOFF_SECONDS[0] if self.state.phase != "waiting" else min(2 * wait, _BACKOFF_SECONDS[1])
                 self._set(phase="waiting", error=error)
                 self._answer_nothing(wait, error)
-            except Exception as error:  # noqa: BLE001  a plugin may raise anything; the reason must reach status, not only a log
-                self._halt(as_ours(error, self.name))
 
     def _serve(self) -> None:
         consumer = self._make()
@@ -224,11 +227,13 @@ class Worker(threading.Thread):
         self.state.progress = (done, total)
 
 
-def as_ours(error: BaseException, name: str) -> HeadraceError:
-    """Return an error as one of ours: what else a consumer may raise is a fault in its code."""
-    if isinstance(error, HeadraceError):
-        return error
-    return Misconfigured("consumer-failed", f"{name} raised {error!r}.", "Mend the consumer and start it again.")
+def as_ours(error: BaseException, consumer: str) -> HeadraceError:
+    """Return an error as one of ours, its NAME being `consumer`: what else a plugin may raise is a fault in its code."""
+    if not isinstance(error, HeadraceError):
+        said = f"The consumer {consumer} raised {error!r}."
+        return Misconfigured("consumer-failed", said, "Mend it, and start it again.")
+    error.remedy = re.sub(r"\bNAME\b", consumer, error.remedy)
+    return error
 
 
 class _Rate:
