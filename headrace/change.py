@@ -160,6 +160,7 @@ class Position:
         source: The source of that log, None before the first checkpoint was seen.
         appended: The broker's timestamp of the checkpoint at `version`, ms; while loading, when the build began, pauses included.
             Older than `delete.retention.ms` is refused (S19).
+        inexact: Tables of the view that are not known to equal Postgres at `version` (S12).
     """
 
     offsets: dict[str, list[int]] = field(default_factory=dict)
@@ -167,6 +168,7 @@ class Position:
     version: Version = NOWHERE
     source: Source | None = None
     appended: int = 0
+    inexact: tuple[str, ...] = ()
 
     @property
     def loading(self) -> bool:

@@ -41,8 +41,8 @@ _ORDER = attrgetter("version", "ordinal")
 class Lag(NamedTuple):
     """What a generation has not applied, counted to the newest complete checkpoint that its reader has seen (S29).
 
-    `records` counts offsets, so compacted holes count until they are passed; `wal` is bytes of WAL, `seconds` the age of the
-    oldest state that is missing.
+    `records` counts offsets, so compacted holes count until they are passed; `wal` is bytes of WAL, `seconds` for how long the view
+    has not been up to date: since the state that it shows was written, or since a newer one came that it could have shown.
     """
 
     records: int
@@ -81,7 +81,7 @@ class Reader:
         if self._newest:
             self._add_topics(self._newest)
             if self._newest.version != self.position.version:
-                self._behind_since = time.time()
+                self._behind_since = self.position.appended / 1000 or time.time()
 
     @property
     def newest(self) -> Checkpoint | None:
@@ -225,9 +225,15 @@ class Reader:
         for topic, ends in target.ends.items():
             if self._reads(topic):
                 self._move(topic, ends)
-        self.position = replace(self.position, version=target.version, source=target.source, appended=target.appended)
+        self.position = replace(
+            self.position,
+            version=target.version,
+            source=target.source,
+            appended=target.appended,
+            inexact=tuple(t for t in target.inexact if self._reads(self._log.topic_of(t))),
+        )
         newest = self._newest
-        self._behind_since = time.time() if newest and newest.version != target.version else None
+        self._behind_since = target.appended / 1000 if newest and newest.version != target.version else None
         self._target = None
         return self._batch(changes, target, loading=loading)
 

@@ -339,6 +339,7 @@ class Runner:
             reason=error.message if error else self._stale_reason(state),
             code=error.code if error else "",
             remedy=error.remedy if error else "",
+            facts={"inexact": list(state.inexact)} if state.inexact else {},
         )
 
     def _stale_reason(self, state: State) -> str:

@@ -40,6 +40,7 @@ class State:
     lag: Lag = field(default_factory=lambda: Lag(0, 0, 0.0))
     rate: float = 0.0
     progress: tuple[int, int] = (0, 0)
+    inexact: tuple[str, ...] = ()
     error: HeadraceError | None = None
 
     @property
@@ -124,7 +125,8 @@ class Worker(threading.Thread):
         consumer.progress = self._progress
         try:
             position = consumer.open(self.generation)
-            self.state.version = position.version if position else NOWHERE
+            known = position or Position()
+            self._set(version=known.version, inexact=known.inexact)
             if self.still:
                 self._rest(consumer)
                 return
@@ -216,7 +218,8 @@ class Worker(threading.Thread):
         live = "live" if self.generation.live else "following"
         phase = "loading" if version == NOWHERE else "catching up" if behind else live
         progress = (0, 0) if version != NOWHERE else self.state.progress
-        self._set(phase=phase, version=version, lag=lag, progress=progress, error=None)
+        inexact = reader.position.inexact
+        self._set(phase=phase, version=version, lag=lag, progress=progress, inexact=inexact, error=None)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():

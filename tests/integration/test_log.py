@@ -152,6 +152,17 @@ def test_a_transaction_however_big_never_waits_whole_in_a_readers_memory(
     reader.close()
 
 
+def test_a_reader_that_was_away_says_for_how_long_it_has_not_been_up_to_date(feed: Feed) -> None:
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = drain(reader, first.version)[-1].position
+    reader.close()
+    feed.cut((ITEMS, 2, 20))
+    reader = feed.log.reader([ITEMS], replace(position, appended=position.appended - 3_600_000))
+    assert 3600 <= reader.lag().seconds < 3660
+    reader.close()
+
+
 def test_all_reads_tables_that_appear_later(feed: Feed) -> None:
     first = feed.cut((ITEMS, 1, 10))
     reader = feed.log.reader(ALL, None)
