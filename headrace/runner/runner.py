@@ -17,9 +17,10 @@ from dataclasses import replace
 from typing import Any
 
 from headrace.change import NOWHERE, Version
-from headrace.consumer import Consumer, Cursor, Generation, ViewRow, fingerprint, no_progress
+from headrace.consumer import Consumer, Cursor, Generation, ViewRow, no_progress
 from headrace.control import PAGE_BYTES, Control, Report, Request, refusal
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.runner.worker import State, Worker, as_ours
 

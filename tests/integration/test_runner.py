@@ -12,9 +12,10 @@ import pytest
 
 from headrace import codec
 from headrace.change import CREATE, NOWHERE, Change, Position, Version
-from headrace.consumer import Batch, Cursor, Generation, ViewRow, fingerprint
+from headrace.consumer import Batch, Cursor, Generation, ViewRow
 from headrace.control import Control, Report
 from headrace.errors import HeadraceError, Misconfigured, Poison
+from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.log.plain import PlainWriter
 from headrace.log.tail import BEGINNING, read_to_end

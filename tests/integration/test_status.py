@@ -19,6 +19,7 @@ from headrace.cli import app
 from headrace.control import Control, Report
 from headrace.log import Log
 from headrace.settings import Settings, environment
+from headrace_ops.postgres import Postgres
 from tests.fixtures.feed import ITEMS, TAGS, Feed
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import serving
@@ -82,6 +83,19 @@ def test_a_table_that_is_inexact_is_named_for_capture_and_for_the_views_that_rea
         shown = status(settings).stdout
         assert f"plain: {ITEMS} may differ from Postgres" in shown
         assert f"capture: {ITEMS}, {TAGS} may differ from Postgres" in shown
+
+
+def test_a_standby_is_called_one(settings: Settings, control: Control, postgres: Postgres) -> None:
+    postgres.stop()
+    (postgres.data / "standby.signal").touch()
+    try:
+        postgres.start()
+        ended = status(settings)
+    finally:
+        postgres.stop()
+        (postgres.data / "standby.signal").unlink()
+    assert ended.exit_code == 0
+    assert "Let HEADRACE_DSN name the primary." in ended.stdout
 
 
 def test_watch_shows_what_is_new_until_ctrl_c(settings: Settings, control: Control, tmp_path: Path) -> None:

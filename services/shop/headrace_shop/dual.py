@@ -22,9 +22,10 @@ from typing import cast
 from headrace import plugins
 from headrace.change import CREATE, DELETE, Change, Checkpoint, Column, Position, Row, Source, TableSchema, Version
 from headrace.codec import encode_key
-from headrace.consumer import Batch, Consumer, Generation, ViewRow, fingerprint
+from headrace.consumer import Batch, Consumer, Generation, ViewRow
 from headrace.documents.consumer import DocumentConsumer
 from headrace.errors import Transient
+from headrace.fingerprint import fingerprint
 from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace_shop import documents
