@@ -1,8 +1,9 @@
 """The fingerprint: a name of the code that builds a view, the same in every process that finds the same files.
 
-It covers the name of the consumer's class; the source files of it and of its bases outside headrace; what these import of their own top-level package,
-and what that imports of it, also where the import stands in a function; and the files that the consumer names in `fingerprint_files`
-(templates, for example). Nothing is imported to find out. Other packages are dependencies: their versions are the image's.
+It covers the name of the consumer's class; the source files of it and of its bases outside headrace; what these import of their own
+top-level package, and what that imports of it, also where the import stands in a function; and the files that the consumer names in
+`fingerprint_files` (templates, for example). Nothing is imported to find out. Other packages are
+dependencies, whose versions are the image's.
 """
 
 from __future__ import annotations

@@ -57,11 +57,12 @@ def serve(
     """
     ended = threading.Event()
     reports = threading.Thread(target=_report, args=(list(runners.values()), ended, every), name="reports", daemon=True)
-    reports.start()
     box = control.requests(list(runners))
-    ticked = 0.0
+    ticked = time.monotonic()
     said: dict[str, str] = {}
     try:
+        _tick(runners, said, say)
+        reports.start()
         while not stopping.is_set():
             if time.monotonic() - ticked > every:
                 ticked = time.monotonic()
@@ -71,15 +72,17 @@ def serve(
     finally:
         box.close()
         ended.set()
-        reports.join()
+        if reports.is_alive():
+            reports.join()
         for runner in runners.values():
             runner.stop()
 
 
 def _report(runners: list[Runner], ended: threading.Event, every: float) -> None:
-    while not ended.wait(every):
+    while not ended.is_set():
         for runner in runners:
             runner.report()
+        ended.wait(every)
 
 
 def _tick(runners: Mapping[str, Runner], said: dict[str, str], say: Callable[[str], None]) -> None:

@@ -72,12 +72,12 @@ class Runner:
 
     def _report_placeholder(self) -> None:
         """Until the store has said which generations there are, generation 0 stands for them; then its report goes."""
-        if not self._workers:
-            phase = "waiting" if self._failure is None or isinstance(self._failure, Transient) else "stopped"
+        if not self._workers and self._failure:
+            phase = "waiting" if isinstance(self._failure, Transient) else "stopped"
             state = State(phase=phase, error=self._failure)
             self._control.report(self._report(Generation(self.name, 0, self._fingerprint), state))
             self._placeholder = True
-        elif self._placeholder:
+        elif self._workers and self._placeholder:
             self._control.forget(self.name, 0)  # a predecessor's too
             self._placeholder = False
 
@@ -128,7 +128,7 @@ class Runner:
             worker.join(max(0.0, deadline - time.monotonic()))
             if worker.state.phase != "stopped":
                 worker.state.phase = "off"
-            self._control.report(self._report(worker.generation, worker.state))
+        self.report()
         with suppress(Transient):  # with Kafka away the last report just grows old
             self._control.flush(_FLUSH_SECONDS)
 

@@ -122,7 +122,8 @@ def test_a_rebuild_stands_beside_the_live_one_until_promoted(
     view = Plain(settings, "plain")
     feed.cut(*((ITEMS, n, n) for n in range(50)))
     served = serve()
-    wait_for(lambda: len(view.rows()) == 50)
+    served.await_phase(1, "live")
+    assert len(view.rows()) == 50
     control = Control(Log(settings))
     assert control.ask("plain", "rebuild") == {"generation": 2}
     served.await_phase(2, "following")
@@ -429,8 +430,8 @@ def test_a_build_that_stood_still_for_too_long_begins_again_from_zero(
 def test_scan_gives_every_row_of_a_generation(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
     view = Plain(settings, "plain")
     last = feed.cut(*((ITEMS, n, n) for n in range(1200)))
-    serve()
-    wait_for(lambda: len(view.rows()) == 1200)
+    serve().await_phase(1, "live")
+    assert len(view.rows()) == 1200
     rows = list(Control(Log(settings)).scan("plain"))
     assert [row.key for row in rows] == sorted(row.key for row in rows)
     assert {row.key: row.value["n"] for row in rows} == view.rows()
