@@ -13,13 +13,13 @@ import pytest
 from headrace import codec
 from headrace.change import CREATE, NOWHERE, Change, Position, Version
 from headrace.consumer import Batch, Cursor, Generation, ViewRow
-from headrace.control import Control, Report
+from headrace.control import PAGE_BYTES, Control, Report
 from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.log.plain import PlainWriter
 from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import CONTROL
+from headrace.log.topics import ANSWERS, CONTROL
 from headrace.runner import Runner
 from headrace.settings import Settings
 from tests.fixtures.feed import ITEMS, Feed
@@ -324,6 +324,9 @@ def test_a_request_that_was_given_up_is_not_carried_out_by_the_next_runner(
     feed: Feed, settings: Settings, serve: Callable[..., Served]
 ) -> None:
     feed.cut((ITEMS, 1, 10))
+    served = serve()
+    served.await_phase(1, "live")
+    served.stop()
     control = Control(feed.log)
     control._request("plain", {"verb": "rebuild", "args": {}, "timeout": 0})
     served = serve()
@@ -455,6 +458,9 @@ def test_rows_of_any_size_come_through_a_scan_and_by_their_keys(
     wanted = [(ITEMS, f'{{"id":{n}}}') for n in sizes]
     _, some = control.rows("plain", 1, wanted, timeout=10)
     assert {codec.loads(key)["id"]: row.value for (_, key), row in some.items()} == rows
+    pages = [record.value or b"" for record in read_to_end(settings, {(ANSWERS, 0): BEGINNING})]
+    large = [codec.loads(page)["rows"] for page in pages if len(page) > PAGE_BYTES + 100]
+    assert [len(page) for page in large] == [1, 1], "the row of 3 MB, by a scan and by its key"
 
 
 class Broken(Plain):
