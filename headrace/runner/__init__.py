@@ -48,9 +48,9 @@ def serve(
     say: Callable[[str], None],
     every: float = _TICK_SECONDS,
 ) -> None:
-    """Drive runners, by name, until `stopping` is set, then end them: requests here, reports in a thread of their own.
+    """Drive runners, by name, until `stopping` is set, then end them: `every` so many seconds each looks and reports, between requests.
 
-    A request may take minutes, and the process must not look dead meanwhile [I13]. `every` so many seconds each runner looks and reports.
+    A request may take minutes, and the process must not look dead meanwhile [I13]: then a thread reports.
 
     Raises:
         HeadraceError: why the last consumer that ran has stopped.
@@ -58,10 +58,9 @@ def serve(
     ended = threading.Event()
     reports = threading.Thread(target=_report, args=(list(runners.values()), ended, every), name="reports", daemon=True)
     box = control.requests(list(runners))
-    ticked = time.monotonic()
+    ticked = 0.0
     said: dict[str, str] = {}
     try:
-        _tick(runners, said, say)
         reports.start()
         while not stopping.is_set():
             if time.monotonic() - ticked > every:
@@ -72,23 +71,22 @@ def serve(
     finally:
         box.close()
         ended.set()
-        if reports.is_alive():
-            reports.join()
+        reports.join()
         for runner in runners.values():
             runner.stop()
 
 
 def _report(runners: list[Runner], ended: threading.Event, every: float) -> None:
-    while not ended.is_set():
+    while not ended.wait(every):
         for runner in runners:
-            runner.report()
-        ended.wait(every)
+            runner.report(not_since=2 * every)
 
 
 def _tick(runners: Mapping[str, Runner], said: dict[str, str], say: Callable[[str], None]) -> None:
     failures: list[HeadraceError] = []
     for runner in runners.values():
         runner.look()
+        runner.report()
         for generation, phase in runner.phases().items():
             if said.get(generation) != phase:
                 said[generation] = phase

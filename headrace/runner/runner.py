@@ -45,6 +45,7 @@ class Runner:
         self._failure: HeadraceError | None = None
         self._placeholder = True
         self._reporting = threading.Lock()
+        self._reported = time.monotonic()
         self._first: Future[None] | None = None
         self._verbs = {
             "rebuild": self._rebuild,
@@ -63,9 +64,15 @@ class Runner:
         except Exception as error:  # noqa: BLE001  a plugin may raise anything; the consumers beside it go on
             self._failure = as_ours(error, self.name)
 
-    def report(self) -> None:
-        """Say how each generation stands. Called about once a second, by a thread of its own; with Kafka away nobody hears it."""
+    def report(self, not_since: float = 0.0) -> None:
+        """Say how each generation stands, if that was not said in the last `not_since` seconds; with Kafka away nobody hears it.
+
+        Called about once a second, from any thread.
+        """
         with self._reporting, suppress(HeadraceError):
+            if time.monotonic() - self._reported < not_since:
+                return
+            self._reported = time.monotonic()
             for worker in list(self._workers.values()):
                 self._control.report(self._report(worker.generation, worker.state))
             self._report_placeholder()
