@@ -158,7 +158,9 @@ class Position:
         topics: The Kafka topic id of each topic in `offsets`: a topic made again under its name is another topic [I12].
         version: The last complete, exact checkpoint that the view shows; NOWHERE while loading.
         source: The source of that log, None before the first checkpoint was seen.
-        appended: The broker's timestamp of the newest checkpoint seen, ms: older than `delete.retention.ms` is refused (S19).
+        appended: The broker's timestamp of the checkpoint at `version`, ms; while loading, when the build began, pauses included.
+            Older than `delete.retention.ms` is refused (S19).
+        inexact: Tables of the view that are not known to equal Postgres at `version` (S12).
     """
 
     offsets: dict[str, list[int]] = field(default_factory=dict)
@@ -166,6 +168,7 @@ class Position:
     version: Version = NOWHERE
     source: Source | None = None
     appended: int = 0
+    inexact: tuple[str, ...] = ()
 
     @property
     def loading(self) -> bool:

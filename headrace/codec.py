@@ -163,4 +163,5 @@ def decode_position(value: bytes | str) -> Position:
         version=Version(*record["version"]),
         source=Source(**source) if source else None,
         appended=record["appended"],
+        inexact=tuple(record.get("inexact", ())),
     )

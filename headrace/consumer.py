@@ -7,11 +7,8 @@ instance from one thread only. Most plugins do not implement this protocol but s
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from headrace.change import Change, Checkpoint, Position, Row, TableSchema, Version
@@ -128,19 +125,6 @@ class Consumer(Protocol):
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return up to `limit` rows of this generation as readers see them, in (collection, key) order, after `after`."""
-
-
-def fingerprint(consumer: type[Consumer]) -> str:
-    """Return the name of a consumer's code: 12 hex digits over the source files of its class and its bases outside
-    headrace, and over the files that it names in `fingerprint_files` (templates, for example)."""
-    digest = hashlib.sha256()
-    for cls in consumer.__mro__:
-        module = cls.__module__.partition(".")[0]
-        if module not in {"builtins", "headrace", "typing", "abc"}:
-            digest.update(Path(inspect.getfile(cls)).read_bytes())
-    for path in sorted(getattr(consumer, "fingerprint_files", list)()):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def no_progress(_done: int, _total: int) -> None:

@@ -7,7 +7,8 @@ One compacted topic, `headrace.control`. Keys are ``{"source","name","kind","id"
 - ``answer``, id = the request's: what the runner says to it.
 
 Kafka has no compare-and-set, so there is one writer of reports and answers for each name: its runner (S30). A report older than
-`DEAD_SECONDS` is of a process that died. Long answers (scans) go to `headrace.answers`, keyed by the request's id.
+`DEAD_SECONDS` is of a process that died. Rows go to `headrace.answers`, in pages keyed by the request's id: a page has as many rows as
+fit into PAGE_BYTES, and one at least.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,16 +30,23 @@ from headrace.log.tail import BEGINNING, Tail, end_of_partition, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL
 
 DEAD_SECONDS = 10.0
+PAGE_BYTES = 512 * 1024
 _KINDS = {"Transient": Transient, "Misconfigured": Misconfigured, "Poison": Poison}
 
 
 class Request(NamedTuple):
-    """What somebody asks of a runner. `at` is the broker's timestamp, ms."""
+    """What somebody asks of a runner. `at` is the broker's timestamp, ms; `timeout` how long the asker waits, seconds."""
 
     id: str
     verb: str
     args: dict[str, Any]
     at: int
+    timeout: float
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the asker no longer waits: who was told "no answer" must not see it carried out at the next start."""
+        return time.time() > self.at / 1000 + self.timeout
 
 
 @dataclass(slots=True)
@@ -104,22 +113,40 @@ class Control:
         return RequestBox(self._log, set(names))
 
     def answer(self, name: str, request: Request, value: dict[str, Any]) -> None:
-        """Answer a request and take it away."""
-        self._put(self._key(name, "answer", request.id), value)
-        self._put(self._key(name, "request", request.id), None)
-        self._writer.flush()
+        """Answer a request, by `refusal` too, and take it away. Raises Transient: `kafka-away`."""
+        self._writer.write(CONTROL, self._key(name, "answer", request.id), codec.dumps(value))
+        self.take_away(name, request)
 
-    def refuse(self, name: str, request: Request, error: HeadraceError) -> None:
-        """Answer a request by an error, which is raised where it was asked."""
-        kind = next((kind for kind, cls in _KINDS.items() if isinstance(error, cls)), "Misconfigured")
-        said = {"kind": kind, "code": error.code, "message": error.message, "remedy": error.remedy}
-        self.answer(name, request, {"error": said})
+    def take_away(self, name: str, request: Request) -> None:
+        """Take a request away. Raises Transient: `kafka-away`."""
+        self._writer.write(CONTROL, self._key(name, "request", request.id), None)
 
-    def send_page(self, request: Request, rows: Sequence[ViewRow], *, last: bool) -> None:
-        """Send rows of a scan; `last` ends it."""
-        page = {"rows": [(*row[:3], list(row.version)) for row in rows], "last": last}
-        self._writer.send(ANSWERS, request.id.encode(), codec.dumps(page))
-        self._writer.flush()
+    def send_rows(self, request: Request, rows: Sequence[ViewRow], *, last: bool) -> int:
+        """Send rows that were asked for, in pages; `last` ends them. Return how many bytes they are.
+
+        Raises:
+            Transient: `kafka-away`; and what Kafka refuses a page with.
+        """
+        page: list[bytes] = []
+        size = sent = 0
+        for row in rows:
+            made = codec.dumps((*row[:3], list(row.version)))
+            if page and size + len(made) > PAGE_BYTES:
+                self._send_page(request, page, last=False)
+                page, size = [], 0
+            page.append(made)
+            size += len(made)
+            sent += len(made)
+        self._send_page(request, page, last=last)
+        return sent
+
+    def break_off(self, request: Request, error: HeadraceError) -> None:
+        """End rows by an error, which is raised where they are read."""
+        self._writer.write(ANSWERS, request.id.encode(), codec.dumps(refusal(error)))
+
+    def _send_page(self, request: Request, rows: Sequence[bytes], *, last: bool) -> None:
+        page = b'{"rows":[%b],"last":%b}' % (b",".join(rows), b"true" if last else b"false")
+        self._writer.write(ANSWERS, request.id.encode(), page)
 
     # What everybody else does
 
@@ -161,11 +188,10 @@ class Control:
         self.running(name)
         tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)})
         try:
-            request = self._request(name, verb, args or {})
+            request = self._request(name, {"verb": verb, "args": args or {}, "timeout": timeout})
             key = self._key(name, "answer", request)
             for value in _values(tail, key, timeout, name):
-                self._put(key, None)
-                self._writer.flush()
+                self._writer.write(CONTROL, key, None)
                 return _answer(value)
         finally:
             tail.close()
@@ -183,39 +209,38 @@ class Control:
             generation: Which one.
             timeout: Longest wait for a page, seconds.
         """
-        tail = Tail(self._log.settings, {(ANSWERS, 0): self._end(ANSWERS)})
-        try:
-            answer = self.ask(name, "scan", {"generation": generation}, timeout)
-            for page in _values(tail, str(answer["scan"]).encode(), timeout, name):
-                for collection, key, value, version in page["rows"]:
-                    yield ViewRow(collection, key, value, Version(*version))
-                if page["last"]:
-                    return
-        finally:
-            tail.close()
-        raise Transient("no-answer", f"The scan of {name} broke off.", "Run it again.")
+        with self._rows(name, "scan", {"generation": generation}, timeout) as (_, rows):
+            yield from rows
 
     def rows(
         self, name: str, generation: int, keys: Sequence[tuple[str, str]], timeout: float = 30.0
     ) -> tuple[Version, dict[tuple[str, str], ViewRow]]:
         """Return some rows of a generation by (collection, key), as readers see them, and the version that they show.
 
-        Few keys at once: the answer is one record.
+        All of them are of one moment, and in memory at once here and there: ask for few.
         """
-        answer = self.ask(name, "rows", {"generation": generation, "keys": list(keys)}, timeout)
-        rows = (
-            ViewRow(collection, key, value, Version(*version)) for collection, key, value, version in answer["rows"]
-        )
-        return Version(*answer["version"]), {(row.collection, row.key): row for row in rows}
+        with self._rows(name, "rows", {"generation": generation, "keys": list(keys)}, timeout) as (answer, rows):
+            return Version(*answer["version"]), {(row.collection, row.key): row for row in rows}
+
+    @contextmanager
+    def _rows(
+        self, name: str, verb: str, args: dict[str, Any], timeout: float
+    ) -> Iterator[tuple[dict[str, Any], Iterator[ViewRow]]]:
+        """Ask for rows: the answer, and the rows as they come after it."""
+        tail = Tail(self._log.settings, {(ANSWERS, 0): self._end(ANSWERS)})
+        try:
+            answer = self.ask(name, verb, args, timeout)
+            yield answer, _pages(_values(tail, str(answer["rows"]).encode(), timeout, name))
+        finally:
+            tail.close()
 
     def flush(self, seconds: float = 15.0) -> None:
         """Wait up to `seconds` until what was written is in Kafka. Raises Transient: `kafka-away`."""
         self._writer.flush(seconds)
 
-    def _request(self, name: str, verb: str, args: dict[str, Any]) -> str:
+    def _request(self, name: str, said: dict[str, Any]) -> str:
         request = uuid.uuid4().hex
-        self._put(self._key(name, "request", request), {"verb": verb, "args": args})
-        self._writer.flush()
+        self._writer.write(CONTROL, self._key(name, "request", request), codec.dumps(said))
         return request
 
     def _put(self, key: bytes, value: dict[str, Any] | None) -> None:
@@ -266,7 +291,7 @@ class RequestBox:
             if value is not None:
                 said = codec.loads(value)
                 self._open[key["name"], key["id"]] = Request(
-                    key["id"], said["verb"], said["args"], message.timestamp()[1]
+                    key["id"], said["verb"], said["args"], message.timestamp()[1], said.get("timeout", 0.0)
                 )
         if not self._caught_up:
             return []
@@ -289,6 +314,20 @@ def _values(tail: Tail, key: bytes, timeout: float, name: str) -> Iterator[dict[
                 deadline = time.monotonic() + timeout
                 yield codec.loads(value)
     raise Transient("no-answer", f"The runner of {name} said nothing for {timeout:.0f} s.", "See: headrace status")
+
+
+def _pages(values: Iterator[dict[str, Any]]) -> Iterator[ViewRow]:
+    for page in map(_answer, values):
+        for collection, key, value, version in page["rows"]:
+            yield ViewRow(collection, key, value, Version(*version))
+        if page["last"]:
+            return
+
+
+def refusal(error: HeadraceError) -> dict[str, Any]:
+    """Return the answer that raises `error` where it was asked."""
+    kind = next((kind for kind, cls in _KINDS.items() if isinstance(error, cls)), "Misconfigured")
+    return {"error": {"kind": kind, "code": error.code, "message": error.message, "remedy": error.remedy}}
 
 
 def _answer(value: dict[str, Any]) -> dict[str, Any]:

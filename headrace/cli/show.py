@@ -11,6 +11,7 @@ from rich.console import Console
 from headrace.errors import HeadraceError
 
 out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
 
 
 def print_error(error: HeadraceError) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from headrace.cli.show import out, print_json, seconds
+from headrace.cli.show import err, out, print_json, seconds
 from headrace.control import Control, Report
 from headrace.errors import CHECK_FAILED, Misconfigured
 from headrace.log import Log
@@ -27,18 +27,28 @@ def rebuild(
         bool, typer.Option("--wait", help="Wait until it has caught up, verify it, and promote it.")
     ] = False,
     verify: Annotated[bool, typer.Option(help="With --wait: promote only if it equals Postgres, row by row.")] = True,
+    consumer: Annotated[
+        str | None,
+        typer.Option(
+            "--consumer",
+            metavar="FILE.py:CLASS",
+            help="Where the consumer is, if it was run from a file: verify asks it.",
+        ),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Build the view anew from offset 0, beside the live one.
 
     Readers see nothing of it until it is promoted. Run again, it goes on with the generation that is being built.
-    Exit code 1: it differs from Postgres and was not promoted.
+    Exit code 1: it differs from Postgres and was not promoted; another one is verify's: it could not be compared, and was not promoted.
 
     Examples:
 
         headrace rebuild search --wait
 
         headrace rebuild search && headrace status --watch
+
+        headrace rebuild my_view --wait --consumer ./my_view.py:MyView
     """
     control = _control()
     generation = int(control.ask(name, "rebuild")["generation"])
@@ -50,9 +60,8 @@ def rebuild(
         )
         return
     _wait(control, name, generation, quiet=json)
-    if verify and not _verified(name, generation):
-        out.print(f"[red]generation {generation} of {name} differs from Postgres; it was not promoted[/red]")
-        raise typer.Exit(CHECK_FAILED)
+    if verify:
+        _verify(name, generation, consumer, quiet=json)
     answer = control.ask(name, "promote", {"generation": generation}, timeout=120)
     _say(json, answer, f"generation {generation} of {name} is live; the one before stays until: headrace drop {name}")
 
@@ -145,10 +154,17 @@ def _ready(report: Report) -> bool:
     return report.phase in {"following", "live"}
 
 
-def _verified(name: str, generation: int) -> bool:
+def _verify(name: str, generation: int, consumer: str | None, *, quiet: bool) -> None:
+    """Have the generation compared with Postgres; exit when it differs, or when that could not be found out."""
     if not entry_points(group="headrace.commands", name="verify"):
         raise Misconfigured(
             "no-verify", "The command `verify` is not installed here.", "Install headrace-verify, or use --no-verify."
         )
     command = [sys.executable, "-m", "headrace", "verify", name, "--generation", str(generation)]
-    return subprocess.run(command, check=False).returncode == 0
+    from_file = ["--consumer", consumer] if consumer else []
+    # Its table is for people: with --json this command's stdout is one document.
+    code = subprocess.run([*command, *from_file], check=False, stdout=sys.stderr if quiet else None).returncode
+    if code:
+        why = "differs from Postgres" if code == CHECK_FAILED else "could not be compared with Postgres"
+        err.print(f"[red]generation {generation} of {name} {why}; it was not promoted[/red]")
+        raise typer.Exit(code)

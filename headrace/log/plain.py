@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from confluent_kafka import Producer
+import time
+from collections.abc import Callable
+
+from confluent_kafka import KafkaError, Message, Producer
 
 from headrace.errors import Transient
 from headrace.log import kafka
 from headrace.settings import Settings
 
+_POLL_SECONDS = 0.05
+
 
 class PlainWriter:
-    """Writes single records."""
+    """Writes single records, from any thread."""
 
     def __init__(self, settings: Settings) -> None:
         """Connect at the first record."""
@@ -18,23 +23,54 @@ class PlainWriter:
         self._producer: Producer | None = None
 
     def send(self, topic: str, key: bytes, value: bytes | None) -> None:
-        """Hand a record over; it is on its way when this returns."""
-        if self._producer is None:
-            self._producer = kafka.producer(self._settings, **{"linger.ms": 0})
-        with kafka.kafka_errors(f"writing to {topic}"):
-            try:
-                self._producer.produce(topic, value, key)
-            except BufferError as error:
-                raise Transient(
-                    "kafka-away", "Kafka takes no records.", "Check HEADRACE_KAFKA and the broker."
-                ) from error
-        self._producer.poll(0)
+        """Hand a record over and forget it: nobody is told when Kafka does not take it.
 
-    def flush(self, seconds: float = 15.0) -> None:
-        """Wait up to `seconds` until everything sent is in Kafka.
+        Raises:
+            Transient: `kafka-away`: too many wait already.
+        """
+        self._hand_over(topic, key, value, None)
+
+    def write(self, topic: str, key: bytes, value: bytes | None, seconds: float = 15.0) -> None:
+        """Write a record and wait up to `seconds` until Kafka has it.
+
+        Raises:
+            Transient: `kafka-away`; and what Kafka refuses the record with.
+        """
+        said: list[KafkaError | None] = []
+        producer = self._hand_over(topic, key, value, lambda error, _message: said.append(error))
+        deadline = time.monotonic() + seconds
+        while not said:
+            if time.monotonic() > deadline:
+                raise _away()
+            producer.poll(_POLL_SECONDS)  # whichever thread polls, the report ends in `said`
+        if said[0] is not None:
+            raise kafka.translate(said[0], f"writing to {topic}")
+
+    def flush(self, seconds: float) -> None:
+        """Wait up to `seconds` until nothing is on its way.
 
         Raises:
             Transient: `kafka-away`.
         """
         if self._producer is not None and self._producer.flush(seconds):
-            raise Transient("kafka-away", "Kafka takes no records.", "Check HEADRACE_KAFKA and the broker.")
+            raise _away()
+
+    def _hand_over(
+        self,
+        topic: str,
+        key: bytes,
+        value: bytes | None,
+        delivered: Callable[[KafkaError | None, Message], None] | None,
+    ) -> Producer:
+        producer = self._producer = self._producer or kafka.producer(self._settings, **{"linger.ms": 0})
+        with kafka.kafka_errors(f"writing to {topic}"):
+            try:
+                producer.produce(topic, value, key, on_delivery=delivered)
+            except BufferError as error:
+                raise _away() from error
+        producer.poll(0)
+        return producer
+
+
+def _away() -> Transient:
+    return Transient("kafka-away", "Kafka takes no records.", "Check HEADRACE_KAFKA and the broker.")

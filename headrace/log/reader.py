@@ -2,8 +2,9 @@
 
 One librdkafka consumer reads the checkpoints and the tables' partitions together. The newest complete checkpoint is the *target*;
 records below its `ends` are handed out, in pieces of bounded size, and the piece that reaches all of its `ends` completes it. Commit
-markers arrive partition by partition, so some partitions run ahead of the target: what they bring is kept, and they are paused when
-it becomes much. A target is exact when it was still younger than `min.compaction.lag.ms` when reached: before that age no record below
+markers arrive partition by partition, so some partitions run ahead of the target; and while half of a big transaction is in the log
+there is no target. What comes then is kept, and such partitions are paused while it is much, in records or in bytes; the checkpoints
+never are. A target is exact when it was still younger than `min.compaction.lag.ms` when reached: before that age no record below
 its `ends` can have been removed for a later one beyond them. So it is when nothing at all follows it (capture has been off). Otherwise
 the next checkpoint is the target.
 """
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from confluent_kafka import Message
 
 from headrace import codec
-from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, TableSchema
+from headrace.change import DELETE, Change, Checkpoint, Position, TableSchema
 from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured, Refused, Transient
 from headrace.log.spine import Spine
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from headrace.log.log import Log
 
 Place = tuple[str, int]
+BATCH_BYTES = 32 * 1024 * 1024
+"""Most bytes of records in a piece, about: where rows are large, fewer than `batch_records` are handed out at once."""
 _SCHEMA_SECONDS = 15.0
 _ORDER = attrgetter("version", "ordinal")
 
@@ -38,8 +41,8 @@ _ORDER = attrgetter("version", "ordinal")
 class Lag(NamedTuple):
     """What a generation has not applied, counted to the newest complete checkpoint that its reader has seen (S29).
 
-    `records` counts offsets, so compacted holes count until they are passed; `wal` is bytes of WAL, `seconds` the age of the
-    oldest state that is missing.
+    `records` counts offsets, so compacted holes count until they are passed; `wal` is bytes of WAL, `seconds` for how long the view
+    has not been up to date: since the state that it shows was written, or since a newer one came that it could have shown.
     """
 
     records: int
@@ -55,12 +58,11 @@ class Reader:
 
         Raises:
             Refused: the position makes no sense for this log [I12]: `position-of-another-source`, `topic-replaced`,
-                `position-ahead`, `away-too-long`.
+                `position-ahead`, `away-too-long`, `build-too-slow`.
         """
         self._log = log
         self._all = tuple(tables) == ALL
         self._wanted = {topic_of(log.settings.source, table) for table in tables}
-        self._began = time.time()
         self._newest = log.newest_checkpoint(complete=True)
         self._spine = Spine(self._newest)
         self._target: Checkpoint | None = None
@@ -71,16 +73,15 @@ class Reader:
         self._paused: set[Place] = set()
         self._at_end: set[Place] = set()
         self._waiting = 0
-        self.position = position or Position()
-        if position is None and self._newest:
-            self.position = Position(appended=self._newest.appended, source=self._newest.source)
+        self._waiting_bytes = 0
+        self.position = position or Position(source=self._newest.source if self._newest else None)
         if self._newest:
             self._check_position(self._newest)
         self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): self._after_newest()}, group)
         if self._newest:
             self._add_topics(self._newest)
             if self._newest.version != self.position.version:
-                self._behind_since = time.time()
+                self._behind_since = self.position.appended / 1000 or time.time()
 
     @property
     def newest(self) -> Checkpoint | None:
@@ -93,13 +94,13 @@ class Reader:
         Raises:
             Transient: `kafka-away`, `schema-not-there`.
             Poison: `undecodable-record`.
-            Misconfigured: `table-not-captured`, `build-too-slow` (S19).
+            Misconfigured: `table-not-captured`; Refused: `build-too-slow` (S19).
         """
         batch = self._next(idle=False)
         if batch is None:
-            for message in self._tail.poll(timeout):
+            for message in self._tail.poll(timeout, self._log.settings.batch_records):
                 self._take(message)
-            self._pause_those_ahead()
+            self._steer()
             batch = self._next(idle=True)
         return batch
 
@@ -138,7 +139,7 @@ class Reader:
             self._read_to[place] = offset + 1
             self._at_end.discard(place)
             self._kept[place].append(message)
-            self._waiting += 1
+            self._count(message, 1)
         else:
             self._take_checkpoint(message)
 
@@ -153,6 +154,8 @@ class Reader:
         new = [topic for topic in checkpoint.ends if self._reads(topic) and (topic, 0) not in self._read_to]
         if not new:
             return
+        if not self.position.offsets:
+            self.position.appended = _now_ms()  # a build begins: nothing that it reads was removed before now (S19)
         described = self._log.topics.describe(new)
         starts: dict[Place, int] = {}
         for topic in new:
@@ -166,14 +169,28 @@ class Reader:
         self._kept |= {place: deque() for place in starts}
         self._tail.add({place: offset or BEGINNING for place, offset in starts.items()})
 
-    def _pause_those_ahead(self) -> None:
-        most = 2 * self._log.settings.batch_records
-        if self._target is None or self._waiting <= most:
+    def _steer(self) -> None:
+        """While much waits, fetch nothing of the partitions that the target does not need, of none when there is no target."""
+        if not self._paused and not self._much(2):
             return
-        ahead = {place for place in self._read_to if self._passed(place, self._target)} - self._paused
-        if ahead:
-            self._tail.pause(ahead)
-            self._paused |= ahead
+        target = self._target
+        ahead = {place for place in self._read_to if target is None or self._passed(place, target)}
+        again = self._paused - ahead if self._much() else self._paused
+        if again:
+            self._tail.resume(again)
+            self._paused = self._paused - again
+        if self._much(2) and ahead > self._paused:
+            self._tail.pause(ahead - self._paused)
+            self._paused = ahead
+
+    def _much(self, times: int = 1) -> bool:
+        """Whether so many pieces wait to be handed out, or to be aimed at."""
+        records, size = self._log.settings.batch_records, BATCH_BYTES
+        return self._waiting >= times * records or self._waiting_bytes >= times * size
+
+    def _count(self, message: Message, sign: int) -> None:
+        self._waiting += sign
+        self._waiting_bytes += sign * (len(message.key() or b"") + len(message.value() or b""))
 
     # What goes out
 
@@ -185,7 +202,7 @@ class Reader:
             if self._is_exact(target):
                 return self._complete(target)
             self._target = self._newest
-        if self._waiting >= self._log.settings.batch_records or (idle and self._waiting and self.position.loading):
+        if self._much() or (idle and self._waiting and self.position.loading):
             return self._piece(target)
         return None
 
@@ -208,25 +225,24 @@ class Reader:
         for topic, ends in target.ends.items():
             if self._reads(topic):
                 self._move(topic, ends)
-        self.position = replace(self.position, version=target.version, source=target.source, appended=target.appended)
+        self.position = replace(
+            self.position,
+            version=target.version,
+            source=target.source,
+            appended=target.appended,
+            inexact=tuple(t for t in target.inexact if self._reads(self._log.topic_of(t))),
+        )
         newest = self._newest
-        self._behind_since = time.time() if newest and newest.version != target.version else None
+        self._behind_since = target.appended / 1000 if newest and newest.version != target.version else None
         self._target = None
-        if self._paused:
-            self._tail.resume(self._paused)
-            self._paused.clear()
         return self._batch(changes, target, loading=loading)
 
     def _piece(self, target: Checkpoint) -> Batch | None:
         changes = self._hand_out(target)
         if not changes:
             return None
-        if self.position.loading and time.time() - self._began > self._log.settings.delete_retention_ms / 1000:
-            raise Misconfigured(
-                "build-too-slow",
-                "The build has not reached its first state within delete.retention.ms: tombstones may be gone (S19).",
-                "Run: headrace rebuild NAME, with fewer records or a longer HEADRACE_DELETE_RETENTION_MS.",
-            )
+        if self.position.loading:
+            self._check_age()
         return self._batch(changes, None, loading=self.position.loading)
 
     def _batch(self, changes: list[Change], checkpoint: Checkpoint | None, *, loading: bool) -> Batch:
@@ -247,8 +263,9 @@ class Reader:
             table = table_of(topic)
             before: Change | None = None
             while kept and (kept[0].offset() or 0) < end:
-                _, _, offset, _, key, value, headers = record(kept.popleft())
-                self._waiting -= 1
+                message = kept.popleft()
+                self._count(message, -1)
+                _, _, offset, _, key, value, headers = record(message)
                 change = codec.decode_change(table, partition, offset, key, value, headers)
                 if not _says_nothing_new(change, before):
                     changes.append(change)
@@ -304,18 +321,32 @@ class Reader:
             )
         if position.version > newest.version:
             raise _refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
-        away = self._began * 1000 - position.appended
-        if position.version != NOWHERE and away > self._log.settings.delete_retention_ms:
+        if position.offsets:
+            self._check_age()
+
+    def _check_age(self) -> None:
+        """Refuse to go on where tombstones may be gone that the view has not seen (S19)."""
+        hours = (_now_ms() - self.position.appended) / 3_600_000
+        if hours <= self._log.settings.delete_retention_ms / 3_600_000:
+            return
+        if self.position.loading:
             raise _refused(
-                "away-too-long",
-                f"The view was last fed {away / 3_600_000:.0f} hours ago, longer than delete.retention.ms.",
+                "build-too-slow",
+                f"The build began {hours:.0f} hours ago, longer than delete.retention.ms, and is at no state yet.",
             )
+        raise _refused(
+            "away-too-long", f"The view was last fed {hours:.0f} hours ago, longer than delete.retention.ms."
+        )
 
 
 def _refused(code: str, seen: str) -> Refused:
     return Refused(
         code, f"{seen} Going on could miss changes or keep rows that are gone.", "Run: headrace rebuild NAME"
     )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _says_nothing_new(change: Change, before: Change | None) -> bool:

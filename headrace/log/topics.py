@@ -64,8 +64,13 @@ def table_config(settings: Settings) -> dict[str, str]:
         "min.compaction.lag.ms": str(settings.min_compaction_lag_ms),
         "delete.retention.ms": str(settings.delete_retention_ms),
         "message.timestamp.type": "LogAppendTime",
-        "max.message.bytes": str(settings.message_max_bytes + 1024 * 1024),
+        "max.message.bytes": _largest(settings),
     }
+
+
+def _largest(settings: Settings) -> str:
+    # The broker counts the whole batch: key, headers and framing above the row's own limit.
+    return str(settings.message_max_bytes + 1024 * 1024)
 
 
 def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
@@ -77,7 +82,12 @@ def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
         schemas_topic(settings.source): kept,
         checkpoints_topic(settings.source): kept | often | {"delete.retention.ms": str(settings.delete_retention_ms)},
         CONTROL: kept | often,
-        ANSWERS: {"cleanup.policy": "delete", "retention.ms": "3600000", "segment.ms": "600000"},
+        ANSWERS: {
+            "cleanup.policy": "delete",
+            "retention.ms": "3600000",
+            "segment.ms": "600000",
+            "max.message.bytes": _largest(settings),  # one row of a view may be as large as a row of a table
+        },
     }
 
 

@@ -14,7 +14,7 @@ from headrace.log import Log
 from headrace.runner.runner import Runner
 from headrace.settings import Settings
 
-__all__ = ["Runner", "run"]
+__all__ = ["Runner", "run", "serve"]
 
 _TICK_SECONDS = 1.0
 
@@ -38,32 +38,55 @@ def run(settings: Settings, consumers: Mapping[str, type[Consumer]], say: Callab
     control = Control(log)
     runners = {name: Runner(log, control, name, consumer) for name, consumer in consumers.items()}
     say(f"running {', '.join(runners)}; stop with Ctrl-C")
-    try:
-        _serve(runners, control, stopping, say)
-    finally:
-        for runner in runners.values():
-            runner.stop()
+    serve(control, runners, stopping, say)
 
 
-def _serve(runners: dict[str, Runner], control: Control, stopping: threading.Event, say: Callable[[str], None]) -> None:
+def serve(
+    control: Control,
+    runners: Mapping[str, Runner],
+    stopping: threading.Event,
+    say: Callable[[str], None],
+    every: float = _TICK_SECONDS,
+) -> None:
+    """Drive runners, by name, until `stopping` is set, then end them: `every` so many seconds each looks and reports, between requests.
+
+    A request may take minutes, and the process must not look dead meanwhile [I13]: then a thread reports.
+
+    Raises:
+        HeadraceError: why the last consumer that ran has stopped.
+    """
+    ended = threading.Event()
+    reports = threading.Thread(target=_report, args=(list(runners.values()), ended, every), name="reports", daemon=True)
     box = control.requests(list(runners))
     ticked = 0.0
     said: dict[str, str] = {}
     try:
+        reports.start()
         while not stopping.is_set():
-            if time.monotonic() - ticked > _TICK_SECONDS:
+            if time.monotonic() - ticked > every:
                 ticked = time.monotonic()
                 _tick(runners, said, say)
             for name, request in box.poll(0.1):
                 runners[name].handle(request)
     finally:
         box.close()
+        ended.set()
+        reports.join()
+        for runner in runners.values():
+            runner.stop()
 
 
-def _tick(runners: dict[str, Runner], said: dict[str, str], say: Callable[[str], None]) -> None:
+def _report(runners: list[Runner], ended: threading.Event, every: float) -> None:
+    while not ended.wait(every):
+        for runner in runners:
+            runner.report(not_since=2 * every)
+
+
+def _tick(runners: Mapping[str, Runner], said: dict[str, str], say: Callable[[str], None]) -> None:
     failures: list[HeadraceError] = []
     for runner in runners.values():
-        runner.tick()
+        runner.look()
+        runner.report()
         for generation, phase in runner.phases().items():
             if said.get(generation) != phase:
                 said[generation] = phase

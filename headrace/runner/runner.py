@@ -7,24 +7,27 @@ unasked. Requests come through `headrace.control` and are carried out one at a t
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from headrace.change import NOWHERE, Version
-from headrace.consumer import Consumer, Cursor, Generation, ViewRow, fingerprint, no_progress
-from headrace.control import Control, Report, Request
+from headrace.consumer import Consumer, Cursor, Generation, ViewRow, no_progress
+from headrace.control import PAGE_BYTES, Control, Report, Request, refusal
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.fingerprint import fingerprint
 from headrace.log import Log
-from headrace.runner.worker import State, Worker
+from headrace.runner.worker import State, Worker, as_ours
 
 _HOLD_SECONDS = 30.0
 _CALL_SECONDS = 120.0
 _STOP_SECONDS, _FLUSH_SECONDS = 6.0, 2.0
-_PAGE = 500
+_FIRST_ROWS, _MOST_ROWS = 10, 500
 
 
 class Runner:
@@ -39,7 +42,10 @@ class Runner:
         self._fingerprint = fingerprint(consumer)
         self._store = self._make()
         self._workers: dict[int, Worker] = {}
-        self._away: Transient | None = None
+        self._failure: HeadraceError | None = None
+        self._placeholder = True
+        self._reporting = threading.Lock()
+        self._reported = time.monotonic()
         self._first: Future[None] | None = None
         self._verbs = {
             "rebuild": self._rebuild,
@@ -50,32 +56,60 @@ class Runner:
             "rows": self._rows,
         }
 
-    def tick(self) -> None:
-        """Look at the store, begin what is missing, and report. Called about once a second."""
+    def look(self) -> None:
+        """Look at the store, and begin what is missing. Called about once a second; what it fails by is in the report."""
         try:
             self._look()
-            self._away = None
-        except Transient as error:
-            self._away = error
-        for worker in self._workers.values():
-            self._control.report(self._report(worker.generation, worker.state))
-        if not self._workers:
-            state = State(phase="waiting", error=self._away)
+            self._failure = None
+        except Exception as error:  # noqa: BLE001  a plugin may raise anything; the consumers beside it go on
+            self._failure = as_ours(error, self.name)
+
+    def report(self, not_since: float = 0.0) -> None:
+        """Say how each generation stands, if that was not said in the last `not_since` seconds; with Kafka away nobody hears it.
+
+        Called about once a second, from any thread.
+        """
+        with self._reporting, suppress(HeadraceError):
+            if time.monotonic() - self._reported < not_since:
+                return
+            self._reported = time.monotonic()
+            for worker in list(self._workers.values()):
+                self._control.report(self._report(worker.generation, worker.state))
+            self._report_placeholder()
+
+    def _report_placeholder(self) -> None:
+        """Until the store has said which generations there are, generation 0 stands for them; then its report goes."""
+        if not self._workers and self._failure:
+            phase = "waiting" if isinstance(self._failure, Transient) else "stopped"
+            state = State(phase=phase, error=self._failure)
             self._control.report(self._report(Generation(self.name, 0, self._fingerprint), state))
+            self._placeholder = True
+        elif self._workers and self._placeholder:
+            self._control.forget(self.name, 0)  # a predecessor's too
+            self._placeholder = False
 
     def handle(self, request: Request) -> None:
-        """Carry out a request and answer it."""
-        try:
-            verb = self._verbs.get(request.verb)
-            if verb is None:
-                raise Misconfigured(
+        """Carry out a request and answer it; one whose asker has given up is only taken away."""
+        with suppress(Transient):  # with Kafka away nobody hears it
+            if request.given_up:
+                self._control.take_away(self.name, request)
+            else:
+                self._control.answer(self.name, request, self._carried_out(request))
+
+    def _carried_out(self, request: Request) -> dict[str, Any]:
+        verb = self._verbs.get(request.verb)
+        if verb is None:
+            return refusal(
+                Misconfigured(
                     "unknown-request",
                     f"The runner of {self.name} does not know {request.verb!r}.",
                     "Use one version of headrace.",
                 )
-            self._control.answer(self.name, request, verb(request))
-        except HeadraceError as error:
-            self._control.refuse(self.name, request, error)
+            )
+        try:
+            return verb(request)
+        except Exception as error:  # noqa: BLE001  whatever it is, it belongs to who asked
+            return refusal(as_ours(error, self.name))
 
     def phases(self) -> dict[str, str]:
         """Return the phase of each generation, with its reason, for a line to people when it changes."""
@@ -86,6 +120,8 @@ class Runner:
 
     def failed(self) -> HeadraceError | None:
         """Return why nothing of this consumer runs or waits any more, None while something does."""
+        if not self._workers:
+            return None if isinstance(self._failure, Transient) else self._failure
         errors = [worker.state.error for worker in self._workers.values() if worker.state.phase == "stopped"]
         final = [error for error in errors if error is not None and not isinstance(error, Refused)]
         return final[0] if final and len(final) == len(self._workers) else None
@@ -99,7 +135,7 @@ class Runner:
             worker.join(max(0.0, deadline - time.monotonic()))
             if worker.state.phase != "stopped":
                 worker.state.phase = "off"
-            self._control.report(self._report(worker.generation, worker.state))
+        self.report()
         with suppress(Transient):  # with Kafka away the last report just grows old
             self._control.flush(_FLUSH_SECONDS)
 
@@ -110,7 +146,6 @@ class Runner:
         if not held and not self._workers:
             number = 1 + max((report.generation for report in self._control.reports().get(self.name, [])), default=0)
             held = {number: Generation(self.name, number, self._fingerprint)}
-            self._control.forget(self.name, 0)
         for number, generation in held.items():
             if number in self._workers:
                 self._workers[number].generation = generation
@@ -125,6 +160,10 @@ class Runner:
         self._workers[generation.number] = worker
         worker.start()
         return worker
+
+    def _end(self, worker: Worker) -> None:
+        worker.stop()
+        worker.join(_CALL_SECONDS)
 
     def _promote_first(self) -> None:
         """Promote the newest generation that shows a state, when none is live: the first build, or after a wipe."""
@@ -146,12 +185,19 @@ class Runner:
     # Verbs
 
     def _rebuild(self, _request: Request) -> dict[str, Any]:
-        """Begin the next generation, or go on with the one that is being built."""
+        """Begin the next generation, or go on with the one that is being built, also when it has stopped.
+
+        Only one that may not go on, because its position makes no sense, is left as it is.
+        """
         live = self._live()
         newest = max(self._workers, default=0)
         building = self._workers.get(newest)
         if building is None or building is live or building.still or (live and newest < live.generation.number):
             building = self._begin(Generation(self.name, newest + 1, self._fingerprint))
+        elif building.state.phase == "stopped":
+            self._end(building)
+            refused = isinstance(building.state.error, Refused)
+            building = self._begin(replace(building.generation, number=newest + 1 if refused else newest))
         return {"generation": building.generation.number}
 
     def _promote_asked(self, request: Request) -> dict[str, Any]:
@@ -193,7 +239,8 @@ class Runner:
         finally:
             if live is not None:
                 live.release()
-        self.tick()
+        self.look()
+        self.report()
         return {"generation": target.generation.number, "version": list(target.state.version)}
 
     def _meet(self, live: Worker | None, target: Worker) -> None:
@@ -223,33 +270,58 @@ class Runner:
             )
         wanted = [number] if number is not None else [n for n in self._workers if live and n < live.generation.number]
         for each in wanted:
-            worker = self._worker(each)
-            self._wait_for(worker, lambda consumer: consumer.drop())
-            worker.stop()
-            worker.join(_CALL_SECONDS)
-            del self._workers[each]
-            self._control.forget(self.name, each)
+            self._remove(self._worker(each))
+            with self._reporting:
+                del self._workers[each]
+                self._control.forget(self.name, each)
         return {"dropped": wanted}
+
+    def _remove(self, worker: Worker) -> None:
+        """Drop a generation by its worker; one that has stopped answers nothing any more, so its store is opened anew."""
+        if worker.state.phase != "stopped":
+            self._wait_for(worker, lambda consumer: consumer.drop())
+            self._end(worker)
+            return
+        self._end(worker)
+        if worker.generation.number in {generation.number for generation in self._store.generations()}:
+            consumer = self._make()
+            try:
+                consumer.open(worker.generation)
+                consumer.drop()
+            finally:
+                consumer.close()
 
     def _scan(self, request: Request) -> dict[str, Any]:
         worker = self._worker(request.args.get("generation"))
-        worker.call(lambda consumer: self._page(worker, consumer, request, None))
-        return {"scan": request.id, "generation": worker.generation.number}
+        self._send_page(worker, request, None, _FIRST_ROWS)
+        return {"rows": request.id, "generation": worker.generation.number}
 
     def _rows(self, request: Request) -> dict[str, Any]:
-        """Answer single rows by their keys, and the version that they show."""
+        """Send single rows by their keys, and answer the version that they show."""
         worker = self._worker(request.args.get("generation"))
         keys = request.args["keys"]
         rows, version = self._wait_for(worker, lambda consumer: (_named(consumer, keys), worker.state.version))
-        return {"rows": [(*row[:3], list(row.version)) for row in rows], "version": list(version)}
+        self._control.send_rows(request, rows, last=True)
+        return {"rows": request.id, "version": list(version)}
 
-    def _page(self, worker: Worker, consumer: Consumer, request: Request, after: Cursor | None) -> None:
-        """Send one page and queue the next, so that the worker reads on between them."""
-        rows = consumer.scan(after, _PAGE)
-        last = len(rows) < _PAGE
-        self._control.send_page(request, rows, last=last)
-        if not last:
-            worker.call(lambda again: self._page(worker, again, request, (rows[-1].collection, rows[-1].key)))
+    def _send_page(self, worker: Worker, request: Request, after: Cursor | None, limit: int) -> None:
+        """Queue the next rows of a scan; whatever becomes of them is told to who reads them."""
+        sent = worker.call(lambda consumer: self._page(worker, consumer, request, after, limit))
+        sent.add_done_callback(lambda done: self._tell_failure(request, done))
+
+    def _page(self, worker: Worker, consumer: Consumer, request: Request, after: Cursor | None, limit: int) -> None:
+        """Send some rows and queue the next, so that the worker reads on between them: fewer at once where rows are large."""
+        rows = consumer.scan(after, limit)
+        size = self._control.send_rows(request, rows, last=len(rows) < limit)
+        if len(rows) == limit:
+            fit = PAGE_BYTES * limit // max(size, 1)
+            last = (rows[-1].collection, rows[-1].key)
+            self._send_page(worker, request, last, min(max(fit, 1), _MOST_ROWS))
+
+    def _tell_failure(self, request: Request, done: Future[None]) -> None:
+        error = done.exception()
+        if error is not None:
+            self._control.break_off(request, as_ours(error, self.name))
 
     def _wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
         try:
@@ -274,7 +346,8 @@ class Runner:
             progress=state.progress,
             reason=error.message if error else self._stale_reason(state),
             code=error.code if error else "",
-            remedy=(error.remedy if error else "").replace("NAME", self.name),
+            remedy=error.remedy if error else "",
+            facts={"inexact": list(state.inexact)} if state.inexact else {},
         )
 
     def _stale_reason(self, state: State) -> str:

@@ -8,6 +8,7 @@ What others want of the consumer (a promotion, a page of a scan) is queued and c
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from headrace.change import NOWHERE, Version
+from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Consumer, Generation
-from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
 from headrace.log import Lag, Log, Reader
 
 _POLL_SECONDS = 0.25
@@ -39,6 +40,7 @@ class State:
     lag: Lag = field(default_factory=lambda: Lag(0, 0, 0.0))
     rate: float = 0.0
     progress: tuple[int, int] = (0, 0)
+    inexact: tuple[str, ...] = ()
     error: HeadraceError | None = None
 
     @property
@@ -109,37 +111,43 @@ class Worker(threading.Thread):
         while not self._stopping.is_set():
             try:
                 self._serve()
-            except Transient as error:
+            except Exception as failure:  # noqa: BLE001  a plugin may raise anything; the reason must reach status, not only a log
+                error = as_ours(failure, self.generation.consumer)
+                if not isinstance(error, Transient):
+                    self._halt(error)
+                    continue
                 wait = _BACKOFF_SECONDS[0] if self.state.phase != "waiting" else min(2 * wait, _BACKOFF_SECONDS[1])
                 self._set(phase="waiting", error=error)
                 self._answer_nothing(wait, error)
-            except HeadraceError as error:
-                self._halt(error)
-            except Exception as error:  # noqa: BLE001  a plugin may raise anything; the reason must reach status, not only a log
-                self._halt(
-                    Misconfigured(
-                        "consumer-failed", f"{self.name} raised {error!r}.", "Mend the consumer and start it again."
-                    )
-                )
 
     def _serve(self) -> None:
         consumer = self._make()
         consumer.progress = self._progress
         try:
             position = consumer.open(self.generation)
-            self.state.version = position.version if position else NOWHERE
+            known = position or Position()
+            self._set(version=known.version, inexact=known.inexact)
             if self.still:
                 self._rest(consumer)
                 return
-            reader = self._log.reader(
-                consumer.tables, position, f"{self.generation.consumer}.g{self.generation.number}"
-            )
+            reader = self._reader(consumer, position)
             try:
                 self._follow(consumer, reader)
             finally:
                 reader.close()
         finally:
             consumer.close()
+
+    def _reader(self, consumer: Consumer, position: Position | None) -> Reader:
+        group = f"{self.generation.consumer}.g{self.generation.number}"
+        try:
+            return self._log.reader(consumer.tables, position, group)
+        except Refused as error:
+            if position is None or not position.loading or self.generation.live:
+                raise
+            # Nobody sees a build yet: one that makes no sense, or stood still for too long, begins again from zero (S19).
+            consumer.drop()
+            raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
 
     def _follow(self, consumer: Consumer, reader: Reader) -> None:
         self._whole = True
@@ -210,7 +218,8 @@ class Worker(threading.Thread):
         live = "live" if self.generation.live else "following"
         phase = "loading" if version == NOWHERE else "catching up" if behind else live
         progress = (0, 0) if version != NOWHERE else self.state.progress
-        self._set(phase=phase, version=version, lag=lag, progress=progress, error=None)
+        inexact = reader.position.inexact
+        self._set(phase=phase, version=version, lag=lag, progress=progress, inexact=inexact, error=None)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -219,6 +228,15 @@ class Worker(threading.Thread):
 
     def _progress(self, done: int, total: int) -> None:
         self.state.progress = (done, total)
+
+
+def as_ours(error: BaseException, consumer: str) -> HeadraceError:
+    """Return an error as one of ours, its NAME being `consumer`: what else a plugin may raise is a fault in its code."""
+    if not isinstance(error, HeadraceError):
+        said = f"The consumer {consumer} raised {error!r}."
+        return Misconfigured("consumer-failed", said, "Mend it, and start it again.")
+    error.remedy = re.sub(r"\bNAME\b", consumer, error.remedy)
+    return error
 
 
 class _Rate:

@@ -80,7 +80,16 @@ def test_a_warehouse_and_a_search_plugin_of_one_file(library: System, elasticsea
     assert answer["rows"] == [["Volume 1", ["a", None]]]
     tables = orjson.loads(library.run("sql", "SHOW TABLES FROM library", "--json"))["rows"]
     assert sorted(name for (name,) in tables) == ["authors", "books", "loans"], "what was not named is not captured"
-    library.run("rebuild", "books", "--wait", "--no-verify")
+    ended = library.ask("rebuild", "books", "--wait")
+    assert ended.code == 3, "a consumer of a file is known to who names the file"
+    assert "could not be compared" in ended.err
+    assert "differs" not in ended.err + ended.out
+    assert live_generation(library) == 1
+    built = orjson.loads(library.run("rebuild", "books", "--wait", "--consumer", spec, "--json"))
+    assert built["generation"] == live_generation(library) == 2
+    ended = library.ask("verify")
+    assert ended.code == 0
+    assert "books was run, and is not installed here" in ended.err
     assert _documents(elasticsearch.address()) == _by_hand(library)
 
 
@@ -126,6 +135,11 @@ def test_what_new_consumer_writes_runs_as_it_is(library: System, tmp_path: Path)
 
 def test_the_plugin_is_about_twelve_lines() -> None:
     assert len([line for line in textwrap.dedent(BOOKS).splitlines() if line.strip()]) <= 12
+
+
+def live_generation(system: System) -> int:
+    report = system.report("books")
+    return report.generation if report else 0
 
 
 def _documents(address: str) -> dict[str, Any]:

@@ -124,6 +124,45 @@ def test_a_backlog_comes_in_pieces_of_bounded_size(feed: Feed, settings: Setting
     reader.close()
 
 
+@pytest.mark.parametrize("bound", ["records", "bytes"])
+def test_a_transaction_however_big_never_waits_whole_in_a_readers_memory(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    """I10: 40 cuts of 20 records, none of which ends at a state; the reader has been following."""
+    batch_records = 20 if bound == "records" else 100
+    if bound == "bytes":
+        monkeypatch.setattr(
+            "headrace.log.reader.BATCH_BYTES", 20 * len(b'{"id":100}{"op":"c","after":{"id":100,"n":100}}')
+        )
+    before = feed.cut((ITEMS, 1, 0), (TAGS, 1, 0))
+    reader = Log(replace(settings, batch_records=batch_records)).reader([ITEMS, TAGS], None)
+    drain(reader, before.version)
+    most = 0
+    for cut in range(40):
+        for number in range(20):
+            feed.put(ITEMS if cut % 2 else TAGS, 100 + 20 * cut + number, 1)
+        feed.seal(partial=(feed.lsn + 10, cut))
+        assert reader.poll(0.1) is None, "no state, no piece"
+        most = max(most, reader._waiting)
+    assert 20 <= most <= 150
+    whole = feed.cut((ITEMS, 1, None))
+    batches = drain(reader, whole.version)
+    assert len(rows(batches)) == 800
+    assert max(len(batch.changes) for batch in batches) <= 150
+    reader.close()
+
+
+def test_a_reader_that_was_away_says_for_how_long_it_has_not_been_up_to_date(feed: Feed) -> None:
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = drain(reader, first.version)[-1].position
+    reader.close()
+    feed.cut((ITEMS, 2, 20))
+    reader = feed.log.reader([ITEMS], replace(position, appended=position.appended - 3_600_000))
+    assert 3600 <= reader.lag().seconds < 3660
+    reader.close()
+
+
 def test_all_reads_tables_that_appear_later(feed: Feed) -> None:
     first = feed.cut((ITEMS, 1, 10))
     reader = feed.log.reader(ALL, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,15 +10,21 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.change import NOWHERE, Position
-from headrace.consumer import Batch, Generation
-from headrace.control import Control, Report
-from headrace.errors import Misconfigured, Poison
+from headrace import codec
+from headrace.change import CREATE, NOWHERE, Change, Position, Version
+from headrace.consumer import Batch, Cursor, Generation, ViewRow
+from headrace.control import PAGE_BYTES, Control, Report
+from headrace.errors import HeadraceError, Misconfigured, Poison
+from headrace.fingerprint import fingerprint
 from headrace.log import Log
+from headrace.log.plain import PlainWriter
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.topics import ANSWERS, CONTROL
 from headrace.runner import Runner
 from headrace.settings import Settings
 from tests.fixtures.feed import ITEMS, Feed
 from tests.fixtures.plain import Plain
+from tests.fixtures.serving import drive, serving
 
 
 def wait_for(what: Callable[[], object], seconds: float = 30.0) -> None:
@@ -38,20 +45,10 @@ class Served:
         self.runner = Runner(self.log, self.control, name, consumer)
         self.name = name
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread = threading.Thread(
+            target=drive, args=(self.control, {name: self.runner}, self._stopping), daemon=True
+        )
         self._thread.start()
-
-    def _serve(self) -> None:
-        box = self.control.requests([self.name])
-        ticked = 0.0
-        while not self._stopping.is_set():
-            if time.monotonic() - ticked > 0.3:
-                ticked = time.monotonic()
-                self.runner.tick()
-            for _, request in box.poll(0.1):
-                self.runner.handle(request)
-        box.close()
-        self.runner.stop()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -125,7 +122,8 @@ def test_a_rebuild_stands_beside_the_live_one_until_promoted(
     view = Plain(settings, "plain")
     feed.cut(*((ITEMS, n, n) for n in range(50)))
     served = serve()
-    wait_for(lambda: len(view.rows()) == 50)
+    served.await_phase(1, "live")
+    assert len(view.rows()) == 50
     control = Control(Log(settings))
     assert control.ask("plain", "rebuild") == {"generation": 2}
     served.await_phase(2, "following")
@@ -212,9 +210,11 @@ def test_a_store_that_is_away_is_waited_for(
 class Picky(Plain):
     """Cannot apply n = 13."""
 
+    unlucky = 13
+
     def apply(self, batch: Batch) -> None:
         for change in batch.changes:
-            if change.row and change.row["n"] == 13:
+            if change.row and change.row["n"] == self.unlucky:
                 raise Poison("unlucky", f"{change.key.decode()} at offset {change.offset} has 13.", "Change the row.")
         super().apply(batch)
 
@@ -232,6 +232,128 @@ def test_poison_stops_the_consumer_and_loses_nothing(
     assert '{"id":2}' in report.reason
     assert view.rows() == {'{"id":1}': 10}, "nothing of the batch was applied"
     assert isinstance(served.runner.failed(), Poison)
+
+
+def test_a_stopped_build_can_be_gone_on_with_and_dropped(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Picky, "unlucky", None)
+    view = Plain(settings, "picky")
+    feed.cut((ITEMS, 1, 10), (ITEMS, 2, 13))
+    served = serve(Picky, "picky")
+    served.await_phase(1, "live")
+    control = Control(Log(settings))
+
+    def build(number: int, phase: str) -> None:
+        assert control.ask("picky", "rebuild") == {"generation": number}
+        served.await_phase(number, phase)
+
+    monkeypatch.setattr(Picky, "unlucky", 13)
+    build(2, "stopped")
+    monkeypatch.setattr(Picky, "unlucky", None)
+    build(2, "following")
+    assert control.ask("picky", "drop", {"generation": 2}) == {"dropped": [2]}
+    monkeypatch.setattr(Picky, "unlucky", 13)
+    build(2, "stopped")
+    assert control.ask("picky", "drop", {"generation": 2}) == {"dropped": [2]}
+    assert [generation.number for generation in view.generations()] == [1]
+    assert [report.generation for report in control.reports()["picky"]] == [1]
+
+
+class Slow(Plain):
+    """Waits before it is promoted by hand."""
+
+    may: threading.Event
+    waits: threading.Event
+
+    def promote(self) -> None:
+        self.waits.set()
+        self.may.wait(30)
+        super().promote()
+
+
+def test_a_process_reports_while_a_request_waits(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Slow, "may", threading.Event(), raising=False)
+    monkeypatch.setattr(Slow, "waits", threading.Event(), raising=False)
+    feed.cut((ITEMS, 1, 10))
+    Slow.may.set()
+    served = serve(Slow, "slow")
+    served.await_phase(1, "live")
+    control = Control(Log(settings))
+    control.ask("slow", "rebuild")
+    served.await_phase(2, "following")
+    Slow.may.clear()
+    Slow.waits.clear()
+    asking = threading.Thread(target=control.ask, args=("slow", "promote"))
+    asking.start()
+    assert Slow.waits.wait(20)
+
+    def reports() -> int:
+        records = read_to_end(settings, {(CONTROL, 0): BEGINNING})
+        return sum(b'"report"' in record.key for record in records if settings.source.encode() in record.key)
+
+    before = reports()
+    wait_for(lambda: reports() >= before + 6, 20)
+    Slow.may.set()
+    asking.join(30)
+    assert served.await_phase(2, "live")
+
+
+class Closed(Plain):
+    """Its server refuses it."""
+
+    def generations(self) -> list[Generation]:
+        raise Misconfigured("plain-refused", "The plain store refuses NAME.", "Run: headrace mend NAME")
+
+
+def test_a_consumer_whose_store_refuses_it_does_not_end_those_beside_it(feed: Feed, settings: Settings) -> None:
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 10))
+    with serving(settings, closed=Closed, plain=Plain) as control:
+        wait_for(view.rows)
+        wait_for(lambda: "closed" in control.reports())
+        feed.cut((ITEMS, 2, 20))
+        wait_for(lambda: len(view.rows()) == 2)
+        (report,) = control.reports()["closed"]
+    assert (report.phase, report.code, report.remedy) == ("stopped", "plain-refused", "Run: headrace mend closed")
+
+
+def test_a_request_that_was_given_up_is_not_carried_out_by_the_next_runner(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    feed.cut((ITEMS, 1, 10))
+    served = serve()
+    served.await_phase(1, "live")
+    served.stop()
+    control = Control(feed.log)
+    control._request("plain", {"verb": "rebuild", "args": {}, "timeout": 0})
+    served = serve()
+    served.await_phase(1, "live")
+    assert len(list(control.scan("plain"))) == 1  # requests are carried out in order
+    assert [generation.number for generation in Plain(settings, "plain").generations()] == [1]
+    box = control.requests(["plain"])
+    wait_for(lambda: box.poll(0.1) or box._caught_up)
+    assert not box.poll(0.1)
+    box.close()
+
+
+def test_a_wait_at_the_start_leaves_no_report_behind(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its store away a runner does not know its generations, and reports as generation 0."""
+    feed.cut((ITEMS, 1, 10))
+    served = serve()
+    served.await_phase(1, "live")
+    served.stop()
+    monkeypatch.setattr(Plain, "away", True)
+    served = serve()
+    served.await_phase(0, "waiting")
+    served.stop()
+    monkeypatch.setattr(Plain, "away", False)
+    served = serve()
+    wait_for(lambda: [report.generation for report in served.control.reports()["plain"]] == [1])
 
 
 def test_new_code_leaves_the_live_view_readable_and_still(
@@ -292,15 +414,80 @@ def test_a_position_of_another_log_is_refused_and_waits_for_a_rebuild(
     assert view.rows() == {'{"id":1}': 10}
 
 
+def test_a_build_that_stood_still_for_too_long_begins_again_from_zero(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    """S19: it had read a row that was deleted meanwhile, and the tombstone has been compacted away too."""
+    feed.cut((ITEMS, 1, 10))
+    half = replace(feed_position(feed), version=NOWHERE, appended=int(time.time() * 1000) - 8 * 24 * 3_600_000)
+    ghost = Change(ITEMS, CREATE, b'{"id":9}', {"id": 9, "n": 90}, Version(1, 50), 0, 7, 1, 0, 0)
+    view = Plain(settings, "plain")
+    view.open(Generation("plain", 1, fingerprint(Plain)))
+    view.apply(Batch([ghost], half, None, loading=True))
+    feed.cut((ITEMS, 2, 20))
+    served = serve()
+    served.await_phase(1, "live")
+    assert view.rows() == {'{"id":1}': 10, '{"id":2}': 20}
+
+
 def test_scan_gives_every_row_of_a_generation(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
     view = Plain(settings, "plain")
     last = feed.cut(*((ITEMS, n, n) for n in range(1200)))
-    serve()
-    wait_for(lambda: len(view.rows()) == 1200)
+    serve().await_phase(1, "live")
+    assert len(view.rows()) == 1200
     rows = list(Control(Log(settings)).scan("plain"))
     assert [row.key for row in rows] == sorted(row.key for row in rows)
     assert {row.key: row.value["n"] for row in rows} == view.rows()
     assert {row.version.lsn for row in rows} == {last.version.lsn - 10}
+
+
+def test_rows_of_any_size_come_through_a_scan_and_by_their_keys(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    """More than Kafka takes as one record, and some that are more by themselves than a topic takes by default."""
+    view = Plain(settings, "plain")
+    sizes = {n: 10 if n % 4 else 300_000 for n in range(40)} | {7: 3_000_000}
+    for number in sizes:
+        feed.put(ITEMS, number, number)
+    feed.seal()
+    serve().await_phase(1, "live")
+    view.widen(sizes)
+    control = Control(Log(settings))
+    rows = {codec.loads(row.key)["id"]: row.value for row in control.scan("plain", timeout=10)}
+    assert {id_: len(row["wide"]) for id_, row in rows.items()} == sizes
+    wanted = [(ITEMS, f'{{"id":{n}}}') for n in sizes]
+    _, some = control.rows("plain", 1, wanted, timeout=10)
+    assert {codec.loads(key)["id"]: row.value for (_, key), row in some.items()} == rows
+    pages = [record.value or b"" for record in read_to_end(settings, {(ANSWERS, 0): BEGINNING})]
+    large = [codec.loads(page)["rows"] for page in pages if len(page) > PAGE_BYTES + 100]
+    assert [len(page) for page in large] == [1, 1], "the row of 3 MB, by a scan and by its key"
+
+
+class Broken(Plain):
+    """Cannot be read beyond its first rows."""
+
+    def scan(self, after: Cursor | None, limit: int) -> list[ViewRow]:
+        if after is not None:
+            raise ValueError("a fault in the plugin")
+        return super().scan(after, limit)
+
+
+def test_a_scan_that_breaks_off_says_why_to_who_asked(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    feed.cut(*((ITEMS, n, n) for n in range(100)))
+    served = serve(Broken, "broken")
+    served.await_phase(1, "live")
+    with pytest.raises(Misconfigured, match="a fault in the plugin"):
+        list(Control(Log(settings)).scan("broken", timeout=10))
+    assert served.await_phase(1, "live")
+
+
+def test_a_record_that_kafka_refuses_is_not_silently_lost(feed: Feed, settings: Settings) -> None:
+    """The topic takes one megabyte, the client more."""
+    feed.log.topics.make({f"{settings.source}.narrow": (1, {"max.message.bytes": "1000000"})})
+    with pytest.raises(HeadraceError):
+        PlainWriter(settings).write(f"{settings.source}.narrow", b"k", os.urandom(2_000_000), seconds=5)
 
 
 def test_nobody_running_is_said_with_the_command(feed: Feed, settings: Settings) -> None:

@@ -11,9 +11,10 @@ from itertools import repeat
 
 import pytest
 
+from headrace.errors import Transient
 from headrace.settings import Settings, environment
 from headrace_ops import ports
-from headrace_shop import database, edits, replay, work
+from headrace_shop import database, dual, edits, replay, work
 from headrace_shop.database import Amounts
 from headrace_shop.dual import DualWrites
 from headrace_shop.edits import SetPrice
@@ -52,6 +53,20 @@ def test_undisturbed_dual_writes_equal_postgres(shop: Settings) -> None:
         done = work.work(work.Load(connection, seed=2), writes, iter(repeat(None, 60)))
         assert done.committed > 40
         assert differing(writes) == NOTHING
+
+
+def test_a_store_that_stays_away_is_not_tried_again_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def away() -> None:
+        tried.append(1)
+        raise Transient("away", "It does not answer.")
+
+    dual._firmly("search", away)
+    assert len(tried) == 3
+    monkeypatch.setattr(dual, "_DEADLINE", 0.0)
+    dual._firmly("search", away)
+    assert len(tried) == 4
 
 
 def test_two_editors_of_one_price_leave_the_stores_apart(shop: Settings) -> None:

@@ -99,6 +99,20 @@ def test_deletes_are_removed_after_a_day(open_store: Open, client: Client, monke
     assert client.count(index="products-g1", query={"term": {"headrace.kind": "deleted"}})["count"] == 0
 
 
+def test_more_deletes_than_are_removed_at_once_go_with_the_next_writes(
+    open_store: Open, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    store.write([doc(str(number), 100, None) for number in range(5)], at(100))
+    monkeypatch.setattr(module, "_DELETED_SECONDS", -10)
+    monkeypatch.setattr(module, "_BULK_DOCS", 2)
+    reopened = open_store()
+    for version in (101, 102, 103):
+        reopened.write([], at(version))
+    client.indices.refresh(index="products-g1")
+    assert client.count(index="products-g1", query={"term": {"headrace.kind": "deleted"}})["count"] == 0
+
+
 def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, client: Client) -> None:
     store = open_store()
     ids = sorted(["10", "9", "a", "ä", "Z", "1,2", "b"])

@@ -102,6 +102,9 @@ def _show(answer: dict[str, Any]) -> None:
     console.print(table)
     more = ", more not shown" if answer["truncated"] else ""
     console.print(f"{len(answer['rows'])} rows at LSN {answer['lsn']}{more}", style="dim", highlight=False)
+    if answer["inexact"]:
+        tables = ", ".join(answer["inexact"])
+        console.print(f"{tables} may differ from Postgres: inexact since DDL without events (S12)", markup=False)
 
 
 def _text(value: Any, null: str) -> str:

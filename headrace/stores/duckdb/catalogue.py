@@ -14,7 +14,7 @@ import duckdb
 import orjson
 
 from headrace import codec
-from headrace.change import NOWHERE, Position, TableSchema, Version
+from headrace.change import Position, TableSchema, Version
 from headrace.errors import Misconfigured, Wiped
 from headrace.stores.duckdb.database import first
 from headrace.stores.duckdb.tables import Mapped, Table
@@ -86,8 +86,13 @@ def point(cursor: duckdb.DuckDBPyConnection, number: int | None) -> None:
 
 def version_of(cursor: duckdb.DuckDBPyConnection, number: int) -> Version:
     """Return the state that a generation shows, NOWHERE while it is loading or gone."""
+    return position_of(cursor, number).version
+
+
+def position_of(cursor: duckdb.DuckDBPyConnection, number: int) -> Position:
+    """Return where a generation stands, at NOWHERE when it is gone."""
     found = first(cursor, "SELECT position FROM headrace.generations WHERE number = ?", number)
-    return codec.decode_position(found[0]).version if found and found[0] else NOWHERE
+    return codec.decode_position(found[0]) if found and found[0] else Position()
 
 
 def take(cursor: duckdb.DuckDBPyConnection, number: int) -> tuple[int, Position | None] | None:

@@ -20,7 +20,7 @@ from typing import Any
 import duckdb
 import orjson
 
-from headrace.change import NOWHERE, Version
+from headrace.change import Position, Version
 from headrace.errors import HeadraceError, Transient
 from headrace.stores.duckdb import catalogue
 from headrace.stores.duckdb.database import Database, first
@@ -48,6 +48,7 @@ class Result:
         types: DuckDB's name of each column's type.
         rows: Values: integers (to 64 bits), floats, booleans and lists as themselves, bytes in base64, all others as DuckDB's text.
         version: The state that it shows: the LSN of the source.
+        inexact: Tables that are not known to equal Postgres at that state (S12).
         truncated: Whether there were more rows than asked for.
     """
 
@@ -55,6 +56,7 @@ class Result:
     types: list[str]
     rows: list[list[Any]]
     version: Version
+    inexact: tuple[str, ...]
     truncated: bool
 
 
@@ -87,23 +89,23 @@ def shown(database: Database) -> Version:
         Transient: `warehouse-loading`.
     """
     with database.cursor() as cursor, database.reading(cursor):
-        return _shown(cursor)
+        return _shown(cursor).version
 
 
-def _shown(cursor: duckdb.DuckDBPyConnection) -> Version:
+def _shown(cursor: duckdb.DuckDBPyConnection) -> Position:
     number = catalogue.live(cursor) if catalogue.ready(cursor) else None
-    version = NOWHERE if number is None else catalogue.version_of(cursor, number)
-    if version == NOWHERE:
+    position = Position() if number is None else catalogue.position_of(cursor, number)
+    if position.loading:
         raise Transient(
             "warehouse-loading",
             "The warehouse is loading: it has reached no state yet.",
             "See: headrace status",
         )
-    return version
+    return position
 
 
 def _run(cursor: duckdb.DuckDBPyConnection, sql: str, limit: int) -> Result:
-    version = _shown(cursor)
+    state = _shown(cursor)
     found = cursor.sql(sql)
     types = [str(kind) for kind in found.types]
     shown = ", ".join(_as_json(index, kind) for index, kind in enumerate(types, start=1))
@@ -119,7 +121,7 @@ def _run(cursor: duckdb.DuckDBPyConnection, sql: str, limit: int) -> Result:
             )
         columns = [_values(column.to_pylist(), kind) for column, kind in zip(batch.columns, types, strict=True)]
         rows += [list(row) for row in zip(*columns, strict=True)]
-    return Result(found.columns, types, rows[:limit], version, truncated=len(rows) > limit)
+    return Result(found.columns, types, rows[:limit], state.version, state.inexact, truncated=len(rows) > limit)
 
 
 def _as_json(index: int, kind: str) -> str:

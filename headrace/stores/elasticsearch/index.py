@@ -127,8 +127,8 @@ class ElasticsearchIndex:
             self._unseen = self._unseen or bool(docs)
             if position is not None:
                 self._write_position(codec.encode_position(position).decode())
-                self._purge()
             if not bulk:
+                self._purge()
                 self._show()
 
     def promote(self) -> None:
@@ -299,16 +299,19 @@ class ElasticsearchIndex:
             self._unseen = False
 
     def _purge(self) -> None:
-        """Once an hour, remove up to a thousand deletes that are older than a day, if nothing has happened to them
-        since."""
+        """Remove deletes that are older than a day, if nothing has happened to them since: a thousand at each write until
+        none is left, and then again in an hour."""
         if time.monotonic() - self._purged < _PURGE_SECONDS and self._purged:
             return
-        self._purged = time.monotonic()
         old = {"range": {"headrace.at": {"lt": int(time.time()) - _DELETED_SECONDS}}}
         found = self._client.search(
             index=self._index, query=old, size=_BULK_DOCS, source=False, seq_no_primary_term=True
         )
-        self._write_all({"_op_type": "delete", "_id": hit["_id"], **_sequence(hit)} for hit in found["hits"]["hits"])
+        hits = found["hits"]["hits"]
+        self._write_all({"_op_type": "delete", "_id": hit["_id"], **_sequence(hit)} for hit in hits)
+        self._unseen = self._unseen or bool(hits)
+        if len(hits) < _BULK_DOCS:
+            self._purged = time.monotonic()
 
     # Reading
 

@@ -156,10 +156,15 @@ def server(connection: Connection) -> Server:
         raise Misconfigured(
             "postgres-too-old", f"The server is Postgres {version // 10000}.", f"Use {OLDEST // 10000} or newer."
         )
-    if _one(connection, "SELECT pg_is_in_recovery()")[0]:
-        raise Misconfigured("postgres-standby", "The server is a standby.", "Let HEADRACE_DSN name the primary.")
+    refuse_standby(connection)
     row = _one(connection, _SERVER)
     return Server(version, row[0], row[1], int(row[2], 16), row[3], row[4])
+
+
+def refuse_standby(connection: Connection) -> None:
+    """Raise Misconfigured: `postgres-standby`."""
+    if _one(connection, "SELECT pg_is_in_recovery()")[0]:
+        raise Misconfigured("postgres-standby", "The server is a standby.", "Let HEADRACE_DSN name the primary.")
 
 
 def identify(replication: Connection) -> Identity:

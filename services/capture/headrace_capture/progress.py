@@ -37,7 +37,8 @@ class Progress:
         self.changes = 0
         self._control = control
         self._report = Report(NAME, phase="starting", live=True)
-        self._facts: dict[str, int | str] = {}
+        self._facts: dict[str, int | str | list[str]] = {}
+        self._written = Written()
         self._beat_at = time.monotonic()
         self._cut_off: Callable[[], None] | None = None
         self._ended = threading.Event()
@@ -75,11 +76,17 @@ class Progress:
     def sealed(self, checkpoint: Checkpoint) -> None:
         """A checkpoint was committed."""
         self._report = replace(self._report, version=checkpoint.version)
-        self._facts["inexact"] = ", ".join(checkpoint.inexact)
+        self._written.captured(checkpoint.version.lsn, checkpoint.commit_ts)
+        self._facts["inexact"] = list(checkpoint.inexact)
 
     def fact(self, name: str, value: int | str) -> None:
         """Add something to the report, `wal_held` for example: the bytes of WAL that the slot holds back."""
         self._facts[name] = value
+
+    def wal(self, held: int, end: int) -> None:
+        """The slot holds back so many bytes of WAL, which ends at `end` now."""
+        self.fact("wal_held", held)
+        self._written.seen(end, self.now_ms())
 
     @contextmanager
     def watching(self, cut_off: Callable[[], None]) -> Iterator[None]:
@@ -109,10 +116,39 @@ class Progress:
     def _send(self) -> None:
         """Report; while Kafka is away there is nobody to report to, and that is no reason to stop."""
         self._show(*self._report.progress)
-        lag = (0, int(self._facts.get("wal_behind", 0)), 0.0)
+        lag = (0, *self._written.lag(self.now_ms()))
         report = replace(self._report, rate=self._rate.of(self.changes), lag=lag, facts=dict(self._facts))
         with suppress(HeadraceError):
             self._control.report(report)
+
+
+class Written:
+    """How much WAL there is that the newest checkpoint does not cover, and since when."""
+
+    def __init__(self) -> None:
+        self._captured = 0
+        self._current = 0
+        self._end = 0
+        self._seen = 0
+
+    def captured(self, lsn: int, commit_ts: int) -> None:
+        """A checkpoint at `lsn` was committed; its last transaction was at `commit_ts`, ms."""
+        self._captured = lsn
+        self._current = max(self._current, commit_ts)
+
+    def seen(self, end: int, now: int) -> None:
+        """WAL ends at `end` at `now`, ms."""
+        if self._captured >= self._end:
+            self._current = max(
+                self._current, self._seen
+            )  # nothing was missing then, however long ago the last commit was
+        self._end, self._seen = end, now
+
+    def lag(self, now: int) -> tuple[int, float]:
+        """Return the bytes that are missing, and for how many seconds the log has not been up to date."""
+        if self._captured >= self._end:
+            return 0, 0.0
+        return self._end - self._captured, max(0.0, (now - self._current) / 1000) if self._current else 0.0
 
 
 class _Rate:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from headrace.settings import Settings
-from headrace_capture.catalog import connect
+from headrace_capture.catalog import connect, refuse_standby
+from headrace_capture.replication import postgres_errors
 
 
 def slot_facts(settings: Settings) -> dict[str, Any]:
@@ -17,9 +18,13 @@ def slot_facts(settings: Settings) -> dict[str, Any]:
 
     Raises:
         Transient: `postgres-away`.
-        Misconfigured: `postgres-refused`, `postgres-dsn`.
+        Misconfigured: `postgres-refused`, `postgres-dsn`, `postgres-standby`.
     """
-    with connect(settings.dsn, name="headrace status", timeout_s=5) as connection:
+    with (
+        connect(settings.dsn, name="headrace status", timeout_s=5) as connection,
+        postgres_errors("looking at the slot"),
+    ):
+        refuse_standby(connection)
         row = connection.execute(_SLOT, [settings.slot]).fetchone()
     assert row is not None
     lsn, exists, *rest = row

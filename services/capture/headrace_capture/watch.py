@@ -12,6 +12,7 @@ import time
 
 import psycopg
 
+from headrace.change import parse_lsn
 from headrace.errors import HeadraceError
 from headrace.settings import Settings
 from headrace_capture import catalog
@@ -54,8 +55,7 @@ class Watch:
         while not self._ended.is_set():
             row = connection.execute(_HELD, [self._settings.slot]).fetchone()
             if row:
-                self._progress.fact("wal_held", int(row[0] or 0))
-                self._progress.fact("wal_behind", int(row[1] or 0))
+                self._progress.wal(int(row[0] or 0), parse_lsn(row[1]))
             if every and time.monotonic() - beaten >= every:
                 connection.execute("SELECT pg_logical_emit_message(true, 'headrace', '')")
                 beaten = time.monotonic()
@@ -64,6 +64,6 @@ class Watch:
 
 
 _HELD = """
-SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)
+SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), pg_current_wal_lsn()::text
 FROM pg_replication_slots WHERE slot_name = %s
 """

@@ -22,9 +22,10 @@ from typing import cast
 from headrace import plugins
 from headrace.change import CREATE, DELETE, Change, Checkpoint, Column, Position, Row, Source, TableSchema, Version
 from headrace.codec import encode_key
-from headrace.consumer import Batch, Consumer, Generation, ViewRow, fingerprint
+from headrace.consumer import Batch, Consumer, Generation, ViewRow
 from headrace.documents.consumer import DocumentConsumer
 from headrace.errors import Transient
+from headrace.fingerprint import fingerprint
 from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace_shop import documents
@@ -37,6 +38,8 @@ PREFIX = "dual-"
 _DOCUMENT_VIEWS = ("search", "pages")
 _TRIES = 3
 _PAUSE = 0.1
+_DEADLINE = 5.0
+"""No store is tried again later than this, seconds: the request waits."""
 _UNVERSIONED = Version(1, 1)
 """A request knows no version of what it writes: the last one to arrive wins."""
 _SOURCE = Source("dual", 1, "dual", "dual", "dual")
@@ -203,12 +206,15 @@ def _schema(connection: Connection, table: str) -> TableSchema:
 
 
 def _firmly(name: str, write: Callable[[], None]) -> None:
-    """Try a store several times; the order stands whether it answers or not."""
+    """Try a store several times, under a deadline; the order stands whether it answers or not."""
+    deadline = time.monotonic() + _DEADLINE
     for attempt in range(1, _TRIES + 1):
         try:
             return write()
         except Transient as error:
             _log.warning("%s did not take a write (try %d of %d): %s", name, attempt, _TRIES, error)
+            if time.monotonic() > deadline:
+                break
             time.sleep(_PAUSE * attempt)
     return None
 

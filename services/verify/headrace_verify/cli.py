@@ -13,7 +13,7 @@ from rich.table import Table
 
 from headrace import plugins
 from headrace.change import format_lsn
-from headrace.cli.show import out, print_json
+from headrace.cli.show import err, out, print_json
 from headrace.consumer import Consumer
 from headrace.control import Control
 from headrace.errors import CHECK_FAILED, Misconfigured
@@ -95,7 +95,17 @@ def _chosen(control: Control, names: list[str], files: list[str]) -> dict[str, t
     if not ran:
         said = "No consumer has been run yet: there is no view to verify."
         raise Misconfigured("consumer-not-running", said, "Run: headrace run NAME")
-    return {name: plugins.load(name) for name in ran}
+    known = [name for name in ran if name in plugins.installed()]
+    for name in ran if known else []:
+        if name not in known:
+            err.print(f"[yellow]not compared[/yellow] {escape(_from_file(name))}")
+    if not known:
+        raise Misconfigured("unknown-consumer", _from_file(ran[0]), "Name it by --consumer FILE.py:CLASS.")
+    return {name: plugins.load(name) for name in known}
+
+
+def _from_file(name: str) -> str:
+    return f"{name} was run, and is not installed here: name it by --consumer FILE.py:CLASS."
 
 
 def _facts(outcome: Outcome, most: int | None) -> dict[str, Any]:

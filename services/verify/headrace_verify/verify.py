@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 import psycopg
 
 from headrace.change import Checkpoint, Version, format_lsn
-from headrace.consumer import Consumer, ViewRow, fingerprint
+from headrace.consumer import Consumer, ViewRow
 from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Transient
+from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace_verify.compare import differing
 from headrace_verify.expected import Expectation, Made, Shapes, expectation

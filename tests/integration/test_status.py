@@ -1,0 +1,124 @@
+"""`headrace status`: what people read, and what a health check decides by."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from headrace.change import Version
+from headrace.cli import app
+from headrace.control import Control, Report
+from headrace.log import Log
+from headrace.settings import Settings, environment
+from headrace_ops.postgres import Postgres
+from tests.fixtures.feed import ITEMS, TAGS, Feed
+from tests.fixtures.plain import Plain
+from tests.fixtures.serving import serving
+
+
+@pytest.fixture
+def control(settings: Settings) -> Control:
+    log = Log(settings)
+    log.ensure_spine()
+    return Control(log)
+
+
+def say(control: Control, *reports: Report) -> None:
+    for report in reports:
+        control.report(report)
+    control.flush()
+
+
+def status(settings: Settings, *options: str) -> Result:
+    return CliRunner().invoke(app, ["status", *options], env=environment(settings) | {"COLUMNS": "160"})
+
+
+def test_check_fails_when_nobody_has_ever_reported(settings: Settings, control: Control) -> None:
+    ended = status(settings, "--check")
+    assert ended.exit_code == 1
+    assert ended.stdout == "capture: nobody has ever reported; run: headrace capture\n"
+
+
+@pytest.mark.parametrize("name", ["plain", "capture"])
+def test_check_fails_beyond_the_lag_that_is_allowed(settings: Settings, control: Control, name: str) -> None:
+    say(control, Report(name, 1, live=True, phase="live", version=Version(1, 5), lag=(7, 4096, 61.0)))
+    assert status(settings, "--check", "--max-lag", "2m").stdout == "ok\n"
+    for options in (["--check"], ["--check", name, "--max-lag", "60s"]):
+        ended = status(settings, *options)
+        assert ended.exit_code == 1
+        assert ended.stdout.count("\n") == 1
+        assert ended.stdout.startswith(f"{name}: 1 min behind")
+
+
+def test_check_says_in_one_line_that_kafka_is_away(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.log.topics.TIMEOUT", 1.0)
+    ended = status(replace(settings, kafka="127.0.0.1:1"), "--check")
+    assert ended.exit_code == 1
+    assert ended.stdout.count("\n") == 1
+    assert "HEADRACE_KAFKA" in ended.stdout
+
+
+def test_a_table_that_is_inexact_is_named_for_capture_and_for_the_views_that_read_it(settings: Settings) -> None:
+    feed = Feed(settings)
+    feed.put(ITEMS, 1, 10)
+    feed.seal(inexact=(ITEMS, TAGS))
+    view = Plain(settings, "plain")
+    with serving(settings, plain=Plain) as control:
+        deadline = time.monotonic() + 20
+        while not view.rows() or not any(r.facts for r in control.reports().get("plain", [])):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert status(settings, "--check", "plain").stdout == f"ok, but inexact (S12): {ITEMS}\n"
+        say(control, Report("capture", live=True, phase="streaming", facts={"inexact": [ITEMS, TAGS]}))
+        assert status(settings, "--check").stdout == f"ok, but inexact (S12): {ITEMS}, {TAGS}\n"
+        shown = status(settings).stdout
+        assert f"plain: {ITEMS} may differ from Postgres" in shown
+        assert f"capture: {ITEMS}, {TAGS} may differ from Postgres" in shown
+
+
+def test_a_standby_is_called_one(settings: Settings, control: Control, postgres: Postgres) -> None:
+    postgres.stop()
+    (postgres.data / "standby.signal").touch()
+    try:
+        postgres.start()
+        ended = status(settings)
+    finally:
+        postgres.stop()
+        (postgres.data / "standby.signal").unlink()
+    assert ended.exit_code == 0
+    assert "Let HEADRACE_DSN name the primary." in ended.stdout
+
+
+def test_watch_shows_what_is_new_until_ctrl_c(settings: Settings, control: Control, tmp_path: Path) -> None:
+    say(control, Report("plain", 1, live=True, phase="loading"))
+    ours, its = pty.openpty()
+    environ = os.environ | environment(settings) | {"COLUMNS": "120", "TERM": "xterm"}
+    command = [sys.executable, "-m", "headrace", "status", "--watch"]
+    process = subprocess.Popen(command, env=environ, cwd=tmp_path, stdout=its, stderr=its)
+    os.close(its)
+
+    def seen(word: str) -> str:
+        text = ""
+        while word not in text:
+            text += os.read(ours, 4096).decode(errors="replace")  # ends with the process, in an error
+        return text
+
+    try:
+        assert "plain g1" in seen("loading")
+        say(control, Report("plain", 1, live=True, phase="catching up"))
+        seen("catching up")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
