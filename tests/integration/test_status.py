@@ -20,6 +20,7 @@ from headrace.control import Control, Report
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace_ops.postgres import Postgres
+from tests.fixtures.capture import capturing, execute, prepare
 from tests.fixtures.feed import ITEMS, TAGS, Feed
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import serving
@@ -57,6 +58,24 @@ def test_check_fails_beyond_the_lag_that_is_allowed(settings: Settings, control:
         assert ended.exit_code == 1
         assert ended.stdout.count("\n") == 1
         assert ended.stdout.startswith(f"{name}: 1 min behind")
+
+
+def test_a_capture_that_has_caught_up_is_not_behind_whatever_its_neighbours_write(settings: Settings) -> None:
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "CREATE TABLE other (id int)")
+    control = Control(Log(settings))
+
+    def lag() -> tuple[int, int, float] | None:
+        (report,) = control.reports().get("capture", [None])
+        return report.lag if report and report.phase == "streaming" and "wal_held" in report.facts else None
+
+    with capturing(settings) as capture:
+        capture.eventually("it has caught up", lambda: lag() == (0, 0, 0.0))
+        execute(settings, "INSERT INTO other SELECT generate_series(1, 10000)", "INSERT INTO items VALUES (1, 1)")
+        reached = capture.reach().version
+        capture.eventually("it says so", lambda: control.reports()["capture"][0].version >= reached)
+        capture.eventually("it has caught up again", lambda: lag() == (0, 0, 0.0))
+        ended = status(settings, "--check", "capture", "--max-lag", "10s")
+    assert ended.stdout == "ok\n"
 
 
 def test_check_says_in_one_line_that_kafka_is_away(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
