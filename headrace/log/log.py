@@ -58,6 +58,16 @@ class Log:
         self.topics.make({topic: (self.settings.partitions, table_config(self.settings))})
         return topic
 
+    def configure(self, checkpoint: Checkpoint) -> list[str]:
+        """Let the topics that `checkpoint` names, and the spine, follow settings that changed since they were made; say what was altered.
+
+        Raises:
+            Misconfigured: `kafka-refuses`, when the broker's rights forbid it.
+        """
+        return self.topics.configure(
+            spine_config(self.settings) | dict.fromkeys(checkpoint.ends, table_config(self.settings))
+        )
+
     def own_topics(self) -> list[str]:
         """Return the topics that were made for this source alone, the spine last. Another's name may begin as ours do."""
         spine = [checkpoints_topic(self.settings.source), schemas_topic(self.settings.source)]

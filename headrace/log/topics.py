@@ -9,9 +9,19 @@ import re
 import string
 import time
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future
+from typing import Any
 
 from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
 
 from headrace.errors import Misconfigured, Transient
 from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, kafka_errors, translate
@@ -81,6 +91,20 @@ def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
     }
 
 
+def _altered(name: str, config: Mapping[str, str]) -> ConfigResource:
+    entries = [ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET) for key, value in config.items()]
+    return ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
+
+
+def _each(futures: Mapping[ConfigResource, Future[Any]], doing: str) -> dict[str, Any]:
+    """Wait for what was asked of each topic; return the answers by name."""
+    answers = {}
+    for resource, future in futures.items():
+        with kafka_errors(f"{doing} {resource.name}"):
+            answers[resource.name] = future.result(TIMEOUT)
+    return answers
+
+
 class Topics:
     """Makes and describes topics."""
 
@@ -124,6 +148,28 @@ class Topics:
                 time.sleep(0.05)
             else:
                 return
+
+    def configure(self, wanted: Mapping[str, dict[str, str]]) -> list[str]:
+        """Give topics that are there the configuration that is wanted (by name) where theirs differs; say what was altered.
+
+        Raises:
+            Misconfigured: `topic-missing`, `kafka-refuses`.
+        """
+        asked = [ConfigResource(ResourceType.TOPIC, name) for name in wanted]
+        found = _each(
+            self._client.describe_configs(asked, request_timeout=TIMEOUT), "reading the configuration of topic"
+        )
+        news = {
+            name: {key: value for key, value in config.items() if found[name][key].value != value}
+            for name, config in wanted.items()
+        }
+        altered = [_altered(name, config) for name, config in news.items() if config]
+        if altered:
+            _each(
+                self._client.incremental_alter_configs(altered, request_timeout=TIMEOUT),
+                "altering the configuration of topic",
+            )
+        return [f"{name}: {key} is now {value}" for name, config in news.items() for key, value in config.items()]
 
     def delete(self, names: Collection[str]) -> None:
         """Delete topics; those that are gone already are no error."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from unittest.mock import ANY
 
 import pytest
+from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
 
 from headrace import codec
 from headrace.change import Position, Version
@@ -58,6 +59,34 @@ def test_a_checkpoint_names_the_ends_of_its_cut(feed: Feed) -> None:
     assert newest is not None
     assert (newest.version, newest.ends, newest.source) == (again.version, again.ends, SOURCE)
     feed.log.check_ends(newest)
+
+
+def test_topics_are_made_as_the_settings_say_and_follow_them(feed: Feed, settings: Settings) -> None:
+    """Read back from the broker: compacted, tombstones kept for seven days, the broker's own timestamps."""
+    sealed, topic = feed.cut((ITEMS, 1, 10)), feed.log.topic_of(ITEMS)
+    made = config_of(settings, topic)
+    assert (made["cleanup.policy"], made["message.timestamp.type"]) == ("compact", "LogAppendTime")
+    assert int(made["delete.retention.ms"]) == settings.delete_retention_ms == 7 * 86_400_000
+    assert int(made["min.compaction.lag.ms"]) == settings.min_compaction_lag_ms
+    assert int(made["max.message.bytes"]) > settings.message_max_bytes
+    assert feed.log.partitions([topic]) == {topic: settings.partitions}
+    spine = config_of(settings, checkpoints_topic(settings.source))
+    assert (spine["cleanup.policy"], spine["message.timestamp.type"]) == ("compact", "LogAppendTime")
+    assert feed.log.configure(sealed) == []
+    longer = Log(replace(settings, delete_retention_ms=8 * 86_400_000))
+    altered = [topic, feed.log.topic_of(TAGS), checkpoints_topic(settings.source)]
+    assert sorted(longer.configure(sealed)) == sorted(
+        f"{name}: delete.retention.ms is now 691200000" for name in altered
+    )
+    assert [config_of(settings, name)["delete.retention.ms"] for name in altered] == ["691200000"] * 3
+    assert config_of(settings, topic) == made | {"delete.retention.ms": "691200000"}
+
+
+def config_of(settings: Settings, topic: str) -> dict[str, str]:
+    """Return a topic's configuration as the broker has it."""
+    asked = ConfigResource(ResourceType.TOPIC, topic)
+    found = AdminClient({"bootstrap.servers": settings.kafka}).describe_configs([asked])[asked].result(30)
+    return {name: entry.value for name, entry in found.items()}
 
 
 def test_a_reader_from_zero_loads_and_then_follows_cut_by_cut(feed: Feed) -> None:
