@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import psycopg
 import pytest
@@ -13,6 +14,8 @@ from headrace.change import format_lsn, parse_lsn
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
+from headrace_shop.edits import Made
+from headrace_shop.writes import commit
 from tests.fixtures.capture import (
     capturing,
     changes,
@@ -200,6 +203,39 @@ def test_s1_a_row_committed_at_the_consistent_point_is_not_older_than_the_snapsh
     log = changes(settings, T)
     assert [c.version for c in log] == sorted(c.version for c in log)
     assert replay(settings, T) == selected(settings, T)
+
+
+# S25: tokens
+
+
+class Overtaken:
+    """An edit that takes an LSN inside its transaction, while another one commits."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.lsn = 0
+
+    def make(self, connection: psycopg.Connection[Any], made: Made) -> None:
+        connection.execute("UPDATE items SET n = 1 WHERE id = 1")
+        row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert row
+        self.lsn = parse_lsn(row[0])
+        execute(self._settings, "UPDATE items SET n = 1 WHERE id = 2")
+
+
+def test_s25_a_token_is_beyond_its_commit_where_an_lsn_from_inside_is_reached_without_it(settings: Settings) -> None:
+    """The shop's own way of writing. A view that has reached the LSN from inside may show the other's change and not ours."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'ours', 0), (2, 'another', 0)")
+    inside = Overtaken(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        with psycopg.connect(settings.dsn, autocommit=True) as connection:
+            token = commit(connection, (inside,)).lsn
+        checkpoint = reached(settings, token)
+    another, ours = changes(settings, T)[-2:]
+    assert (another.row["id"], ours.row["id"]) == (2, 1)
+    assert inside.lsn < another.version.lsn < ours.version.lsn < token <= checkpoint.version.lsn
+    assert checkpoint.version.epoch == ours.version.epoch == 1
 
 
 # S8, S9: keys
