@@ -125,7 +125,7 @@ def test_a_rebuild_stands_beside_the_live_one_until_promoted(
     view = Plain(settings, "plain")
     feed.cut(*((ITEMS, n, n) for n in range(50)))
     served = serve()
-    wait_for(lambda: len(view.rows()) == 50)
+    served.await_phase(1, "live")
     control = Control(Log(settings))
     assert control.ask("plain", "rebuild") == {"generation": 2}
     served.await_phase(2, "following")
@@ -152,7 +152,7 @@ def test_readers_never_go_back_in_time_over_promotions(
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 0))
     served = serve()
-    served.await_phase(1, "live")
+    served.await_phase(1, "live")  # rows are there before the first report is
     seen: list[int] = []
     stopping = threading.Event()
 
@@ -295,8 +295,7 @@ def test_a_position_of_another_log_is_refused_and_waits_for_a_rebuild(
 def test_scan_gives_every_row_of_a_generation(feed: Feed, settings: Settings, serve: Callable[..., Served]) -> None:
     view = Plain(settings, "plain")
     last = feed.cut(*((ITEMS, n, n) for n in range(1200)))
-    serve()
-    wait_for(lambda: len(view.rows()) == 1200)
+    serve().await_phase(1, "live")
     rows = list(Control(Log(settings)).scan("plain"))
     assert [row.key for row in rows] == sorted(row.key for row in rows)
     assert {row.key: row.value["n"] for row in rows} == view.rows()
