@@ -67,6 +67,15 @@ def _unescape(name: str) -> str:
     return _ESCAPE.sub(lambda match: chr(int(match[1], 16)), name)
 
 
+def partitions_changed(topic: str, has: int, known: int) -> Misconfigured:
+    """Return the refusal of a topic whose partition count is not the newest checkpoint's (S9)."""
+    return Misconfigured(
+        "partitions-changed",
+        f"Topic {topic} has {has} partitions, the newest checkpoint knows {known}.",
+        "A table needs a new topic for another partition count: headrace teardown --topics, then setup and capture.",
+    )
+
+
 def table_config(settings: Settings) -> dict[str, str]:
     """Return the configuration of a table's topic."""
     return {

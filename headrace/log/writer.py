@@ -20,7 +20,7 @@ from headrace.codec import Headers
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import kafka
 from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import Ends, Topics, checkpoints_topic, schemas_topic
+from headrace.log.topics import Ends, Topics, checkpoints_topic, partitions_changed, schemas_topic
 from headrace.settings import Settings
 
 KEPT_CHECKPOINTS = 2_000
@@ -85,7 +85,7 @@ class CutWriter:
         described = self._topics.describe(ends)
         for topic, offsets in ends.items():
             if described[topic][1] != len(offsets):
-                raise _grown(topic, described[topic][1], len(offsets))
+                raise partitions_changed(topic, described[topic][1], len(offsets))
         self._ends = {topic: list(offsets) for topic, offsets in ends.items()}
         self._last = {topic: None for topic, offsets in ends.items() if len(offsets) == 1}
         self._base = None
@@ -109,7 +109,7 @@ class CutWriter:
         """Append a record to the open cut, which begins with the first one.
 
         Raises:
-            Misconfigured: `row-too-large`.
+            Misconfigured: `row-too-large`, `partitions-changed`; also by `seal`, for what the broker said of an earlier record.
             Transient: the cut is lost; start again from the newest checkpoint.
         """
         if not self.opened_at:
@@ -259,7 +259,7 @@ class CutWriter:
         if partition < len(ends):
             ends[partition] = max(ends[partition], offset + 1)
         else:
-            self._failed = _grown(message.topic(), partition + 1, len(ends))
+            self._failed = self._failed or partitions_changed(message.topic() or "", partition + 1, len(ends))
 
     def _explain(self, error: KafkaError, doing: str) -> HeadraceError:
         if error.name() != "MSG_SIZE_TOO_LARGE":
@@ -337,11 +337,3 @@ class CutWriter:
 
 def _row(topic: str, key: bytes) -> str:
     return f"The row {key.decode(errors='replace')[:200]} for {topic}"
-
-
-def _grown(topic: str | None, now: int, known: int) -> Misconfigured:
-    return Misconfigured(
-        "partitions-changed",
-        f"Topic {topic} has {now} partitions, the newest checkpoint knows {known}.",
-        "A table needs a new topic for another partition count: headrace teardown --topics, then setup and capture.",
-    )
