@@ -48,7 +48,8 @@ def status(
 ) -> None:
     """Show the source (slot, WAL held back, LSN) and each consumer's generations: phase, lag, applied LSN, rate.
 
-    Exit code 1 with --check: something is stopped, dead, stale or too far behind.
+    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale or too far behind;
+    3 a setting is wrong; 5 Kafka does not answer.
 
     Examples:
 

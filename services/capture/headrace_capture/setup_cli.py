@@ -44,7 +44,9 @@ def setup(
     """Prepare Postgres for capture: publication, replica identities, rights. Prints every statement; runs them with --apply.
 
     Tables without a usable key are left out, with what to do about it. Running it again adds what is new. Nothing that it
-    does makes a statement of the application fail. Exit code 3: something must be changed first; 5: Postgres does not answer.
+    does makes a statement of the application fail.
+
+    Exit codes: 0 printed, or with --apply done; 3 something must be changed first; 5 Postgres does not answer, or a table is locked.
 
     Examples:
 
@@ -71,8 +73,10 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
     """Take headrace away from Postgres: slot, publication, and everything that setup changed is put back.
 
     It says what it would do, and asks. With --json it does not ask: nothing is done without --yes. Views and their stores stay:
-    see `headrace drop`. Exit code 2: nobody agreed, nothing was changed; 3: capture is still running, or the role may not do it;
-    5: Postgres, or Kafka for --topics, does not answer.
+    see `headrace drop`.
+
+    Exit codes: 0 it is gone; 2 nobody agreed, nothing was changed; 3 capture is still running, or the role may not do it;
+    5 Postgres, or Kafka for --topics, does not answer, or a table is locked.
 
     Examples:
 
