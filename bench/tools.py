@@ -76,7 +76,8 @@ class Tool(ABC):
         """Take away what `prepare` and the tool made."""
         self.free()
         self.unpublish()
-        self.log.delete_topics()
+        mine = f"{self.settings.source}."
+        self.log.topics.delete([name for name in self.log.topics.names() if name.startswith(mine)])
 
     def free(self) -> None:
         """Wait until nobody uses its slot, which a process of Postgres may do for a moment longer."""

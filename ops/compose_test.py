@@ -1,4 +1,4 @@
-"""`make compose-test`: start docker-compose.yml for real, kill, rebuild, verify, add a consumer, remove everything.
+"""`make compose-test`: start docker-compose.yml for real, kill, rebuild, verify, add consumers, play the demo, remove everything.
 
 In a compose project of its own, on free ports. Without an engine it prints SKIPPED and why, and exits 0. Images that
 cannot be pulled are built as stand-ins (ops/standins), and lose their names at the end.
@@ -23,9 +23,11 @@ from typing import Final
 
 from standins import build
 
-from headrace_ops import ports
+from headrace_ops import NAMES, ports
+from headrace_ops.docker_stack import DockerStack
 
 ROOT: Final = Path(__file__).parents[1]
+HEADRACE: Final = (sys.executable, "-m", "headrace")
 VIEWS: Final = ("search", "pages", "warehouse")
 _PASSWORDS = ("POSTGRES_PASSWORD", "CAPTURE_PASSWORD", "ELASTIC_PASSWORD", "REDIS_PASSWORD")
 _PORTS = ("POSTGRES_PORT", "KAFKA_PORT", "ELASTICSEARCH_PORT", "REDIS_PORT", "SHOP_PORT")
@@ -48,6 +50,7 @@ class Deployment:
         self.env_file = folder / "env"
         self.env_file.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
         self.files = [str(ROOT / "docker-compose.yml")]
+        self.derived: list[str] = []
 
     def command(self, *words: str) -> list[str]:
         """Return the command line of `docker compose words`."""
@@ -139,7 +142,88 @@ def consumer_is_added(deployment: Deployment) -> None:
         raise FailedError("the added consumer is not live")
 
 
-STEPS: Final = (starts, consumer_dies, rebuilds, broker_dies, consumer_is_added)
+def package_is_added(deployment: Deployment) -> None:
+    """Add a consumer as a package, in an image derived from ours: what `headrace new` writes, built as docs/operating.md says."""
+    dockerfile = re.search(r"```dockerfile\n(.*?)```", (ROOT / "docs/operating.md").read_text(), re.DOTALL)
+    if not dockerfile:
+        raise FailedError("docs/operating.md shows no derived image")
+    folder, image = deployment.folder / "derived", f"{deployment.project}-names"
+    run(*HEADRACE, "new", "consumer", "names", "--table", "public.categories", "--dir", str(folder))
+    (folder / "Dockerfile").write_text(dockerfile[1].replace("titles", "names"))
+    deployment.derived.append(image)
+    run("docker", "build", "--quiet", "--tag", image, str(folder))
+    override = deployment.folder / "names.yml"
+    override.write_text(_NAMES.format(root=ROOT, image=image))
+    deployment.files.append(str(override))
+    deployment.compose("up", "--detach", "--wait", "--wait-timeout", "200", "--pull", "never", "consumer-names")
+    deployment.headrace("consumer-names", "verify", "names")
+
+
+_NAMES: Final = """
+services:
+  consumer-names:
+    extends: {{file: {root}/docker-compose.yml, service: consumer-search}}
+    image: {image}
+    command: [run, names]
+    volumes: ["names:/var/lib/headrace"]
+    healthcheck:
+      test: [CMD, headrace, status, --check, names, --max-lag, 60s]
+volumes:
+  names:
+"""
+
+
+def servers_are_driven(deployment: Deployment) -> None:
+    """Drive its servers as those of the local stack: found by label, paused, killed and started, at the same address."""
+    os.environ |= {"HEADRACE_STACK": "docker", "COMPOSE_PROJECT_NAME": deployment.project}
+    try:
+        stack = DockerStack(deployment.folder / "stack")
+        before = {name: stack.server(name).address() for name in NAMES}
+        run(*HEADRACE, "stack", "status")
+        for name in NAMES:
+            server = stack.server(name)
+            server.pause()
+            if server.healthy() or not server.running():
+                raise FailedError(f"{name} does not stand still")
+            server.kill()
+            if server.running():
+                raise FailedError(f"{name} outlived SIGKILL")
+            server.start()
+        if {name: stack.server(name).address() for name in NAMES} != before:
+            raise FailedError(f"the servers were at {before} and are at {stack.environment()}")
+        run(*HEADRACE, "stack", "status")
+    finally:
+        del os.environ["HEADRACE_STACK"], os.environ["COMPOSE_PROJECT_NAME"]
+    for service in (f"consumer-{view}" for view in VIEWS):
+        deployment.wait(f"{service} is live again", partial(deployment.healthy, service))
+    verified(deployment)
+
+
+def demo_on_containers(deployment: Deployment) -> None:
+    """Play the demo on containers, unchanged but for HEADRACE_STACK=docker, when the deployment has gone."""
+    down(deployment)
+    before = containers()
+    run("env", "HEADRACE_STACK=docker", *HEADRACE, "demo", "--once")
+    left = containers() - before
+    if left:
+        raise FailedError(f"the demo left {len(left)} containers behind")
+
+
+def containers() -> set[str]:
+    """Return every container of any compose project on this machine."""
+    return set(run("docker", "ps", "--all", "--quiet", "--filter", "label=com.docker.compose.project").split())
+
+
+STEPS: Final = (
+    starts,
+    consumer_dies,
+    rebuilds,
+    broker_dies,
+    servers_are_driven,
+    consumer_is_added,
+    package_is_added,
+    demo_on_containers,
+)
 
 
 def main() -> int:
@@ -208,7 +292,14 @@ def removed(deployment: Deployment) -> Iterator[None]:
     try:
         yield
     finally:
-        deployment.compose("down", "--volumes", "--remove-orphans", "--timeout", "20")
+        down(deployment)
+        if deployment.derived:
+            run("docker", "image", "rm", "--force", *deployment.derived, ok=(0, 1))
+
+
+def down(deployment: Deployment) -> None:
+    """Stop and remove all of it, data too."""
+    deployment.compose("down", "--volumes", "--remove-orphans", "--timeout", "20")
 
 
 @contextmanager

@@ -27,8 +27,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 def run(names: Names = None, consumer: Files = None) -> None:
     """Run consumers in this process until Ctrl-C or SIGTERM.
 
-    Each keeps its view at its own position and goes on where its store says. Exit code 3: something must be changed;
-    4: a record cannot be applied; 5: a server does not answer at the start.
+    Each keeps its view at its own position and goes on where its store says.
+
+    Exit codes: 0 it was asked to stop; 2 no consumer is named; 3 something must be changed; 4 a record cannot be applied;
+    5 a server does not answer at the start.
 
     Examples:
 
@@ -48,6 +50,8 @@ def run(names: Names = None, consumer: Files = None) -> None:
 def plugins(json: AsJson = False) -> None:
     """List the consumers that are installed.
 
+    Exit codes: 0 listed.
+
     Example:
 
         headrace plugins --json
@@ -66,6 +70,8 @@ def plugins(json: AsJson = False) -> None:
 
 def settings(json: AsJson = False) -> None:
     """List every setting with its value here, its default and its meaning.
+
+    Exit codes: 0 listed; 3 a setting is unknown or has a bad value.
 
     Example:
 

@@ -58,6 +58,8 @@ def consumer(
 ) -> None:
     """Write a consumer's package: a declaration, a `render`, an entry point.
 
+    Exit codes: 0 written; 3 the name cannot be used, or the folder is there already.
+
     Example:
 
         headrace new consumer titles --table public.products && pip install -e ./headrace-titles && headrace run titles

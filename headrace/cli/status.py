@@ -49,8 +49,10 @@ def status(
 ) -> None:
     """Show the source (slot, WAL held back, LSN) and each consumer's generations: phase, lag, applied LSN, rate.
 
-    Exit code 1 with --check: something is stopped, dead, stale or too far behind, or Kafka does not answer. A table that is
-    inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
+    A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
+
+    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale or too far behind, or Kafka
+    does not answer; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
 
     Examples:
 

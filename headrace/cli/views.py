@@ -40,7 +40,10 @@ def rebuild(
     """Build the view anew from offset 0, beside the live one.
 
     Readers see nothing of it until it is promoted. Run again, it goes on with the generation that is being built.
-    Exit code 1: it differs from Postgres and was not promoted; another one is verify's: it could not be compared, and was not promoted.
+
+    Exit codes: 0 it is being built, with --wait: it is live; 1 it differs from Postgres and was not promoted; 3 something must be
+    changed first, or no process runs it; 5 a server or that process does not answer. With --wait 3 and 5 are verify's too: it could
+    not be compared, and was not promoted.
 
     Examples:
 
@@ -73,6 +76,8 @@ def promote(
 ) -> None:
     """Let readers see another generation: the live one stops, the new one reaches it, the pointer moves.
 
+    Exit codes: 0 it is live; 3 it cannot be, or no process runs it; 5 a server or that process does not answer.
+
     Example:
 
         headrace promote search
@@ -90,6 +95,9 @@ def rollback(
 ) -> None:
     """Let readers see the generation before again.
 
+    Exit codes: 0 it is live again; 3 there is none, it is behind (see --stale), or no process runs it; 5 a server or that
+    process does not answer.
+
     Example:
 
         headrace rollback search
@@ -104,6 +112,8 @@ def drop(
     json: AsJson = False,
 ) -> None:
     """Remove generations that are not live.
+
+    Exit codes: 0 they are gone; 3 it is the live one, or no process runs it; 5 a server or that process does not answer.
 
     Examples:
 

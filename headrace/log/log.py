@@ -13,8 +13,6 @@ from headrace.log.reader import Reader
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import (
-    ANSWERS,
-    CONTROL,
     Ends,
     Topics,
     checkpoints_topic,
@@ -60,17 +58,32 @@ class Log:
         self.topics.make({topic: (self.settings.partitions, table_config(self.settings))})
         return topic
 
-    def delete_topics(self) -> list[str]:
-        """Delete every topic of the source; return their names. Control and answers are shared and stay."""
-        names = sorted(name for name in self.topics.names() if name.startswith(f"{self.settings.source}."))
-        self.topics.delete([name for name in names if name not in {CONTROL, ANSWERS}])
-        return names
+    def configure(self, checkpoint: Checkpoint) -> list[str]:
+        """Let the topics that `checkpoint` names, and the spine, follow settings that changed since they were made; say what was altered.
+
+        Raises:
+            Misconfigured: `kafka-refuses`, when the broker's rights forbid it.
+        """
+        return self.topics.configure(
+            spine_config(self.settings) | dict.fromkeys(checkpoint.ends, table_config(self.settings))
+        )
+
+    def own_topics(self) -> list[str]:
+        """Return the topics that were made for this source alone, the spine last. Another's name may begin as ours do."""
+        spine = [checkpoints_topic(self.settings.source), schemas_topic(self.settings.source)]
+        return [*map(self.topic_of, self.tables()), *sorted(self.topics.names() & set(spine))]
+
+    def delete_topics(self, names: Collection[str]) -> None:
+        """Delete topics of `own_topics`. Those of the spine, which name the others, go when the others are gone."""
+        spine = {checkpoints_topic(self.settings.source), schemas_topic(self.settings.source)}
+        self.topics.delete(set(names) - spine)
+        self.topics.delete(spine & set(names))
 
     def tables(self) -> list[str]:
-        """Return the tables that have a topic."""
-        spine = spine_config(self.settings)
-        prefix = f"{self.settings.source}."
-        return sorted(table_of(name) for name in self.topics.names() if name.startswith(prefix) and name not in spine)
+        """Return the tables that have a topic: a schema version or the newest checkpoint names them."""
+        newest, there = self.newest_checkpoint(), self.topics.names()
+        known = {table for table, _ in self.schemas()} | set(map(table_of, newest.ends if newest else ()))
+        return sorted(table for table in known if self.topic_of(table) in there)
 
     def writer(self) -> CutWriter:
         """Return the writer of cuts, closed."""

@@ -26,7 +26,7 @@ from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured, Refused, Transient
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, record
-from headrace.log.topics import checkpoints_topic, table_of, topic_of
+from headrace.log.topics import checkpoints_topic, partitions_changed, table_of, topic_of
 
 if TYPE_CHECKING:
     from headrace.log.log import Log
@@ -94,7 +94,7 @@ class Reader:
         Raises:
             Transient: `kafka-away`, `schema-not-there`.
             Poison: `undecodable-record`.
-            Misconfigured: `table-not-captured`; Refused: `build-too-slow` (S19).
+            Misconfigured: `table-not-captured`, `partitions-changed` (S9); Refused: `build-too-slow` (S19).
         """
         batch = self._next(idle=False)
         if batch is None:
@@ -160,6 +160,8 @@ class Reader:
         starts: dict[Place, int] = {}
         for topic in new:
             identity, count = described[topic]
+            if count != len(checkpoint.ends[topic]):
+                raise partitions_changed(topic, count, len(checkpoint.ends[topic]))
             known = self.position.topics.setdefault(topic, identity)
             if known != identity:
                 raise _refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")

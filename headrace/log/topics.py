@@ -9,9 +9,19 @@ import re
 import string
 import time
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future
+from typing import Any
 
 from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
 
 from headrace.errors import Misconfigured, Transient
 from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, kafka_errors, translate
@@ -57,6 +67,15 @@ def _unescape(name: str) -> str:
     return _ESCAPE.sub(lambda match: chr(int(match[1], 16)), name)
 
 
+def partitions_changed(topic: str, has: int, known: int) -> Misconfigured:
+    """Return the refusal of a topic whose partition count is not the newest checkpoint's (S9)."""
+    return Misconfigured(
+        "partitions-changed",
+        f"Topic {topic} has {has} partitions, the newest checkpoint knows {known}.",
+        "A table needs a new topic for another partition count: headrace teardown --topics, then setup and capture.",
+    )
+
+
 def table_config(settings: Settings) -> dict[str, str]:
     """Return the configuration of a table's topic."""
     return {
@@ -89,6 +108,20 @@ def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
             "max.message.bytes": _largest(settings),  # one row of a view may be as large as a row of a table
         },
     }
+
+
+def _altered(name: str, config: Mapping[str, str]) -> ConfigResource:
+    entries = [ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET) for key, value in config.items()]
+    return ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
+
+
+def _each(futures: Mapping[ConfigResource, Future[Any]], doing: str) -> dict[str, Any]:
+    """Wait for what was asked of each topic; return the answers by name."""
+    answers = {}
+    for resource, future in futures.items():
+        with kafka_errors(f"{doing} {resource.name}"):
+            answers[resource.name] = future.result(TIMEOUT)
+    return answers
 
 
 class Topics:
@@ -134,6 +167,28 @@ class Topics:
                 time.sleep(0.05)
             else:
                 return
+
+    def configure(self, wanted: Mapping[str, dict[str, str]]) -> list[str]:
+        """Give topics that are there the configuration that is wanted (by name) where theirs differs; say what was altered.
+
+        Raises:
+            Misconfigured: `topic-missing`, `kafka-refuses`.
+        """
+        asked = [ConfigResource(ResourceType.TOPIC, name) for name in wanted]
+        found = _each(
+            self._client.describe_configs(asked, request_timeout=TIMEOUT), "reading the configuration of topic"
+        )
+        news = {
+            name: {key: value for key, value in config.items() if found[name][key].value != value}
+            for name, config in wanted.items()
+        }
+        altered = [_altered(name, config) for name, config in news.items() if config]
+        if altered:
+            _each(
+                self._client.incremental_alter_configs(altered, request_timeout=TIMEOUT),
+                "altering the configuration of topic",
+            )
+        return [f"{name}: {key} is now {value}" for name, config in news.items() for key, value in config.items()]
 
     def delete(self, names: Collection[str]) -> None:
         """Delete topics; those that are gone already are no error."""

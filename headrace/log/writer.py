@@ -20,7 +20,7 @@ from headrace.codec import Headers
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import kafka
 from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import Ends, Topics, checkpoints_topic, schemas_topic
+from headrace.log.topics import Ends, Topics, checkpoints_topic, partitions_changed, schemas_topic
 from headrace.settings import Settings
 
 KEPT_CHECKPOINTS = 2_000
@@ -29,6 +29,7 @@ WHOLE_PARTITIONS = 256
 """Up to so many partitions every checkpoint names the ends of all of them; above, one in WHOLE_EVERY does (S16)."""
 WHOLE_EVERY = 100
 _COMMIT_SECONDS = 60
+_NONE = (0, "", b"")
 
 
 class CutWriter:
@@ -50,6 +51,7 @@ class CutWriter:
         self._ends: Ends = {}
         self._last: dict[str, tuple[bytes, bytes | None, Headers] | None] = {}
         self._failed: HeadraceError | None = None
+        self._largest = _NONE
         self._kept: deque[bytes] = deque()
         self._base: Checkpoint | None = None
         self._since_base = 0
@@ -83,7 +85,7 @@ class CutWriter:
         described = self._topics.describe(ends)
         for topic, offsets in ends.items():
             if described[topic][1] != len(offsets):
-                raise _grown(topic, described[topic][1], len(offsets))
+                raise partitions_changed(topic, described[topic][1], len(offsets))
         self._ends = {topic: list(offsets) for topic, offsets in ends.items()}
         self._last = {topic: None for topic, offsets in ends.items() if len(offsets) == 1}
         self._base = None
@@ -107,18 +109,14 @@ class CutWriter:
         """Append a record to the open cut, which begins with the first one.
 
         Raises:
-            Misconfigured: `row-too-large`.
+            Misconfigured: `row-too-large`, `partitions-changed`; also by `seal`, for what the broker said of an earlier record.
             Transient: the cut is lost; start again from the newest checkpoint.
         """
         if not self.opened_at:
             self._begin()
         size = len(key) + (len(value) if value else 0)
-        if size > self._settings.message_max_bytes:
-            raise Misconfigured(
-                "row-too-large",
-                f"The row {key.decode(errors='replace')[:200]} for {topic} is {size} bytes as a record.",
-                f"Raise HEADRACE_MESSAGE_MAX_BYTES (now {self._settings.message_max_bytes}) and the broker's message.max.bytes.",
-            )
+        if size > self._largest[0]:
+            self._note_largest(size, topic, key)
         if topic not in self._ends:
             self.add_topic(topic)
         self.open_records += 1
@@ -129,6 +127,16 @@ class CutWriter:
         before, self._last[topic] = self._last[topic], (key, value, headers)
         if before is not None:
             self._send(topic, *before, 0)
+
+    def _note_largest(self, size: int, topic: str, key: bytes) -> None:
+        """Refuse a record beyond the limit; remember the largest of the cut, which the broker may refuse without naming it."""
+        if size > self._settings.message_max_bytes:
+            raise Misconfigured(
+                "row-too-large",
+                f"{_row(topic, key)} is {size} bytes as a record.",
+                f"Raise HEADRACE_MESSAGE_MAX_BYTES (now {self._settings.message_max_bytes}) and start capture again.",
+            )
+        self._largest = size, topic, key
 
     def schema(self, schema: TableSchema) -> None:
         """Publish a schema version in the open cut (S13)."""
@@ -165,7 +173,7 @@ class CutWriter:
         self._commit()
         self.records += self.open_records
         self.open_records = self.open_bytes = 0
-        self.opened_at = 0.0
+        self.opened_at, self._largest = 0.0, _NONE
         return checkpoint
 
     def _named(self, checkpoint: Checkpoint) -> tuple[Checkpoint, set[str] | None]:
@@ -191,7 +199,7 @@ class CutWriter:
             self._failed = None  # the reports of what was thrown away
         self._last = dict.fromkeys(self._last)
         self.open_records = self.open_bytes = 0
-        self.opened_at = 0.0
+        self.opened_at, self._largest = 0.0, _NONE
 
     def close(self) -> None:
         """Forget the producer. A cut that is open stays to be aborted by the next `open` or by the broker's timeout."""
@@ -236,24 +244,48 @@ class CutWriter:
                 self._client.produce(topic, value, key, partition, report, headers=headers)  # type: ignore[arg-type]
             except BufferError:
                 self._serve(lambda client: client.poll(0.1))
+                self._raise_broken()
             except KafkaException as error:
-                raise kafka.translate(error.args[0], f"writing to {topic}") from error
+                self._raise_broken()
+                raise self._explain(error.args[0], f"writing to {topic}") from error
             else:
                 return
 
     def _delivered(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
-            self._failed = self._failed or kafka.translate(error, "delivering the records of a cut")
+            self._failed = self._failed or self._explain(error, "delivering the records of a cut")
             return
         ends, partition, offset = self._ends[message.topic() or ""], message.partition() or 0, message.offset() or 0
         if partition < len(ends):
             ends[partition] = max(ends[partition], offset + 1)
         else:
-            self._failed = _grown(message.topic(), partition + 1, len(ends))
+            self._failed = self._failed or partitions_changed(message.topic() or "", partition + 1, len(ends))
+
+    def _explain(self, error: KafkaError, doing: str) -> HeadraceError:
+        if error.name() != "MSG_SIZE_TOO_LARGE":
+            return kafka.translate(error, doing)
+        size, topic, key = self._largest  # tried again it would be refused for ever
+        return Misconfigured(
+            "row-too-large",
+            f"The broker refuses a record as too large. {_row(topic, key)} is the largest of its cut, {size} bytes.",
+            "Raise max.message.bytes of that topic: capture sets it when it starts, by HEADRACE_MESSAGE_MAX_BYTES.",
+        )
+
+    def _raise_broken(self) -> None:
+        """Raise why nothing more of this cut can be sent, if so: a record was refused, perhaps one without a report of its own.
+
+        librdkafka tells it to whoever asks for something that is never valid within a transaction: to begin one.
+        """
+        try:
+            self._client.begin_transaction()
+        except KafkaException as error:
+            if error.args[0].name() != "_STATE":
+                raise self._explain(error.args[0], "delivering the records of a cut") from error
 
     def _flush(self) -> None:
         deadline = time.monotonic() + _COMMIT_SECONDS
         while self._serve(lambda client: client.flush(1.0)):
+            self._raise_broken()
             if time.monotonic() > deadline:
                 raise Transient(
                     "cut-lost",
@@ -293,7 +325,7 @@ class CutWriter:
                 cause = error.args[0]
                 # Retriable means that the outcome is unknown: asking again is the only way to learn it (S3).
                 if not cause.retriable() or time.monotonic() > deadline:
-                    failure = kafka.translate(cause, "committing a cut")  # a record that was not taken may be why
+                    failure = self._explain(cause, "committing a cut")  # a record that was not taken may be why
                     lost = Transient(
                         "cut-lost", f"A cut could not be committed: {cause.str()}.", "capture starts again."
                     )
@@ -303,9 +335,5 @@ class CutWriter:
                 return
 
 
-def _grown(topic: str | None, now: int, known: int) -> Misconfigured:
-    return Misconfigured(
-        "partitions-changed",
-        f"Topic {topic} has {now} partitions, the newest checkpoint knows {known}.",
-        "A table needs a new topic for another partition count: headrace teardown --topics, then setup and capture.",
-    )
+def _row(topic: str, key: bytes) -> str:
+    return f"The row {key.decode(errors='replace')[:200]} for {topic}"

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Consumer, Generation
-from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
+from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient, Wiped
 from headrace.log import Lag, Log, Reader
+from headrace.runner.poison import placed
 
 _POLL_SECONDS = 0.25
 _BACKOFF_SECONDS = (0.5, 30.0)
@@ -160,7 +161,10 @@ class Worker(threading.Thread):
                 continue
             batch = reader.poll(_POLL_SECONDS if self._calls.empty() else 0.0)
             if batch is not None:
-                consumer.apply(batch)
+                try:
+                    consumer.apply(batch)
+                except Poison as error:
+                    raise placed(error, batch) from error
                 self._whole = batch.checkpoint is not None
                 self._rate.add(len(batch.changes))
             self._tell(reader)

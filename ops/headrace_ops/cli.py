@@ -57,6 +57,8 @@ def down(folder: Folder = _DIR, only: Only = "", remove: Remove = False, json_: 
     """Stop the servers; their data stays, in the folder or in the volumes of the containers.
 
     Example: `headrace stack down --dir .stack`
+
+    Exit codes: 0 none of them runs any more; 2 wrong use; 3 with HEADRACE_STACK=docker no engine answers.
     """
     if only and remove:
         raise typer.BadParameter("--remove removes everything; --only names some.")
@@ -73,7 +75,7 @@ def status(folder: Folder = _DIR, json_: Json = False) -> None:
 
     Example: `headrace stack status --json`
 
-    Exit codes: 0 at least one server was ever started here and all of those answer; else 1.
+    Exit codes: 0 at least one server was ever started here and all of those answer; 1 else.
     """
     facts = _stack(folder).status()
     _print(facts, json_=json_)
@@ -86,6 +88,8 @@ def logs(server: Server, folder: Folder = _DIR, lines: Lines = 40) -> None:
     """Print the end of a server's log.
 
     Example: `headrace stack logs kafka --lines 100`
+
+    Exit codes: 0 printed; 3 it has never run in this folder.
     """
     stack = _stack(folder)
     if isinstance(stack, DockerStack):
@@ -103,6 +107,8 @@ def env(folder: Folder = _DIR, json_: Json = False) -> None:
     """Print the settings that lead to the servers that run, as a shell reads them.
 
     Example: `eval "$(headrace stack env)"`
+
+    Exit codes: 0 printed; 3 no server of this folder runs.
     """
     settings = _stack(folder).environment()
     if not settings:

@@ -37,23 +37,26 @@ def test_each_committed_number_is_in_the_log_once_and_every_view_is_equal_after_
     system.run("shop", "load", *SMALL)
     system.up(*VIEWS)
     kill_under_load(system, stack, seed, KILLS)
-    system.settle(*VIEWS)
     check(system, kafka)
 
 
 def kill_under_load(system: System, stack: Stack, seed: int, kills: int) -> None:
-    """Kill one after the other while the load goes on, each at a drawn moment: every victim before any one dies twice."""
+    """Kill one after the other at drawn moments, every victim before any one dies twice; after each every view equals Postgres.
+
+    The load rests while they are compared: verify is exact under it too, but not done before its hottest rows rest.
+    """
     chance = random.Random(seed)
-    system.start("work", "shop", "work", "--rate", RATE, "--seed", str(seed))
     drawn: list[str] = []
     for step in range(1, kills + 1):
         drawn = drawn or chance.sample(VICTIMS, len(VICTIMS))
         victim = drawn.pop()
-        _goes_on(system, victim, now(system.settings))
+        system.start("work", "shop", "work", "--rate", RATE, "--seed", str(100 * seed + step))
         system.busy(chance.randint(5, 60))
         _kill(system, stack, victim, f"seed {seed}, step {step}: {victim}", chance.randint(10, 60))
-    _goes_on(system, "kafka", now(system.settings))
-    system.stop("work")
+        _goes_on(system, victim, now(system.settings))
+        system.stop("work")
+        system.settle(*VIEWS)
+        system.verify(*VIEWS)
 
 
 def _goes_on(system: System, victim: str, lsn: int) -> None:
@@ -64,7 +67,7 @@ def _goes_on(system: System, victim: str, lsn: int) -> None:
 
 
 def check(system: System, kafka: Kafka) -> None:
-    """Hold what a stranger reads against the ledger, and every view against Postgres."""
+    """Hold what a stranger reads against the ledger."""
     records = console(kafka, f"{system.settings.source}\\.public\\..*")
     committed = system.numbers()
     assert len(committed) > 100
@@ -72,7 +75,6 @@ def check(system: System, kafka: Kafka) -> None:
     assert in_ledger == [number for number, _ in committed], "the ledger's topic is the ledger, in its order"
     in_rows = Counter(each["after"]["seq"] for each in records if _written(each))
     assert in_rows == Counter(number for number, what in committed if not what.startswith("delete"))
-    system.verify(*VIEWS)
 
 
 def _written(record: dict[str, Any]) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import psycopg
 import pytest
@@ -13,6 +15,8 @@ from headrace.change import format_lsn, parse_lsn
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
+from headrace_shop.edits import Made
+from headrace_shop.writes import commit
 from tests.fixtures.capture import (
     capturing,
     changes,
@@ -184,22 +188,88 @@ def test_s1_a_row_inserted_behind_its_predecessors_delete_lives(settings: Settin
 
 
 def test_s1_a_row_committed_at_the_consistent_point_is_not_older_than_the_snapshot(settings: Settings) -> None:
-    """A transaction that was open while the slot was made: its rows are written before the consistent point, committed after it."""
+    """Its record is before that point and not in the snapshot, its commit at that very point: the two versions are equal.
+
+    Another process of Postgres may write WAL just then, so there are some tries: each a capture of its own.
+    """
     prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'old', 0)")
-    with psycopg.connect(settings.dsn) as open_:
-        open_.execute("UPDATE items SET name = 'new' WHERE id = 1")
+    for attempt in range(5):
+        name = f"{settings.source}_{attempt}"
+        tried = replace(settings, source=name, slot=name)
+        capture_with_a_commit_at_the_consistent_point(tried, f"new in try {attempt}")
+        log = changes(tried, T)
+        assert [c.version for c in log] == sorted(c.version for c in log)
+        assert replay(tried, T) == selected(tried, T)
+        if log[0].version == log[1].version:
+            break
+    snapshot, streamed = log[:2]
+    assert (snapshot.op, streamed.op) == ("r", "u")
+    assert snapshot.version == streamed.version
+    assert (streamed.row or {})["name"] == f"new in try {attempt}"
+
+
+def capture_with_a_commit_at_the_consistent_point(settings: Settings, name: str) -> None:
+    """Postgres waits for those who ran when it began, then for those who came meanwhile; who comes after them is streamed."""
+    with ExitStack() as stack:
+        first, second, third = (stack.enter_context(psycopg.connect(settings.dsn)) for _ in range(3))
+        before = xid(first)
         with capturing(settings) as capture:
-            capture.hear("making slot")
-            waits = (
-                "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender' AND wait_event_type = 'Lock'"
-            )
-            eventually("the slot waits for the open transaction", lambda: rows(settings, waits)[0][0])
-            open_.commit()
-            execute(settings, "UPDATE items SET n = 1 WHERE id = 1")
+            eventually("the slot waits for the first", lambda: awaited(settings, before))
+            meanwhile = xid(second)
+            first.commit()
+            eventually("the slot waits for the second", lambda: awaited(settings, meanwhile))
+            third.execute("UPDATE items SET name = %s WHERE id = 1", [name])
+            second.commit()
+            capture.hear("snapshot of public.items")
+            third.commit()
             capture.reach()
-    log = changes(settings, T)
-    assert [c.version for c in log] == sorted(c.version for c in log)
-    assert replay(settings, T) == selected(settings, T)
+
+
+def xid(connection: psycopg.Connection[Any]) -> int:
+    """Return the id of the transaction that is open, given to it now."""
+    row = connection.execute("SELECT pg_current_xact_id()::text").fetchone()
+    assert row
+    return int(row[0])
+
+
+def awaited(settings: Settings, xid: int) -> bool:
+    """Whether a walsender waits for the end of a transaction."""
+    waits = f"""SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+        WHERE backend_type = 'walsender' AND NOT granted AND transactionid = '{xid}'::xid"""
+    return bool(rows(settings, waits)[0][0])
+
+
+# S25: tokens
+
+
+class Overtaken:
+    """An edit that takes an LSN inside its transaction, while another one commits."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.lsn = 0
+
+    def make(self, connection: psycopg.Connection[Any], made: Made) -> None:
+        connection.execute("UPDATE items SET n = 1 WHERE id = 1")
+        row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+        assert row
+        self.lsn = parse_lsn(row[0])
+        execute(self._settings, "UPDATE items SET n = 1 WHERE id = 2")
+
+
+def test_s25_a_token_is_beyond_its_commit_where_an_lsn_from_inside_is_reached_without_it(settings: Settings) -> None:
+    """The shop's own way of writing. A view that has reached the LSN from inside may show the other's change and not ours."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'ours', 0), (2, 'another', 0)")
+    inside = Overtaken(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        with psycopg.connect(settings.dsn, autocommit=True) as connection:
+            token = commit(connection, (inside,)).lsn
+        checkpoint = reached(settings, token)
+    another, ours = changes(settings, T)[-2:]
+    assert (another.row["id"], ours.row["id"]) == (2, 1)
+    assert inside.lsn < another.version.lsn < ours.version.lsn < token <= checkpoint.version.lsn
+    assert checkpoint.version.epoch == ours.version.epoch == 1
 
 
 # S8, S9: keys

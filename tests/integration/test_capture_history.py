@@ -15,6 +15,7 @@ from headrace.change import Row
 from headrace.log import Log
 from headrace.settings import Settings
 from tests.fixtures.capture import Running, changes, execute, now, prepare, replay, selected
+from tests.fixtures.mortal import Died, Life, MortalLog
 
 T = "public.items"
 ITEMS = (
@@ -38,7 +39,9 @@ CHANGE = st.one_of(
     st.just("TRUNCATE items"),
 )
 TRANSACTION = st.tuples(st.lists(CHANGE, min_size=1, max_size=6), st.booleans())
-HISTORY = st.lists(st.one_of(TRANSACTION, TRANSACTION, TRANSACTION, st.just("restart")), min_size=1, max_size=12)
+HISTORY = st.lists(
+    st.one_of(TRANSACTION, TRANSACTION, TRANSACTION, st.sampled_from(["restart", "crash"])), min_size=1, max_size=12
+)
 
 
 class Lab:
@@ -46,14 +49,21 @@ class Lab:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.running = Running(settings)
+        self.start()
         self.running.reach()
         self.states: list[tuple[int, int, dict[bytes, Row]]] = []
 
-    def restart(self) -> None:
+    def start(self) -> None:
+        self.life = Life()
+        self.running = Running(self.settings, MortalLog(self.settings, self.life))
+
+    def restart(self, how: str) -> None:
+        """Stop capture as its operator would, or as SIGKILL does, wherever it is; start it again."""
+        if how == "crash":
+            self.life.end()
         self.running.stop()
-        assert self.running.error is None
-        self.running = Running(self.settings)
+        assert self.running.error is None or (how == "crash" and isinstance(self.running.error, Died))
+        self.start()
 
     def commit(self, statements: list[str], *, roll_back: bool) -> None:
         """Run a transaction; a statement that fails undoes itself alone."""
@@ -79,7 +89,7 @@ def identity(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.timeout(600)
 def test_any_history_replays_to_what_postgres_has(settings: Settings, identity: str) -> None:
-    """Several changes a transaction, rollbacks, changed keys, TRUNCATE, values out of line, restarts, cuts of five records."""
+    """Several changes a transaction, rollbacks, changed keys, TRUNCATE, values out of line, restarts, crashes, cuts of five records."""
     settings = replace(settings, cut_records=5)
     prepare(settings, ITEMS, "INSERT INTO items SELECT i, i, repeat(md5(i::text), 90) FROM generate_series(1, 3) i")
     execute(settings, f"ALTER TABLE items REPLICA IDENTITY {identity}")
@@ -92,7 +102,7 @@ def test_any_history_replays_to_what_postgres_has(settings: Settings, identity: 
     def histories(history: list[tuple[list[str], bool] | str]) -> None:
         for step in history:
             if isinstance(step, str):
-                lab.restart()
+                lab.restart(step)
             else:
                 lab.commit(step[0], roll_back=step[1])
         lab.running.reach()

@@ -105,6 +105,43 @@ def test_a_row_that_is_too_large_stops_capture_and_loses_nothing(settings: Setti
     assert [c.key for c in changes(settings, T)] == [b'{"id":1}', b'{"id":2}', b'{"id":3}']
 
 
+LARGE = "(SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 100000))"
+"""Three megabytes that do not compress to less than half."""
+
+
+def test_a_larger_limit_holds_for_topics_that_are_there(settings: Settings) -> None:
+    """A row beyond the limit under which its topic was made, by more than the broker was given as room."""
+    small = replace(settings, message_max_bytes=10_000)
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'x')")
+    with capturing(small) as capture:
+        capture.reach()
+    with capturing(settings) as capture:
+        assert "max.message.bytes" in capture.hear(f"topic {Log(settings).topic_of(T)}")
+        execute(settings, f"INSERT INTO items VALUES (2, {LARGE})")
+        capture.reach()
+    assert replay(settings, T) == selected(settings, T)
+
+
+def test_a_row_that_the_broker_refuses_stops_capture_and_loses_nothing(settings: Settings) -> None:
+    """Somebody lowered the limit of the topic: tried again it would be refused for ever."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'x')")
+    running = Running(settings)
+    running.hear("streaming")
+    topic = Log(settings).topic_of(T)
+    Log(settings).topics.configure({topic: {"max.message.bytes": "1000000"}})
+    execute(
+        settings, f"INSERT INTO items SELECT i, CASE i WHEN 7 THEN {LARGE} ELSE 'x' END FROM generate_series(2, 999) i"
+    )
+    error = eventually("capture stops", lambda: running.error)
+    running.join()
+    assert isinstance(error, Misconfigured), error
+    assert error.code == "row-too-large"
+    assert '{"id":7}' in error.message
+    with capturing(settings) as capture:
+        capture.reach()
+    assert replay(settings, T) == selected(settings, T)
+
+
 # I12: positions that no longer make sense
 
 

@@ -13,12 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from headrace.control import Control
+from headrace.log import Log
 from headrace.settings import Settings, environment
 from tests.fixtures.feed import ITEMS, Feed
 from tests.fixtures.plain import Plain
 
+MANY = 12_000
+"""Rows that come in several batches."""
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PLAIN = f"{Path(__file__).parents[1] / 'fixtures' / 'plain.py'}:Plain"
+HALTING = PLAIN.replace(":Plain", ":Halting")
 
 
 @pytest.fixture
@@ -36,13 +41,13 @@ def headrace(settings: Settings, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def runner(settings: Settings, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Start `headrace run` for the plain consumer."""
+def runner(settings: Settings, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `headrace run` for the plain consumer, or another of its file."""
     started: list[subprocess.Popen[str]] = []
 
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "headrace", "run", "--consumer", PLAIN]
-        env = os.environ | environment(settings)
+    def start(consumer: str = PLAIN, **more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "headrace", "run", "--consumer", consumer]
+        env = os.environ | environment(settings) | more
         started.append(subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True))
         return started[-1]
 
@@ -94,9 +99,51 @@ def test_a_view_runs_is_killed_catches_up_and_is_rebuilt(
     assert "Traceback" not in refused.stderr
 
 
-def test_help_has_examples_for_every_command(headrace: Run) -> None:
-    for command in ("run", "status", "rebuild", "promote", "rollback", "drop", "plugins", "settings"):
-        assert f"headrace {command}" in headrace(command, "--help").stdout.replace("Usage: python -m headrace", "")
+def test_a_rebuild_that_is_killed_half_way_goes_on_where_it_was(
+    settings: Settings, headrace: Run, runner: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    small = {"HEADRACE_BATCH_RECORDS": "50"}
+    feed, view = Feed(settings), Plain(settings, "plain")
+    for number in range(MANY):
+        feed.put(ITEMS, number, number)
+    feed.seal()
+    process = runner(HALTING, **small)
+    await_live(settings, "halting")
+    halt = settings.path("halt")
+    halt.touch()
+    assert json.loads(headrace("rebuild", "halting", "--json").stdout) == {"generation": 2}
+    half = offsets_of_second(settings)
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    halt.unlink()
+    runner(HALTING, **small)
+    assert json.loads(headrace("rebuild", "halting", "--wait", "--no-verify", "--json").stdout)["generation"] == 2
+    whole = offsets_of_second(settings)
+    assert 0 < len(half) < MANY
+    assert whole == sorted(set(whole)), "nothing was read twice"
+    assert len(whole) == MANY
+    assert [generation.live for generation in view.generations()] == [False, True]
+    assert len(view.rows()) == MANY
+
+
+def await_live(settings: Settings, name: str) -> None:
+    """Wait until a consumer's process says that it is live."""
+    control, deadline = Control(Log(settings)), time.monotonic() + 60
+    while not any(report.phase == "live" for report in control.reports().get(name, [])):
+        assert time.monotonic() < deadline, control.reports()
+        time.sleep(0.1)
+
+
+def offsets_of_second(settings: Settings) -> list[int]:
+    """Return the offsets that the second generation has applied, once there are some."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        notes = [line.split() for line in settings.path("offsets").read_text().splitlines()]
+        found = [int(offset) for number, offset in notes if number == "2"]
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("the second generation applied nothing")
 
 
 def test_what_is_installed_and_what_is_set_can_be_listed(headrace: Run, settings: Settings) -> None:

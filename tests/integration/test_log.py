@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 from unittest.mock import ANY
 
 import pytest
+from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, ResourceType
 
 from headrace import codec
-from headrace.change import Position, Version
+from headrace.change import Column, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
-from headrace.errors import HeadraceError, Misconfigured, Refused
-from headrace.log import Log, Reader
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.log import Log, Reader, kafka
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import checkpoints_topic
 from headrace.settings import Settings
@@ -58,6 +63,35 @@ def test_a_checkpoint_names_the_ends_of_its_cut(feed: Feed) -> None:
     assert newest is not None
     assert (newest.version, newest.ends, newest.source) == (again.version, again.ends, SOURCE)
     feed.log.check_ends(newest)
+
+
+def test_topics_are_made_as_the_settings_say_and_follow_them(feed: Feed, settings: Settings) -> None:
+    """Read back from the broker: compacted, tombstones kept for seven days, the broker's own timestamps."""
+    sealed, topic = feed.cut((ITEMS, 1, 10)), feed.log.topic_of(ITEMS)
+    made = config_of(settings, topic)
+    assert (made["cleanup.policy"], made["message.timestamp.type"]) == ("compact", "LogAppendTime")
+    assert int(made["delete.retention.ms"]) == settings.delete_retention_ms == 7 * 86_400_000
+    assert int(made["min.compaction.lag.ms"]) == settings.min_compaction_lag_ms
+    assert int(made["max.message.bytes"]) > settings.message_max_bytes
+    assert feed.log.partitions([topic]) == {topic: settings.partitions}
+    spine = config_of(settings, checkpoints_topic(settings.source))
+    assert (spine["cleanup.policy"], spine["message.timestamp.type"]) == ("compact", "LogAppendTime")
+    assert feed.log.configure(sealed) == []
+    longer = Log(replace(settings, delete_retention_ms=8 * 86_400_000))
+    altered = [topic, feed.log.topic_of(TAGS), checkpoints_topic(settings.source)]
+    assert sorted(longer.configure(sealed)) == sorted(
+        f"{name}: delete.retention.ms is now 691200000" for name in altered
+    )
+    assert [config_of(settings, name)["delete.retention.ms"] for name in altered] == ["691200000"] * 3
+    assert config_of(settings, topic) == made | {"delete.retention.ms": "691200000"}
+
+
+def config_of(settings: Settings, topic: str) -> dict[str, str]:
+    """Return a topic's configuration as the broker has it."""
+    asked = ConfigResource(ResourceType.TOPIC, topic)
+    admin = AdminClient({"bootstrap.servers": settings.kafka})
+    found = admin.describe_configs([asked])[asked].result(30)
+    return {name: entry.value for name, entry in found.items()}
 
 
 def test_a_reader_from_zero_loads_and_then_follows_cut_by_cut(feed: Feed) -> None:
@@ -280,3 +314,103 @@ def test_a_table_nobody_captures_is_named(feed: Feed) -> None:
     with pytest.raises(Misconfigured, match=r"public\.nothing"):
         reader.poll(0.1)
     reader.close()
+
+
+# S9: the partition count never changes
+
+
+def add_partition(settings: Settings, topic: str) -> None:
+    """Add a partition to a topic and wait until the broker describes it."""
+    wanted = Log(settings).partitions([topic])[topic] + 1
+    admin = AdminClient({"bootstrap.servers": settings.kafka})
+    admin.create_partitions([NewPartitions(topic, wanted)])[topic].result(30)
+    deadline = time.monotonic() + 30
+    while Log(settings).partitions([topic]) != {topic: wanted}:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_s9_more_partitions_than_the_checkpoint_knows_are_refused_by_who_writes_and_who_reads(
+    feed: Feed, settings: Settings
+) -> None:
+    feed.cut((ITEMS, 1, 10))
+    add_partition(settings, feed.log.topic_of(ITEMS))
+    with pytest.raises(Misconfigured) as caught:
+        feed.open()
+    assert caught.value.code == "partitions-changed"
+    with pytest.raises(Misconfigured) as caught:
+        feed.log.reader([ITEMS], None)
+    assert caught.value.code == "partitions-changed"
+
+
+def test_s9_a_partition_that_is_added_while_a_cut_is_written_is_refused_and_nothing_is_committed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a topic with several: one that had a single partition is written to that one until the next start."""
+    feed = Feed(replace(settings, partitions=2))
+    feed.cut((ITEMS, 1, 10))
+    often = {"topic.metadata.refresh.interval.ms": 50}  # by itself a producer looks every five minutes
+    monkeypatch.setattr(kafka, "producer", partial(kafka.producer, **often))
+    feed.open()
+    sealed = [feed.cut((ITEMS, 1, 10))]
+    add_partition(settings, feed.log.topic_of(ITEMS))
+
+    def write() -> None:
+        for cut in itertools.count(1):
+            sealed[0] = feed.cut(*((ITEMS, 10 * cut + n, n) for n in range(10)))
+
+    with pytest.raises(Misconfigured) as caught:
+        write()
+    assert caught.value.code == "partitions-changed"
+    newest = feed.log.newest_checkpoint()
+    assert newest
+    assert newest.version == sealed[0].version
+
+
+# S13: there is no order between topics
+
+
+def published_late(feed: Feed, monkeypatch: pytest.MonkeyPatch, late: Callable[[], None]) -> None:
+    """Call `late` when a reader has looked for a schema in vain, twice."""
+    schemas, looks = Log.schemas, itertools.count(1)
+
+    def look(log: Log) -> Any:
+        found = schemas(log)
+        if next(looks) == 2:
+            late()
+        return found
+
+    monkeypatch.setattr(Log, "schemas", look)
+
+
+def test_s13_a_record_that_comes_before_its_schema_waits_for_it(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never an error, never the newest that there is."""
+    feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    feed.version = 2
+    sealed = feed.cut((ITEMS, 2, 20))
+    wider = TableSchema(ITEMS, 2, (Column("id", "integer"), Column("n", "bigint")), ("id",))
+
+    def publish() -> None:
+        feed.writer.schema(wider)
+        feed.seal()
+
+    published_late(feed, monkeypatch, publish)
+    batches = drain(reader, sealed.version)
+    reader.close()
+    assert [change.schema for batch in batches for change in batch.changes] == [1, 2]
+    assert batches[-1].schemas[ITEMS, 2] == wider
+
+
+def test_s13_a_schema_that_never_comes_is_waited_for_and_then_said(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.log.reader._SCHEMA_SECONDS", 0.5)
+    feed.version = 2
+    feed.cut((ITEMS, 2, 20))
+    reader = feed.log.reader([ITEMS], None)
+    with pytest.raises(Transient) as caught:
+        drain(reader, Version(1, feed.lsn))
+    reader.close()
+    assert caught.value.code == "schema-not-there"
+    assert f"Version 2 of {ITEMS}" in caught.value.message

@@ -150,7 +150,7 @@ def test_readers_never_go_back_in_time_over_promotions(
     view = Plain(settings, "plain")
     feed.cut((ITEMS, 1, 0))
     served = serve()
-    served.await_phase(1, "live")
+    served.await_phase(1, "live")  # rows are there before the first report is
     seen: list[int] = []
     stopping = threading.Event()
 
@@ -230,6 +230,7 @@ def test_poison_stops_the_consumer_and_loses_nothing(
     report = served.await_phase(1, "stopped")
     assert report.code == "unlucky"
     assert '{"id":2}' in report.reason
+    assert f"See {ITEMS} partition 0 offset" in report.reason
     assert view.rows() == {'{"id":1}': 10}, "nothing of the batch was applied"
     assert isinstance(served.runner.failed(), Poison)
 

@@ -20,7 +20,7 @@ from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from headrace.settings import Settings
-from headrace_ops import Stack, ports, processes
+from headrace_ops import Stack, artifacts, ports, processes
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_ops.kafka import Kafka
 from headrace_ops.redis import Redis
@@ -163,6 +163,32 @@ def test_up_twice_reports_the_same_processes_and_down_ends_them(folder: Path) ->
     assert not any(processes.alive(process) for process in families)
     assert headrace("stack", "status", "--dir", str(folder)).returncode == 1
     assert "is running" in headrace("stack", "env", "--dir", str(folder)).stderr
+
+
+def test_a_plain_user_has_the_same_stack(folder: Path) -> None:
+    """The servers are his own processes; the rest of these tests are root's where they are run by root."""
+    uid, plain = os.geteuid(), []
+    if uid == 0:  # somebody who may read what root has installed, and nothing else
+        uid = 65534
+        os.chown(folder, uid, uid)
+        plain = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        plain += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+    caches = {"XDG_CACHE_HOME": str(artifacts.cache().parent), "HOME": str(folder)}
+
+    def headrace(*words: str) -> str:
+        command = [*plain, HEADRACE, "stack", *words, "--dir", str(folder / "plain")]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=180, env=os.environ | caches
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    facts = json.loads(headrace("up", "--only", "postgres,kafka,redis", "--json"))
+    families = [process for fact in facts for process in family(fact["pid"])]
+    assert {Path(f"/proc/{process.pid}").stat().st_uid for process in families} == {uid}
+    assert "not answering" not in headrace("status")
+    headrace("down", "--remove")
+    assert not any(processes.alive(process) for process in families)
 
 
 def family(pid: int) -> list[processes.Process]:

@@ -34,7 +34,7 @@ def sql(
 
     Example: `headrace sql "SELECT count(*) FROM products"`
 
-    Exit codes: 0 answered, 1 refused or failed in DuckDB, 2 wrong use, 3 no warehouse is running, 5 the warehouse is
+    Exit codes: 0 answered; 1 refused or failed in DuckDB; 2 wrong use; 3 no warehouse is running; 5 the warehouse is
     still loading.
     """
     if json and as_csv:

@@ -165,6 +165,8 @@ class Capture:
         check(checkpoint, source, slot)
         if checkpoint:
             self._log.check_ends(checkpoint)
+            for altered in self._log.configure(checkpoint):
+                self._say(f"settings have changed: topic {altered}")
         writer.resume(checkpoint)
         return checkpoint
 

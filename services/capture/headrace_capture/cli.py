@@ -22,8 +22,10 @@ __all__ = ["capture", "setup", "teardown"]
 def capture() -> None:
     """Read Postgres's write-ahead log into Kafka: the initial snapshot first, then every commit, until stopped.
 
-    Start it as often as you like: it goes on where the log ends, and only one of them writes. SIGTERM and Ctrl-C stop it cleanly
-    (exit code 0). Exit code 3: something must be changed first; 5: a server did not answer at the start.
+    Start it as often as you like: it goes on where the log ends, and only one of them writes. SIGTERM and Ctrl-C stop it cleanly.
+
+    Exit codes: 0 it was asked to stop; 3 something must be changed first; 4 a change cannot be captured; 5 a server did not answer
+    at the start.
 
     Examples:
 

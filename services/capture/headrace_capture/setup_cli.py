@@ -44,7 +44,9 @@ def setup(
     """Prepare Postgres for capture: publication, replica identities, rights. Prints every statement; runs them with --apply.
 
     Tables without a usable key are left out, with what to do about it. Running it again adds what is new. Nothing that it
-    does makes a statement of the application fail. Exit code 3: something must be changed first; 5: Postgres does not answer.
+    does makes a statement of the application fail.
+
+    Exit codes: 0 printed, or with --apply done; 3 something must be changed first; 5 Postgres does not answer, or a table is locked.
 
     Examples:
 
@@ -67,10 +69,14 @@ def setup(
         _next(made, applied=apply)
 
 
-def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False) -> None:
+def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json: AsJson = False) -> None:
     """Take headrace away from Postgres: slot, publication, and everything that setup changed is put back.
 
-    Exit code 3: capture is still running, or the role may not do it. Views and their stores stay: see `headrace drop`.
+    It says what it would do, and asks. With --json it does not ask: nothing is done without --yes. Views and their stores stay:
+    see `headrace drop`.
+
+    Exit codes: 0 it is gone; 2 nobody agreed, nothing was changed; 3 capture is still running, or the role may not do it;
+    5 Postgres, or Kafka for --topics, does not answer, or a table is locked.
 
     Examples:
 
@@ -79,16 +85,21 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False) -> N
         headrace teardown --topics --yes
     """
     settings = _settings(dsn)
+    log = Log(settings)
     with connect(settings.dsn, name="headrace teardown", setting=_where(dsn)) as connection:
         removal = removing.plan(connection, settings)
-        for line in _told(settings, removal, topics=topics):
-            typer.echo(line)
-        _agree(yes=yes)
+        own = log.own_topics() if topics else []
+        if json:
+            print_json(removal.facts() | {"topics": own, "applied": yes})
+        else:
+            _tell(settings, removal, own, topics=topics)
+            _agree(yes=yes)
+        if json and not yes:
+            return
         removing.run(connection, settings, removal)
-    if topics:
-        for topic in Log(settings).delete_topics():
-            typer.echo(f"deleted topic {topic}")
-    typer.echo(f"headrace is gone from source {settings.source}.")
+    log.delete_topics(own)
+    if not json:
+        typer.echo(f"headrace is gone from source {settings.source}.")
 
 
 def _settings(dsn: str | None) -> Settings:
@@ -124,11 +135,15 @@ def _next(made: making.Plan, *, applied: bool) -> None:
         typer.echo("Nothing was changed. Run them yourself, or again with --apply.")
 
 
-def _told(settings: Settings, removal: removing.Removal, *, topics: bool) -> list[str]:
+def _tell(settings: Settings, removal: removing.Removal, own: list[str], *, topics: bool) -> None:
     lines = [f"-- drop the replication slot {settings.slot}"] if removal.slot else []
     lines += [f"{statement};" for statement in removal.statements]
-    lines += [f"-- delete the topics {settings.source}.*"] if topics else []
-    return [*(lines or ["-- nothing of headrace is left in Postgres"]), *removal.kept]
+    lines = [*(lines or ["-- nothing of headrace is left in Postgres"]), *removal.kept]
+    lines += [f"-- delete the topic {topic}" for topic in own]
+    if topics and not own:
+        lines.append(f"-- Kafka has no topic of source {settings.source}")
+    for line in lines:
+        typer.echo(line)
 
 
 def _agree(*, yes: bool) -> None:

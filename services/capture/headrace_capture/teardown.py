@@ -6,7 +6,8 @@ memory in the source; a replica identity is put back only if it is still what se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -28,6 +29,10 @@ class Removal:
     slot: bool
     statements: tuple[str, ...]
     kept: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Return it for `--json`."""
+        return asdict(self)
 
 
 def plan(connection: Connection, settings: Settings) -> Removal:

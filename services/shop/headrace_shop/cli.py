@@ -47,6 +47,8 @@ def load(
     """Make the shop's tables and add rows to them.
 
     Example: `headrace shop load --products 10000 --reviews 50000`
+
+    Exit codes: 0 the rows are there; 3 there is nothing that they could belong to; 5 the database does not answer.
     """
     with database.connect(dsn or settings.load().dsn) as connection:
         database.create(connection)
@@ -80,6 +82,8 @@ def work(
     Every committed change has a number, and the table `ledger` lists them.
 
     Example: `headrace shop work --rate 50/s --seconds 60`
+
+    Exit codes: 0 its time is over, or it was asked to stop; 5 the database does not answer.
     """
     address = dsn or settings.load().dsn
     writes = LogWrites(address, connections=1)
@@ -109,6 +113,8 @@ def serve(
     With `--writes dual` it keeps stores of its own, filled at the start, and writes each of them from the request.
 
     Example: `headrace shop serve --port 8080`
+
+    Exit codes: 0 it was asked to stop; 3 the port is taken, or a setting is wrong; 5 a server does not answer.
     """
     from headrace_shop import serving  # noqa: PLC0415 - the web server is loaded only to serve
 
@@ -131,6 +137,8 @@ def replay(
     `--writes log` the consumers' views follow by themselves: compare them by `headrace verify`.
 
     Example: `headrace shop replay --writes dual --json`
+
+    Exit codes: 0 replayed, whatever the comparison says; 3 the shop is empty; 5 a server does not answer.
     """
     from headrace_shop import replay as accidents  # noqa: PLC0415 - the stores' clients are loaded only when needed
 

@@ -47,9 +47,12 @@ def demo(
 ) -> None:
     """Show it all: stack, shop, capture, three views, a kill, a rebuild, verify, and what dual writes do.
 
-    Everything is made in a new folder and removed at the end. Exit code 0 only if all of it held; else 1.
+    Everything is made in a new folder and removed at the end.
+
+    Exit codes: 0 all of it held; 1 something did not; 130 it was interrupted.
 
     Examples:
+
         headrace demo
 
         headrace demo --once

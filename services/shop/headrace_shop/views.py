@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from headrace.change import Row, Version
-from headrace.errors import Misconfigured, Transient
+from headrace.change import NOWHERE, Row, Version, format_lsn, parse_lsn
+from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
 from headrace.stores.elasticsearch import SearchReader
 from headrace.stores.redis import Page, PageReader
@@ -52,16 +53,40 @@ class Views:
         """Read by these readers; the caller closes them."""
         self._pages, self._search, self._sql = pages, search, sql
 
-    def page(self, page_id: str, after: int = 0) -> Page | None:
+    def page(self, page_id: str, after: Version = NOWHERE) -> Page | None:
         """Return a page as the consumer rendered it, or None. One round trip, or some more for up to `WAIT` seconds
-        until the view has reached the LSN `after`.
+        until the view has reached the token `after`.
+
+        Raises:
+            Misconfigured: `token-void`, when the token is of an earlier epoch than the view (S2).
         """
         deadline = time.monotonic() + WAIT
         page = self._pages.get(page_id)
-        while after and self._pages.applied().lsn < after and time.monotonic() < deadline:
+        while after > NOWHERE and not self._reached(after) and time.monotonic() < deadline:
             time.sleep(0.02)
             page = self._pages.get(page_id)
         return page
+
+    def token(self, lsn: int) -> str:
+        """Return the token of a commit that ended before `lsn`, as it stands in an address: ``1:0/17ABA90`` (S25).
+
+        An application hears of epochs from the views alone: the token is of the epoch that the pages show now. It is empty
+        when they do not answer: what was written is written, and nobody can wait for it.
+        """
+        with suppress(HeadraceError):
+            applied = self._pages.applied()
+            return f"{applied.epoch}:{format_lsn(lsn)}" if applied > NOWHERE else ""
+        return ""
+
+    def _reached(self, after: Version) -> bool:
+        applied = self._pages.applied()
+        if after.epoch < applied.epoch:
+            raise Misconfigured(
+                "token-void",
+                f"{after} is of an epoch before {applied}: what was written then may be lost.",
+                "Look at the page again, without `after`.",
+            )
+        return applied >= after
 
     def search(self, text: str) -> list[Row]:
         """Return up to 30 products for `text`, the best first."""
@@ -96,6 +121,10 @@ def warehouse_sql(settings: Settings) -> Sql:
     return run
 
 
-def token(version: Version) -> str:
-    """Return a causality token as it stands in an address: ``1:0/17ABA90``."""
-    return str(version).replace("@", ":")
+def parse_token(text: str) -> Version:
+    """Undo `Views.token`; NOWHERE, which is always reached, for what is none."""
+    epoch, _, lsn = text.partition(":")
+    try:
+        return Version(int(epoch), parse_lsn(lsn))
+    except ValueError:
+        return NOWHERE

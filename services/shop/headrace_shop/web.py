@@ -23,11 +23,11 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from headrace.change import format_lsn, parse_lsn
+from headrace.change import format_lsn
 from headrace.errors import HeadraceError
 from headrace_shop.database import Connection
 from headrace_shop.edits import AddReview, Edit, PlaceOrder, SetPrice
-from headrace_shop.views import Views
+from headrace_shop.views import Views, parse_token
 from headrace_shop.writes import Writes
 
 Form = Mapping[str, Any]
@@ -145,14 +145,17 @@ class Shop:
         """Write, and send the reader on with a token, so that the next page shows the change (S25)."""
         written = self._writes.write(edit)
         place = target.format(order=written.made.ids[0] if written.made.ids else 0)
-        return RedirectResponse(f"{place}?after={format_lsn(written.lsn)}" if written.lsn else place, status_code=303)
+        token = self._views.token(written.lsn) if written.lsn else ""
+        return RedirectResponse(f"{place}?after={token}" if token else place, status_code=303)
 
     def _cached(self, request: Request, collection: str) -> Response:
-        page = self._views.page(f"{collection}/{request.path_params['id']}", _after(request))
+        after = parse_token(request.query_params.get("after", ""))
+        page = self._views.page(f"{collection}/{request.path_params['id']}", after)
         if page is None:
             return self._absent()
-        headers = {"ETag": page.etag, "Cache-Control": "no-cache", "X-Headrace-LSN": format_lsn(page.lsn)}
-        if page.etag in request.headers.get("if-none-match", ""):
+        headers = {"Cache-Control": "no-cache", "X-Headrace-LSN": format_lsn(page.lsn)}
+        headers |= {"ETag": page.etag} if page.etag else {}
+        if page.etag and page.etag in _tags(request):
             return Response(status_code=304, headers=headers)
         return HTMLResponse(page.html, headers=headers)
 
@@ -191,11 +194,9 @@ def posted(endpoint: Callable[[Request, Form], Response]) -> Callable[[Request],
     return read
 
 
-def _after(request: Request) -> int:
-    try:
-        return parse_lsn(request.query_params.get("after", "0/0"))
-    except ValueError:
-        return 0
+def _tags(request: Request) -> set[str]:
+    """Return the ETags of pages that the reader has already."""
+    return {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
 
 
 def _price(form: Form) -> Decimal:

@@ -51,8 +51,10 @@ def verify(
     """Compare every row of a view with Postgres, also while both go on, and print what is missing, extra or different.
 
     A difference counts unless the log has a change of that row which the snapshot of Postgres could not see; such rows are
-    compared again until they are decided. Exit code 0: no differences. 1: differences, or rows that changed too often to be
-    decided. 3: something must be changed first. 5: a server or a view does not answer.
+    compared again until they are decided.
+
+    Exit codes: 0 no differences; 1 differences, or rows that changed too often to be decided; 3 something must be changed
+    first; 5 a server or a view does not answer.
 
     Examples:
 

@@ -1,0 +1,61 @@
+"""Every command says how it is used: an example of itself, and each exit code by which it may end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from headrace import cli, errors
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands(group: Any, *words: str) -> Iterator[tuple[str, Any]]:
+    """Yield each command of a group and of the groups in it, by the words that call it."""
+    for name, command in vars(group)["commands"].items():
+        if "commands" in vars(command):
+            yield from commands(command, *words, name)
+        else:
+            yield " ".join((*words, name)), command
+
+
+cli.add_commands(None)
+ALL = dict(commands(get_command(cli.app)))
+
+
+def exit_codes(said: str) -> list[int]:
+    """Return the codes of "Exit codes: 0 done; 3 something must be changed." in a help text."""
+    told = re.search(r"Exit codes: (.*?)(\n\n|$)", said, re.DOTALL)
+    return [int(code) for code in re.findall(r"(?:^|; |;\n)(\d+) ", told[1])] if told else []
+
+
+@pytest.mark.parametrize("words", ALL)
+def test_a_command_has_an_example_and_its_exit_codes(words: str) -> None:
+    said = ALL[words].help
+    assert re.search(rf"Examples?:\s[^#]*\bheadrace {words}\b", said), said
+    assert exit_codes(said)[:1] == [0], said
+    assert exit_codes(said) == sorted(set(exit_codes(said)) & set(table())), said
+
+
+def test_the_commands_of_every_service_are_there() -> None:
+    expected = "run plugins settings status rebuild promote rollback drop setup teardown capture verify sql demo"
+    groups = ["new consumer", *(f"stack {name}" for name in ("up", "down", "status", "logs", "env"))]
+    shop = [f"shop {name}" for name in ("load", "work", "serve", "replay")]
+    assert {*expected.split(), *groups, *shop} <= set(ALL)
+
+
+def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
+    kinds = (errors.Transient, errors.Misconfigured, errors.Poison)
+    codes = {errors.OK, errors.CHECK_FAILED, errors.USAGE, errors.INTERRUPTED, *(kind.exit_code for kind in kinds)}
+    assert set(table()) == codes
+
+
+def table() -> list[int]:
+    """Return the codes of the table in docs/operating.md."""
+    page = (ROOT / "docs/operating.md").read_text()
+    return [int(code) for code in re.findall(r"^\| (\d+) \|", page.partition("## Exit codes")[2], re.MULTILINE)]
