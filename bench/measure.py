@@ -37,7 +37,7 @@ class Run:
         kind: Which tool.
         records: As counted in the topics; of `pg_recvlogical` what was committed.
         extra: How many of them are more than were expected (a tool that is at-least-once may write a change twice).
-        net: Records a second from the first visible one to the last; 0 where there is no such thing.
+        net: Records a second from the first visible one to the last; 0 when all of them became visible at once.
         from_start: Records a second from the start of the process.
         seconds: From the start of the process to the last record visible.
         broker_seconds: From the first record to the last by the broker's own clock: when they were written, not when visible.

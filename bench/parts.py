@@ -100,7 +100,9 @@ class Bench:
     def _snapshot(self) -> Part:
         rows = self._sizes.rows
         origin = source.orders(self._postgres, "snapshot", rows)
-        part = Part("snapshot", row_bytes=int(origin.value("SELECT avg(length(row_to_json(o)::text)) FROM orders o")))
+        part = Part(
+            "snapshot", row_bytes=int(origin.value("SELECT avg(octet_length(row_to_json(o)::text)) FROM orders o"))
+        )
 
         def one(kind: type[Tool]) -> Run:
             with self._tool(kind, origin) as tool:

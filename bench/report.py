@@ -63,9 +63,9 @@ def ratios(part: Part) -> Iterator[Ratio]:
     if len(part.again) == 2:
         first, second = part.again
         if part.name == "latency":
-            yield _ratio("headrace / headrace, p50", [first.p50 / second.p50])
+            yield _ratio("headrace / headrace, p50", [_over(first.p50, second.p50)])
         else:
-            yield _ratio("headrace / headrace, net", [first.net / second.net])
+            yield _ratio("headrace / headrace, net", [_over(first.net, second.net)])
     pairs = [(pair[0], pair[1]) for pair in part.pairs if len(pair) == 2]
     if pairs:
         yield from _against(part.name, pairs)
@@ -73,9 +73,13 @@ def ratios(part: Part) -> Iterator[Ratio]:
     yield from _ours(part)
 
 
+def _over(value: float, other: float) -> float:
+    return value / other if other else 0.0  # so few records that all were there at the first look
+
+
 def _against(name: str, pairs: Sequence[tuple[Run, Run]]) -> Iterator[Ratio]:
     def each(value: Callable[[Run], float]) -> list[float]:
-        return [value(ours) / value(theirs) for ours, theirs in pairs]
+        return [_over(value(ours), value(theirs)) for ours, theirs in pairs]
 
     if name == "latency":
         yield _ratio("headrace / Debezium, p50", each(lambda run: run.p50))
@@ -91,7 +95,7 @@ def _against(name: str, pairs: Sequence[tuple[Run, Run]]) -> Iterator[Ratio]:
 def _limits(part: Part) -> Iterator[Ratio]:
     if part.limits:
         runs = [*part.again, *(pair[0] for pair in part.pairs)]
-        found = [ours.net / limit.net for ours, limit in zip(runs, part.limits, strict=True)]
+        found = [_over(ours.net, limit.net) for ours, limit in zip(runs, part.limits, strict=True)]
         yield _ratio("headrace / pg_recvlogical, net rate", found, least=0.7)
 
 

@@ -32,7 +32,7 @@ CREATE TABLE orders (
 INSERT INTO orders
 SELECT i, i % 9973, 0, (ARRAY['new', 'paid', 'packed', 'shipped'])[1 + i % 4], (i % 1000000) / 100.0,
        timestamptz '2026-01-01 UTC' + i * interval '1 second', 'Größe "L", Artikel ' || md5(i::text),
-       repeat(md5((i + 1)::text) || ' ', 5) || 'not before noon' || chr(10) || 'please ring ' || (i % 100)::text
+       repeat(md5((i + 1)::text) || ' ', 5) || 'not before noon, the bell is broken' || chr(10) || 'please ask at no. ' || (i % 100)::text
 FROM generate_series(1, {rows}) i;
 CREATE PROCEDURE change(begin_with int, changes int, per_transaction int, number_of_rows int)
 LANGUAGE plpgsql AS $$
