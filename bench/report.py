@@ -137,6 +137,7 @@ def page(parts: Iterable[Part], told: dict[str, str]) -> str:
         lines += [
             f"## {TITLES[part.name]}",
             "",
+            *([f"A row is {part.row_bytes} bytes as JSON.", ""] if part.row_bytes else []),
             *_rates(part),
             "",
             *(f"- {ratio.told()}" for ratio in ratios(part)),
