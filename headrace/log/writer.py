@@ -29,6 +29,9 @@ WHOLE_PARTITIONS = 256
 """Up to so many partitions every checkpoint names the ends of all of them; above, one in WHOLE_EVERY does (S16)."""
 WHOLE_EVERY = 100
 _COMMIT_SECONDS = 60
+_MARKERS_SECONDS = 0.003
+"""A commit is answered before its markers are written. A transaction that begins meanwhile is refused, and librdkafka asks again after
+20 ms: a cut that waits this long first is there sooner."""
 _NONE = (0, "", b"")
 
 
@@ -55,6 +58,7 @@ class CutWriter:
         self._kept: deque[bytes] = deque()
         self._base: Checkpoint | None = None
         self._since_base = 0
+        self._committed_at = 0.0
         self.records = self.open_records = self.open_bytes = 0
         self.opened_at = 0.0
 
@@ -208,6 +212,9 @@ class CutWriter:
         self._producer = None
 
     def _begin(self) -> None:
+        wait = self._committed_at + _MARKERS_SECONDS - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
         with kafka.kafka_errors("beginning a cut"):
             self._client.begin_transaction()
         self.opened_at = time.monotonic()
@@ -331,6 +338,7 @@ class CutWriter:
                     )
                     raise (failure if isinstance(failure, Misconfigured) else lost) from error
             else:
+                self._committed_at = time.monotonic()
                 self._raise_failed()
                 return
 
