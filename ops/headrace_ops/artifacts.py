@@ -229,12 +229,14 @@ def _unpack_redis(brought: Path, filled: Path) -> None:
 
 _ZONKY = "arm64v8" if _MACHINE == "arm64" else _MACHINE
 
-POSTGRES = Artifact(
-    "postgres-18.1.0",
-    (f"io.zonky.test.postgres:embedded-postgres-binaries-linux-{_ZONKY}:18.1.0",),
-    megabytes=15,
-    unpack=_unpack_postgres,
-)
+
+def postgres(version: str) -> Artifact:
+    """Return a version of Postgres, named as Maven does: ``18.1.0``."""
+    coordinates = f"io.zonky.test.postgres:embedded-postgres-binaries-linux-{_ZONKY}:{version}"
+    return Artifact(f"postgres-{version}", (coordinates,), megabytes=15, unpack=_unpack_postgres)
+
+
+POSTGRES = postgres("18.1.0")
 KAFKA = Artifact(
     "kafka-4.3.1",
     (

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import signal
-from typing import ClassVar, Final
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
 import psycopg
 
@@ -20,6 +21,7 @@ unix_socket_directories = ''
 wal_level = logical
 max_replication_slots = 100
 max_wal_senders = 100
+max_prepared_transactions = 20
 max_connections = 200
 timezone = 'UTC'
 log_timezone = 'UTC'
@@ -31,8 +33,17 @@ host all,replication all      127.0.0.1/32 scram-sha-256
 """
 
 
+_BUILTIN_LOCALES: Final = 17
+"""The first version whose own C.UTF-8 knows letters beyond ASCII."""
+
+
 class Postgres(ProcessServer):
-    """The source."""
+    """The source.
+
+    Args:
+        folder: See `ProcessServer`, which takes the other arguments too.
+        artifact: Which version to run.
+    """
 
     name = "postgres"
     usual_ports: ClassVar = {"postgres": 5432}
@@ -40,9 +51,13 @@ class Postgres(ProcessServer):
     stop_seconds = 15
     usual_seconds = 3
 
+    def __init__(self, folder: Path, *, artifact: artifacts.Artifact = artifacts.POSTGRES, **how: Any) -> None:
+        super().__init__(folder, **how)
+        self._artifact = artifact
+
     def artifact(self) -> artifacts.Artifact:
         """See `ProcessServer.artifact`."""
-        return artifacts.POSTGRES
+        return self._artifact
 
     def address(self) -> str:
         """Return the DSN of its superuser in the database `postgres`."""
@@ -70,8 +85,9 @@ class Postgres(ProcessServer):
             "UTF8",
             "--no-sync",
         ]
-        locale = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
-        processes.run([*initdb, *locale], folder=self.data, environ=self.environ())
+        major = int(self._artifact.name.partition("-")[2].partition(".")[0])
+        builtin = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"] if major >= _BUILTIN_LOCALES else []
+        processes.run([*initdb, *builtin, "--locale=C"], folder=self.data, environ=self.environ())
         with (self.data / "postgresql.conf").open("a") as conf:
             conf.write(_CONF)
         access.write_text(_ACCESS)
@@ -88,4 +104,4 @@ class Postgres(ProcessServer):
             raise OSError(str(error)) from error
 
     def _program(self, name: str) -> str:
-        return str(artifacts.get(artifacts.POSTGRES) / "bin" / name)
+        return str(artifacts.get(self._artifact) / "bin" / name)

@@ -70,8 +70,9 @@ class TableColumn:
     Attributes:
         type: As `format_type` gives it, with modifiers; names outside pg_catalog are qualified.
         oid: The type's oid, as a Relation message names it.
-        base: The type's own name below all domains: ``int4``, ``numeric``, ``_text`` for ``text[]``.
-        element: The same for the elements of an array; empty for other types.
+        base: The type's own name below all domains: ``int4``, ``_text`` for ``text[]``; qualified if it is not built in.
+        element: The same for the elements of an array, with what separates them where that is no comma (``box;``); empty
+            for other types.
         generated: ``s`` stored, ``v`` virtual, empty for an ordinary column.
         out_of_line: Whether Postgres may keep the value out of line (TOAST) and leave it out of an update's record.
         published: Whether the publication asked about sends it.
@@ -299,8 +300,15 @@ SELECT c.oid, n.nspname, c.relname, c.relkind::text, c.relreplident::text, row_s
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%(oids)s) ORDER BY 2, 3
 """
 
+BASE_AND_ELEMENT = """
+  coalesce(CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN t.typname ELSE format_type(t.oid, NULL) END, ''),
+  coalesce(CASE WHEN et.typnamespace = 'pg_catalog'::regnamespace THEN et.typname ELSE format_type(et.oid, NULL) END, '')
+  || coalesce(nullif(et.typdelim, ','), '')
+"""
+"""What `TableColumn` calls so, of the type `t` and its element `et`: a name alone could be a user's own ``public.date``."""
+
 # A table without a TOAST table keeps every value in line: Postgres makes one as soon as a row could be too wide.
-_COLUMNS = """
+_COLUMNS = f"""
 WITH RECURSIVE base(oid, below) AS (
   SELECT oid, oid FROM pg_type WHERE typtype <> 'd'
   UNION ALL SELECT t.oid, b.below FROM pg_type t JOIN base b ON t.typtype = 'd' AND t.typbasetype = b.oid
@@ -309,7 +317,7 @@ WITH RECURSIVE base(oid, below) AS (
   WHERE EXISTS (SELECT FROM pg_class c WHERE c.reltoastrelid <> 0
                 AND (c.oid = r.oid OR c.oid IN (SELECT relid FROM pg_partition_tree(r.oid))))
 )
-SELECT a.attrelid, a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid, t.typname, coalesce(et.typname, ''),
+SELECT a.attrelid, a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid, {BASE_AND_ELEMENT},
        NOT a.attnotnull, a.attgenerated::text, a.attstorage <> 'p' AND a.attgenerated <> 'v' AND a.attrelid IN (SELECT oid FROM wide)
 FROM pg_attribute a
 JOIN base b ON b.oid = a.atttypid JOIN pg_type t ON t.oid = b.below

@@ -7,7 +7,7 @@ happened is named in every checkpoint from then on (`inexact`) and on the termin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from psycopg import sql
@@ -65,6 +65,9 @@ class Relations:
         if not key:
             self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))
             return None
+        sent = {column.name for column in relation.columns}
+        if not sent.issuperset(key):
+            raise _key_changed(f"{relation.schema}.{relation.name}", sorted(sent.intersection(key)), key)
         plans = self._plans(relation, now)
         shape = self.version(
             known, TableSchema(f"{relation.schema}.{relation.name}", 1, tuple(p.column for p in plans), key)
@@ -94,12 +97,7 @@ class Relations:
         if known is None:
             return wanted
         if known.key != wanted.key:
-            raise Misconfigured(
-                "key-changed",
-                f"The key of {wanted.table} was ({', '.join(known.key)}) and is ({', '.join(wanted.key)}): "
-                "a key cannot change under a topic.",
-                _AGAIN,
-            )
+            raise _key_changed(wanted.table, known.key, wanted.key)
         return known if known.columns == wanted.columns else replace(wanted, version=known.version + 1)
 
     def _publish(self, shape: TableSchema) -> None:
@@ -132,6 +130,11 @@ class Relations:
         query = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE age(xmin) > age(%s::text::xid))").format(table)
         row = self._connection.execute(query, [str(xid)]).fetchone()
         return row is not None and bool(row[0])
+
+
+def _key_changed(table: str, was: Sequence[str], now: Sequence[str]) -> Misconfigured:
+    said = f"The key of {table} was ({', '.join(was)}) and is ({', '.join(now)}): a key cannot change under a topic."
+    return Misconfigured("key-changed", said, _AGAIN)
 
 
 def keyless(table: str, why: str) -> str:
@@ -173,12 +176,12 @@ def _length(text: str | None) -> int:
 
 _VARCHAR = re.compile(r"character varying(?:\((\d+)\))?")
 
-_TYPES = """
+_TYPES = f"""
 WITH RECURSIVE base(oid, below) AS (
   SELECT oid, oid FROM pg_type WHERE typtype <> 'd'
   UNION ALL SELECT t.oid, b.below FROM pg_type t JOIN base b ON t.typtype = 'd' AND t.typbasetype = b.oid
 )
-SELECT coalesce(format_type(u.oid, u.modifier), '???'), coalesce(t.typname, ''), coalesce(et.typname, '')
+SELECT coalesce(format_type(u.oid, u.modifier), '???'), {catalog.BASE_AND_ELEMENT}
 FROM unnest(%s::oid[], %s::int4[]) WITH ORDINALITY u(oid, modifier, place)
 LEFT JOIN base b ON b.oid = u.oid LEFT JOIN pg_type t ON t.oid = b.below
 LEFT JOIN base e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type et ON et.oid = e.below

@@ -100,6 +100,9 @@ def unusable(table: Table) -> LeftOut | None:
             else f"ALTER TABLE {name} ADD PRIMARY KEY (…)"
         )
         return LeftOut(table.full_name, why, f"Run: {use}")
+    if "." in table.schema:
+        why = "its schema has a dot in its name, and tables are named schema.table"
+        return LeftOut(table.full_name, why, f"ALTER SCHEMA {sql.Identifier(table.schema).as_string()} RENAME TO …")
     if table.kind == "p" and any(leaf.identity == identities.INDEX for leaf in table.leaves):
         why = "a partition names its old rows by another index than the primary key"
         return LeftOut(table.full_name, why, "ALTER TABLE that partition REPLICA IDENTITY DEFAULT.")
@@ -211,7 +214,7 @@ def _publication(
         options["publish_generated_columns"] = "stored"
     told = sql.SQL(", ".join(f"{option} = {value}" for option, value in options.items()))
     publication = sql.Identifier(name)
-    new = sql.SQL(", ").join(table.identifier for table in made.tables if table.oid not in present)
+    new = sql.SQL(", ").join(_alone(table) for table in made.tables if table.oid not in present)
     if not exists:
         return [sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH ({})").format(publication, new, told)]
     statements = []
@@ -220,6 +223,11 @@ def _publication(
     if len(present) < len(made.tables):
         statements.append(sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(publication, new))
     return statements
+
+
+def _alone(table: Table) -> sql.Composed:
+    """Return the table without those that inherit from it: they have no key of its, and their statements would fail [I1]."""
+    return sql.SQL("{}" if table.kind == "p" else "ONLY {}").format(table.identifier)
 
 
 def _options_hold(connection: Connection, name: str, version: int) -> bool:

@@ -92,7 +92,7 @@ _SCALARS: Final[dict[str, Converter]] = {
     "jsonb": _json,
 }
 _VECTORS: Final = frozenset({"int2vector", "oidvector"})
-_DELIMITERS: Final = {"box": b";"}
+_NAMES_END: Final = re.compile(r'[\w"]$')
 
 
 def converter(base: str, element: str = "") -> Converter:
@@ -100,10 +100,11 @@ def converter(base: str, element: str = "") -> Converter:
 
     Args:
         base: The type's name below all domains: ``int4``, ``_text``; a type that has no natural JSON stays its text.
-        element: The same for the elements of an array; empty for other types.
+        element: The same for the elements of an array, with their delimiter behind it where that is no comma: ``box;``.
     """
     if element and base not in _VECTORS:
-        return _array(converter(element), _DELIMITERS.get(element, b","))
+        name, delimiter = (element, b",") if _NAMES_END.search(element) else (element[:-1], element[-1:].encode())
+        return _array(converter(name), delimiter)
     return _SCALARS.get(base, _text)
 
 
