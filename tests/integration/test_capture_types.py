@@ -40,7 +40,7 @@ ODD = ["", "NULL", '"', "\\", "a,b:c;d", "{x}", "(y)", " z ", "ü€😀", "\t\n
 
 def made_kinds() -> list[Kind]:
     """Return the types of MADE, each with its array."""
-    pairs = ["(,,)", "(1,,{})", '(-1,"x,""y\\\\",{sad,"so so"})', '(2,"","{NULL}")']
+    pairs = ["(,,)", "(1,,{})", '(-1,"x,""y\\\\","{sad,""so so""}")', '(2,"","{NULL}")']
     kinds: dict[str, list[str]] = {
         "public.hstore": ["", '"a"=>"1"', '"a b"=>NULL, "c\\"d"=>"e\\\\f"'],
         "public.citext": ["Abc", *ODD],
@@ -83,8 +83,9 @@ def insert(settings: Settings, table: str, columns: list[tuple[str, str, list[st
 
 
 @pytest.fixture
-def kinds(settings: Settings) -> list[Kind]:
+def kinds(each_version: Settings) -> list[Kind]:
     """The columns c0, c1, … of the table `kinds`, which has ROWS rows."""
+    settings = each_version
     found = all_kinds(settings)
     defined = ", ".join(f"c{n} {kind.sql}" for n, kind in enumerate(found))
     execute(settings, f"CREATE TABLE kinds (id int PRIMARY KEY, touched int, {defined})")
@@ -94,8 +95,9 @@ def kinds(settings: Settings) -> list[Kind]:
 
 
 def test_every_value_comes_back_and_has_the_same_bytes_whichever_way_it_came(
-    settings: Settings, kinds: list[Kind]
+    each_version: Settings, kinds: list[Kind]
 ) -> None:
+    settings = each_version
     prepare(settings)
     names = ", ".join(f"c{n}" for n in range(len(kinds)))
     with capturing(settings) as capture:
@@ -161,8 +163,9 @@ def _hex(value: Any) -> Any:
     return value if value is None else "\\x" + b64decode(value).hex()
 
 
-def test_a_key_has_the_same_bytes_in_snapshot_and_stream(settings: Settings) -> None:
+def test_a_key_has_the_same_bytes_in_snapshot_and_stream(each_version: Settings) -> None:
     """Of every type that a primary key may hold: what the snapshot wrote, the stream's deletes find."""
+    settings = each_version
     keyed = [kind for kind in all_kinds(settings) if kind.keyed]
     tables = [keyed[start : start + 24] for start in range(0, len(keyed), 24)]
     for number, columns in enumerate(tables):

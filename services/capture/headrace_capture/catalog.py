@@ -303,7 +303,7 @@ FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(
 BASE_AND_ELEMENT = """
   coalesce(CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN t.typname ELSE format_type(t.oid, NULL) END, ''),
   coalesce(CASE WHEN et.typnamespace = 'pg_catalog'::regnamespace THEN et.typname ELSE format_type(et.oid, NULL) END, '')
-  || coalesce(nullif(et.typdelim, ','), '')
+  || coalesce(nullif(et.typdelim::text, ','), '')
 """
 """What `TableColumn` calls so, of the type `t` and its element `et`: a name alone could be a user's own ``public.date``."""
 

@@ -42,10 +42,12 @@ class Memory:
     Attributes:
         grants: Rights that were given.
         identities: Replica identities that were changed; the first `was` of each table is kept.
+        append_only: Tables without a key that somebody named (see `append_only`).
     """
 
     grants: list[Grant] = field(default_factory=list)
     identities: list[Changed] = field(default_factory=list)
+    append_only: list[str] = field(default_factory=list)
 
     def changed(self, schema: str, name: str, was: str, now: str) -> None:
         """Remember a changed replica identity; one that is put back is forgotten."""
@@ -58,9 +60,10 @@ class Memory:
 
     def statement(self, publication: str) -> sql.Composed:
         """Return the statement that writes it down."""
-        text = orjson.dumps(
-            {"by": _BY, "grants": [*map(list, self.grants)], "identities": [*map(list, self.identities)]}
-        ).decode()
+        facts: dict[str, object] = {"by": _BY, "grants": [*map(list, self.grants)]}
+        facts["identities"] = [*map(list, self.identities)]
+        facts["append_only"] = self.append_only
+        text = orjson.dumps(facts).decode()
         return sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(sql.Identifier(publication), sql.Literal(text))
 
 
@@ -74,4 +77,5 @@ def recall(connection: Connection, publication: str) -> Memory | None:
         return None
     if not isinstance(said, dict) or said.get("by") != _BY:
         return None
-    return Memory([Grant(*grant) for grant in said["grants"]], [Changed(*changed) for changed in said["identities"]])
+    identities = [Changed(*changed) for changed in said["identities"]]
+    return Memory([Grant(*grant) for grant in said["grants"]], identities, said.get("append_only", []))

@@ -15,7 +15,7 @@ from psycopg import sql
 from headrace.change import Column, TableSchema
 from headrace.errors import Misconfigured, Poison
 from headrace.log import Log
-from headrace_capture import catalog
+from headrace_capture import append_only, catalog
 from headrace_capture.cut import Cut
 from headrace_capture.pgoutput import Relation
 from headrace_capture.replication import postgres_errors
@@ -62,7 +62,7 @@ class Relations:
             relation.oid
         )
         key = now.key if now else known.key if known else ()
-        if not key:
+        if not key and not self._append_only(relation, known):
             self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))
             return None
         sent = {column.name for column in relation.columns}
@@ -78,6 +78,16 @@ class Relations:
         return Table(
             shape, self._log.topic_of(shape.table), plans, (self._log.settings.source, self._cut.source.database)
         )
+
+    def _append_only(self, relation: Relation, known: TableSchema | None) -> bool:
+        """Whether a table without a key is one of those that are captured so (S10)."""
+        name = f"{relation.schema}.{relation.name}"
+        if name not in append_only.named(self._connection, self._cut.source.publication) and (
+            known is None or known.key
+        ):
+            return False
+        append_only.check_identity(name, relation.identity)
+        return True
 
     def _plans(self, relation: Relation, now: catalog.Table | None) -> list[ColumnPlan]:
         """Types come from the message, as they were; what it does not tell from the catalogue, as it is now."""

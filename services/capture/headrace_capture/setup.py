@@ -7,6 +7,7 @@ The slot is not made here: capture makes it at its first start, because the init
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from psycopg import sql
 
 from headrace.errors import Misconfigured, Transient
 from headrace.settings import Settings
-from headrace_capture import catalog, identities, rights
+from headrace_capture import append_only, catalog, identities, rights
 from headrace_capture.catalog import Connection, Server, Table
 from headrace_capture.memory import Memory, recall
 
@@ -37,6 +38,7 @@ class Plan:
     Attributes:
         statements: In the order in which they run, as text.
         tables: What is captured afterwards.
+        append_only: Those of them that have no key.
         left_out: What is not.
         warnings: What somebody should know or decide.
     """
@@ -44,17 +46,23 @@ class Plan:
     server: Server
     statements: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    append_only: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
         """Return the plan for `--json`."""
-        tables = [{"table": table.full_name, "key": list(table.key)} for table in self.tables]
+        tables = [
+            {"table": table.full_name, "key": list(table.key), "append_only": table.full_name in self.append_only}
+            for table in self.tables
+        ]
         left_out = [entry._asdict() for entry in self.left_out]
         return {"tables": tables, "left_out": left_out, "warnings": self.warnings, "statements": self.statements}
 
 
-def plan(connection: Connection, settings: Settings, names: list[str], role: str = "") -> Plan:
+def plan(
+    connection: Connection, settings: Settings, names: list[str], role: str = "", appended: Sequence[str] = ()
+) -> Plan:
     """Decide what has to be done so that the tables can be captured.
 
     Args:
@@ -62,27 +70,44 @@ def plan(connection: Connection, settings: Settings, names: list[str], role: str
         settings: For the names of publication and slot.
         names: Tables to add; all with a usable key when empty.
         role: The role that capture will connect as; the connected one when empty.
+        appended: Tables without a key to add, to be captured as append-only.
 
     Raises:
-        Misconfigured: `wal-level`, `no-free-slot`, `no-usable-key`, `no-such-table`, `publication-foreign`, `no-such-role`.
+        Misconfigured: `wal-level`, `no-free-slot`, `no-usable-key`, `no-such-table`, `publication-foreign`, `no-such-role`,
+            `append-only-key`, `append-only-full`.
     """
     server = catalog.server(connection)
     _check_server(connection, server, settings)
     made = Plan(server)
+    memory = recall(connection, settings.publication)
+    present = _present(connection, settings.publication, memory)
+    loose = _loose(connection, made, memory, appended, present)
     found = catalog.named_tables(connection, names) if names else catalog.all_tables(connection)
-    for table in found:
+    for table in [table for table in found if table.full_name not in made.append_only]:
         reason = unusable(table)
         if reason and names:
             raise Misconfigured(
                 "no-usable-key", f"{table.full_name} cannot be captured: {reason.reason}.", reason.remedy
             )
         made.left_out += [reason] if reason else []
-    memory = recall(connection, settings.publication)
-    present = _present(connection, settings.publication, memory)
-    wanted = [table for table in found if not unusable(table)]
+    wanted = [*loose, *(table for table in found if not unusable(table))]
     made.tables = sorted({t.oid: t for t in [*present, *wanted]}.values(), key=lambda t: t.full_name)
     _fill(connection, settings, made, memory, {t.oid for t in present}, role)
     return made
+
+
+def _loose(
+    connection: Connection, made: Plan, memory: Memory | None, appended: Sequence[str], present: list[Table]
+) -> list[Table]:
+    """Return the tables to capture as append-only, now or already, and warn of what that does."""
+    known = memory.append_only if memory else []
+    before = [table for table in present if table.full_name in known]
+    new = [table for table in catalog.named_tables(connection, appended) if table.full_name not in known]
+    for table in [*before, *new]:
+        append_only.check(table)
+        made.append_only.append(table.full_name)
+        made.warnings.append(append_only.failing(connection, table))
+    return [*before, *new]
 
 
 def unusable(table: Table) -> LeftOut | None:
@@ -92,12 +117,12 @@ def unusable(table: Table) -> LeftOut | None:
         why = "its key is deferrable, so two rows may share it for a while (S9)"
         return LeftOut(table.full_name, why, f"Make the constraint of {name} NOT DEFERRABLE.")
     if table.keyless:
-        why = "it has no usable key; tables without a key are not captured yet (S10)"
+        why = "it has no usable key (S10)"
         index = sql.Identifier(table.unique).as_string()
         use = (
             f"ALTER TABLE {name} REPLICA IDENTITY USING INDEX {index}"
             if table.unique
-            else f"ALTER TABLE {name} ADD PRIMARY KEY (…)"
+            else f"ALTER TABLE {name} ADD PRIMARY KEY (…); if its rows are only ever added: headrace setup --append-only {name}"
         )
         return LeftOut(table.full_name, why, f"Run: {use}")
     if "." in table.schema:
@@ -176,11 +201,12 @@ def _fill(
     """Write the statements: rights, identities, and then the publication, so that nothing is published too early."""
     after = memory or Memory()
     before = after.statement(settings.publication).as_string() if memory else ""
+    after.append_only = made.append_only
     given = rights.missing(connection, made.tables, rights.role_of(connection, role or made.server.role))
     after.grants += [grant for grant in given if grant not in after.grants]
     statements = [rights.give(grant) for grant in given]
     narrowed = identities.narrowed_elsewhere(connection, settings.publication)
-    for table in made.tables:
+    for table in [table for table in made.tables if table.key]:
         _identities(made, table, after, statements, narrowed=table.oid in narrowed)
     statements += _publication(connection, settings.publication, made, present, exists=memory is not None)
     if after.statement(settings.publication).as_string() != before:

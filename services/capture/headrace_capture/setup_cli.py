@@ -27,6 +27,14 @@ Tables = Annotated[
         "--table", metavar="SCHEMA.TABLE", help="Capture this table; may be repeated. All with a key if none."
     ),
 ]
+AppendOnly = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--append-only",
+        metavar="SCHEMA.TABLE",
+        help="Capture this table though it has no key; may be repeated. UPDATE and DELETE of it fail from then on.",
+    ),
+]
 RoleName = Annotated[
     str, typer.Option("--role", metavar="ROLE", help="The role that capture and verify will use; the connected one.")
 ]
@@ -39,12 +47,17 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 def setup(
-    dsn: Dsn = None, table: Tables = None, role: RoleName = "", apply: Apply = False, json: AsJson = False
+    dsn: Dsn = None,
+    table: Tables = None,
+    append_only: AppendOnly = None,
+    role: RoleName = "",
+    apply: Apply = False,
+    json: AsJson = False,
 ) -> None:
     """Prepare Postgres for capture: publication, replica identities, rights. Prints every statement; runs them with --apply.
 
     Tables without a usable key are left out, with what to do about it. Running it again adds what is new. Nothing that it
-    does makes a statement of the application fail.
+    does makes a statement of the application fail, but for tables named by --append-only: it says which.
 
     Exit codes: 0 printed, or with --apply done; 3 something must be changed first; 5 Postgres does not answer, or a table is locked.
 
@@ -58,7 +71,7 @@ def setup(
     """
     settings = _settings(dsn)
     with connect(settings.dsn, name="headrace setup", setting=_where(dsn)) as connection:
-        made = making.plan(connection, settings, table or [], role)
+        made = making.plan(connection, settings, table or [], role, append_only or [])
         if json:
             print_json(made.facts() | {"applied": apply})
         else:
@@ -114,7 +127,7 @@ def _where(dsn: str | None) -> str:
 def _show(made: making.Plan, *, applied: bool) -> None:
     shown = Shown("captured table", "key")
     for table in made.tables:
-        shown.add_row(escape(table.full_name), escape(", ".join(table.key)))
+        shown.add_row(escape(table.full_name), escape(", ".join(table.key) or "none: append-only"))
     out.print(shown)
     for left in made.left_out:
         out.print(f"[yellow]left out[/yellow] {escape(left.table)}: {escape(left.reason)}. {escape(left.remedy)}")

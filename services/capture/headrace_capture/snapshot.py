@@ -20,7 +20,7 @@ from psycopg import sql
 from headrace.change import Checkpoint, TableSchema, Version
 from headrace.errors import Transient
 from headrace.log import CutWriter, Log
-from headrace_capture import catalog, copies
+from headrace_capture import append_only, catalog, copies
 from headrace_capture.copies import Copy, Piece
 from headrace_capture.cut import FULL_BYTES, LONGEST_SECONDS
 from headrace_capture.live import LiveKeys
@@ -68,10 +68,11 @@ class Rows:
 
     def _write_text(self, rows: list[bytes]) -> None:
         table = self.table
-        for line in rows:
+        for number, line in enumerate(rows, start=self.count - len(rows)):
             row = copy_fields(line[:-1])
             value = self._stamp.value(table, 0, READ, table.row(row))
-            self._writer.produce(table.topic, table.key(row), value, self._headers)
+            key = table.key(row) if table.key_at else append_only.position_key(self._stamp.lsn, -1 - number)
+            self._writer.produce(table.topic, key, value, self._headers)
 
 
 class Snapshot:
@@ -130,8 +131,11 @@ class Snapshot:
         publication = self._log.settings.publication
         filters = {(row[0], row[1]): row[2] for row in connection.execute(_FILTERS, [publication]).fetchall()}
         found = []
+        named = append_only.named(connection, publication)
         for published in catalog.published_tables(connection, publication):
-            if not published.key:
+            if published.full_name in named:
+                append_only.check(published)
+            elif not published.key:
                 self._progress.say(keyless(published.full_name, published.keyless))
                 continue
             rows = Rows(self._table(published), self._writer, stamp)

@@ -14,6 +14,7 @@ from headrace.change import Version, format_lsn
 from headrace.errors import Misconfigured, Poison
 from headrace.log import Log
 from headrace_capture import pgoutput
+from headrace_capture.append_only import position_key
 from headrace_capture.cut import FULL_BYTES, LONGEST_SECONDS, Cut, Whole
 from headrace_capture.live import LiveKeys
 from headrace_capture.pgoutput import (
@@ -191,7 +192,7 @@ class Stream:
         table = self._tables[oid]
         if table is None:
             return
-        key = table.key(new)
+        key = table.key(new) if table.key_at else position_key(self._open_stamp.lsn, self._ordinal)
         if table.wide:
             self._filler.memory.changed(table, key, key, new, self._size)
         if self._ordinal > self._skip:

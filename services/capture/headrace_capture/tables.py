@@ -14,7 +14,7 @@ import orjson
 
 from headrace.change import Column, TableSchema, Version
 from headrace.codec import Headers
-from headrace.errors import Poison
+from headrace.errors import Misconfigured, Poison
 from headrace_capture.pgoutput import Datum, Datums
 from headrace_capture.values import COPIED, NULL, Converter, converter, key_converter, template
 
@@ -49,8 +49,8 @@ class Table:
     Attributes:
         name: ``schema.table``; `topic` is the table's.
         shape: The schema version that its records name.
-        key_at: The positions of the key's columns in a row, in the key's order.
-        wide: The positions of columns that may be out of line.
+        key_at: The positions of the key's columns in a row, in the key's order; empty if the table is append-only (S10).
+        wide: The positions of columns that may be out of line; none if the table is append-only: nothing updates it.
     """
 
     def __init__(self, shape: TableSchema, topic: str, columns: Sequence[ColumnPlan], about: tuple[str, str]) -> None:
@@ -61,7 +61,7 @@ class Table:
         names = [plan.column.name for plan in columns]
         self.columns = columns
         self.key_at = tuple(names.index(name) for name in shape.key)
-        self.wide = tuple(at for at, plan in enumerate(columns) if plan.out_of_line)
+        self.wide = tuple(at for at, plan in enumerate(columns) if plan.out_of_line and shape.key)
         self._converters: tuple[Converter, ...] = tuple(plan.convert for plan in columns)
         # Of a row without NULLs: what is copied as it stands needs no call, with its quotes in the template.
         self._called = tuple((at, plan.convert) for at, plan in enumerate(columns) if plan.convert not in COPIED)
@@ -93,7 +93,18 @@ class Table:
             return self.row_of_any(values)
 
     def key(self, values: Datums) -> bytes:
-        """Return the key's canonical JSON. Raises Poison (`bad-value`)."""
+        """Return the key's canonical JSON.
+
+        Raises:
+            Poison: `bad-value`.
+            Misconfigured: `append-only-changed`: the table has no key, and a row of it changed all the same.
+        """
+        if not self.key_at:
+            raise Misconfigured(
+                "append-only-changed",
+                f"{self.name} is captured as append-only, and a row of it was updated or deleted.",
+                "Give it a primary key, then start again from zero: headrace teardown --topics, then setup and capture.",
+            )
         try:
             return self._key_of(values)
         except (ValueError, TypeError, AttributeError, IndexError) as error:
