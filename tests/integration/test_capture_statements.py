@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from contextlib import ExitStack, suppress
 from itertools import groupby, pairwise
 
@@ -29,14 +31,16 @@ def play(settings: Settings, script: str) -> None:
         for line in script.replace("{source}", settings.source).strip().splitlines():
             name, _, statement = line.strip().partition(" ")
             if name not in sessions:
-                sessions[name] = ending.enter_context(psycopg.connect(settings.dsn, autocommit=True))
+                sessions[name] = ending.enter_context(
+                    psycopg.connect(settings.dsn, autocommit=True, options="-c lock_timeout=9s")
+                )
             sessions[name].execute(statement.encode())
 
 
-def equal(settings: Settings, *tables: str) -> None:
+def equal(settings: Settings, *tables: str, script: str = "") -> None:
     """Every table replayed is the table selected, and every transaction is one run of the log, in commit order."""
     for table in tables or TABLES:
-        assert replay(settings, f"public.{table}") == selected(settings, table)
+        assert replay(settings, f"public.{table}") == selected(settings, table), script
         log = changes(settings, f"public.{table}")
         assert [version for version, _ in groupby(log, key=lambda c: c.version)] == sorted({c.version for c in log})
         assert all(a.ordinal <= b.ordinal for a, b in pairwise(log) if a.version == b.version and a.xid)
@@ -145,14 +149,23 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_log_is_what_was_committed(settings: Settings, name: str) -> None:
-    prepare(settings, ITEMS, OTHERS, *ROWS)
+def numbered(number: int, *statements: str) -> list[str]:
+    """Return statements about tables of their own, so that many scripts can share one capture."""
+    return [
+        re.sub(r"\b(items|others|fresh|docs|docs_code)\b", rf"\g<1>{number}", statement) for statement in statements
+    ]
+
+
+def test_the_log_is_what_was_committed(settings: Settings) -> None:
+    tables = [numbered(number, ITEMS, OTHERS, *ROWS) for number in range(len(SCRIPTS))]
+    prepare(settings, *itertools.chain(*tables))
     with capturing(settings) as capture:
         capture.hear("streaming")
-        play(settings, SCRIPTS[name])
+        for number, script in enumerate(SCRIPTS.values()):
+            play(settings, *numbered(number, script))
         capture.reach()
-    equal(settings)
+    for number, name in enumerate(SCRIPTS):
+        equal(settings, *numbered(number, *TABLES), script=name)
 
 
 def test_copy(settings: Settings) -> None:
@@ -257,10 +270,10 @@ DDL = {
     """,
     "while another writes": """
         b BEGIN
-        b INSERT INTO others VALUES (30, 1)
+        b INSERT INTO others VALUES (30, NULL)
         a ALTER TABLE items ADD COLUMN more text
         a UPDATE items SET more = 'x' WHERE id < 5
-        b INSERT INTO others VALUES (31, 2)
+        b INSERT INTO others VALUES (31, NULL)
         b COMMIT
     """,
     "a column that comes and goes": """
@@ -291,31 +304,39 @@ DDL = {
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-@pytest.mark.parametrize("name", DDL)
-def test_ddl_among_the_changes(settings: Settings, name: str, late: bool) -> None:
+def test_ddl_among_the_changes(settings: Settings, late: bool) -> None:
     """Also when capture was off, and the catalogue that it reads is newer than the rows that come."""
-    prepare(settings, ITEMS, OTHERS, *ROWS)
-    with ExitStack() as ending:
-        capture = ending.enter_context(capturing(settings))
+    tables = [numbered(number, ITEMS, OTHERS, *ROWS) for number in range(len(DDL))]
+    prepare(settings, *itertools.chain(*tables))
+    scripts = itertools.chain(*[numbered(number, script) for number, script in enumerate(DDL.values())])
+    play_while_captured(settings, list(scripts), late=late)
+    for number, name in enumerate(DDL):
+        compared(settings, numbered(number, *TABLES, "fresh"), name)
+
+
+def play_while_captured(settings: Settings, scripts: list[str], *, late: bool) -> None:
+    """Let capture see the snapshot, then the scripts: at once, or when all of them are over."""
+    with capturing(settings) as capture:
         capture.hear("streaming")
         if late:
             capture.stop()
-        play(settings, DDL[name])
-        if late:
-            capture = ending.enter_context(capturing(settings))
-        capture.reach()
-    compared(settings)
+        for script in scripts:
+            play(settings, script)
+        if not late:
+            capture.reach()
+    if late:
+        with capturing(settings) as capture:
+            capture.reach()
 
 
-def compared(settings: Settings) -> None:
+def compared(settings: Settings, tables: list[str], script: str) -> None:
     """Rows from before a nullable column was added lack it in the log: null, as Postgres shows it; of a dropped one nothing is read."""
-    for table in [*TABLES, "fresh"]:
-        there = f"SELECT to_regclass('public.{table}') IS NOT NULL"
-        if rows(settings, there) == [(True,)]:
+    for table in tables:
+        if rows(settings, f"SELECT to_regclass('public.{table}') IS NOT NULL") == [(True,)]:
             wanted = selected(settings, table)
             columns = next(iter(wanted.values()))
             log = replay(settings, f"public.{table}")
-            assert {key: {name: row.get(name) for name in columns} for key, row in log.items()} == wanted
+            assert {key: {name: row.get(name) for name in columns} for key, row in log.items()} == wanted, script
 
 
 def test_unlogged_temporary_and_foreign_tables_are_ignored(settings: Settings) -> None:
@@ -338,46 +359,48 @@ def test_unlogged_temporary_and_foreign_tables_are_ignored(settings: Settings) -
     equal(settings, "items")
 
 
-IDENTITIES = {
-    "default": "DEFAULT",
-    "index": "USING INDEX docs_code",
-    "full": "FULL",
-}
+IDENTITIES = ("DEFAULT", "USING INDEX docs_code", "FULL")
 LARGE = "repeat(md5('{}'), 200)"
-UNCHANGED = [
-    "INSERT INTO docs VALUES (10, 'c10', 0, {1}, {2})", "UPDATE docs SET n = 1", "UPDATE docs SET big = {3} WHERE id = 1",
-    "UPDATE docs SET n = 2 WHERE id = 1", "UPDATE docs SET id = id + 100", "UPDATE docs SET code = code || 'x'",
-    "BEGIN; UPDATE docs SET other = {4} WHERE id = 102; UPDATE docs SET n = 3; UPDATE docs SET code = code || 'y', n = 4; COMMIT",
-    "BEGIN; UPDATE docs SET big = 'small' WHERE id = 103; SAVEPOINT s; UPDATE docs SET big = {5}; ROLLBACK TO s; COMMIT",
-    "DELETE FROM docs WHERE id = 102", "UPDATE docs SET n = 6",
-]  # fmt: skip
+DOCS = [
+    "CREATE TABLE docs (id int PRIMARY KEY, code text NOT NULL, n int, big text, other text)",
+    "CREATE UNIQUE INDEX docs_code ON docs (code)",
+    "ALTER TABLE docs ALTER big SET STORAGE EXTERNAL, ALTER other SET STORAGE EXTERNAL",
+    "INSERT INTO docs SELECT i, 'c' || i, 0, repeat(md5(i::text), 200), repeat(md5('o' || i), 200) FROM generate_series(1, 4) i",
+]
+UNCHANGED = """
+    a INSERT INTO docs VALUES (10, 'c10', 0, {1}, {2})
+    a UPDATE docs SET n = 1
+    a UPDATE docs SET big = {3} WHERE id = 1
+    a UPDATE docs SET n = 2 WHERE id = 1
+    a UPDATE docs SET id = id + 100
+    a UPDATE docs SET code = code || 'x'
+    a BEGIN
+    a UPDATE docs SET other = {4} WHERE id = 102
+    a UPDATE docs SET n = 3
+    a UPDATE docs SET code = code || 'y', n = 4
+    a COMMIT
+    a BEGIN
+    a UPDATE docs SET big = 'small' WHERE id = 103
+    a SAVEPOINT s
+    a UPDATE docs SET big = {5}
+    a ROLLBACK TO s
+    a UPDATE docs SET n = 5
+    a COMMIT
+    a DELETE FROM docs WHERE id = 102
+    a UPDATE docs SET n = 6
+""".format(*[LARGE.format(n) for n in range(6)])
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-@pytest.mark.parametrize("identity", IDENTITIES)
-def test_values_left_alone_are_whole_under_each_replica_identity(settings: Settings, identity: str, late: bool) -> None:
+def test_values_left_alone_are_whole_under_each_replica_identity(settings: Settings, late: bool) -> None:
     """Two large values, either of them left alone; also when capture comes after all of it."""
-    prepare(
-        settings,
-        "CREATE TABLE docs (id int PRIMARY KEY, code text NOT NULL, n int, big text, other text)",
-        "CREATE UNIQUE INDEX docs_code ON docs (code)",
-        *[f"ALTER TABLE docs ALTER {name} SET STORAGE EXTERNAL" for name in ("big", "other")],
-        f"ALTER TABLE docs REPLICA IDENTITY {IDENTITIES[identity]}",
-        "INSERT INTO docs SELECT i, 'c' || i, 0, repeat(md5(i::text), 200), repeat(md5('o' || i), 200) FROM generate_series(1, 4) i",
-    )
-    execute(settings, f"ALTER TABLE docs REPLICA IDENTITY {IDENTITIES[identity]}")
-    script = [statement.format(*[LARGE.format(n) for n in range(6)]) for statement in UNCHANGED]
-    with ExitStack() as ending:
-        capture = ending.enter_context(capturing(settings))
-        capture.hear("streaming")
-        if late:
-            capture.stop()
-        execute(settings, *script)
-        if late:
-            capture = ending.enter_context(capturing(settings))
-        capture.reach()
-    key = "code" if identity == "index" else "id"
-    assert replay(settings, "public.docs") == selected(settings, "docs", key)
+    chosen = [f"ALTER TABLE docs REPLICA IDENTITY {identity}" for identity in IDENTITIES]
+    tables = [numbered(number, *DOCS, identity) for number, identity in enumerate(chosen)]
+    prepare(settings, *itertools.chain(*tables))
+    execute(settings, *numbered(0, chosen[0]))  # setup gave it FULL
+    play_while_captured(settings, [*itertools.chain(*[numbered(number, UNCHANGED) for number in range(3)])], late=late)
+    for number, key in enumerate(("id", "code", "id")):
+        assert replay(settings, f"public.docs{number}") == selected(settings, f"docs{number}", key), IDENTITIES[number]
 
 
 def test_with_replica_identity_nothing_inserts_go_on(settings: Settings) -> None:
