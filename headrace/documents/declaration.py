@@ -58,7 +58,8 @@ class One(_Join):
 class Many(_Join):
     """The rows of `table` whose columns `by` hold the root's key, in the order of that key.
 
-    In `render` they are a list of `Node` in the order of their own keys.
+    In `render` they are a list of `Node` in the order of their own keys; rows of an append-only table, which have none, in
+    an order that depends on nothing but what they hold.
     """
 
     def __init__(self, table: str, by: str | Sequence[str], **nested: Any) -> None:
@@ -162,7 +163,13 @@ class Document:
 
 
 def _by(columns: Sequence[str]) -> Callable[[Row], tuple[tuple[int, float, str], ...]]:
-    return lambda row: key_order(row[column] for column in columns)
+    """Order rows by their keys; those of an append-only table, which have none in the row, by all that they hold."""
+
+    def order(row: Row) -> tuple[tuple[int, float, str], ...]:
+        keyed = columns and all(column in row for column in columns)
+        return key_order(row[column] for column in columns) if keyed else key_order([sorted(row.items())])
+
+    return order
 
 
 def key_order(values: Iterable[Any]) -> tuple[tuple[int, float, str], ...]:

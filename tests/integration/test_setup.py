@@ -323,3 +323,24 @@ def test_the_command_prints_every_statement_and_json(
     assert 'ALTER TABLE "public"."Odd.Name" REPLICA IDENTITY FULL' in said["statements"]
     assert all(f"{statement};" in text for statement in said["statements"])
     assert "Nothing to do" in run.invoke(app, ["--dsn", source.dsn, "--apply"]).output
+
+
+def test_tables_that_inherit_are_not_published_with_their_parent(db: Connection, source: Settings) -> None:
+    """They have no key of its, and their UPDATE and DELETE would fail (I1)."""
+    db.execute(
+        "CREATE TABLE public.parent (id int PRIMARY KEY, n int); CREATE TABLE public.child () INHERITS (public.parent)"
+    )
+    db.execute("INSERT INTO public.child VALUES (1, 1)")
+    assert [left.table for left in prepared(db, source).left_out] == ["public.child"]
+    assert sorted(published(db, source)) == ["public.parent"]
+    db.execute("UPDATE public.parent SET n = 2; DELETE FROM public.child")
+
+
+def test_a_schema_with_a_dot_in_its_name_is_left_out(db: Connection, source: Settings) -> None:
+    """Its tables could not be told from another schema's."""
+    db.execute(
+        'CREATE SCHEMA "a.b"; CREATE TABLE "a.b".c (id int PRIMARY KEY); CREATE TABLE public."b.c" (id int PRIMARY KEY)'
+    )
+    made = prepared(db, source)
+    assert [left.table for left in made.left_out] == ["a.b.c"]
+    assert [table.full_name for table in made.tables] == ["public.b.c"]

@@ -33,10 +33,17 @@ class Made(NamedTuple):
 
 
 class Expectation(Protocol):
-    """What one view should hold. `tables` are those whose changes can excuse a difference; `notes` what is not compared."""
+    """What one view should hold.
+
+    Attributes:
+        tables: Those whose changes can excuse a difference.
+        notes: What a reader should know.
+        left_out: Collections of which nothing is compared.
+    """
 
     tables: tuple[str, ...]
     notes: tuple[str, ...]
+    left_out: frozenset[str]
 
     def all(self, connection: Connection) -> Iterator[Made]:
         """Yield every row, as the open snapshot has it."""
@@ -70,12 +77,23 @@ def expectation(
         if lacking:
             said = f"{name} needs {', '.join(lacking)}, not captured."
             raise Misconfigured("table-not-captured", said, "Run: headrace setup --table TABLE --apply")
+        _check_roots(consumer, name, {table.name: table for table in tables})
         return Documents(consumer(settings, name), {table.name: table for table in tables}, notes)
     raise Misconfigured(
         "verify-no-expectation",
         f"Verify does not know what {name} should hold: it neither mirrors rows nor renders documents.",
         "Set mirrors_rows, or subclass DocumentConsumer.",
     )
+
+
+def _check_roots(consumer: type[DocumentConsumer], name: str, tables: dict[str, Table]) -> None:
+    for document in consumer.documents:
+        if not tables[document.table].key:
+            said = f"{name} has a document for each row of {document.table}, which is append-only: {_KEYLESS}."
+            raise Misconfigured("verify-no-expectation", said, "Give the table a primary key and capture it by that.")
+
+
+_KEYLESS = "in Postgres its rows have no key by which to find them (S10)"
 
 
 def _tables(
@@ -103,9 +121,13 @@ class Rows:
 
     def __init__(self, tables: list[Table], notes: tuple[str, ...]) -> None:
         """Expect the rows of `tables`."""
-        self._tables = {table.name: table for table in tables}
+        self._tables = {table.name: table for table in tables if table.key}
         self.tables = tuple(self._tables)
-        self.notes = notes
+        self.left_out = frozenset(table.name for table in tables if not table.key)
+        self.notes = (
+            *notes,
+            *(f"{name} is append-only and not compared: {_KEYLESS}" for name in sorted(self.left_out)),
+        )
 
     def all(self, connection: Connection) -> Iterator[Made]:
         """See `Expectation.all`."""
@@ -141,6 +163,7 @@ class Documents:
         self._keys = {name: table.key for name, table in tables.items()}
         self.tables = tuple(tables)
         self.notes = notes
+        self.left_out = frozenset[str]()
 
     def all(self, connection: Connection) -> Iterator[Made]:
         """See `Expectation.all`."""
