@@ -103,6 +103,14 @@ def test_float_and_json_keys_are_canonical() -> None:
     """Where Postgres's text is not what a codec would write."""
     assert key_converter("float8")(b"1e+20") == codec.dumps(1e20)
     assert key_converter("jsonb")(b'{"a": 1}') == codec.dumps({"a": 1})
+    assert key_converter("jsonb")(b"1.50") == key_converter("jsonb")(b"1.5") == b"1.5"
+
+
+def test_json_keys_that_differ_in_a_digit_stay_two_keys() -> None:
+    """Where a double would round them to one."""
+    one, other = (key_converter("jsonb")(b'{"n": 18446744073709551617.%d}' % n) for n in (1, 2))
+    assert one == b'"{\\"n\\": 18446744073709551617.1}"'
+    assert one != other
 
 
 def table(*columns: tuple[str, str]) -> Table:
