@@ -8,6 +8,7 @@ import re
 from contextlib import ExitStack, suppress
 from itertools import groupby, pairwise
 
+import orjson
 import psycopg
 import pytest
 
@@ -414,3 +415,30 @@ def test_with_replica_identity_nothing_inserts_go_on(settings: Settings) -> None
         execute(settings, "TRUNCATE items", "INSERT INTO items VALUES (51, 5, 'n')")
         capture.reach()
     equal(settings, "items")
+
+
+def test_a_replica_identity_index_is_the_key_of_a_table_without_a_primary_key(settings: Settings) -> None:
+    """The table has lost a column, gained one, and counts by itself; keys change and go."""
+    prepare(
+        settings,
+        "CREATE TABLE loose (gone int, code text NOT NULL, part int NOT NULL, n int GENERATED ALWAYS AS IDENTITY)",
+        "CREATE UNIQUE INDEX by_code ON loose (part, code); ALTER TABLE loose REPLICA IDENTITY USING INDEX by_code",
+        "INSERT INTO loose SELECT i, 'c' || i, i % 3 FROM generate_series(1, 20) i",
+        "ALTER TABLE loose DROP COLUMN gone, ADD COLUMN more text",
+    )
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(
+            settings,
+            "INSERT INTO loose VALUES ('new', 1, DEFAULT, 'm')",
+            "UPDATE loose SET more = code WHERE part = 1",
+            "UPDATE loose SET code = code || '!', part = 9 WHERE part = 2",
+            "DELETE FROM loose WHERE part = 0",
+            "ALTER TABLE loose DROP COLUMN n",
+            "UPDATE loose SET more = 'last' WHERE part = 9",
+        )
+        capture.reach()
+    keyed = "SELECT json_build_object('part', part, 'code', code), row_to_json(l) FROM loose l"
+    wanted = {orjson.dumps(key): row for key, row in rows(settings, keyed)}
+    log = replay(settings, "public.loose")
+    assert {key: {name: row.get(name) for name in ("code", "part", "more")} for key, row in log.items()} == wanted

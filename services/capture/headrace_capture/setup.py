@@ -122,7 +122,7 @@ def unusable(table: Table) -> LeftOut | None:
         use = (
             f"ALTER TABLE {name} REPLICA IDENTITY USING INDEX {index}"
             if table.unique
-            else f"ALTER TABLE {name} ADD PRIMARY KEY (…); if its rows are only ever added: headrace setup --append-only {name}"
+            else f"ALTER TABLE {name} ADD PRIMARY KEY (…); if its rows are only ever added: headrace setup --append-only {table.full_name}"
         )
         return LeftOut(table.full_name, why, f"Run: {use}")
     if "." in table.schema:
