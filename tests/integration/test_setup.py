@@ -344,3 +344,14 @@ def test_a_schema_with_a_dot_in_its_name_is_left_out(db: Connection, source: Set
     made = prepared(db, source)
     assert [left.table for left in made.left_out] == ["a.b.c"]
     assert [table.full_name for table in made.tables] == ["public.b.c"]
+
+
+def test_a_table_whose_topic_kafka_would_not_take_is_left_out(db: Connection, source: Settings) -> None:
+    """Each of its characters is escaped; with one less than fits it is captured."""
+    fits = (setup.LONGEST_TOPIC - len(source.source) - len(".public.")) // len("_u8868_")
+    db.execute(f"CREATE SCHEMA {'表' * 20}; CREATE TABLE {'表' * 20}.{'表' * 20} (id int PRIMARY KEY)".encode())
+    db.execute(f"CREATE TABLE public.{'表' * min(fits, 21)} (id int PRIMARY KEY)".encode())
+    made = prepared(db, source)
+    (left,) = made.left_out
+    assert "too long for Kafka" in left.reason
+    assert len(made.tables) == 1

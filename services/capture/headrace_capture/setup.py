@@ -15,12 +15,15 @@ import psycopg
 from psycopg import sql
 
 from headrace.errors import Misconfigured, Transient
+from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import append_only, catalog, identities, rights
 from headrace_capture.catalog import Connection, Server, Table
 from headrace_capture.memory import Memory, recall
 
 LOCK_SECONDS = 3
+LONGEST_TOPIC = 249
+"""Kafka takes no longer name; other characters than `A-Z a-z 0-9 _ -` take six or more of it each (docs/formats.md)."""
 
 
 class LeftOut(NamedTuple):
@@ -84,13 +87,13 @@ def plan(
     loose = _loose(connection, made, memory, appended, present)
     found = catalog.named_tables(connection, names) if names else catalog.all_tables(connection)
     for table in [table for table in found if table.full_name not in made.append_only]:
-        reason = unusable(table)
+        reason = unusable(table, settings)
         if reason and names:
             raise Misconfigured(
                 "no-usable-key", f"{table.full_name} cannot be captured: {reason.reason}.", reason.remedy
             )
         made.left_out += [reason] if reason else []
-    wanted = [*loose, *(table for table in found if not unusable(table))]
+    wanted = [*loose, *(table for table in found if not unusable(table, settings))]
     made.tables = sorted({t.oid: t for t in [*present, *wanted]}.values(), key=lambda t: t.full_name)
     _fill(connection, settings, made, memory, {t.oid for t in present}, role)
     return made
@@ -110,7 +113,7 @@ def _loose(
     return [*before, *new]
 
 
-def unusable(table: Table) -> LeftOut | None:
+def unusable(table: Table, settings: Settings) -> LeftOut | None:
     """Return why a table cannot be captured now, None when it can."""
     name = table.identifier.as_string()
     if table.keyless == "deferrable":
@@ -128,6 +131,10 @@ def unusable(table: Table) -> LeftOut | None:
     if "." in table.schema:
         why = "its schema has a dot in its name, and tables are named schema.table"
         return LeftOut(table.full_name, why, f"ALTER SCHEMA {sql.Identifier(table.schema).as_string()} RENAME TO …")
+    long = len(Log(settings).topic_of(table.full_name)) - LONGEST_TOPIC
+    if long > 0:
+        why = f"the name of its topic would be {long} characters too long for Kafka"
+        return LeftOut(table.full_name, why, "Rename it, or choose a shorter HEADRACE_SOURCE.")
     if table.kind == "p" and any(leaf.identity == identities.INDEX for leaf in table.leaves):
         why = "a partition names its old rows by another index than the primary key"
         return LeftOut(table.full_name, why, "ALTER TABLE that partition REPLICA IDENTITY DEFAULT.")
