@@ -37,8 +37,8 @@ Datums = Sequence[Datum]
 MALFORMED: Final = (DecodeError, KeyError, IndexError, ValueError, error)
 """What a parser of `PARSERS` raises, and `parse` tells apart: a read beyond the end, text without its end or not UTF-8."""
 
-HEADER: Final = 25
-"""Bytes before the message in a CopyData that carries one."""
+DATA, HEADER = b"w"[0], 25
+"""The first byte of a CopyData that carries a message, and how many come before the message."""
 
 _EPOCH_US: Final = 946_684_800_000_000
 """2000-01-01 in µs since the Unix epoch: Postgres counts from there."""

@@ -123,6 +123,9 @@ class Stream:
 
     def _take(self, data: bytes) -> None:
         try:
+            if data[0] != pgoutput.DATA:
+                self._take_other(data)
+                return
             payload = data[pgoutput.HEADER :]
             parse, handle = self._handlers[payload[0]]
             message = parse(payload)
