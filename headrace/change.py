@@ -63,12 +63,14 @@ def parse_lsn(text: str) -> int:
 class Column:
     """One column of a captured table.
 
-    `type` is Postgres's name of it with modifiers, as `format_type` gives it: ``numeric(10,2)``, ``text[]``.
+    `type` is Postgres's name of it with modifiers, as `format_type` gives it: ``numeric(10,2)``, ``text[]``. `base` is the type
+    below the domains in it, without modifiers: ``integer`` for a domain over integer; empty where no domain is in it.
     """
 
     name: str
     type: str
     nullable: bool = True
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ The key's bytes are a format of their own, the same under every codec for values
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -45,16 +46,24 @@ def encode_headers(version: Version, ordinal: int, xid: int, schema: int, read: 
 
 
 def decode_change(
-    table: str, partition: int, offset: int, key: bytes, value: bytes | None, headers: Iterable[tuple[str, bytes]]
+    table: str,
+    partition: int,
+    offset: int,
+    key: bytes,
+    value: bytes | None,
+    headers: Iterable[tuple[str, bytes]],
+    envelope_of: Callable[[bytes], Row] = loads,
 ) -> Change:
     """Decode one record of a table's topic. A tombstone is a delete.
+
+    `envelope_of` decodes a value: JSON if nothing else is said; `headrace.log.Values.envelope` reads every codec.
 
     Raises:
         Poison: `undecodable-record`, when key, value or headers are not of the format.
     """
     try:
         named = dict(headers)
-        envelope: Row = orjson.loads(value) if value is not None else {"op": "d", "after": None}
+        envelope: Row = envelope_of(value) if value is not None else {"op": "d", "after": None}
         read = named.get("read")
         return Change(
             table,
@@ -75,6 +84,29 @@ def decode_change(
             f"The record of {table} at partition {partition}, offset {offset}, key {key!r} is not in headrace's format: {error!r}.",
             "See who else writes to this topic.",
         ) from error
+
+
+def members(text: bytes, name: bytes) -> dict[str, bytes]:
+    """Return the members of the object ``name`` in a record's value, each as the JSON that stands there: nothing is rounded."""
+    start = text.index(b'"%b":' % name) + len(name) + 3
+    found: dict[str, bytes] = {}
+    depth, begin, last, member = 0, 0, b"", b""
+    for token in _TOKEN.finditer(text, start):
+        what = token[0]
+        depth += (what in _OPENING) - (what in _CLOSING)
+        if what == b":" and depth == 1:
+            member, begin = last, token.end()
+        elif member and (depth == 0 or (what == b"," and depth == 1)):
+            found[orjson.loads(member)] = text[begin : token.start()]
+            member = b""
+        if depth == 0:
+            break
+        last = what
+    return found
+
+
+_OPENING, _CLOSING = frozenset({b"{", b"["}), frozenset({b"}", b"]"})
+_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],:]')
 
 
 def encode_checkpoint_key(checkpoint: Checkpoint) -> bytes:
@@ -137,8 +169,10 @@ def encode_schema_key(schema: TableSchema) -> bytes:
 
 
 def encode_schema(schema: TableSchema) -> bytes:
-    """Return the value of a schema record."""
-    return orjson.dumps(asdict(schema))
+    """Return the value of a schema record; a column's empty `base` is left out."""
+    record = asdict(schema)
+    record["columns"] = [{name: said for name, said in column.items() if said != ""} for column in record["columns"]]
+    return orjson.dumps(record)
 
 
 def decode_schema(value: bytes) -> TableSchema:

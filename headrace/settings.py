@@ -34,6 +34,12 @@ class Settings:
     slot: str = _setting("headrace", "replication slot in the source")
     publication: str = _setting("headrace", "publication in the source")
     kafka: str = _setting("127.0.0.1:9092", "bootstrap servers of Kafka, comma separated")
+    codec: str = _setting(
+        "json", "how capture writes values: json, or avro with a schema registry; both are always read"
+    )
+    schema_registry: str = _setting(
+        "http://127.0.0.1:8081/apis/ccompat/v7", "address of the schema registry (Confluent's API), for values in Avro"
+    )
     elasticsearch: str = _setting("http://127.0.0.1:9200", "address of Elasticsearch")
     redis: str = _setting("redis://127.0.0.1:6379/0", "address of Redis")
     state: str = _setting("./.headrace", "folder for what consumers keep locally; may be lost, is rebuilt from the log")

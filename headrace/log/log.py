@@ -22,6 +22,7 @@ from headrace.log.topics import (
     table_of,
     topic_of,
 )
+from headrace.log.values import Values, writer
 from headrace.log.writer import CutWriter
 from headrace.settings import Settings
 
@@ -39,6 +40,11 @@ class Log:
     def topics(self) -> Topics:
         """Return what makes and describes topics."""
         return Topics(self.settings, kafka.admin(self.settings))
+
+    @cached_property
+    def values(self) -> Values:
+        """Return what reads the values of records, in either codec."""
+        return Values(self.settings)
 
     def topic_of(self, table: str) -> str:
         """Return the topic of ``schema.table``."""
@@ -86,8 +92,8 @@ class Log:
         return sorted(table for table in known if self.topic_of(table) in there)
 
     def writer(self) -> CutWriter:
-        """Return the writer of cuts, closed."""
-        return CutWriter(self.settings, self.topics)
+        """Return the writer of cuts in the codec of the settings, closed. Raises Misconfigured: `bad-setting`."""
+        return writer(self.settings, self.topics, self.values, self.schemas)
 
     def partitions(self, topics: Collection[str]) -> dict[str, int]:
         """Return how many partitions each topic has."""
@@ -154,7 +160,7 @@ class Log:
         starts = since or [BEGINNING] * self.topics.describe([topic])[topic][1]
         places = {(topic, partition): at for partition, at in enumerate(starts)}
         for _, partition, offset, _, key, value, headers in read_to_end(self.settings, places):
-            yield codec.decode_change(table, partition, offset, key, value, headers)
+            yield codec.decode_change(table, partition, offset, key, value, headers, self.values.envelope)
 
     def ends(self, table: str) -> list[int]:
         """Return where the committed part of a table's topic ends, partition by partition."""

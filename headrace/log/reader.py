@@ -92,9 +92,10 @@ class Reader:
         """Return the next batch, or None when none is complete within about `timeout` seconds.
 
         Raises:
-            Transient: `kafka-away`, `schema-not-there`.
+            Transient: `kafka-away`, `schema-not-there`, `registry-away`.
             Poison: `undecodable-record`.
-            Misconfigured: `table-not-captured`, `partitions-changed` (S9); Refused: `build-too-slow` (S19).
+            Misconfigured: `table-not-captured`, `partitions-changed` (S9), `schema-unknown`, `registry-refuses`.
+            Refused: `build-too-slow` (S19).
         """
         batch = self._next(idle=False)
         if batch is None:
@@ -260,6 +261,7 @@ class Reader:
     def _hand_out(self, target: Checkpoint) -> list[Change]:
         """Decode what is kept below the target's ends, and move the position past it."""
         changes: list[Change] = []
+        envelope_of = self._log.values.envelope
         for (topic, partition), kept in self._kept.items():
             end = target.ends[topic][partition] if topic in target.ends else 0
             table = table_of(topic)
@@ -268,7 +270,7 @@ class Reader:
                 message = kept.popleft()
                 self._count(message, -1)
                 _, _, offset, _, key, value, headers = record(message)
-                change = codec.decode_change(table, partition, offset, key, value, headers)
+                change = codec.decode_change(table, partition, offset, key, value, headers, envelope_of)
                 if not _says_nothing_new(change, before):
                     changes.append(change)
                 before = change

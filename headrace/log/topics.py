@@ -38,7 +38,7 @@ Ends = dict[str, list[int]]
 def topic_of(source: str, table: str) -> str:
     """Return the topic of a table: ``topic_of("shop", "public.products")`` is ``shop.public.products``."""
     schema, _, name = table.partition(".")
-    return f"{source}.{_escape(schema)}.{_escape(name)}"
+    return f"{source}.{escape(schema)}.{escape(name)}"
 
 
 def table_of(topic: str) -> str:
@@ -57,10 +57,11 @@ def schemas_topic(source: str) -> str:
     return f"{source}.schemas"
 
 
-def _escape(name: str) -> str:
+def escape(name: str, plain: frozenset[str] = _PLAIN) -> str:
+    """Return `name` with every character that is not in `plain` as its code point; no two names become one."""
     # A name that looks escaped already has its underscore escaped, so that two names never share a topic.
     name = _ESCAPE.sub(lambda match: "_u005F_" + match[0][1:], name)
-    return "".join(c if c in _PLAIN else f"_u{ord(c):04X}_" for c in name)
+    return "".join(c if c in plain else f"_u{ord(c):04X}_" for c in name)
 
 
 def _unescape(name: str) -> str:

@@ -4,7 +4,7 @@
 as ordinary child processes; `Stack` is all of them in one folder; `headrace stack` is the command line to it.
 """
 
-from headrace_ops.server import NAMES, Server
+from headrace_ops.server import ALL, NAMES, Server
 from headrace_ops.stack import Stack
 
-__all__ = ["NAMES", "Server", "Stack"]
+__all__ = ["ALL", "NAMES", "Server", "Stack"]

@@ -36,7 +36,7 @@ class Artifact:
 
     Attributes:
         name: What people call it, and its folder in the cache.
-        coordinates: Maven's ``group:artifact:version[:packaging]``.
+        coordinates: Maven's ``group:artifact:version[:packaging[:classifier]]``.
         megabytes: About how much is downloaded, for the progress bar.
         unpack: Given the folder of what Maven brought and the folder to fill.
         dependencies: Whether everything they depend on is wanted too.
@@ -220,6 +220,12 @@ def _unpack_elasticsearch(brought: Path, filled: Path) -> None:
     inner.rmdir()
 
 
+def _unpack_registry(brought: Path, filled: Path) -> None:
+    with tarfile.open(_only(brought, "*.tar.gz")) as tar:
+        tar.extraction_filter = getattr(tarfile, "tar_filter", None)  # Python 3.11.2 has none yet
+        tar.extractall(filled)  # noqa: S202 -- Maven has checked its sum
+
+
 def _unpack_redis(brought: Path, filled: Path) -> None:
     with zipfile.ZipFile(_only(brought, "*.jar")) as jar:
         name = next(name for name in jar.namelist() if name.startswith("redis-server") and f"linux-{_MACHINE}" in name)
@@ -254,5 +260,11 @@ ELASTICSEARCH = Artifact(
     ("org.elasticsearch.distribution.integ-test-zip:elasticsearch:9.2.0:zip",),
     megabytes=100,
     unpack=_unpack_elasticsearch,
+)
+REGISTRY = Artifact(
+    "registry-3.3.3",
+    ("io.apicurio:apicurio-registry-app:3.3.3:tar.gz:all",),
+    megabytes=158,
+    unpack=_unpack_registry,
 )
 REDIS = Artifact("redis-6.2", ("com.github.codemonstur:embedded-redis:1.4.3",), megabytes=12, unpack=_unpack_redis)

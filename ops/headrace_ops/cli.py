@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from rich.table import Column, Table
 
 from headrace.errors import CHECK_FAILED, Misconfigured
 from headrace_ops.docker_stack import DockerStack
-from headrace_ops.server import NAMES, Report, silent
+from headrace_ops.server import ALL, NAMES, Report, silent
 from headrace_ops.stack import Stack
 
 app = typer.Typer(
@@ -28,10 +28,12 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Option("--dir", help="Folder of data, logs and state.")]
-Only = Annotated[str, typer.Option("--only", help="Servers, separated by commas; all when not given.")]
+Only = Annotated[
+    str, typer.Option("--only", help="Servers, separated by commas; all but the optional ones when not given.")
+]
 Ports = Annotated[list[str], typer.Option("--port", help="A port that must be used, as `postgres=5433`. Repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
-Server = Annotated[str, typer.Argument(help="postgres, kafka, elasticsearch or redis")]
+Server = Annotated[str, typer.Argument(help=", ".join(ALL))]
 Remove = Annotated[bool, typer.Option("--remove", help="Remove the data of all servers too.")]
 Lines = Annotated[int, typer.Option(help="How many lines.")]
 _DIR = Path(".stack")
@@ -41,6 +43,8 @@ _BACKENDS: dict[str, type[Stack | DockerStack]] = {"processes": Stack, "docker":
 @app.command()
 def up(folder: Folder = _DIR, only: Only = "", port: Ports = [], json_: Json = False) -> None:  # noqa: B006 -- typer copies it
     """Start the servers and wait until they answer. What runs already stays as it is.
+
+    Optional, so only where it is named: `registry`, the schema registry for HEADRACE_CODEC=avro.
 
     Example: `headrace stack up --only postgres,kafka --port postgres=5433`
 
@@ -62,7 +66,7 @@ def down(folder: Folder = _DIR, only: Only = "", remove: Remove = False, json_: 
     """
     if only and remove:
         raise typer.BadParameter("--remove removes everything; --only names some.")
-    stopped = _stack(folder).down(_names(only), remove=remove)
+    stopped = _stack(folder).down(_names(only, ALL), remove=remove)
     if json_:
         typer.echo(json.dumps({"stopped": stopped}))
     else:
@@ -132,8 +136,8 @@ def _up(folder: Path) -> str:
     return f"Run: headrace stack up --dir {shlex.quote(str(folder))}"
 
 
-def _names(only: str) -> list[str]:
-    return [name.strip() for name in only.split(",") if name.strip()] or list(NAMES)
+def _names(only: str, default: Sequence[str] = NAMES) -> list[str]:
+    return [name.strip() for name in only.split(",") if name.strip()] or list(default)
 
 
 def _ports(given: list[str]) -> dict[str, int]:
@@ -141,8 +145,8 @@ def _ports(given: list[str]) -> dict[str, int]:
     ports = {}
     for text in given:
         name, _, port = text.partition("=")
-        if name not in NAMES or not port.isdigit():
-            raise typer.BadParameter(f"{text!r} is not SERVER=PORT with a server of {', '.join(NAMES)}.")
+        if name not in ALL or not port.isdigit():
+            raise typer.BadParameter(f"{text!r} is not SERVER=PORT with a server of {', '.join(ALL)}.")
         ports[name] = int(port)
     return ports
 

@@ -26,6 +26,7 @@ _ADDRESSES: Final = {
     "kafka": "{host}:{port}",
     "elasticsearch": "http://elastic:{ELASTIC_PASSWORD}@{host}:{port}",
     "redis": "redis://:{REDISCLI_AUTH}@{host}:{port}/0",
+    "registry": "http://{host}:{port}/apis/ccompat/v7",
 }
 
 

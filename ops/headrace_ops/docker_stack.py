@@ -20,7 +20,7 @@ from typing import Any, Final
 from headrace.errors import Misconfigured
 from headrace_ops import ports
 from headrace_ops.docker_server import PROJECT, DockerServer, engine
-from headrace_ops.server import NAMES, Report, silent
+from headrace_ops.server import ALL, NAMES, Report, silent
 
 COMPOSE_FILE: Final = Path(__file__).parents[2] / "docker-compose.yml"
 _PASSWORDS = ("POSTGRES_PASSWORD", "CAPTURE_PASSWORD", "ELASTIC_PASSWORD", "REDIS_PASSWORD")
@@ -29,8 +29,10 @@ _PORTS: Final = {
     "kafka": ("KAFKA_PORT", 9092),
     "elasticsearch": ("ELASTICSEARCH_PORT", 9200),
     "redis": ("REDIS_PORT", 6379),
+    "registry": ("REGISTRY_PORT", 8081),
 }
-_SETTINGS: Final = {name: f"HEADRACE_{'DSN' if name == 'postgres' else name.upper()}" for name in NAMES}
+_OTHERWISE: Final = {"postgres": "DSN", "registry": "SCHEMA_REGISTRY"}
+_SETTINGS: Final = {name: f"HEADRACE_{_OTHERWISE.get(name, name.upper())}" for name in ALL}
 
 
 class DockerStack:
@@ -51,12 +53,12 @@ class DockerStack:
         self.project = os.environ.get("COMPOSE_PROJECT_NAME") or f"headrace-{digest}"
         self._ports, self._spread = ports or {}, spread
         self._client = engine()
-        self._servers = {name: DockerServer(self._client, self.project, name, report) for name in NAMES}
+        self._servers = {name: DockerServer(self._client, self.project, name, report) for name in ALL}
 
     def server(self, name: str) -> DockerServer:
         """Return one server, running or not. Raises Misconfigured: `unknown-server`."""
         if name not in self._servers:
-            known = ", ".join(NAMES)
+            known = ", ".join(ALL)
             raise Misconfigured("unknown-server", f"There is no server {name!r}.", f"The servers are {known}.")
         return self._servers[name]
 
@@ -77,10 +79,10 @@ class DockerStack:
             self.down(stopped)
             raise
 
-    def down(self, names: Sequence[str] = NAMES, *, remove: bool = False) -> list[str]:
+    def down(self, names: Sequence[str] = ALL, *, remove: bool = False) -> list[str]:
         """Stop those of `names` that run; return them. With `remove` the project goes with its data."""
         running = [server for name in names if (server := self.server(name)).running()]
-        with ThreadPoolExecutor(max_workers=len(NAMES)) as pool:
+        with ThreadPoolExecutor(max_workers=len(ALL)) as pool:
             list(pool.map(DockerServer.stop, running))
         if remove:
             self._remove()

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 NAMES: Final = ("postgres", "kafka", "elasticsearch", "redis")
+OPTIONAL: Final = ("registry",)
+"""Servers that run only where they are named."""
+ALL: Final = (*NAMES, *OPTIONAL)
 
 Report = Callable[[str, float, float], None]
 """``report(task, done, total)``: called again and again while something long is done. Any unit; done at `total`."""

@@ -18,14 +18,16 @@ from headrace_ops.kafka import Kafka
 from headrace_ops.postgres import Postgres
 from headrace_ops.process_server import ProcessServer
 from headrace_ops.redis import Redis
-from headrace_ops.server import NAMES, Report, silent
+from headrace_ops.registry import Registry
+from headrace_ops.server import ALL, NAMES, Report, silent
 
-_CLASSES: Final[tuple[type[ProcessServer], ...]] = (Postgres, Kafka, Elasticsearch, Redis)
+_CLASSES: Final[tuple[type[ProcessServer], ...]] = (Postgres, Kafka, Elasticsearch, Redis, Registry)
 _SETTINGS: Final = {
     "postgres": "HEADRACE_DSN",
     "kafka": "HEADRACE_KAFKA",
     "elasticsearch": "HEADRACE_ELASTICSEARCH",
     "redis": "HEADRACE_REDIS",
+    "registry": "HEADRACE_SCHEMA_REGISTRY",
 }
 
 
@@ -55,7 +57,7 @@ class Stack:
         try:
             return self._servers[name]
         except KeyError:
-            known = ", ".join(NAMES)
+            known = ", ".join(ALL)
             raise Misconfigured(
                 "unknown-server", f"There is no server {name!r}.", f"The servers are {known}."
             ) from None
@@ -78,7 +80,7 @@ class Stack:
                 self._stop(absent)
                 raise
 
-    def down(self, names: Sequence[str] = NAMES, *, remove: bool = False) -> list[str]:
+    def down(self, names: Sequence[str] = ALL, *, remove: bool = False) -> list[str]:
         """Stop those of `names` that run; return them. With `remove` the folder goes with its data."""
         running = [server for name in names if (server := self.server(name)).process()]
         self._stop(running)
@@ -103,7 +105,7 @@ class Stack:
 
     def _fetch(self, servers: Sequence[ProcessServer]) -> None:
         """Get what is missing, one after the other: two Mavens would spoil their common repository."""
-        if {server.name for server in servers} & {"kafka", "elasticsearch"}:
+        if {server.name for server in servers} & {"kafka", "elasticsearch", "registry"}:
             java.find()
         for server in servers:
             artifact = server.artifact()

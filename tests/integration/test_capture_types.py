@@ -15,11 +15,11 @@ from typing import Any
 import psycopg
 import pytest
 
+from headrace.codec import members
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
 from headrace_capture import catalog, copies
-from headrace_capture.toast import members
 from tests.fixtures.capture import capturing, changes, execute, prepare, replay, rows
 from tests.fixtures.kinds import TEXT, Kind, both, drawn, every_kind
 

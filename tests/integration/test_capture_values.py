@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from headrace import codec
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
-from headrace_capture.toast import members
 from tests.fixtures.capture import capturing, execute, prepare, replay, rows
 
 T = "public.kinds"
@@ -116,8 +116,8 @@ def test_numbers_in_json_keep_their_digits(settings: Settings) -> None:
         execute(settings, f"INSERT INTO kinds VALUES (2, '{digits}', '{digits}')")
         capture.reach()
     values = [record.value for record in read_to_end(settings, {(Log(settings).topic_of(T), 0): BEGINNING})]
-    assert [members(value, b"after")["a"] for value in values if value] == [digits.encode()] * 2
-    assert [members(value, b"after")["b"] for value in values if value] == [digits.encode()] * 2
+    assert [codec.members(value, b"after")["a"] for value in values if value] == [digits.encode()] * 2
+    assert [codec.members(value, b"after")["b"] for value in values if value] == [digits.encode()] * 2
 
 
 def test_generated_columns_as_the_publication_says(settings: Settings) -> None:

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from headrace import cli, plugins, settings
 from headrace.settings import Settings
-from headrace_ops import NAMES, artifacts
+from headrace_ops import ALL, artifacts
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -54,6 +54,9 @@ def test_everyone_is_sent_to_services_and_ports_that_are_there() -> None:
     assert found.kafka == inside.removeprefix("INSIDE://") == "kafka:19092"
     assert (urlsplit(found.elasticsearch).hostname, urlsplit(found.elasticsearch).port) == ("elasticsearch", 9200)
     assert (urlsplit(found.redis).hostname, urlsplit(found.redis).port) == ("redis", 6379)
+    registry = urlsplit(found.schema_registry)
+    assert (registry.hostname, registry.port) == ("registry", SERVICES["registry"]["environment"]["QUARKUS_HTTP_PORT"])
+    assert registry.path == urlsplit(Settings().schema_registry).path
     assert found.warehouse_listen.rpartition(":")[0] in SERVICES
 
 
@@ -74,8 +77,9 @@ def test_the_servers_are_reached_from_the_host_where_the_defaults_look() -> None
         "kafka": int(default.kafka.rpartition(":")[2]),
         "elasticsearch": urlsplit(default.elasticsearch).port,
         "redis": urlsplit(default.redis).port,
+        "registry": urlsplit(default.schema_registry).port,
     }
-    for name in NAMES:
+    for name in ALL:
         (published,) = SERVICES[name]["ports"]
         assert published == f"127.0.0.1:{outside[name]}:{outside[name]}"
     assert SERVICES["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"].endswith(f"OUTSIDE://{default.kafka}")
@@ -84,7 +88,7 @@ def test_the_servers_are_reached_from_the_host_where_the_defaults_look() -> None
 def test_ports_are_published_on_loopback_only_and_never_the_warehouse() -> None:
     published = {name: service.get("ports", []) for name, service in SERVICES.items()}
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
-    assert {name for name, ports in published.items() if ports} == {*NAMES, "shop"}
+    assert {name for name, ports in published.items() if ports} == {*ALL, "shop"}
 
 
 def test_every_installed_consumer_has_its_service_and_its_own_folder() -> None:
@@ -147,6 +151,7 @@ def test_images_are_pinned_to_the_versions_that_are_tested() -> None:
     assert SERVICES["postgres"]["image"] == f"postgres:{version(artifacts.POSTGRES).removesuffix('.0')}"
     assert SERVICES["kafka"]["image"] == f"apache/kafka:{version(artifacts.KAFKA)}"
     assert SERVICES["elasticsearch"]["image"] == f"elasticsearch:{version(artifacts.ELASTICSEARCH)}"
+    assert SERVICES["registry"]["image"] == f"apicurio/apicurio-registry:{version(artifacts.REGISTRY)}"
     assert re.fullmatch(r"redis:[78]\.\d+\.\d+", SERVICES["redis"]["image"])
     ours = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert ours
@@ -157,6 +162,12 @@ def test_no_registry_is_named() -> None:
     images = [service["image"] for service in SERVICES.values()] + re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
     assert not [image for image in images if "." in image.partition("/")[0].partition(":")[0]]
     assert "# syntax=" not in DOCKERFILE
+
+
+def test_the_registry_is_optional_and_values_are_json_without_it() -> None:
+    assert {name for name, service in SERVICES.items() if "profiles" in service} == {"registry"}
+    assert environment(OURS["capture"])["HEADRACE_CODEC"] == "json"
+    assert not [name for name, service in SERVICES.items() if "registry" in service.get("depends_on", {})]
 
 
 def test_the_source_decodes_logically_and_kafka_takes_the_largest_record() -> None:

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from headrace import codec
 from headrace.change import Column, TableSchema
+from headrace.codec import members
 from headrace.errors import Poison
 from headrace_capture.pgoutput import UNCHANGED
 from headrace_capture.tables import ColumnPlan, Table, copy_fields
-from headrace_capture.toast import members, sees
+from headrace_capture.toast import sees
 from headrace_capture.values import converter, key_converter, template
 
 NESTED = b"[" * 2000 + b"]" * 2000

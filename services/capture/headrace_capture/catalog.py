@@ -73,6 +73,7 @@ class TableColumn:
         base: The type's own name below all domains: ``int4``, ``_text`` for ``text[]``; qualified if it is not built in.
         element: The same for the elements of an array, with what separates them where that is no comma (``box;``); empty
             for other types.
+        below: The type below the domains in `type`, spelled as that but without modifiers; empty where no domain is in it.
         generated: ``s`` stored, ``v`` virtual, empty for an ordinary column.
         out_of_line: Whether Postgres may keep the value out of line (TOAST) and leave it out of an update's record.
         published: Whether the publication asked about sends it.
@@ -83,6 +84,7 @@ class TableColumn:
     oid: int
     base: str
     element: str
+    below: str
     nullable: bool
     generated: str
     out_of_line: bool
@@ -142,7 +144,7 @@ class Table:
 
     def shape(self, version: int) -> TableSchema:
         """Return the table's shape as a version of the schemas topic."""
-        columns = tuple(Column(column.name, column.type, column.nullable) for column in self.published)
+        columns = tuple(Column(column.name, column.type, column.nullable, column.below) for column in self.published)
         return TableSchema(self.full_name, version, columns, self.key)
 
 
@@ -307,6 +309,11 @@ BASE_AND_ELEMENT = """
 """
 """What `TableColumn` calls so, of the type `t` and its element `et`: a name alone could be a user's own ``public.date``."""
 
+BELOW = """CASE WHEN t.typarray = 0 AND (e.below <> t.typelem OR (e.oid IS NOT NULL AND t.oid <> {declared}))
+            THEN format_type(e.below, NULL) || '[]'
+            WHEN t.oid <> {declared} THEN format_type(t.oid, NULL) ELSE '' END"""
+"""The type below the domains of a declared one: `t` is its base, `e` that of its elements (a true array has no array type)."""
+
 # A table without a TOAST table keeps every value in line: Postgres makes one as soon as a row could be too wide.
 _COLUMNS = f"""
 WITH RECURSIVE base(oid, below) AS (
@@ -318,6 +325,7 @@ WITH RECURSIVE base(oid, below) AS (
                 AND (c.oid = r.oid OR c.oid IN (SELECT relid FROM pg_partition_tree(r.oid))))
 )
 SELECT a.attrelid, a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid, {BASE_AND_ELEMENT},
+       {BELOW.format(declared="a.atttypid")},
        NOT a.attnotnull, a.attgenerated::text, a.attstorage <> 'p' AND a.attgenerated <> 'v' AND a.attrelid IN (SELECT oid FROM wide)
 FROM pg_attribute a
 JOIN base b ON b.oid = a.atttypid JOIN pg_type t ON t.oid = b.below

@@ -96,10 +96,10 @@ class Relations:
             _TYPES, [[c.type_oid for c in relation.columns], [c.modifier for c in relation.columns]]
         ).fetchall()
         plans = []
-        for sent, (name, base, element) in zip(relation.columns, types, strict=True):
+        for sent, (name, base, element, below) in zip(relation.columns, types, strict=True):
             column = columns.get(sent.name)
             nullable, wide = (column.nullable, column.out_of_line) if column else (True, True)
-            plans.append(ColumnPlan(Column(sent.name, name, nullable), base, element, out_of_line=wide))
+            plans.append(ColumnPlan(Column(sent.name, name, nullable, below), base, element, out_of_line=wide))
         return plans
 
     @staticmethod
@@ -191,7 +191,8 @@ WITH RECURSIVE base(oid, below) AS (
   SELECT oid, oid FROM pg_type WHERE typtype <> 'd'
   UNION ALL SELECT t.oid, b.below FROM pg_type t JOIN base b ON t.typtype = 'd' AND t.typbasetype = b.oid
 )
-SELECT coalesce(format_type(u.oid, u.modifier), '???'), {catalog.BASE_AND_ELEMENT}
+SELECT coalesce(format_type(u.oid, u.modifier), '???'), {catalog.BASE_AND_ELEMENT},
+       {catalog.BELOW.format(declared="u.oid")}
 FROM unnest(%s::oid[], %s::int4[]) WITH ORDINALITY u(oid, modifier, place)
 LEFT JOIN base b ON b.oid = u.oid LEFT JOIN pg_type t ON t.oid = b.below
 LEFT JOIN base e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type et ON et.oid = e.below

@@ -15,12 +15,10 @@ Each of the first two and the last is exact. No placeholder is ever written.
 
 from __future__ import annotations
 
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-import orjson
 from psycopg import errors, sql
 
 from headrace.errors import Poison, Transient
@@ -175,7 +173,7 @@ class Filler:
             self._live[table.name] = LiveKeys(self._log, table.name)
         self._live[table.name].catch_up(self._tick)
         value = self._live[table.name].value(key)
-        known = members(value, b"after") if value else {}
+        known = self._log.values.members(value) if value else {}
         for at, plan in enumerate(table.columns):
             if row[at] is UNCHANGED:
                 if plan.column.name not in known:
@@ -210,26 +208,3 @@ def sees(snapshot: str, xid: int) -> bool:
     elif int(xmax) - full > 1 << 31:
         full += 1 << 32
     return full < int(xmin) or (full < int(xmax) and str(full) not in running.split(","))
-
-
-def members(text: bytes, name: bytes) -> dict[str, bytes]:
-    """Return the members of the object ``name`` in a record's value, each as the JSON that stands there: nothing is rounded."""
-    start = text.index(b'"%b":' % name) + len(name) + 3
-    found: dict[str, bytes] = {}
-    depth, begin, last, member = 0, 0, b"", b""
-    for token in _TOKEN.finditer(text, start):
-        what = token[0]
-        depth += (what in _OPENING) - (what in _CLOSING)
-        if what == b":" and depth == 1:
-            member, begin = last, token.end()
-        elif member and (depth == 0 or (what == b"," and depth == 1)):
-            found[orjson.loads(member)] = text[begin : token.start()]
-            member = b""
-        if depth == 0:
-            break
-        last = what
-    return found
-
-
-_OPENING, _CLOSING = frozenset({b"{", b"["}), frozenset({b"}", b"]"})
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],:]')
