@@ -1,4 +1,4 @@
-"""The schema registry: Apicurio, whose API is also Confluent's; its schemas in a file, so that ids outlive it."""
+"""The schema registry: Apicurio, whose API is also Confluent's; its schemas in a file, written at each commit, so that ids outlive it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Registry(ProcessServer):
             "quarkus.management.port": str(self.ports["registry-management"]),
             "apicurio.storage.kind": "sql",
             "apicurio.storage.sql.kind": "h2",
-            "apicurio.datasource.url": f"jdbc:h2:file:{self.data}/registry",
+            "apicurio.datasource.url": f"jdbc:h2:file:{self.data}/registry;WRITE_DELAY=0",
         }
         small = ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
         options = [f"-D{name}={value}" for name, value in said.items()]

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 from confluent_kafka import Consumer
-from confluent_kafka.schema_registry import SchemaRegistryClient, ServerConfig
+from confluent_kafka.schema_registry import ConfigCompatibilityLevel, SchemaRegistryClient, ServerConfig
 from confluent_kafka.schema_registry.avro import AvroDeserializer
 
 from headrace.change import Change
@@ -55,6 +55,8 @@ KINDS = {
     "amounts": ["'{1.5}'"],
     "weight": ["0.5"],
 }
+BACKWARD = ServerConfig(compatibility=ConfigCompatibilityLevel.BACKWARD)
+ANYTHING = ServerConfig(compatibility=ConfigCompatibilityLevel.NONE)
 TYPES = (
     "CREATE TYPE mood AS ENUM ('sad', 'so so'); CREATE DOMAIN positive AS int CHECK (VALUE > 0);"
     "CREATE DOMAIN amounts AS numeric[]; CREATE DOMAIN light AS real; CREATE DOMAIN weight AS light"
@@ -174,7 +176,7 @@ def test_a_value_left_out_is_taken_from_the_log_in_whichever_codec(
 
 def test_columns_come_and_go_under_backward_compatibility(avro: Settings, registry: Registry) -> None:
     prepare(avro, ITEMS)
-    client(registry).set_config(config=ServerConfig(compatibility="BACKWARD"))
+    client(registry).set_config(config=BACKWARD)
     try:
         with capturing(avro) as capture:
             capture.hear("streaming")
@@ -197,7 +199,7 @@ def test_columns_come_and_go_under_backward_compatibility(avro: Settings, regist
         ]
         assert len(client(registry).get_versions(subject(avro))) >= 3
     finally:
-        client(registry).set_config(config=ServerConfig(compatibility="NONE"))
+        client(registry).set_config(config=ANYTHING)
 
 
 def test_a_schema_that_the_registry_refuses_stops_capture_and_says_what_to_do(
@@ -207,7 +209,7 @@ def test_a_schema_that_the_registry_refuses_stops_capture_and_says_what_to_do(
     prepare(avro, ITEMS, "INSERT INTO items VALUES (1, 'a', 1)")
     with capturing(avro) as capture:
         capture.reach()
-    client(registry).set_config(subject(avro), ServerConfig(compatibility="BACKWARD"))
+    client(registry).set_config(subject(avro), BACKWARD)
     execute(
         avro,
         "ALTER TABLE items ALTER COLUMN name TYPE bytea USING name::bytea",
@@ -218,7 +220,7 @@ def test_a_schema_that_the_registry_refuses_stops_capture_and_says_what_to_do(
     assert error.code == "schema-refused"
     assert isinstance(error, Misconfigured)
     assert subject(avro) in error.remedy
-    client(registry).set_config(subject(avro), ServerConfig(compatibility="NONE"))
+    client(registry).set_config(subject(avro), ANYTHING)
     with capturing(avro) as capture:
         capture.reach()
     assert [change.row for change in changes(avro, T)] == [

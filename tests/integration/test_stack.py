@@ -20,10 +20,11 @@ from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from headrace.settings import Settings
-from headrace_ops import Stack, artifacts, ports, processes
+from headrace_ops import ALL, NAMES, Stack, artifacts, ports, processes
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_ops.kafka import Kafka
 from headrace_ops.redis import Redis
+from headrace_ops.registry import Registry
 
 HEADRACE = str(Path(sys.executable).with_name("headrace"))
 
@@ -130,6 +131,30 @@ def test_redis_killed_keeps_what_was_acknowledged(redis_server: Redis) -> None:
     redis_server.kill()
     redis_server.start()
     assert redis_call(redis_server, "GET", "k") == b"$1\r\n7\r\n"
+
+
+def test_the_registry_killed_keeps_its_schemas_and_their_ids(registry: Registry) -> None:
+    body = json.dumps({"schema": json.dumps({"type": "record", "name": "kept", "fields": []})}).encode()
+    of_json = {"Content-Type": "application/vnd.schemaregistry.v1+json"}
+    request = urllib.request.Request(f"{registry.address()}/subjects/kept-value/versions", body, of_json)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        number = json.load(answer)["id"]
+    registry.kill()
+    assert registry.process() is None
+    registry.start()
+    with urllib.request.urlopen(f"{registry.address()}/schemas/ids/{number}", timeout=30) as answer:
+        assert "kept" in json.load(answer)["schema"]
+
+
+def test_an_optional_server_runs_only_where_it_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = Stack(folder, spread=True)
+    started: list[str] = []
+    monkeypatch.setattr(stack, "_fetch", lambda servers: None)
+    monkeypatch.setattr(stack, "_start", lambda servers: started.extend(server.name for server in servers))
+    stack.up()
+    assert started == list(NAMES)
+    stack.up(["registry"])
+    assert started == list(ALL)
 
 
 def test_without_a_redis_of_the_system_the_one_from_maven_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
