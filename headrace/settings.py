@@ -34,6 +34,9 @@ class Settings:
     slot: str = _setting("headrace", "replication slot in the source")
     publication: str = _setting("headrace", "publication in the source")
     kafka: str = _setting("127.0.0.1:9092", "bootstrap servers of Kafka, comma separated")
+    feed: str = _setting(
+        "headrace", "who writes the log: headrace, or debezium: a connector whose topic.prefix is the source"
+    )
     codec: str = _setting(
         "json", "how capture writes values: json, or avro with a schema registry; both are always read"
     )

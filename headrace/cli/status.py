@@ -91,6 +91,8 @@ def _facts(settings: Settings, control: Control, name: str | None) -> Facts:
 
 def _slot(settings: Settings) -> Facts:
     """Ask the source's own service for its slot; what speaks to Postgres is never part of the library [I11]."""
+    if settings.feed == "debezium":
+        return {"feed": "debezium"}
     for entry in entry_points(group="headrace.sources"):
         try:
             facts: Facts = entry.load()(settings)
@@ -139,6 +141,8 @@ def _source_line(facts: Facts) -> str:
     source = facts["source"]
     if "error" in source:
         return f"source [bold]{source['name']}[/bold]: [red]{source['error']}[/red] {source.get('remedy', '')}"
+    if source.get("feed") == "debezium":
+        return f"source [bold]{source['name']}[/bold]: fed by Debezium, no checkpoints"
     if not source.get("exists", True):
         return f"source [bold]{source['name']}[/bold]: [red]no slot[/red]; run: headrace capture"
     if "confirmed_flush_lsn" not in source:
@@ -163,7 +167,7 @@ def _row(name: str, report: Facts) -> list[str]:
     return [
         name + generation,
         f"[{colour}]{phase}[/{colour}]",
-        report["applied"],
+        "no checkpoints" if report.get("checkpoints") == "none" else report["applied"],
         _behind(report["lag"]),
         f"{report['rate']:.0f}/s",
         seconds(report["eta_seconds"]) if report["eta_seconds"] is not None else "",

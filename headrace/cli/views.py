@@ -53,6 +53,8 @@ def rebuild(
 
         headrace rebuild my_view --wait --consumer ./my_view.py:MyView
     """
+    if wait and verify:
+        Log(load()).require_checkpoints()
     control = _control()
     generation = int(control.ask(name, "rebuild")["generation"])
     if not wait:

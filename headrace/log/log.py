@@ -9,10 +9,13 @@ from headrace import codec
 from headrace.change import Change, Checkpoint, Position, TableSchema
 from headrace.errors import Misconfigured
 from headrace.log import kafka
+from headrace.log.feed import FeedReader
 from headrace.log.reader import Reader
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import (
+    ANSWERS,
+    CONTROL,
     Ends,
     Topics,
     checkpoints_topic,
@@ -46,6 +49,29 @@ class Log:
         """Return what reads the values of records, in either codec."""
         return Values(self.settings)
 
+    @property
+    def fed_by_debezium(self) -> bool:
+        """Whether a Debezium connector writes the tables' topics, so that there are no checkpoints (S28).
+
+        Raises:
+            Misconfigured: `bad-setting`.
+        """
+        feed = self.settings.feed
+        if feed not in {"headrace", "debezium"}:
+            raise Misconfigured(
+                "bad-setting", f"HEADRACE_FEED={feed!r} is not headrace or debezium.", "Change HEADRACE_FEED."
+            )
+        return feed == "debezium"
+
+    def require_checkpoints(self) -> None:
+        """Refuse what cannot be done with a Debezium feed (S28). Raises Misconfigured: `no-checkpoints`."""
+        if self.fed_by_debezium:
+            raise Misconfigured(
+                "no-checkpoints",
+                f"{self.settings.source} is fed by Debezium and has no checkpoints: no LSN says which state of Postgres a view shows.",
+                "Leave HEADRACE_FEED out where headrace captures the source; a Debezium feed cannot be verified or waited for.",
+            )
+
     def topic_of(self, table: str) -> str:
         """Return the topic of ``schema.table``."""
         return topic_of(self.settings.source, table)
@@ -56,7 +82,10 @@ class Log:
 
     def ensure_spine(self) -> None:
         """Make the topics that every source has: schemas, checkpoints, control, answers."""
-        self.topics.make({name: (1, config) for name, config in spine_config(self.settings).items()})
+        wanted = spine_config(self.settings)
+        if self.fed_by_debezium:
+            wanted = {name: wanted[name] for name in (CONTROL, ANSWERS)}
+        self.topics.make({name: (1, config) for name, config in wanted.items()})
 
     def ensure_table(self, table: str) -> str:
         """Make a table's topic if it is missing; return its name."""
@@ -104,6 +133,7 @@ class Log:
 
         One whose ends are only to be had from a base before `start` is left out.
         """
+        self.require_checkpoints()
         spine = Spine()
         for record in read_to_end(self.settings, {(checkpoints_topic(self.settings.source), 0): start}):
             checkpoint = spine.take(record.value, record.offset, record.timestamp)
@@ -112,6 +142,7 @@ class Log:
 
     def newest_checkpoint(self, *, complete: bool = False) -> Checkpoint | None:
         """Return the newest committed checkpoint, or the newest complete one; None when there is none."""
+        self.require_checkpoints()
         topic = checkpoints_topic(self.settings.source)
         if topic not in self.topics.names():
             return None
@@ -168,6 +199,10 @@ class Log:
         ends: Ends = self.topics.ends(self.partitions([topic]))
         return ends[topic]
 
-    def reader(self, tables: Collection[str], position: Position | None, group: str = "") -> Reader:
-        """Return a cut-aligned reader that goes on from `position`, from zero when None; `group` mirrors it."""
-        return Reader(self, tables, position, group)
+    def reader(self, tables: Collection[str], position: Position | None, group: str = "") -> Reader | FeedReader:
+        """Return a reader that goes on from `position`, from zero when None; `group` mirrors it.
+
+        It is cut-aligned, but for a Debezium feed.
+        """
+        made = FeedReader if self.fed_by_debezium else Reader
+        return made(self, tables, position, group)

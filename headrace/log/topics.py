@@ -220,15 +220,21 @@ class Topics:
             committed: Up to the last stable offset, else up to the high watermark.
         """
         level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
-        latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        return self._offsets(counts, OffsetSpec.latest(), level)  # type: ignore[no-untyped-call]
+
+    def begins(self, counts: Mapping[str, int]) -> Ends:
+        """Return the first offset of each partition: above 0 where records were deleted, which compaction never does."""
+        return self._offsets(counts, OffsetSpec.earliest(), IsolationLevel.READ_COMMITTED)  # type: ignore[no-untyped-call]
+
+    def _offsets(self, counts: Mapping[str, int], which: OffsetSpec, level: IsolationLevel) -> Ends:
         wanted = {
-            TopicPartition(name, partition): latest for name, count in counts.items() for partition in range(count)
+            TopicPartition(name, partition): which for name, count in counts.items() for partition in range(count)
         }
-        ends: Ends = {name: [0] * count for name, count in counts.items()}
+        found: Ends = {name: [0] * count for name, count in counts.items()}
         if wanted:
             for place, offset in self._ask_offsets(wanted, level):
-                ends[place.topic][place.partition] = offset
-        return ends
+                found[place.topic][place.partition] = offset
+        return found
 
     def _ask_offsets(
         self, wanted: dict[TopicPartition, OffsetSpec], level: IsolationLevel

@@ -347,8 +347,12 @@ class Runner:
             reason=error.message if error else self._stale_reason(state),
             code=error.code if error else "",
             remedy=error.remedy if error else "",
-            facts={"inexact": list(state.inexact)} if state.inexact else {},
+            facts=self._facts(state),
         )
+
+    def _facts(self, state: State) -> dict[str, Any]:
+        inexact = {"inexact": list(state.inexact)} if state.inexact else {}
+        return inexact | ({"checkpoints": "none"} if self._log.fed_by_debezium else {})
 
     def _stale_reason(self, state: State) -> str:
         return f"built by other code: run headrace rebuild {self.name}" if state.phase == "stale" else ""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Consumer, Generation
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient, Wiped
-from headrace.log import Lag, Log, Reader
+from headrace.log import FeedReader, Lag, Log, Reader
 from headrace.runner.poison import placed
 
 _POLL_SECONDS = 0.25
@@ -139,7 +139,7 @@ class Worker(threading.Thread):
         finally:
             consumer.close()
 
-    def _reader(self, consumer: Consumer, position: Position | None) -> Reader:
+    def _reader(self, consumer: Consumer, position: Position | None) -> Reader | FeedReader:
         group = f"{self.generation.consumer}.g{self.generation.number}"
         try:
             return self._log.reader(consumer.tables, position, group)
@@ -150,7 +150,7 @@ class Worker(threading.Thread):
             consumer.drop()
             raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
 
-    def _follow(self, consumer: Consumer, reader: Reader) -> None:
+    def _follow(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
         self._whole = True
         mirrored = 0.0
         while not self._stopping.is_set():
@@ -215,7 +215,7 @@ class Worker(threading.Thread):
         finally:
             consumer.close()
 
-    def _tell(self, reader: Reader) -> None:
+    def _tell(self, reader: Reader | FeedReader) -> None:
         lag = reader.lag()
         version = reader.position.version
         behind = lag.seconds > _BEHIND_SECONDS

@@ -65,6 +65,7 @@ def verify(
         headrace verify warehouse --json
     """
     log = Log(load())
+    log.require_checkpoints()
     control = Control(log)
     chosen = _chosen(control, names or [], consumer or [])
     facts = []

@@ -1,0 +1,194 @@
+"""The records of a Debezium connector for Postgres, decoded: JSON, with or without Connect's schemas (S28). No I/O.
+
+Debezium's envelope is the one that capture writes, but for what it lacks: headers. So:
+
+- the version is the end of the last transaction before the record's (the first of `source.sequence`), which grows with commit
+  order as a commit LSN does; where there is none (a snapshot, the first transaction after a start) it is the record's own LSN. Neither may
+  fall below what came before in the partition: a feed is in log order, whatever its LSNs say;
+- the shape of a table is what Connect's schema says, or else what the values look like, and a new version when it changes. Versions
+  are the seconds at which they were first seen, so that those of one reader are above those of every reader before it;
+- values are as the connector writes them, and documents (`io.debezium.data.Json`) as themselves where the schema tells them.
+
+A row with Debezium's placeholder for a value that an update left alone is no whole row, and is refused [I3].
+"""
+
+from __future__ import annotations
+
+import time
+from base64 import b64encode
+from hashlib import md5
+from typing import Any, Final
+from uuid import UUID
+
+import orjson
+
+from headrace import codec
+from headrace.change import DELETE, READ, Change, Column, Row, TableSchema, Version
+from headrace.errors import Poison
+
+EPOCH: Final = 1
+_TEXT: Final = "__debezium_unavailable_value"
+_BASE64: Final = b64encode(_TEXT.encode()).decode()
+_UUID: Final = str(UUID(bytes=md5(_TEXT.encode(), usedforsecurity=False).digest(), version=3))
+_PLACEHOLDERS: Final = (_TEXT, _BASE64, [_TEXT], [_BASE64], [_UUID], list(_TEXT.encode()), {_TEXT: _TEXT})
+"""What Debezium 3.6 writes by the column's type: text, bytes, arrays of these, of uuids, of integers, hstore (all seen)."""
+_SIGNS: Final = (_TEXT.encode(), _BASE64.encode(), _UUID.encode(), orjson.dumps(list(_TEXT.encode()))[:-1])
+_CONNECT: Final = {
+    "boolean": "boolean",
+    "int8": "smallint",
+    "int16": "smallint",
+    "int32": "integer",
+    "int64": "bigint",
+    "float": "real",
+    "double": "double precision",
+    "bytes": "bytea",
+}
+_NAMED: Final = {
+    "io.debezium.data.Json": "jsonb",
+    "io.debezium.data.Uuid": "uuid",
+    "io.debezium.time.ZonedTimestamp": "timestamp with time zone",
+}
+_LOOKS: Final = {bool: "boolean", int: "bigint", float: "double precision", str: "text", list: "jsonb", dict: "jsonb"}
+Types = dict[str, str]
+
+
+class Decoder:
+    """Decodes the records of one source's feed, each partition's in their order.
+
+    Attributes:
+        schemas: The shapes seen, by (table, version).
+        highest: The highest version of a record so far: its LSN.
+        commit_ts: When the newest record's transaction committed, ms since the Unix epoch.
+        xid: Its id.
+    """
+
+    def __init__(self, highest: int) -> None:
+        """Go on after `highest`, 0 from zero."""
+        self.schemas: dict[tuple[str, int], TableSchema] = {}
+        self.highest = self._begin = highest
+        self.commit_ts = self.xid = 0
+        self._passed: dict[tuple[str, int], int] = {}
+        self._newest: dict[str, TableSchema] = {}
+        self._known: set[tuple[Any, ...]] = set()
+
+    def change(self, table: str, partition: int, offset: int, key: bytes, value: bytes | None) -> Change:
+        """Decode one record. A tombstone is a delete.
+
+        Raises:
+            Poison: `undecodable-record`, `debezium-placeholder`, `debezium-truncate`.
+        """
+        try:
+            return self._change(table, partition, offset, key, value)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise Poison(
+                "undecodable-record",
+                f"The record of {table} at partition {partition}, offset {offset}, key {key!r} is not what a Debezium connector "
+                f"for Postgres writes in JSON: {error!r}.",
+                "Let the connector use org.apache.kafka.connect.json.JsonConverter for keys and values, and no transforms.",
+            ) from error
+
+    def _change(self, table: str, partition: int, offset: int, key: bytes, value: bytes | None) -> Change:
+        of_key, _ = _payload(key)
+        canonical = codec.encode_key(of_key)
+        row, op, read, lsn = None, DELETE, None, 0
+        if value is not None:
+            envelope, fields = _payload(value)
+            op, row = envelope["op"], envelope["after"]
+            lsn = self._see(envelope["source"])
+            _check(table, canonical, op, row, value)
+            read = "snapshot" if op == READ else None
+            if row is not None:
+                row = _documents(row, fields)
+                self._learn(table, of_key, row, fields)
+        if table not in self._newest:
+            self._learn(table, of_key, of_key, None)
+        version = Version(EPOCH, self._version(table, partition, lsn))
+        schema = self._newest[table].version
+        return Change(table, op, canonical, row, version, offset, self.xid, schema, partition, offset, read)
+
+    def _see(self, source: Row) -> int:
+        """Note the transaction that a record is of; return the LSN that it orders by."""
+        before, own = orjson.loads(source.get("sequence") or "[null,null]")
+        self.commit_ts, self.xid = int(source["ts_ms"]), int(source.get("txId") or 0)
+        return int(before or own or source["lsn"])
+
+    def _version(self, table: str, partition: int, lsn: int) -> int:
+        lsn = max(lsn, self._passed.get((table, partition), self._begin))
+        self._passed[table, partition] = lsn
+        self.highest = max(self.highest, lsn)
+        return lsn
+
+    def _learn(self, table: str, key: Row, row: Row, fields: list[Row] | None) -> None:
+        """Make a new version of a table's shape if this row has another one."""
+        seen = (table, *row, *(_declared(fields).values() if fields else map(type, row.values())))
+        if seen in self._known:
+            return
+        self._known.add(seen)
+        before = self._newest.get(table)
+        known = {column.name: column.type for column in before.columns} if before else {}
+        types = _declared(fields) if fields else _looks(row, known)
+        columns = tuple(Column(name, kind, nullable=name not in key) for name, kind in types.items())
+        if before is None or (before.columns, before.key) != (columns, tuple(key)):
+            version = max(int(time.time()), before.version + 1 if before else 0)
+            shape = TableSchema(table, version, columns, tuple(key))
+            self._newest[table] = self.schemas[table, version] = shape
+
+
+def _payload(text: bytes) -> tuple[Row, list[Row] | None]:
+    """Return a key or an envelope, and the fields of its row where Connect's schema comes with it."""
+    said: Row = orjson.loads(text)
+    if said.keys() != {"schema", "payload"}:
+        return said, None
+    fields = {field["field"]: field for field in said["schema"]["fields"]}
+    return said["payload"], fields["after"]["fields"] if "after" in fields else None
+
+
+def _declared(fields: list[Row]) -> Types:
+    """Return the columns' types as Postgres names them, of the fields of a schema of Connect's."""
+    return {field["field"]: _type(field) for field in fields}
+
+
+def _type(field: Row) -> str:
+    if field["type"] == "array":
+        return f"{_type(field['items'])}[]"
+    return _NAMED.get(field.get("name", ""), _CONNECT.get(field["type"], "text"))
+
+
+def _looks(row: Row, known: Types) -> Types:
+    """Return the columns' types as their values look: a null says nothing, and a whole number nothing against a fraction."""
+    types = {}
+    for name, value in row.items():
+        before, now = known.get(name, "text"), _LOOKS.get(type(value), "")
+        types[name] = before if not now or (before, now) == ("double precision", "bigint") else now
+    return types
+
+
+def _documents(row: Row, fields: list[Row] | None) -> Row:
+    """Take the documents of a row as themselves."""
+    for field in fields or ():
+        name, kind = field["field"], _type(field)
+        if kind == "jsonb" and row[name] is not None:
+            row[name] = orjson.loads(row[name])
+        elif kind == "jsonb[]" and row[name] is not None:
+            row[name] = [None if each is None else orjson.loads(each) for each in row[name]]
+    return row
+
+
+def _check(table: str, key: bytes, op: str, row: Row | None, value: bytes) -> None:
+    if op == "t":
+        raise Poison(
+            "debezium-truncate",
+            f"{table} was truncated, and a Debezium feed does not say which rows went.",
+            "Let the connector leave truncates out (skipped.operations=t, its default), and delete the rows instead.",
+        )
+    if (row is None) != (op == DELETE):
+        raise ValueError(f"op {op!r} with after {row!r}")
+    if row is None or not any(sign in value for sign in _SIGNS):
+        return
+    left_out = [name for name, column in row.items() if column in _PLACEHOLDERS]
+    if left_out:
+        raise Poison(
+            "debezium-placeholder",
+            f"The row {key.decode()} of {table} is not whole: Debezium did not know {', '.join(left_out)}, which an update left alone.",
+            f"ALTER TABLE {table} REPLICA IDENTITY FULL, then begin a new feed: another topic.prefix, HEADRACE_SOURCE, a snapshot.",
+        )

@@ -1,0 +1,206 @@
+"""S28: a real Debezium connector feeds our consumers; its feed has no checkpoints, and whoever needs one says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import orjson
+import pytest
+
+from headrace.control import Report
+from headrace.documents import Document, DocumentConsumer, Many, Node
+from headrace.errors import HeadraceError, Misconfigured, Refused
+from headrace.log import Log
+from headrace.log.topics import CONTROL, checkpoints_topic
+from headrace.settings import Settings, environment
+from headrace.stores.duckdb import DuckDBStore
+from headrace.stores.redis import PageReader, RedisPages
+from tests.fixtures.capture import eventually, execute, refused, rows, selected
+from tests.fixtures.debezium import connecting
+from tests.fixtures.plain import Plain
+from tests.fixtures.serving import serving
+
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, n int)"
+
+
+class Tables(DuckDBStore):
+    """Every table, typed, in DuckDB."""
+
+
+@pytest.fixture
+def fed(settings: Settings) -> Settings:
+    return replace(settings, feed="debezium")
+
+
+def shown(settings: Settings) -> dict[bytes, Any]:
+    """What readers of the plain view see."""
+    view = Plain(settings, "plain")
+    live = [generation.number for generation in view.generations() if generation.live]
+    if not live:
+        return {}
+    view._number = live[0]
+    return {row.key.encode(): row.value for row in view.scan(None, 10_000)}
+
+
+def report(control: Any, name: str = "plain") -> Report | None:
+    return next(iter(control.reports().get(name, [])), None)
+
+
+def equal(settings: Settings) -> None:
+    eventually("view == SELECT", lambda: shown(settings) == selected(settings, "items") != {})
+
+
+def headrace(settings: Settings, *words: str) -> subprocess.CompletedProcess[str]:
+    program = [str(Path(sys.executable).with_name("headrace")), *words]
+    environ = os.environ | environment(settings)
+    return subprocess.run(program, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_real_connector_feeds_a_view_over_every_change_and_kills_of_either(fed: Settings, tmp_path: Path) -> None:
+    """Snapshot, inserts, updates, deletes, a changed key; the connector is killed and sends again, the view goes on where it was."""
+    execute(fed, ITEMS, "INSERT INTO items SELECT i, 'n' || i, i FROM generate_series(1, 50) i")
+    with connecting(fed, tmp_path, "public.items"), serving(fed, plain=Plain) as control:
+        equal(fed)
+        execute(
+            fed,
+            "INSERT INTO items VALUES (100, 'new \" \\ ü', NULL)",
+            "UPDATE items SET n = n + 1 WHERE id < 20",
+            "DELETE FROM items WHERE id BETWEEN 30 AND 35",
+            "BEGIN; UPDATE items SET id = 200 WHERE id = 7; UPDATE items SET n = 0 WHERE id = 200; COMMIT",
+        )
+        equal(fed)
+        eventually("it is live", lambda: (found := report(control)) and found.phase == "live")
+        _says_no_checkpoints(fed)
+    execute(fed, "UPDATE items SET n = 77 WHERE id = 1", "DELETE FROM items WHERE id = 2")
+    with connecting(fed, tmp_path, "public.items"):
+        with serving(fed, plain=Plain):
+            equal(fed)
+        execute(fed, "UPDATE items SET n = 78 WHERE id = 1", "INSERT INTO items VALUES (2, 'again', 2)")
+        with serving(fed, plain=Plain) as control:
+            equal(fed)
+            eventually("it is live", lambda: _phase(control, 1) == "live")
+            assert control.ask("plain", "rebuild") == {"generation": 2}
+            execute(fed, "UPDATE items SET n = 79 WHERE id = 1")
+            eventually("it follows", lambda: _phase(control, 2) == "following")
+            eventually("it is promoted", lambda: _promoted(control))
+            equal(fed)
+    assert checkpoints_topic(fed.source) not in Log(fed).topics.names()
+    assert CONTROL in Log(fed).topics.names()
+
+
+def _says_no_checkpoints(settings: Settings) -> None:
+    status = headrace(settings, "status")
+    assert "fed by Debezium, no checkpoints" in status.stdout, status
+    assert status.stdout.count("no checkpoints") == 2, "the source's line, and the view's"
+    said = orjson.loads(headrace(settings, "status", "--json").stdout)
+    assert said["source"]["feed"] == "debezium"
+    assert said["consumers"]["plain"][0]["checkpoints"] == "none"
+    for words in (("verify",), ("rebuild", "plain", "--wait")):
+        asked = headrace(settings, *words)
+        assert asked.returncode == Misconfigured.exit_code, asked
+        assert "no-checkpoints" in asked.stderr + asked.stdout
+
+
+def _phase(control: Any, generation: int) -> str:
+    return next((found.phase for found in control.reports()["plain"] if found.generation == generation), "")
+
+
+def _promoted(control: Any) -> bool:
+    try:
+        control.ask("plain", "promote", {"generation": 2}, timeout=60)
+    except HeadraceError:
+        return False
+    return True
+
+
+class Orders(DocumentConsumer):
+    """A page for each customer with their orders."""
+
+    document = Document("public.customers", orders=Many("public.orders", by="customer_id"))
+    store = RedisPages()
+
+    def render(self, row: Node) -> dict[str, Any]:
+        return {"html": ",".join(sorted(order["what"] for order in row.orders))}
+
+
+def test_with_schemas_tables_are_typed_and_documents_are_themselves(
+    fed: Settings, tmp_path: Path, redis_server: object
+) -> None:
+    """The warehouse and joined documents, from one feed."""
+    execute(
+        fed,
+        "CREATE TABLE customers (id int PRIMARY KEY, note jsonb, born timestamptz, price numeric(10,2), score real, tags text[])",
+        "CREATE TABLE orders (id int PRIMARY KEY, customer_id int, what text)",
+        """INSERT INTO customers VALUES (1, '{"a": [1, 2.5]}', '2024-02-29 12:00:00+05', 1.50, 0.5, '{a,NULL}')""",
+        "INSERT INTO customers (id) VALUES (2)",
+        "INSERT INTO orders VALUES (1, 1, 'tea'), (2, 2, 'milk')",
+    )
+    with connecting(fed, tmp_path, "public.customers", "public.orders", schemas_enable="true"):
+        with serving(fed, tables=Tables, orders=Orders) as control:
+            eventually("tables are live", lambda: (found := report(control, "tables")) and found.live)
+            execute(
+                fed,
+                "UPDATE orders SET customer_id = 1 WHERE id = 2",
+                "ALTER TABLE customers ADD COLUMN vip boolean",
+                "UPDATE customers SET vip = true, score = 1 WHERE id = 1",
+                "DELETE FROM customers WHERE id = 2",
+            )
+            eventually("pages follow", lambda: _pages(fed) == {"1": "milk,tea"})
+            eventually("the warehouse follows", lambda: _at_end(control))
+        with duckdb.connect(fed.warehouse, read_only=True) as database:
+            typed = (
+                "id, note->'a'->1, born = '2024-02-29 07:00:00+00', price, score, tags, vip, typeof(id), typeof(vip)"
+            )
+            assert database.sql(f"SELECT {typed} FROM customers").fetchall() == [
+                (1, "2.5", True, "1.50", 1.0, ["a", None], True, "INTEGER", "BOOLEAN")
+            ]
+            assert sorted(database.sql("SELECT id, customer_id, what FROM orders").fetchall()) == rows(
+                fed, "SELECT id, customer_id, what FROM orders ORDER BY id"
+            )
+
+
+def test_what_is_no_whole_row_or_no_feed_is_refused(fed: Settings, tmp_path: Path) -> None:
+    """Under REPLICA IDENTITY FULL rows are whole, else the placeholder stops the consumer; capture leaves a feed alone."""
+    execute(
+        fed,
+        "CREATE TABLE items (id int PRIMARY KEY, n int, big text, many float8[])",
+        "ALTER TABLE items ALTER COLUMN big SET STORAGE EXTERNAL, ALTER COLUMN many SET STORAGE EXTERNAL",
+        "ALTER TABLE items REPLICA IDENTITY FULL",
+        "INSERT INTO items SELECT 1, 1, repeat('W', 5000), array_agg(i) FROM generate_series(1, 1000) i",
+    )
+    with connecting(fed, tmp_path, "public.items"), serving(fed, plain=Plain) as control:
+        equal(fed)
+        execute(fed, "UPDATE items SET n = 2")
+        equal(fed)
+        before = shown(fed)
+        execute(fed, "ALTER TABLE items REPLICA IDENTITY DEFAULT", "UPDATE items SET n = 3")
+        stopped = eventually("it stops", lambda: (found := report(control)) and found.phase == "stopped" and found)
+        assert stopped.code == "debezium-placeholder"
+        assert "REPLICA IDENTITY FULL" in stopped.remedy
+        assert shown(fed) == before
+    view = Plain(fed, "plain")
+    position = view.open(view.generations()[0])
+    assert position is not None
+    with pytest.raises(Refused, match="not from this feed"):
+        Log(fed).reader(["public.items"], replace(position, source=None))
+    execute(fed, "CREATE PUBLICATION other FOR TABLE items")
+    assert refused(replace(fed, publication="other")).code == "no-checkpoints"
+    with pytest.raises(Misconfigured, match=r"no topic of public\.nothing"):
+        Log(fed).reader(["public.nothing"], None).poll(0.1)
+
+
+def _pages(settings: Settings) -> dict[str, str | None]:
+    with closing(PageReader(settings, "orders")) as reader:
+        return {id_: page.html for id_ in ("1", "2") if (page := reader.get(id_))}
+
+
+def _at_end(control: Any) -> bool:
+    found = report(control, "tables")
+    return bool(found and found.phase == "live" and found.lag == (0, 0, 0.0))

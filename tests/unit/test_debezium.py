@@ -1,0 +1,149 @@
+"""Debezium's records, as its connector 3.6 wrote them, decoded: versions in log order, shapes, documents, whole rows only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from headrace.change import Version
+from headrace.errors import Poison
+from headrace.log.debezium import Decoder
+
+T = "public.items"
+TEXT = "__debezium_unavailable_value"
+
+
+def value(op: str, row: dict[str, Any] | None, sequence: list[int | None], **source: Any) -> bytes:
+    said = {"connector": "postgresql", "ts_ms": 1795642386484, "snapshot": "false", "txId": 758, "lsn": sequence[1]}
+    written = orjson.dumps([None if lsn is None else str(lsn) for lsn in sequence]).decode()
+    envelope = {"before": None, "after": row, "source": said | {"sequence": written} | source, "op": op, "ts_ms": 1}
+    return orjson.dumps(envelope)
+
+
+def with_schema(payload: bytes, fields: list[dict[str, Any]]) -> bytes:
+    schema = {
+        "type": "struct",
+        "fields": [{"field": name, "type": "struct", "fields": fields} for name in ("before", "after")],
+    }
+    return orjson.dumps({"schema": schema, "payload": orjson.loads(payload)})
+
+
+def key(id_: int) -> bytes:
+    return b'{"id": %d}' % id_
+
+
+def test_records_become_changes_of_a_version_that_grows_with_the_log() -> None:
+    """A snapshot and the first transaction after a start have no commit before them; a tombstone says nothing at all."""
+    decoder = Decoder(0)
+    records = [
+        (key(1), value("r", {"id": 1, "n": None}, [None, 100])),
+        (key(1), value("u", {"id": 1, "n": 5}, [None, 90])),
+        (key(1), value("u", {"id": 1, "n": 6}, [150, 120])),
+        (key(1), value("d", None, [160, 170])),
+        (key(1), None),
+    ]
+    changes = [decoder.change(T, 0, offset, *record) for offset, record in enumerate(records)]
+    assert [change.version for change in changes] == [Version(1, lsn) for lsn in (100, 100, 150, 160, 160)]
+    assert [change.op for change in changes] == ["r", "u", "u", "d", "d"]
+    assert [change.key for change in changes] == [b'{"id":1}'] * 5
+    assert [change.row for change in changes] == [
+        {"id": 1, "n": None},
+        {"id": 1, "n": 5},
+        {"id": 1, "n": 6},
+        None,
+        None,
+    ]
+    assert [change.read for change in changes] == ["snapshot", None, None, None, None]
+    assert (decoder.highest, decoder.xid) == (160, 758)
+
+
+def test_what_is_sent_again_after_a_restart_stays_in_log_order() -> None:
+    decoder = Decoder(500)
+    change = decoder.change(T, 0, 9, key(1), value("u", {"id": 1}, [None, 90]))
+    assert change.version == Version(1, 500)
+
+
+def test_a_shape_is_what_the_values_look_like_and_grows_in_versions() -> None:
+    decoder = Decoder(0)
+    rows = [
+        {"id": 1, "a": None},
+        {"id": 2, "a": 1},
+        {"id": 3, "a": 1.5},
+        {"id": 4, "a": 2},
+        {"id": 5, "a": 2, "b": [1]},
+    ]
+    changes = [decoder.change(T, 0, at, key(at), value("c", row, [10, 10])) for at, row in enumerate(rows)]
+    shapes = [decoder.schemas[T, change.schema] for change in changes]
+    assert [column.type for column in shapes[0].columns] == ["bigint", "text"]
+    assert [column.type for column in shapes[1].columns] == ["bigint", "bigint"]
+    assert [column.type for column in shapes[2].columns] == ["bigint", "double precision"]
+    assert shapes[3] is shapes[2]
+    assert [column.type for column in shapes[4].columns] == ["bigint", "double precision", "jsonb"]
+    assert [shape.version for shape in shapes] == sorted(shape.version for shape in shapes)
+    assert all(shape.key == ("id",) for shape in shapes)
+
+
+def test_connects_schema_tells_types_and_documents() -> None:
+    decoder = Decoder(0)
+    fields = [
+        {"field": "id", "type": "int32"},
+        {"field": "j", "type": "string", "name": "io.debezium.data.Json"},
+        {"field": "js", "type": "array", "items": {"type": "string", "name": "io.debezium.data.Json"}},
+        {"field": "f", "type": "float"},
+        {"field": "t", "type": "string", "name": "io.debezium.time.ZonedTimestamp"},
+    ]
+    row = {"id": 1, "j": '{"a": [1]}', "js": ["1", None], "f": 1.5, "t": "2026-11-25T21:33:15.948634Z"}
+    of_key = b'{"schema":{"type":"struct","fields":[{"type":"int32","field":"id"}]},"payload":{"id":1}}'
+    change = decoder.change(T, 0, 0, of_key, with_schema(value("c", row, [10, 10]), fields))
+    assert change.key == b'{"id":1}'
+    assert change.row == row | {"j": {"a": [1]}, "js": [1, None]}
+    assert [column.type for column in decoder.schemas[T, change.schema].columns] == [
+        "integer",
+        "jsonb",
+        "jsonb[]",
+        "real",
+        "timestamp with time zone",
+    ]
+
+
+@pytest.mark.parametrize(
+    "placeholder",
+    [
+        TEXT,
+        "X19kZWJleml1bV91bmF2YWlsYWJsZV92YWx1ZQ==",
+        [TEXT],
+        ["X19kZWJleml1bV91bmF2YWlsYWJsZV92YWx1ZQ=="],
+        ["b68a35a7-17ad-35b3-af2a-ae46edb4545a"],
+        list(TEXT.encode()),
+        {TEXT: TEXT},
+    ],
+)
+def test_a_row_that_is_not_whole_is_refused_with_what_to_change(placeholder: Any) -> None:
+    with pytest.raises(Poison) as caught:
+        Decoder(0).change(T, 0, 7, key(1), value("u", {"id": 1, "big": placeholder}, [10, 10]))
+    assert caught.value.code == "debezium-placeholder"
+    assert "big" in caught.value.message
+    assert "REPLICA IDENTITY FULL" in caught.value.remedy
+
+
+def test_a_value_that_only_speaks_of_the_placeholder_is_a_value() -> None:
+    row = {"id": 1, "big": f"see {TEXT}"}
+    assert Decoder(0).change(T, 0, 7, key(1), value("u", row, [10, 10])).row == row
+
+
+@pytest.mark.parametrize(
+    ("of_key", "said", "code"),
+    [
+        (key(1), value("t", None, [10, 10]), "debezium-truncate"),
+        (key(1), b"\0\0\0\0\x01avro", "undecodable-record"),
+        (key(1), b'{"id":1}', "undecodable-record"),
+        (key(1), value("u", None, [10, 10]), "undecodable-record"),
+        (b"", value("c", {"id": 1}, [10, 10]), "undecodable-record"),
+    ],
+)
+def test_what_cannot_be_read_is_poison(of_key: bytes, said: bytes, code: str) -> None:
+    with pytest.raises(Poison) as caught:
+        Decoder(0).change(T, 3, 42, of_key, said)
+    assert caught.value.code == code
