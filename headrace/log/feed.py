@@ -17,7 +17,7 @@ from confluent_kafka import Message
 
 from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, Source, Version
 from headrace.consumer import ALL, Batch
-from headrace.errors import Misconfigured, Refused
+from headrace.errors import Misconfigured, Refused, Transient
 from headrace.log.debezium import EPOCH, Decoder
 from headrace.log.reader import Lag, too_slow
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, record
@@ -68,9 +68,9 @@ class FeedReader:
         """Return the next batch, or None when there is nothing new within about `timeout` seconds.
 
         Raises:
-            Transient: `kafka-away`.
+            Transient: `kafka-away`, `feed-topic-missing`.
             Poison: `undecodable-record`, `debezium-placeholder`, `debezium-truncate`.
-            Misconfigured: `table-not-captured`, `feed-incomplete`, `build-too-slow` (S19).
+            Misconfigured: `feed-incomplete`, `build-too-slow` (S19).
         """
         self._require_tables()
         if time.monotonic() - self._looked > _TOPICS_SECONDS:
@@ -181,10 +181,11 @@ class FeedReader:
         missing = self._wanted - self.position.topics.keys() if not self._all else set()
         if missing:
             table = table_of(min(missing))
-            raise Misconfigured(
-                "table-not-captured",
-                f"The feed {self._log.settings.source} has no topic of {table}.",
-                f"Let HEADRACE_SOURCE be the connector's topic.prefix, and its table.include.list have {table}.",
+            raise Transient(
+                "feed-topic-missing",
+                f"The feed {self._log.settings.source} has no topic of {table} yet.",
+                f"HEADRACE_SOURCE must be the connector's topic.prefix, and its table.include.list have {table}; it makes the "
+                "topic with the first row. For an empty table make it yourself.",
             )
 
     def _check_away(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from headrace.control import Report
 from headrace.documents import Document, DocumentConsumer, Many, Node
-from headrace.errors import HeadraceError, Misconfigured, Refused
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log
 from headrace.log.topics import CONTROL, checkpoints_topic
 from headrace.settings import Settings, environment
@@ -192,7 +192,7 @@ def test_what_is_no_whole_row_or_no_feed_is_refused(fed: Settings, tmp_path: Pat
         Log(fed).reader(["public.items"], replace(position, source=None))
     execute(fed, "CREATE PUBLICATION other FOR TABLE items")
     assert refused(replace(fed, publication="other")).code == "no-checkpoints"
-    with pytest.raises(Misconfigured, match=r"no topic of public\.nothing"):
+    with pytest.raises(Transient, match=r"no topic of public\.nothing"):
         Log(fed).reader(["public.nothing"], None).poll(0.1)
 
 
