@@ -6,6 +6,7 @@ kept for ever once they were asked for, as a registry never gives one twice; so 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -29,12 +30,17 @@ class Registry:
 
     def __init__(self, settings: Settings) -> None:
         """Connect to nothing yet. Raises Misconfigured: `bad-setting`."""
-        self._address = settings.schema_registry
+        # What people are shown has no password.
+        self._address = re.sub(r"//[^/@]*@", "//", settings.schema_registry)
         try:
-            self._client = SchemaRegistryClient({"url": self._address, "timeout": _SECONDS, "max.retries": 0})
+            self._client = SchemaRegistryClient(
+                {"url": settings.schema_registry, "timeout": _SECONDS, "max.retries": 0}
+            )
         except ValueError as error:
             raise Misconfigured(
-                "bad-setting", f"HEADRACE_SCHEMA_REGISTRY={self._address!r}: {error}.", "Write http://host:port/path."
+                "bad-setting",
+                f"HEADRACE_SCHEMA_REGISTRY={self._address!r} is no address.",
+                "Write http://host:port/path.",
             ) from error
         self._reader = AvroDeserializer(self._client)
 

@@ -250,14 +250,18 @@ def test_readers_say_that_the_registry_is_away_or_does_not_know(
         capture.reach()
     registry.stop()
     with pytest.raises(Transient) as away:
-        changes(avro, T)
+        changes(replace(avro, schema_registry=avro.schema_registry.replace("//", "//me:secret@")), T)
     assert away.value.code == "registry-away"
+    assert "secret" not in str(away.value)
     registry.start()
     log = Log(avro)
     value = values(avro)[0]
     with pytest.raises(Misconfigured) as unknown:
         log.values.envelope(value[:1] + (1 << 30).to_bytes(4, "big") + value[5:])
     assert unknown.value.code == "schema-unknown"
+    with pytest.raises(Misconfigured) as elsewhere:
+        changes(replace(avro, schema_registry=avro.schema_registry.replace("/apis/ccompat/v7", "/elsewhere")), T)
+    assert elsewhere.value.code == "registry-refuses"
     assert log.values.envelope(value)["after"] == {"id": 1, "name": "a", "n": 1}
 
 
