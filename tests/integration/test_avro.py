@@ -231,7 +231,7 @@ def test_while_the_registry_is_away_capture_waits_and_goes_on(avro: Settings, re
     with capturing(avro) as capture:
         execute(avro, "INSERT INTO items VALUES (1, 'a', 1)")
         capture.reach()
-        registry.stop()
+        registry.kill()
         execute(avro, "INSERT INTO items VALUES (2, 'b', 2)")
         capture.reach()
         execute(avro, "INSERT INTO other VALUES (1, 'a', 1)")
@@ -248,7 +248,7 @@ def test_readers_say_that_the_registry_is_away_or_does_not_know(
     prepare(avro, ITEMS, "INSERT INTO items VALUES (1, 'a', 1)")
     with capturing(avro) as capture:
         capture.reach()
-    registry.stop()
+    registry.kill()
     with pytest.raises(Transient) as away:
         changes(replace(avro, schema_registry=avro.schema_registry.replace("//", "//me:secret@")), T)
     assert away.value.code == "registry-away"
