@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from confluent_kafka import Message
 
-from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, Source, Version
+from headrace.change import DELETE, Change, Checkpoint, Position, Source, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured, Refused, Transient
 from headrace.log.debezium import EPOCH, Decoder
-from headrace.log.reader import Lag, too_slow
+from headrace.log.reader import Lag
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, record
 from headrace.log.topics import Ends, table_of, topic_of
 
@@ -41,7 +41,7 @@ class FeedReader:
 
         Raises:
             Refused: the position makes no sense for this feed [I12]: `position-of-another-source`, `topic-replaced`, `position-ahead`,
-                `away-too-long`.
+                `away-too-long`, `build-too-slow`.
         """
         self._log = log
         self._all = tuple(tables) == ALL
@@ -57,12 +57,11 @@ class FeedReader:
         self._goal: dict[Place, int] = {}
         self._ends: Ends = {}
         self._asked = self._looked = self._told = 0.0
-        self._began = time.time()
         self._whole = not self.position.loading
         self._behind_since: float | None = None
         self._tail = Tail(log.settings, {}, group)
         self._add_topics()
-        self._check_away()
+        self._check_position()
 
     def poll(self, timeout: float) -> Batch | None:
         """Return the next batch, or None when there is nothing new within about `timeout` seconds.
@@ -70,7 +69,7 @@ class FeedReader:
         Raises:
             Transient: `kafka-away`, `feed-topic-missing`.
             Poison: `undecodable-record`, `debezium-placeholder`, `debezium-truncate`.
-            Misconfigured: `feed-incomplete`, `build-too-slow` (S19).
+            Misconfigured: `feed-incomplete`; Refused: `build-too-slow` (S19).
         """
         self._require_tables()
         if time.monotonic() - self._looked > _TOPICS_SECONDS:
@@ -123,8 +122,8 @@ class FeedReader:
         if checkpoint:
             self._told = time.monotonic()
             self.position = replace(self.position, version=checkpoint.version, appended=checkpoint.appended)
-        if loading and not reached and time.time() - self._began > self._log.settings.delete_retention_ms / 1000:
-            raise too_slow()
+        elif loading:
+            self._check_age()
         if loading:
             changes = list({(change.table, change.key): change for change in changes}.values())
         else:
@@ -150,6 +149,10 @@ class FeedReader:
         ]
         if not new:
             return
+        if not self.position.offsets:
+            self.position.appended = int(
+                time.time() * 1000
+            )  # a build begins: nothing that it reads was removed before now (S19)
         described = self._log.topics.describe(new)
         counts = {topic: described[topic][1] for topic in new}
         begins, ends = self._log.topics.begins(counts), self._log.topics.ends(counts)
@@ -188,7 +191,7 @@ class FeedReader:
                 "topic with the first row. For an empty table make it yourself.",
             )
 
-    def _check_away(self) -> None:
+    def _check_position(self) -> None:
         """Refuse a position that lies beyond the feed, or so far back that tombstones before its end may be gone (S19)."""
         behind = False
         for place, end in self._goal.items():
@@ -197,12 +200,21 @@ class FeedReader:
                     "position-ahead", f"The view is at {self._read_to[place]} of {place[0]}, which ends at {end}."
                 )
             behind = behind or self._read_to[place] < end
-        away = time.time() * 1000 - self.position.appended
-        if behind and self.position.version != NOWHERE and away > self._log.settings.delete_retention_ms:
+        if behind:
+            self._check_age()
+
+    def _check_age(self) -> None:
+        """See `Reader`: the position's age bounds what may have been removed."""
+        hours = time.time() / 3600 - self.position.appended / 3_600_000
+        if hours <= self._log.settings.delete_retention_ms / 3_600_000:
+            return
+        if self.position.loading:
             raise _refused(
-                "away-too-long",
-                f"The view was last fed {away / 3_600_000:.0f} hours ago, longer than delete.retention.ms.",
+                "build-too-slow", f"The build began {hours:.0f} hours ago, and is not at the feed's end yet."
             )
+        raise _refused(
+            "away-too-long", f"The view was last fed {hours:.0f} hours ago, longer than delete.retention.ms."
+        )
 
 
 def _refused(code: str, seen: str) -> Refused:

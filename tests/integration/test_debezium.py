@@ -190,6 +190,8 @@ def test_what_is_no_whole_row_or_no_feed_is_refused(fed: Settings, tmp_path: Pat
     assert position is not None
     with pytest.raises(Refused, match="not from this feed"):
         Log(fed).reader(["public.items"], replace(position, source=None))
+    with pytest.raises(Refused, match="longer than delete"):
+        Log(fed).reader(["public.items"], replace(position, appended=1))
     execute(fed, "CREATE PUBLICATION other FOR TABLE items")
     assert refused(replace(fed, publication="other")).code == "no-checkpoints"
     with pytest.raises(Transient, match=r"no topic of public\.nothing"):
