@@ -6,7 +6,7 @@ LSNs are integers here and in every record; people see them as Postgres prints t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from headrace.errors import Misconfigured
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 CREATE, UPDATE, DELETE, READ = "c", "u", "d", "r"
 
-_LSN_BITS = 48
+LSN_BITS = 48
 
 
 class Version(NamedTuple):
@@ -30,14 +30,14 @@ class Version(NamedTuple):
 
         48 bits of LSN are 256 TiB of WAL.
         """
-        if self.lsn >> _LSN_BITS or self.epoch >> 15:
+        if self.lsn >> LSN_BITS or self.epoch >> 15:
             raise Misconfigured("version-overflow", f"{self} does not fit in 15 bits of epoch and 48 bits of LSN.")
-        return self.epoch << _LSN_BITS | self.lsn
+        return self.epoch << LSN_BITS | self.lsn
 
     @classmethod
     def unpacked(cls, packed: int) -> Version:
         """Undo `packed`."""
-        return cls(packed >> _LSN_BITS, packed & ((1 << _LSN_BITS) - 1))
+        return cls(packed >> LSN_BITS, packed & ((1 << LSN_BITS) - 1))
 
     def __str__(self) -> str:
         """Return the version as people see it, e.g. ``1@0/17ABA90``."""
@@ -114,6 +114,10 @@ class Source:
     slot: str
     publication: str
 
+    def same_but_timeline(self, other: Source) -> bool:
+        """Whether both are one database of one server, perhaps before and after a failover."""
+        return replace(self, timeline=0) == replace(other, timeline=0)
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -127,7 +131,8 @@ class Checkpoint:
         xid: Its transaction id, 0 for an empty cut.
         partial: ``(commit_lsn, ordinal)`` of the last change in the log of a transaction that is not wholly there (S5).
         inexact: Tables whose topic is not known to equal Postgres at this LSN (S12).
-        snapshot: None once streaming; ``running`` or ``complete`` in the checkpoints of the initial snapshot (S6).
+        snapshot: None once streaming; ``running`` or ``complete`` in the checkpoints of the initial snapshot (S6); ``chunked`` while
+            the stream runs and the initial snapshot is read beside it.
         base: LSN of the checkpoint whose `ends` this one's record goes on from, its own when the record names every topic (S16).
         offset: Where the record stands in the checkpoints topic; -1 before it is written.
         appended: The broker's timestamp of the record, in ms since the Unix epoch; 0 before it is written.
@@ -148,7 +153,7 @@ class Checkpoint:
     @property
     def complete(self) -> bool:
         """Whether `ends` is a state that Postgres had: no half transaction, no half snapshot."""
-        return self.partial is None and self.snapshot != "running"
+        return self.partial is None and self.snapshot not in {"running", "chunked"}
 
 
 @dataclass(slots=True)
@@ -171,6 +176,16 @@ class Position:
     source: Source | None = None
     appended: int = 0
     inexact: tuple[str, ...] = ()
+
+    def continued_by(self, version: Version, source: Source | None) -> bool:
+        """Whether a log that is at `version` of `source` may be the one that this position belongs to.
+
+        One log has records of one source until a new epoch begins: capture lets nothing else into it. Within an epoch the timeline may
+        change, by a failover that lost nothing (S2). The topics' ids, which are compared as well, tell whether it is this log.
+        """
+        if self.source is None or source is None or self.source == source or version.epoch > self.version.epoch:
+            return True
+        return self.source.same_but_timeline(source)
 
     @property
     def loading(self) -> bool:

@@ -4,7 +4,8 @@ One compacted topic, `headrace.control`. Keys are ``{"source","name","kind","id"
 
 - ``report``, id = generation (or 0 for a service): what the runner says of it every second;
 - ``request``, id = a unique text: what somebody asks of the runner of `name`; tombstoned by the runner when it has answered;
-- ``answer``, id = the request's: what the runner says to it.
+- ``answer``, id = the request's: what the runner says to it;
+- anything else is a service's own memory, kept beside them (capture's ``resnapshot`` and ``catalogue``, written in its cuts).
 
 Kafka has no compare-and-set, so there is one writer of reports and answers for each name: its runner (S30). A report older than
 `DEAD_SECONDS` is of a process that died. Rows go to `headrace.answers`, in pages keyed by the request's id: a page has as many rows as
@@ -96,6 +97,14 @@ class Control:
         self._source = log.settings.source
         self._writer = PlainWriter(log.settings)
 
+    def kept(self, name: str, *kinds: str) -> list[dict[str, dict[str, Any]]]:
+        """Return the records of each of `kinds` that the service `name` keeps for itself, by id, oldest first."""
+        found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
+        for (kind, who, id_), (_, value) in self._newest(*kinds).items():
+            if who == name:
+                found[kind][id_] = value
+        return list(found.values())
+
     # What a runner does
 
     def report(self, report: Report) -> None:
@@ -153,14 +162,14 @@ class Control:
     def reports(self) -> dict[str, list[Report]]:
         """Return the newest report of each generation and service, by name, oldest generation first."""
         found: dict[str, list[Report]] = {}
-        for key, (timestamp, value) in sorted(self._newest("report").items(), key=lambda item: int(item[0][1])):
+        for key, (timestamp, value) in sorted(self._newest("report").items(), key=lambda item: int(item[0][2])):
             value |= {
                 "version": Version(*value["version"]),
                 "lag": tuple(value["lag"]),
                 "progress": tuple(value["progress"]),
             }
             report = Report(**value, age=max(0.0, time.time() - timestamp / 1000))
-            found.setdefault(key[0], []).append(report)
+            found.setdefault(key[1], []).append(report)
         return found
 
     def running(self, name: str) -> list[Report]:
@@ -247,23 +256,29 @@ class Control:
         self._writer.send(CONTROL, key, codec.dumps(value) if value is not None else None)
 
     def _key(self, name: str, kind: str, id_: str) -> bytes:
-        return codec.dumps({"source": self._source, "name": name, "kind": kind, "id": id_})
+        return record_key(self._source, name, kind, id_)
 
     def _end(self, topic: str) -> int:
         return self._log.topics.ends({topic: 1})[topic][0]
 
-    def _newest(self, kind: str) -> dict[tuple[str, str], tuple[int, dict[str, Any]]]:
+    def _newest(self, *kinds: str) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
         if CONTROL not in self._log.topics.names():
             return {}
-        found: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {}
+        found: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = {}
         for record in read_to_end(self._log.settings, {(CONTROL, 0): BEGINNING}):
             key = codec.loads(record.key)
-            if key["source"] != self._source or key["kind"] != kind:
+            if key["source"] != self._source or key["kind"] not in kinds:
                 continue
-            found.pop((key["name"], key["id"]), None)
+            place = (key["kind"], key["name"], key["id"])
+            found.pop(place, None)
             if record.value is not None:
-                found[key["name"], key["id"]] = (record.timestamp, codec.loads(record.value))
+                found[place] = (record.timestamp, codec.loads(record.value))
         return found
+
+
+def record_key(source: str, name: str, kind: str, id_: str) -> bytes:
+    """Return the key of a record in control."""
+    return codec.dumps({"source": source, "name": name, "kind": kind, "id": id_})
 
 
 class RequestBox:

@@ -189,7 +189,10 @@ def _notes(name: str, report: Facts) -> Iterator[str]:
     elif reason := f"{report['reason']} {report['remedy']}".strip():
         yield f"[yellow]{name} g{report['generation']}[/yellow]: {escape(reason)}"
     if inexact := report.get("inexact"):
-        yield f"[yellow]{name}[/yellow]: {escape(', '.join(inexact))} may differ from Postgres: inexact since DDL without events (S12)"
+        yield f"[yellow]{name}[/yellow]: {escape(', '.join(inexact))} may differ from Postgres until read again: inexact (S12)"
+    for what in ("resnapshot", "approximate"):
+        if told := report.get(what):
+            yield f"[yellow]{name}[/yellow]: {what}: {escape(told)}"
 
 
 def _reports(control: Control) -> dict[str, list[Report]]:

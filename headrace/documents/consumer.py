@@ -162,7 +162,9 @@ class DocumentConsumer:
 
     def _fits(self, local: Position, view: Position | None) -> bool:
         """Whether reading may go on from the local rows: they are loading, or not ahead of the view."""
-        if view is not None and (local.source != view.source or not local.topics.items() <= view.topics.items()):
+        if view is not None and not (
+            local.continued_by(view.version, view.source) and local.topics.items() <= view.topics.items()
+        ):
             return False
         if local.loading:
             # Tombstones that the load has not read yet may be gone (S19).
@@ -171,7 +173,7 @@ class DocumentConsumer:
 
     def _check_reload(self, view: Position, now: Position) -> None:
         """Refuse to go on with a view's old documents from a state that does not continue them."""
-        if view.source != now.source or not view.topics.items() <= now.topics.items():
+        if not view.continued_by(now.version, now.source) or not view.topics.items() <= now.topics.items():
             raise _refused(
                 "position-of-another-source", f"The view was built from {view.source}, the log is of {now.source}."
             )

@@ -79,7 +79,9 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
     name = error.name()
     if name in {"_UNKNOWN_TOPIC", "UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_PARTITION"}:
         return Misconfigured(
-            "topic-missing", f"Kafka has no such topic while {doing}: {error.str()}.", "Run: headrace capture"
+            "topic-missing",
+            f"Kafka has no such topic while {doing}: {error.str()}.",
+            "Run: headrace capture. If somebody deleted it: headrace resnapshot --recover",
         )
     if name in {"_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"}:
         return Transient("fenced", f"Another process took over while {doing}.", "Stop one of the two.")

@@ -160,6 +160,13 @@ class Log:
         Raises:
             Misconfigured: `log-lost-records`, `topic-missing`.
         """
+        missing = sorted(checkpoint.ends.keys() - self.topics.names())
+        if missing:
+            raise Misconfigured(
+                "topic-missing",
+                f"The newest checkpoint names {', '.join(missing)}: Kafka has no such topic any more.",
+                "Run: headrace resnapshot --recover. It makes the topic anew; then rebuild the views that read it.",
+            )
         actual = self.topics.ends({topic: len(ends) for topic, ends in checkpoint.ends.items()}, committed=False)
         for topic, ends in checkpoint.ends.items():
             for partition, (end, is_now) in enumerate(zip(ends, actual[topic], strict=True)):
@@ -167,7 +174,7 @@ class Log:
                     raise Misconfigured(
                         "log-lost-records",
                         f"{topic} partition {partition} ends at {is_now}; the newest checkpoint says {end}: Kafka lost records.",
-                        "Start again from zero: headrace teardown --topics, then setup and capture.",
+                        "Run: headrace resnapshot --recover. It makes the topic anew; then rebuild the views that read it.",
                     )
 
     def schemas(self) -> Schemas:

@@ -318,7 +318,7 @@ class Reader:
 
     def _check_position(self, newest: Checkpoint) -> None:
         position = self.position
-        if position.source is not None and position.source != newest.source:
+        if not position.continued_by(newest.version, newest.source):
             raise _refused(
                 "position-of-another-source",
                 f"The view was built from {position.source}, the log is of {newest.source}.",

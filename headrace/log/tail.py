@@ -46,6 +46,22 @@ def record(message: Message) -> Record:
     )
 
 
+class Head(NamedTuple):
+    """A record without its value: what is asked of very many. `live`: it is no tombstone (no value of ours is empty)."""
+
+    partition: int
+    offset: int
+    key: bytes
+    headers: dict[str, bytes]
+    live: bool
+
+
+def head(message: Message) -> Head:
+    """Return a message's head."""
+    headers: dict[str, bytes] = dict(message.headers() or [])  # type: ignore[arg-type]
+    return Head(message.partition() or 0, message.offset() or 0, message.key() or b"", headers, len(message) > 0)
+
+
 def end_of_partition(message: Message) -> bool:
     """Whether `message` says that its partition has no more; raise for every other error."""
     error = message.error()
@@ -72,6 +88,12 @@ class Tail:
             self._consumer.incremental_assign(
                 [TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()]
             )
+
+    def seek(self, starts: dict[tuple[str, int], int]) -> None:
+        """Go on from these offsets."""
+        with kafka.kafka_errors("seeking"):
+            for (topic, partition), at in starts.items():
+                self._consumer.seek(TopicPartition(topic, partition, at))
 
     def pause(self, places: Collection[tuple[str, int]]) -> None:
         """Fetch nothing more of these for now."""

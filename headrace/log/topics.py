@@ -73,7 +73,7 @@ def partitions_changed(topic: str, has: int, known: int) -> Misconfigured:
     return Misconfigured(
         "partitions-changed",
         f"Topic {topic} has {has} partitions, the newest checkpoint knows {known}.",
-        "A table needs a new topic for another partition count: headrace teardown --topics, then setup and capture.",
+        "Run: headrace resnapshot --recover. It makes the topic anew; then rebuild the views that read it.",
     )
 
 

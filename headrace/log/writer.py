@@ -148,6 +148,12 @@ class CutWriter:
             self._begin()
         self._send(self._schemas, codec.encode_schema_key(schema), codec.encode_schema(schema), [], 0)
 
+    def also(self, topic: str, key: bytes, value: bytes | None) -> None:
+        """Append a record of a topic with one partition to the open cut: it becomes durable with it, or not at all."""
+        if not self.opened_at:
+            self._begin()
+        self._send(topic, key, value, [], 0)
+
     def seal(
         self,
         *,

@@ -12,10 +12,11 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.change import Checkpoint, Source, Version
 from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
 from headrace.settings import Settings, environment
-from headrace_capture.capture import Slot, check
+from headrace_capture.identity import Here, Slot, check
 from tests.fixtures.capture import (
     Running,
     capturing,
@@ -165,7 +166,7 @@ def test_a_slot_that_is_gone(captured: Settings) -> None:
     drop_slot(captured)
     error = refused(captured)
     assert error.code == "slot-missing"
-    assert "teardown --topics" in error.remedy
+    assert "headrace resnapshot --recover" in error.remedy
 
 
 def test_a_slot_beyond_its_checkpoint(captured: Settings) -> None:
@@ -199,18 +200,49 @@ def test_another_database_under_the_same_source(captured: Settings, fresh_databa
     assert "HEADRACE_SOURCE" in error.remedy
 
 
-@pytest.mark.parametrize(
-    "change", [{"system_id": "other"}, {"timeline": 2}, {"slot": "other"}, {"publication": "other"}]
-)
+@pytest.mark.parametrize("change", [{"system_id": "other"}, {"slot": "other"}, {"publication": "other"}])
 def test_any_other_source_is_refused(captured: Settings, change: dict[str, str]) -> None:
     checkpoint = Log(captured).newest_checkpoint()
     assert checkpoint
-    slot = Slot("pgoutput", checkpoint.source.database, None, checkpoint.version.lsn, "")
-    check(checkpoint, checkpoint.source, slot)
+    lsn = checkpoint.version.lsn
+    slot = Slot("pgoutput", checkpoint.source.database, None, lsn, "")
+    check(checkpoint, Here(checkpoint.source, lsn), slot)
     with pytest.raises(Misconfigured, match="positions do not compare"):
-        check(checkpoint, replace(checkpoint.source, **change), slot)
+        check(checkpoint, Here(replace(checkpoint.source, **change), lsn), slot)
     with pytest.raises(Misconfigured, match="can no longer be read"):
-        check(checkpoint, checkpoint.source, slot._replace(lost="its WAL was removed"))
+        check(checkpoint, Here(checkpoint.source, lsn), slot._replace(lost="its WAL was removed"))
+
+
+@pytest.mark.parametrize(
+    ("timeline", "left", "code"),
+    [
+        (1, {}, "source-behind-log"),
+        (2, {1: -1}, "timeline-diverged"),
+        (3, {1: 5, 2: 9}, ""),
+        (3, {1: -1, 2: 9}, "timeline-diverged"),
+        (3, {}, "timeline-diverged"),
+    ],
+    ids=["restored", "left before", "two failovers", "the first lost something", "not its descendant"],
+)
+def test_s2_a_timeline_is_accepted_only_if_it_left_at_the_checkpoint_or_later(
+    timeline: int, left: dict[int, int], code: str
+) -> None:
+    """`left`: where each earlier timeline was left, counted from the newest checkpoint."""
+    source = Source("7512", 1, "shop", "s", "p")
+    checkpoint = Checkpoint(Version(1, 1000), 0, 0, {}, source)
+    here = Here(
+        replace(source, timeline=timeline),
+        1000 - (code == "source-behind-log"),
+        tuple((each, 1000 + at) for each, at in left.items()),
+    )
+    slot = Slot("pgoutput", "shop", None, 1000, "")
+    if not code:
+        check(checkpoint, here, slot)
+        return
+    with pytest.raises(Misconfigured) as refusal:
+        check(checkpoint, here, slot)
+    assert refusal.value.code == code
+    assert "headrace resnapshot --recover" in refusal.value.remedy
 
 
 def test_a_key_that_changed(captured: Settings) -> None:

@@ -11,38 +11,26 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
-from typing import NamedTuple
 
-from psycopg import sql
-
-from headrace.change import Checkpoint, Source, Version, format_lsn, parse_lsn
+from headrace.change import Checkpoint, Version, format_lsn
 from headrace.consumer import no_progress
 from headrace.control import Control
-from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.errors import HeadraceError, Transient
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
-from headrace_capture import catalog
+from headrace_capture import beginnings, catalog, identity
 from headrace_capture.cut import Cut
+from headrace_capture.identity import Here, Slot, slot_of
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
 from headrace_capture.replication import Replication, Stopped, postgres_errors
+from headrace_capture.resnapshot import Resnapshot
 from headrace_capture.snapshot import Snapshot
 from headrace_capture.stream import Stream
 from headrace_capture.toast import Filler
 from headrace_capture.watch import Watch
 
-_AGAIN = "Start again from zero: headrace teardown --topics, then setup and capture."
 _BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
-
-
-class Slot(NamedTuple):
-    """The slot as Postgres shows it. `confirmed` is its confirmed_flush_lsn; `lost` says why it can no longer be used."""
-
-    plugin: str
-    database: str
-    active_pid: int | None
-    confirmed: int
-    lost: str
 
 
 class Capture:
@@ -55,12 +43,18 @@ class Capture:
         stopped: Callable[[], bool],
         log: Log | None = None,
         show: Callable[[int, int], None] = no_progress,
+        *,
+        chunked: bool = False,
     ) -> None:
-        """Connect to nothing yet; `say` tells people what happens, `show` how far long work is, `stopped` is asked often."""
+        """Connect to nothing yet; `say` tells people what happens, `show` how far long work is, `stopped` is asked often.
+
+        `chunked`: read the initial snapshot in chunks beside the stream, and go on with it after a kill.
+        """
         self._settings = settings
         self._log = log or Log(settings)
         self._say = say
         self._stopped = stopped
+        self._chunked = chunked
         self._progress = Progress(Control(self._log), say, show)
         self._answered = False
 
@@ -106,43 +100,30 @@ class Capture:
 
     def _session(self) -> None:
         with closing(catalog.connect(self._settings.dsn, name="headrace capture")) as connection:
-            source, now = self._look(connection)
+            self._look(connection)
             slot = self._free_slot(connection)
             writer = self._log.writer()
             try:
-                checkpoint = self._resume(writer, source, slot)
+                writer.open()  # fences every predecessor: only now is the newest checkpoint the newest (S3)
+                here = self._look(connection)
+                checkpoint = self._resume(writer, here, slot)
                 if checkpoint is None or checkpoint.snapshot == "running":
-                    checkpoint = self._snapshot(writer, checkpoint, source, slot, now)
+                    checkpoint = self._snapshot(writer, checkpoint, here, slot, connection)
                 self._stream(writer, checkpoint, connection)
             finally:
                 with suppress(HeadraceError):
                     writer.abort()
                 writer.close()
 
-    def _look(self, connection: catalog.Connection) -> tuple[Source, int]:
-        """Return which source this is and where its WAL ends; refuse one that cannot be captured."""
+    def _look(self, connection: catalog.Connection) -> Here:
         settings = self._settings
-        with postgres_errors("looking at the source"):
-            row = connection.execute("SHOW wal_level").fetchone()
-            if row != ("logical",):
-                raise Misconfigured(
-                    "wal-level",
-                    f"wal_level is {row and row[0]}.",
-                    "ALTER SYSTEM SET wal_level = 'logical', then restart Postgres.",
-                )
-            catalog.published_tables(connection, settings.publication)
-        with closing(Replication(settings.dsn)) as replication:
-            identity = replication.identify()
-        return (
-            Source(identity.system_id, identity.timeline, identity.database, settings.slot, settings.publication),
-            identity.lsn,
-        )
+        return identity.look(connection, settings.slot, settings.publication, settings.dsn)
 
     def _free_slot(self, connection: catalog.Connection) -> Slot | None:
         """Return the slot once nobody uses it, None when there is none: a killed predecessor's walsender may linger (S3)."""
         said = False
         while True:
-            slot = _slot(connection, self._settings.slot)
+            slot = slot_of(connection, self._settings.slot)
             if slot is None or slot.active_pid is None:
                 return slot
             if not said:
@@ -158,29 +139,47 @@ class Capture:
                 raise Stopped
             time.sleep(0.2)
 
-    def _resume(self, writer: CutWriter, source: Source, slot: Slot | None) -> Checkpoint | None:
-        """Fence every predecessor, then read the newest checkpoint and hold it against source, slot and log (S3, I12)."""
-        writer.open()
+    def _resume(self, writer: CutWriter, here: Here, slot: Slot | None) -> Checkpoint | None:
+        """Read the newest checkpoint and hold it against source, slot and log (S3, I12)."""
         checkpoint = self._log.newest_checkpoint()
-        check(checkpoint, source, slot)
-        if checkpoint:
-            self._log.check_ends(checkpoint)
-            for altered in self._log.configure(checkpoint):
-                self._say(f"settings have changed: topic {altered}")
+        identity.check(checkpoint, here, slot)
+        if checkpoint is None:
+            writer.resume(None)
+            return None
+        self._log.check_ends(checkpoint)
+        for altered in self._log.configure(checkpoint):
+            self._say(f"settings have changed: topic {altered}")
         writer.resume(checkpoint)
-        return checkpoint
+        if checkpoint.source != here.source:
+            self._say(
+                f"timeline {here.source.timeline} goes on from timeline {checkpoint.source.timeline}: nothing was lost"
+            )
+        return replace(checkpoint, source=here.source)
 
     def _snapshot(
-        self, writer: CutWriter, before: Checkpoint | None, source: Source, slot: Slot | None, now: int
+        self,
+        writer: CutWriter,
+        before: Checkpoint | None,
+        here: Here,
+        slot: Slot | None,
+        connection: catalog.Connection,
     ) -> Checkpoint:
         # The intent goes into the log before the slot is made: a slot of ours without it would not be known as ours.
-        version = Version(before.version.epoch, max(now, before.version.lsn)) if before else Version(1, now)
+        source = here.source
+        version = Version(before.version.epoch, max(here.lsn, before.version.lsn)) if before else Version(1, here.lsn)
+        with postgres_errors("looking at the captured tables"):
+            beginnings.forget(self._log, writer, connection)
         intent = writer.seal(
             version=version, commit_ts=self._progress.now_ms(), xid=0, source=source, snapshot="running"
         )
         with closing(Replication(self._settings.dsn, "headrace snapshot")) as exporter:
             if slot:
                 exporter.drop_slot(self._settings.slot, self._stopped)
+            if self._chunked:
+                begun = source, version.epoch
+                return beginnings.begin(
+                    self._log, writer, connection, exporter, begun, self._progress, self._stopped, initial=True
+                )
             snapshot = Snapshot(self._log, writer, intent, self._progress, self._stopped)
             complete = snapshot.take(exporter)
         self._say(f"snapshot complete at {format_lsn(complete.version.lsn)}")
@@ -188,7 +187,8 @@ class Capture:
 
     def _stream(self, writer: CutWriter, checkpoint: Checkpoint, connection: catalog.Connection) -> None:
         self._answered = True
-        cut = Cut(writer, self._settings, replace(checkpoint, snapshot=None), self._progress.sealed)
+        loading = "chunked" if checkpoint.snapshot == "chunked" else None
+        cut = Cut(writer, self._settings, replace(checkpoint, snapshot=loading), self._progress.sealed)
         self._progress.sealed(checkpoint)
         with (
             closing(Replication(self._settings.dsn)) as replication,
@@ -197,10 +197,15 @@ class Capture:
         ):
             relations = Relations(self._log, cut, connection, self._say)
             replication.start(self._settings.slot, self._settings.publication, checkpoint.version.lsn)
-            with closing(Filler(self._log, connection, self._tick(replication))) as filler:
+            tick = self._tick(replication)
+            with (
+                closing(Filler(self._log, connection, tick)) as filler,
+                closing(Resnapshot(self._log, cut, relations, connection, self._progress, tick, filler)) as beside,
+            ):
+                relations.suspected = beside.suspect
                 self._say(f"streaming from {format_lsn(checkpoint.version.lsn)}")
                 self._progress.phase("streaming")
-                Stream(self._log, cut, replication, relations, filler, self._progress).run(self._stopped)
+                Stream(self._log, cut, replication, relations, filler, beside, self._progress).run(self._stopped)
 
     def _tick(self, replication: Replication) -> Callable[[], None]:
         def tick() -> None:
@@ -208,69 +213,3 @@ class Capture:
             replication.alive()
 
         return tick
-
-
-def check(checkpoint: Checkpoint | None, source: Source, slot: Slot | None) -> None:
-    """Refuse to go on where changes may have been lost [I12].
-
-    Raises:
-        Misconfigured: `slot-without-checkpoint`, `other-source`, `slot-missing`, `slot-lost`, `slot-beyond-checkpoint`.
-    """
-    if checkpoint is None:
-        if slot is not None:
-            raise Misconfigured(
-                "slot-without-checkpoint",
-                f"Slot {source.slot} exists, but this log has no checkpoint: it may be another log's.",
-                "Name another one by HEADRACE_SLOT, or drop it: headrace teardown, then setup and capture.",
-            )
-        return
-    if checkpoint.source != source:
-        raise Misconfigured(
-            "other-source",
-            f"The log is of {_told(checkpoint.source)}; this is {_told(source)}: their positions do not compare.",
-            f"Let HEADRACE_DSN, HEADRACE_SLOT and HEADRACE_PUBLICATION name the first, or set HEADRACE_SOURCE for a new log. {_AGAIN}",
-        )
-    if checkpoint.snapshot != "running":
-        _check_slot(checkpoint, source, slot)
-
-
-def _check_slot(checkpoint: Checkpoint, source: Source, slot: Slot | None) -> None:
-    at = format_lsn(checkpoint.version.lsn)
-    if slot is None:
-        raise Misconfigured(
-            "slot-missing",
-            f"The log ends at {at}, but there is no slot {source.slot}: what came since is lost.",
-            _AGAIN,
-        )
-    if slot.plugin != "pgoutput" or slot.database != source.database:
-        raise Misconfigured("slot-lost", f"Slot {source.slot} is of {slot.plugin} in database {slot.database}.", _AGAIN)
-    if slot.lost:
-        raise Misconfigured("slot-lost", f"Slot {source.slot} can no longer be read from: {slot.lost}.", _AGAIN)
-    if slot.confirmed > checkpoint.version.lsn:
-        raise Misconfigured(
-            "slot-beyond-checkpoint",
-            f"Slot {source.slot} has passed {format_lsn(slot.confirmed)}, the log ends at {at}: the changes between are lost to the log.",
-            _AGAIN,
-        )
-
-
-def _told(source: Source) -> str:
-    return (
-        f"database {source.database}, slot {source.slot}, publication {source.publication}, "
-        f"system {source.system_id}, timeline {source.timeline}"
-    )
-
-
-def _slot(connection: catalog.Connection, name: str) -> Slot | None:
-    invalidated = "invalidation_reason" if connection.info.server_version >= 170000 else "NULL"
-    query = sql.SQL(_SLOT).format(sql.SQL(invalidated))
-    with postgres_errors("looking at the slot"):
-        row = connection.execute(query, [name]).fetchone()
-    return Slot(row[0], row[1], row[2], parse_lsn(row[3]), row[4]) if row else None
-
-
-_SLOT = """
-SELECT plugin, database, active_pid, coalesce(confirmed_flush_lsn, '0/0')::text,
-       coalesce({}, CASE WHEN wal_status = 'lost' THEN 'its WAL was removed (max_slot_wal_keep_size)' ELSE '' END)
-FROM pg_replication_slots WHERE slot_name = %s AND slot_type = 'logical'
-"""

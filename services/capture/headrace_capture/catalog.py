@@ -176,8 +176,8 @@ def identify(replication: Connection) -> Identity:
     return Identity(str(row[0]), int(row[1]), parse_lsn(row[2]), row[3])
 
 
-def published_tables(connection: Connection, publication: str) -> list[Table]:
-    """Return the tables of a publication by name, each column with whether the publication sends it.
+def published_tables(connection: Connection, publication: str, only: str | None = None) -> list[Table]:
+    """Return the tables of a publication by name (the one table `only`), each column with whether the publication sends it.
 
     Raises:
         Misconfigured: `publication-missing`.
@@ -186,7 +186,7 @@ def published_tables(connection: Connection, publication: str) -> list[Table]:
         raise Misconfigured(
             "publication-missing", f"There is no publication {publication}.", "Run `headrace setup --apply`."
         )
-    sent = {row[0]: set(row[1]) for row in connection.execute(_PUBLISHED, [publication])}
+    sent = {row[0]: set(row[1]) for row in connection.execute(_PUBLISHED, [publication, only])}
     return [
         _published(table, sent[table.oid], connection.info.server_version) for table in _read(connection, list(sent))
     ]
@@ -294,7 +294,7 @@ _PUBLISHED = """
 SELECT c.oid, p.attnames FROM pg_publication_tables p
 JOIN pg_namespace n ON n.nspname = p.schemaname
 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
-WHERE p.pubname = %s
+WHERE p.pubname = %s AND n.nspname || '.' || c.relname = coalesce(%s, n.nspname || '.' || c.relname)
 """
 
 _TABLES = """

@@ -1,12 +1,15 @@
-"""The commands of this service: `headrace setup`, `headrace capture`, `headrace teardown`."""
+"""The commands of this service: `headrace setup`, `headrace capture`, `headrace resnapshot`, `headrace teardown`."""
 
 from __future__ import annotations
 
+import enum
 import signal
 import sys
 import threading
 from types import FrameType
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -14,12 +17,25 @@ from rich.progress import Progress as Bar
 
 from headrace.settings import load
 from headrace_capture.capture import Capture
+from headrace_capture.resnapshot_cli import resnapshot
 from headrace_capture.setup_cli import setup, teardown
 
-__all__ = ["capture", "setup", "teardown"]
+__all__ = ["capture", "resnapshot", "setup", "teardown"]
 
 
-def capture() -> None:
+class How(enum.StrEnum):
+    """How the initial snapshot is read: in one transaction, or in chunks beside the stream."""
+
+    WHOLE = "whole"
+    CHUNKED = "chunked"
+
+
+Snapshot = Annotated[
+    How, typer.Option("--snapshot", help="For a big database, chunked: it goes on where it was after a kill.")
+]
+
+
+def capture(snapshot: Snapshot = How.WHOLE) -> None:
     """Read Postgres's write-ahead log into Kafka: the initial snapshot first, then every commit, until stopped.
 
     Start it as often as you like: it goes on where the log ends, and only one of them writes. SIGTERM and Ctrl-C stop it cleanly.
@@ -30,6 +46,8 @@ def capture() -> None:
     Examples:
 
         headrace capture
+
+        headrace capture --snapshot=chunked
 
         HEADRACE_DSN=postgresql://headrace@db/shop HEADRACE_SOURCE=shop headrace capture
     """
@@ -48,7 +66,7 @@ def capture() -> None:
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, visible=total > 0)
 
-        Capture(load(), say, stop.is_set, show=show).run()
+        Capture(load(), say, stop.is_set, show=show, chunked=snapshot == How.CHUNKED).run()
     say("stopped")
 
 

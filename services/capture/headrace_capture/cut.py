@@ -38,6 +38,7 @@ class Cut:
         whole: The last transaction that is wholly in the cut.
         most: Records that fill a cut.
         longest: Seconds that it stays open between transactions though more waits to be read.
+        snapshot: ``chunked`` until an initial snapshot in chunks is complete, then None.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Cut:
         self.inexact = set(sealed.inexact)
         self.most = settings.cut_records
         self.longest = settings.cut_ms / 1000
+        self.snapshot = sealed.snapshot
         self._sealing = sealing
         self.whole = Whole(sealed.version.lsn, sealed.commit_ts, sealed.xid)
         self._sealed_at = 0.0
@@ -88,6 +90,7 @@ class Cut:
             source=self.source,
             partial=partial,
             inexact=tuple(sorted(self.inexact)),
+            snapshot=self.snapshot,
         )
         self.sealed = sealed
         self._sealed_at = time.monotonic()

@@ -1,12 +1,11 @@
 """From Relation messages to tables: which are captured, under which schema version, and whether their topic still equals them.
 
-The rule of S12, as far as it goes now: rows that change without an event cannot be read again yet, so a table to which that may have
-happened is named in every checkpoint from then on (`inexact`) and on the terminal.
+A table whose shape has changed may have rows that changed without an event (S12), and one that is new may have had rows before: both are
+told to `suspected`, which looks closer (`fingerprints`) and lets the table be read again.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,11 +16,10 @@ from headrace.errors import Misconfigured, Poison
 from headrace.log import Log
 from headrace_capture import append_only, catalog
 from headrace_capture.cut import Cut
+from headrace_capture.fingerprints import widened
 from headrace_capture.pgoutput import Relation
-from headrace_capture.replication import postgres_errors
+from headrace_capture.replication import MEND, postgres_errors
 from headrace_capture.tables import ColumnPlan, Table, newest
-
-_AGAIN = "Start it again from zero: headrace teardown --topics, then setup and capture."
 
 
 class _ByOid(dict[int, Table | None]):
@@ -38,7 +36,8 @@ class Relations:
         self._cut = cut
         self._connection = connection
         self._say = say
-        self._newest = newest(log.schemas().values())
+        self.shapes = newest(log.schemas().values())
+        self.suspected: Callable[[str, str | None], None] = lambda table, _why: cut.inexact.add(table)
         self.by_oid = _ByOid()
 
     def take(self, relation: Relation, xid: int) -> Table | None:
@@ -57,7 +56,7 @@ class Relations:
         return found
 
     def _learn(self, relation: Relation, xid: int) -> Table | None:
-        known = self._newest.get(f"{relation.schema}.{relation.name}")
+        known = self.shapes.get(f"{relation.schema}.{relation.name}")
         now = {t.oid: t for t in catalog.published_tables(self._connection, self._cut.source.publication)}.get(
             relation.oid
         )
@@ -113,19 +112,28 @@ class Relations:
     def _publish(self, shape: TableSchema) -> None:
         self._cut.writer.add_topic(self._log.ensure_table(shape.table))
         self._cut.writer.schema(shape)
-        self._newest[shape.table] = shape
+        self.shapes[shape.table] = shape
+
+    def settle(self, wanted: TableSchema) -> TableSchema:
+        """Return the version for a shape that was read beside the stream; publish it if it is a new one.
+
+        Raises:
+            Misconfigured: `key-changed`.
+        """
+        known = self.shapes.get(wanted.table)
+        shape = self.version(known, wanted)
+        if shape is not known:
+            self._publish(shape)
+        return shape
 
     def _judge(self, known: TableSchema | None, shape: TableSchema, relation: Relation, xid: int) -> None:
         """Say whether rows may have changed, or have been there, without an event."""
-        if known is None:
-            why = "it had rows before it was captured" if self._has_older_rows(relation, xid) else ""
-        else:
+        if known is not None:
             why = silent_change(known, shape, self._with_default(relation.oid))
-        if why and shape.table not in self._cut.inexact:
-            self._cut.inexact.add(shape.table)
-            self._say(
-                f"warning: {shape.table} is inexact from now on: {why}; its topic lacks those rows (rule S12). {_AGAIN}"
-            )
+            if why:
+                self.suspected(shape.table, why)
+        elif shape.key or self._has_older_rows(relation, xid):  # an append-only table cannot be read to be sure
+            self.suspected(shape.table, None)
 
     def _with_default(self, oid: int) -> set[str]:
         rows = self._connection.execute(
@@ -144,13 +152,14 @@ class Relations:
 
 def _key_changed(table: str, was: Sequence[str], now: Sequence[str]) -> Misconfigured:
     said = f"The key of {table} was ({', '.join(was)}) and is ({', '.join(now)}): a key cannot change under a topic."
-    return Misconfigured("key-changed", said, _AGAIN)
+    mend = f"With capture stopped: {MEND} The topic is made anew: rebuild the views that read it."
+    return Misconfigured("key-changed", said, mend)
 
 
 def keyless(table: str, why: str) -> str:
     """Return the warning for a table that is left out."""
     reason = "its key is deferrable, which is no key (rule S9)" if why == "deferrable" else "it has no primary key"
-    return f"warning: {table} is left out: {reason}. Do: ALTER TABLE {table} ADD PRIMARY KEY (…), then start from zero."
+    return f"warning: {table} is left out: {reason}. Do: ALTER TABLE {table} ADD PRIMARY KEY (…); it is read then."
 
 
 def silent_change(old: TableSchema, new: TableSchema, with_default: set[str]) -> str:
@@ -171,20 +180,6 @@ def silent_change(old: TableSchema, new: TableSchema, with_default: set[str]) ->
         return f"column {', '.join(dropped)} may have been renamed to {', '.join(column.name for column in added)}"
     return ""
 
-
-def widened(old: str, new: str) -> bool:
-    """Whether every value of type `old` is the same value, and the same text, under `new`."""
-    if old == new:
-        return True
-    before, after = _VARCHAR.fullmatch(old), _VARCHAR.fullmatch(new)
-    return bool(before) and (new == "text" or (after is not None and _length(after[1]) >= _length(before[1])))  # type: ignore[index]
-
-
-def _length(text: str | None) -> int:
-    return int(text) if text else 1 << 30
-
-
-_VARCHAR = re.compile(r"character varying(?:\((\d+)\))?")
 
 _TYPES = f"""
 WITH RECURSIVE base(oid, below) AS (

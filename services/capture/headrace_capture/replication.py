@@ -55,11 +55,12 @@ def explain(sqlstate: str | None, said: str, doing: str) -> HeadraceError:
 _BUSY = frozenset({"55006"})  # object_in_use
 _PASSING = frozenset({"08", "53", "57", "40", "58", "25"})
 _SETUP = "Run `headrace setup --apply` as an administrator."
-_LOST = "Start again from zero: headrace teardown --topics, then setup and capture."
+MEND = "Run: headrace resnapshot --recover, then capture. It makes a new slot and reads all tables again beside the stream."
+"""What to do when log and source have parted (see `recovery`)."""
 _CODES = {
     "42501": ("postgres-rights", _SETUP),
     "42704": ("publication-missing", _SETUP),
-    "55000": ("slot-lost", _LOST),  # object_not_in_prerequisite_state: the slot can no longer be read from
+    "55000": ("slot-lost", MEND),  # object_not_in_prerequisite_state: the slot can no longer be read from
     "53400": ("too-many-slots", "Raise max_replication_slots and max_wal_senders, or drop a slot that is not needed."),
 }
 
@@ -80,16 +81,26 @@ class Replication:
         with postgres_errors("identifying the server"):
             return catalog.identify(self._connection)
 
+    def history(self, timeline: int) -> tuple[tuple[int, int], ...]:
+        """Return (timeline, LSN) for each timeline that led to this one: where it was left."""
+        if timeline == 1:
+            return ()
+        with postgres_errors("reading the history of the timeline"):
+            row = self._connection.execute(sql.SQL("TIMELINE_HISTORY {}").format(sql.Literal(timeline))).fetchone()
+        assert row is not None
+        text = row[1].decode() if isinstance(row[1], bytes) else str(row[1])
+        lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        return tuple((int(line[0]), parse_lsn(line[1])) for line in lines)
+
     def create_slot(self, slot: str, stopped: Callable[[], bool]) -> tuple[int, str]:
         """Make the slot; return its consistent point and the name of the snapshot that shows exactly that state.
 
         Postgres waits here for every transaction that is running. The snapshot lives until this connection's next command (S6).
         """
         self._doing = f"making the replication slot {slot}"
-        row = self._run(
-            sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export')").format(sql.Identifier(slot)),
-            stopped,
-        )
+        failover = ", FAILOVER" if self._connection.info.server_version >= 170000 else ""
+        command = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'export'{})")
+        row = self._run(command.format(sql.Identifier(slot), sql.SQL(failover)), stopped)
         return parse_lsn(row[1].decode()), row[2].decode()
 
     def drop_slot(self, slot: str, stopped: Callable[[], bool]) -> None:
@@ -101,7 +112,9 @@ class Replication:
         """Begin the stream with the transactions that end after `lsn`."""
         self._doing = "reading the stream"
         self._lsn = lsn
-        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} (proto_version {}, publication_names {})").format(
+        command = sql.SQL(
+            "START_REPLICATION SLOT {} LOGICAL {} (proto_version {}, publication_names {}, messages 'true')"
+        ).format(
             sql.Identifier(slot), sql.SQL(format_lsn(lsn)), sql.Literal(PROTOCOL), sql.Literal(_quote(publication))
         )
         result = self._pg.exec_(command.as_bytes(self._connection))

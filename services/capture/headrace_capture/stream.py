@@ -8,7 +8,7 @@ and, after a start from a `partial` checkpoint, the transaction that is already 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from headrace.change import Version, format_lsn
 from headrace.errors import Misconfigured, Poison
@@ -25,15 +25,16 @@ from headrace_capture.pgoutput import (
     Delete,
     Insert,
     Keepalive,
+    Message,
     Relation,
     Truncate,
     Update,
 )
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
-from headrace_capture.replication import Replication
+from headrace_capture.replication import MEND, Replication
 from headrace_capture.tables import Stamp, Table
-from headrace_capture.toast import WORTH_REMEMBERING, Filler
+from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere
 
 CREATE, UPDATE, DELETE = b"c", b"u", b"d"
 NULL: Final = b"null"
@@ -42,11 +43,31 @@ _BUNCH = 256
 """Messages between two looks at the clock and at everything else."""
 
 
+class Beside(Protocol):
+    """What goes on beside the stream: `look` is called between transactions, `heard` for each logical message of one.
+
+    `heard` is told the transaction's commit LSN, and how to commit what came before the message; `mark`, which table must be read again.
+    """
+
+    def look(self) -> None: ...
+
+    def mark(self, table: str, why: str) -> None: ...
+
+    def heard(self, message: Message, lsn: int, seal: Callable[[], None]) -> None: ...
+
+
 class Stream:
     """Reads the stream of one replication connection into cuts, until it is told to stop or something fails."""
 
     def __init__(
-        self, log: Log, cut: Cut, replication: Replication, relations: Relations, filler: Filler, progress: Progress
+        self,
+        log: Log,
+        cut: Cut,
+        replication: Replication,
+        relations: Relations,
+        filler: Filler,
+        beside: Beside,
+        progress: Progress,
     ) -> None:
         """Go on from the cut's newest checkpoint, where `replication` was started."""
         self._log = log
@@ -56,6 +77,7 @@ class Stream:
         self._relations = relations
         self._tables = relations.by_oid
         self._filler = filler
+        self._beside = beside
         self._progress = progress
         self._stamp: Stamp | None = None
         self._ordinal = 0
@@ -74,6 +96,7 @@ class Stream:
             b"U": self._update,
             b"D": self._delete,
             b"T": self._truncate,
+            b"M": self._message,
         }
         self._handlers = {kind[0]: (pgoutput.PARSERS[kind[0]], handler) for kind, handler in handlers.items()}
 
@@ -83,7 +106,7 @@ class Stream:
         Raises:
             Transient: `postgres-away`, `kafka-away`, `cut-lost`, `reread-not-visible`: start again from the newest checkpoint.
             Misconfigured: `row-too-large`, `key-changed`, `slot-lost`, `partial-missing`.
-            Poison: `bad-message`, `bad-value`, `value-not-found`.
+            Poison: `bad-message`, `bad-value`.
         """
         read, take = self._replication.read, self._take
         while not stopped():
@@ -97,6 +120,8 @@ class Stream:
                 take(data)
             else:
                 self._look_at_clock()
+                if self._between_transactions:
+                    self._beside.look()
         if not self._between_transactions:
             self._writer.abort()
         elif self._cut.open:
@@ -110,6 +135,7 @@ class Stream:
         """Nothing more to read: seal what there is, else confirm keepalives by an empty cut, else wait."""
         wait = _IDLE_SECONDS
         if self._between_transactions:
+            self._beside.look()
             if self._cut.open:
                 self._seal()
                 return
@@ -176,7 +202,7 @@ class Stream:
             "partial-missing",
             f"The log holds half of the transaction committed at {format_lsn(self._half[0])}; "
             f"Postgres went on to {format_lsn(lsn)} without it.",
-            "Start again from zero: headrace teardown --topics, then setup and capture.",
+            MEND,
         )
 
     def _commit(self, commit: Commit) -> None:
@@ -185,6 +211,15 @@ class Stream:
         if self._half and stamp.lsn == self._half[0]:
             self._half = None
         self._stamp = None
+
+    def _message(self, message: Message) -> None:
+        if self._stamp is not None:
+            self._beside.heard(message, self._stamp.lsn, self._seal_message)
+
+    def _seal_message(self) -> None:
+        """Commit all that came before the message that is at hand."""
+        if self._writer.opened_at:
+            self._seal_here()
 
     def _relation(self, relation: Relation) -> None:
         self._relations.take(relation, self._open_stamp.xid)
@@ -227,7 +262,13 @@ class Stream:
             self._remember_skipped(table, (before, key), update)
             return
         whole = old if update.whole else None
-        row, read = self._filler.fill(table, (before, key), new, whole, self._open_stamp.xid, self._seal_partial)
+        try:
+            row, read = self._filler.fill(table, (before, key), new, whole, self._open_stamp.xid, self._seal_partial)
+        except Nowhere as error:
+            self._beside.mark(table.name, str(error))
+            if before != key:
+                self._put_delete(table, before)
+            return
         self._filler.memory.changed(table, before, key, row, WORTH_REMEMBERING)
         self._put_update(table, before, key, table.row_of_any(row), read)
         self._look_at_clock()
@@ -301,6 +342,7 @@ class Stream:
         """End the cut after the last message, which may be inside a transaction (S5)."""
         if self._between_transactions:
             self._seal()
+            self._beside.look()
         elif self._stamp is not None:
             self._cut.seal((self._stamp.lsn, self._ordinal))
             self._sealed()

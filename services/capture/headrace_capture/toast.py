@@ -10,7 +10,8 @@ Where such a value comes from, in this order:
 4. the log: when the row is gone by now or has another key, its delete is still to come, and the key's newest record is exactly the row
    before this change. The open cut is sealed first, so that the log has all that came before.
 
-Each of the first two and the last is exact. No placeholder is ever written.
+Each of the first two and the last is exact. No placeholder is ever written: a change whose value is nowhere (the topic lacks the row, as it
+is just being read for the first time) is left out, and the table is read again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable
 
 from psycopg import errors, sql
 
-from headrace.errors import Poison, Transient
+from headrace.errors import Transient
 from headrace.log import Log
 from headrace_capture import catalog
 from headrace_capture.live import LiveKeys
@@ -33,6 +34,12 @@ REMEMBERED_BYTES = 64 * 1024 * 1024
 WORTH_REMEMBERING = 1_000
 """Postgres moves values out of line in rows above about 2 000 bytes; in their text they may be shorter."""
 _REREAD_SECONDS = 5.0
+
+
+class Nowhere(Exception):
+    """A value cannot be had any more. The row is gone by now, or the table has another shape, and its topic lacks rows: it must be read
+    again; until then this change is left out, for no placeholder is ever written (I3)."""
+
 
 Row = tuple[Datums, bytes | None]
 """The values, and how they were read if not from the stream."""
@@ -80,7 +87,11 @@ class Memory:
 
     def forget_table(self, table: Table) -> None:
         """Forget all of a table's keys: it was truncated."""
-        for name, key in [place for place in self._rows if place[0] == table.name]:
+        self.forget_named(table.name)
+
+    def forget_named(self, table: str) -> None:
+        """The same, by ``schema.table``."""
+        for name, key in [place for place in self._rows if place[0] == table]:
             self._bytes -= self._rows.pop((name, key))[0]
 
     def recall(self, table: Table, key: bytes, row: list[Datum]) -> None:
@@ -95,11 +106,16 @@ class Memory:
 
 
 class Filler:
-    """Fills updated rows up. One for each stream."""
+    """Fills updated rows up. One for each stream.
+
+    Attributes:
+        approximate: Tables of which a value was read again: it may be of a later moment than its row (S7).
+    """
 
     def __init__(self, log: Log, connection: catalog.Connection, tick: Callable[[], None]) -> None:
         """Read again by `connection`; `tick` says in long work that capture lives."""
         self.memory = Memory()
+        self.approximate: set[str] = set()
         self._log = log
         self._connection = connection
         self._tick = tick
@@ -126,7 +142,7 @@ class Filler:
 
         Raises:
             Transient: `reread-not-visible`.
-            Poison: `value-not-found`.
+            Nowhere: a value is in none of them.
         """
         whole = list(row)
         self.memory.recall(table, keys[0], whole)
@@ -136,6 +152,7 @@ class Filler:
             return whole, None
         again = self._reread(table, whole, xid)
         if again is not None:
+            self.approximate.add(table.name)
             return [then if value is UNCHANGED else value for value, then in zip(whole, again, strict=True)], REREAD
         seal()
         return self._from_log(table, keys[0], whole), None
@@ -177,10 +194,8 @@ class Filler:
         for at, plan in enumerate(table.columns):
             if row[at] is UNCHANGED:
                 if plan.column.name not in known:
-                    raise Poison(
-                        "value-not-found",
-                        f"Column {plan.column.name} of {table.name} {key.decode()} is neither in the stream, in Postgres nor in the log.",
-                        "Start again from zero: headrace teardown --topics, then setup and capture.",
+                    raise Nowhere(
+                        f"column {plan.column.name} of {key.decode()} was neither in the stream, in Postgres nor in the log"
                     )
                 row[at] = Json(known[plan.column.name])
         return row

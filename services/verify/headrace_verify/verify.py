@@ -183,16 +183,17 @@ class Verifier:
 
     def _excuse(self, view: _View, ledger: Ledger, now: Moment, before: Checkpoint) -> None:
         """Find for each difference the change that may explain it."""
-        self._excuse_since(view, ledger, now, before)
-        self._excuse_since(view, ledger, now, None)
+        self._excuse_since(view, ledger, now, before, whole=False)
+        self._excuse_since(view, ledger, now, before, whole=True)
 
-    def _excuse_since(self, view: _View, ledger: Ledger, now: Moment, before: Checkpoint | None) -> None:
+    def _excuse_since(self, view: _View, ledger: Ledger, now: Moment, before: Checkpoint, *, whole: bool) -> None:
         if next(ledger.differences(excused=False), None) is None:
             return
         for table in view.expected.tables:
-            since = before.ends.get(self._log.topic_of(table)) if before else None
+            since = None if whole else before.ends.get(self._log.topic_of(table))
             for change in self._log.scan(table, since):
-                if now.unseen(change.xid, change.version.lsn):
+                # LSNs and transactions of an earlier epoch are of another server's: they excuse nothing.
+                if change.version.epoch >= before.version.epoch and now.unseen(change.xid, change.version.lsn):
                     for touched in view.expected.touched(change, ledger):
                         ledger.excuse(*touched)
 

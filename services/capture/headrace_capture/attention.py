@@ -1,0 +1,106 @@
+"""What capture pays attention to besides the stream: requests in control, and the catalogue (S12, S30).
+
+Both are asked by threads of their own, so that the stream waits for neither; the loop takes what they found between two cuts. A server
+that is away is asked again later: the stream tells what matters.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+import psycopg
+
+from headrace.control import Control, Request
+from headrace.errors import HeadraceError
+from headrace.settings import Settings
+from headrace_capture import catalog, fingerprints
+from headrace_capture.fingerprints import Fingerprint
+from headrace_capture.progress import NAME
+
+LOOK_SECONDS = 2.0
+"""How often the catalogue is read; less often where that takes long."""
+
+
+class Findings(NamedTuple):
+    """What the catalogue said: the fingerprint of every published table, and when that was asked (`time.monotonic`)."""
+
+    prints: dict[str, Fingerprint]
+    asked: float
+
+
+class _Asking(threading.Thread):
+    """A thread that asks until it is closed, and after an error a little later again."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self._ask()
+            except (psycopg.Error, HeadraceError):
+                self._ended.wait(LOOK_SECONDS)
+
+    def close(self) -> None:
+        """End; does not wait for what hangs."""
+        self._ended.set()
+        self.join(1.0)
+
+    def _ask(self) -> None:
+        raise NotImplementedError
+
+
+class Requests(_Asking):
+    """What is asked of capture. `take` returns each request once."""
+
+    def __init__(self, control: Control) -> None:
+        """Begin to listen."""
+        super().__init__("requests")
+        self._control = control
+        self._queue: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._seen: set[str] = set()
+        self.start()
+
+    def take(self) -> Iterator[Request]:
+        """Return the requests that have come since."""
+        while not self._queue.empty():
+            yield self._queue.get()
+
+    def _ask(self) -> None:
+        with closing(self._control.requests([NAME])) as box:
+            while not self._ended.is_set():
+                for _, request in box.poll(0.1):
+                    if request.id not in self._seen:
+                        self._seen.add(request.id)
+                        self._queue.put(request)
+
+
+class CatalogueWatch(_Asking):
+    """The newest fingerprints. `known` says which leaves need not be asked whether they are empty."""
+
+    def __init__(self, settings: Settings, known: Callable[[], Collection[int]]) -> None:
+        """Begin to look."""
+        super().__init__("catalogue")
+        self._settings = settings
+        self._known = known
+        self._newest: Findings | None = None
+        self.start()
+
+    def take(self) -> Findings | None:
+        """Return what was found last, once."""
+        found, self._newest = self._newest, None
+        return found
+
+    def _ask(self) -> None:
+        with catalog.connect(self._settings.dsn, name="headrace catalogue", timeout_s=30) as connection:
+            while not self._ended.is_set():
+                asked = time.monotonic()
+                prints = fingerprints.read(connection, self._settings.publication, self._known())
+                self._newest = Findings(prints, asked)
+                self._ended.wait(max(LOOK_SECONDS, 20 * (time.monotonic() - asked)))

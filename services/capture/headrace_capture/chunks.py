@@ -1,0 +1,224 @@
+"""Chunks: some rows of a table in key order, read beside the stream between two watermarks.
+
+One thread with a connection of its own does it, so that a read that waits never holds up the stream: low watermark, the rows in one
+snapshot, high watermark. The table is locked (ACCESS SHARE, as every SELECT does) *before* the snapshot is taken: a table that is written
+anew by DDL would look empty to an older snapshot. The values are the stream's text, for the same converters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from headrace.errors import Misconfigured
+from headrace.settings import Settings
+from headrace_capture import catalog, fingerprints, watermarks
+from headrace_capture.fingerprints import Fingerprint
+from headrace_capture.jobs import JOINED
+from headrace_capture.replication import Stopped, postgres_errors
+from headrace_capture.tables import copy_fields
+
+MOST_BYTES = 8 * 1024 * 1024
+"""A chunk ends with the row that reaches this many bytes (I10)."""
+_CLOSE_SECONDS = 5.0
+
+
+class Ask(NamedTuple):
+    """What to read: the rows of `table` after the key `after`, at most `most`; or the row of one `key`, texts by column.
+
+    `leaves` are the table's that are known (see `fingerprints.read`). A snapshot that does not cover `floor` reads nothing.
+    """
+
+    mark: str
+    table: str
+    after: Sequence[str]
+    key: dict[str, str] | None
+    most: int
+    leaves: frozenset[int]
+    floor: str
+
+
+class Chunk(NamedTuple):
+    """What was read.
+
+    Attributes:
+        snapshot: `pg_current_snapshot()` of the read.
+        floor: What had to be covered; for `JOINED` what that came to.
+        covered: Whether the snapshot does; if not, nothing was read.
+        exists: Whether there is such a table at all.
+        table: As the catalogue has it; None when it is gone, is not published any more, or has no key.
+        print: Its fingerprint, None when it is not published.
+        rows: The published columns of each row.
+        last: Whether the table has no more rows after these.
+        wanted: The values of the key that was asked for, in the key's order, as Postgres writes them.
+    """
+
+    snapshot: str
+    floor: str
+    covered: bool
+    exists: bool
+    table: catalog.Table | None
+    print: Fingerprint | None
+    rows: list[list[Any]]
+    last: bool
+    wanted: list[bytes] | None = None
+
+
+class ChunkReader:
+    """Reads chunks, one at a time, in a thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Connect to nothing yet."""
+        self._settings = settings
+        self._connection: catalog.Connection | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="resnapshot")
+        self._newest: Future[Chunk] | None = None
+        self._ended = False
+
+    def begin(self, ask: Ask, before: Callable[[Callable[[], None]], None]) -> Future[Chunk]:
+        """Begin to read, in the thread; `before` is done there first, and gets what to call now and then.
+
+        The future's errors are ours: Transient (`postgres-away`, `kafka-away`), Misconfigured (`postgres-rights`, …); or Stopped.
+        """
+        self._newest = self._thread.submit(self._run, ask, before)
+        return self._newest
+
+    def close(self) -> None:
+        """End; a read that waits is cancelled."""
+        self._ended = True
+        connection = self._connection
+        if connection is not None:
+            with suppress(psycopg.Error):
+                connection.cancel_safe(timeout=2.0)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._newest is not None:
+            wait([self._newest], timeout=_CLOSE_SECONDS)
+        if self._newest is None or self._newest.done():
+            self._disconnect()
+
+    def _run(self, ask: Ask, before: Callable[[Callable[[], None]], None]) -> Chunk:
+        try:
+            before(self._check)
+            with postgres_errors(f"reading {ask.table} again"):
+                connection = self._connected()
+                watermarks.emit(connection, watermarks.LOW, ask.mark)
+                chunk = self._chunk(connection, ask)
+                watermarks.emit(connection, watermarks.HIGH, ask.mark)
+                return chunk
+        except BaseException:
+            self._disconnect()
+            raise
+        finally:
+            if self._ended:
+                self._disconnect()
+
+    def _check(self) -> None:
+        if self._ended:
+            raise Stopped
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connected(self) -> catalog.Connection:
+        if self._connection is None:
+            self._connection = catalog.connect(self._settings.dsn, name="headrace resnapshot", timeout_s=0)
+            self._connection.execute("SET synchronous_commit = local")
+        return self._connection
+
+    def _chunk(self, connection: catalog.Connection, ask: Ask) -> Chunk:
+        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        try:
+            lock = sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(sql.Identifier(*ask.table.split(".", 1)))
+            try:
+                connection.execute(lock)
+            except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+                connection.execute("ROLLBACK")
+                return _nothing(connection, ask, exists=False)
+            return self._locked(connection, ask)
+        finally:
+            connection.execute("ROLLBACK")
+
+    def _locked(self, connection: catalog.Connection, ask: Ask) -> Chunk:
+        none = _nothing(connection, ask, exists=True)
+        if not none.covered:
+            return none
+        publication = self._settings.publication
+        table = next(iter(catalog.published_tables(connection, publication, only=ask.table)), None)
+        print_ = fingerprints.read(connection, publication, ask.leaves, ask.table).get(ask.table)
+        if table is None or not table.key:
+            return none._replace(print=print_)
+        wanted = _wanted(connection, table, ask.key) if ask.key is not None else None
+        rows, last = _rows(connection, _query(connection, publication, table, ask), ask.most)
+        return none._replace(table=table, print=print_, rows=rows, last=last, wanted=wanted)
+
+
+def _nothing(connection: catalog.Connection, ask: Ask, *, exists: bool) -> Chunk:
+    """Return the chunk of the transaction's snapshot, without rows."""
+    row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
+    assert row is not None
+    floor = watermarks.settled(row[0]) if ask.floor == JOINED else ask.floor
+    covered = not floor or watermarks.covers(row[0], floor)
+    return Chunk(row[0], floor, covered, exists, None, None, [], last=True)
+
+
+def _rows(connection: catalog.Connection, query: sql.Composed, most: int) -> tuple[list[list[Any]], bool]:
+    rows, size = [], 0
+    with connection.cursor().copy(query) as copy:
+        for line in copy:
+            rows.append(copy_fields(bytes(line)[:-1]))
+            size += len(line)
+            if size > MOST_BYTES:
+                return rows, False
+    return rows, len(rows) < most
+
+
+def _query(connection: catalog.Connection, publication: str, table: catalog.Table, ask: Ask) -> sql.Composed:
+    """Return the COPY of what the stream would send of these rows: its columns, its row filter, an ordinary table's own rows."""
+    columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.published)
+    source = table.identifier if table.kind == "p" else sql.SQL("ONLY {}").format(table.identifier)
+    row = connection.execute(_FILTER, [publication, table.schema, table.name]).fetchone()
+    only = sql.SQL(row[0] if row and row[0] else "true")  # Postgres's own text of the filter
+    keys = sql.SQL(", ").join(map(sql.Identifier, table.key))
+    if ask.key is not None:
+        where = sql.SQL("({}) = ({})").format(keys, _values(table, [ask.key[name] for name in table.key]))
+    elif ask.after:
+        where = sql.SQL("({}) > ({})").format(keys, _values(table, ask.after))
+    else:
+        where = sql.SQL("true").format()
+    limit = sql.Literal(ask.most)
+    return sql.SQL("COPY (SELECT {} FROM {} WHERE ({}) AND {} ORDER BY {} LIMIT {}) TO STDOUT").format(
+        columns, source, only, where, keys, limit
+    )
+
+
+def _values(table: catalog.Table, texts: Sequence[str]) -> sql.Composed:
+    """Return the values of the key's columns as literals of their types."""
+    types = {column.name: column.type for column in table.columns}
+    return sql.SQL(", ").join(
+        sql.SQL("{}::{}").format(sql.Literal(text), sql.SQL(types[name]))
+        for name, text in zip(table.key, texts, strict=True)
+    )
+
+
+def _wanted(connection: catalog.Connection, table: catalog.Table, key: dict[str, str]) -> list[bytes]:
+    """Return a key's values as Postgres writes them."""
+    if key.keys() != set(table.key):
+        raise Misconfigured(
+            "bad-key",
+            f"The key of {table.full_name} is ({', '.join(table.key)}), not ({', '.join(key)}).",
+            "See --key.",
+        )
+    query = sql.SQL("COPY (SELECT {}) TO STDOUT").format(_values(table, [key[name] for name in table.key]))
+    with connection.cursor().copy(query) as copy:
+        (line,) = list(copy)
+    return copy_fields(bytes(line)[:-1])
+
+
+_FILTER = "SELECT rowfilter FROM pg_publication_tables WHERE pubname = %s AND schemaname = %s AND tablename = %s"

@@ -1,0 +1,162 @@
+"""What is to be read again, and how far that is: one record for each table or key, in the log.
+
+The records stand in `headrace.control` (kind ``resnapshot``) and are written inside the cut whose rows they speak of, so that they are
+exactly as durable as those: whoever takes over after a kill goes on where the log ends. Beside them are the fingerprints of the tables
+(kind ``catalogue``), by which DDL is noticed that happened while nobody ran. Both name the log they belong to, by the id of its
+checkpoints topic: control is shared, and may remember a log that was deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from headrace import codec
+from headrace.control import Control, record_key
+from headrace.log import CutWriter, Log
+from headrace.log.topics import CONTROL, checkpoints_topic
+from headrace_capture.fingerprints import Fingerprint
+from headrace_capture.progress import NAME
+
+JOB, CATALOGUE = "resnapshot", "catalogue"
+WAITING, READING, PAUSED, FAILED, CANCELLED, DONE = "waiting", "reading", "paused", "failed", "cancelled", "done"
+JOINED = "joined"
+"""A floor still to be taken: everything that runs when the table is first read must be over by then."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One table, or one key of it, to be read again.
+
+    Attributes:
+        table: ``schema.table``.
+        key: Texts of the key's columns, by name; None for the whole table.
+        why: For people: who asked, or what happened.
+        request: The id of the request that asked for it.
+        floor: A snapshot; what is read must see all that it sees (`JOINED`, empty for no such need).
+        initial: Whether it is a part of the initial snapshot.
+        phase: WAITING, READING, PAUSED, FAILED, CANCELLED or DONE.
+        reason: Why it failed, or what it waits for.
+        first: Commit LSN of the first low watermark of this pass, 0 before.
+        seen: The snapshot of the first chunk of this pass.
+        after: The key up to which it has been read, as texts.
+        rows, removed: Rows written, and keys tombstoned, in this pass.
+    """
+
+    table: str
+    key: dict[str, str] | None = None
+    why: str = "asked for"
+    request: str = ""
+    floor: str = ""
+    initial: bool = False
+    phase: str = WAITING
+    reason: str = ""
+    first: int = 0
+    seen: str = ""
+    after: list[str] = field(default_factory=list)
+    rows: int = 0
+    removed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Return what names it among all."""
+        return self.table if self.key is None else f"{self.table} {codec.dumps(self.key).decode()}"
+
+    @property
+    def open(self) -> bool:
+        """Whether there is something to do, now or after a resume."""
+        return self.phase in {WAITING, READING, PAUSED}
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it is left to be done; one that failed can begin again."""
+        return self.phase in {DONE, CANCELLED}
+
+    def begin_again(self) -> None:
+        """Forget how far it is."""
+        self.phase = PAUSED if self.phase == PAUSED else WAITING
+        self.first, self.seen, self.after, self.rows, self.removed, self.reason = 0, "", [], 0, 0, ""
+
+    def told(self) -> str:
+        """Return one line for people."""
+        told = {"phase": self.phase, "rows": f"{self.rows} rows read", "why": self.why, "reason": self.reason}
+        removed = [f"{self.removed} removed"] if self.removed else []
+        return ", ".join([told["phase"], told["rows"], *removed, *filter(None, [told["why"], told["reason"]])])
+
+
+class Jobs:
+    """The jobs and fingerprints of a log: read once, then written with the cuts."""
+
+    def __init__(self, log: Log) -> None:
+        """Read what the log has. Every predecessor must be fenced by now."""
+        self._source = log.settings.source
+        spine = checkpoints_topic(self._source)
+        self._log_id = log.topics.describe([spine])[spine][0]
+        jobs, prints = map(self._ours, Control(log).kept(NAME, JOB, CATALOGUE))
+        self.all: dict[str, Job] = {job.name: job for job in (Job(**said) for said in jobs.values())}
+        self.prints: dict[str, Fingerprint] = {table: Fingerprint.of(said) for table, said in prints.items()}
+        self._dirty: set[str] = set()
+        self._dirty_prints: set[str] = set()
+
+    def _ours(self, kept: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {
+            id_: {name: value for name, value in said.items() if name != "log"}
+            for id_, said in kept.items()
+            if said["log"] == self._log_id
+        }
+
+    @property
+    def dirty(self) -> bool:
+        """Whether anything is to be written."""
+        return bool(self._dirty or self._dirty_prints)
+
+    def next(self) -> Job | None:
+        """Return the job to go on with: what is being read before what waits, and last what could not go on just now."""
+        ready = [job for job in self.all.values() if job.phase in {READING, WAITING}]
+        return min(ready, key=lambda job: (bool(job.reason), job.phase != READING), default=None)
+
+    def put(self, job: Job) -> None:
+        """Add or change a job."""
+        self.all[job.name] = job
+        self._dirty.add(job.name)
+
+    def drop(self, name: str) -> None:
+        """Forget a job."""
+        if self.all.pop(name, None):
+            self._dirty.add(name)
+
+    def know(self, table: str, print_: Fingerprint) -> None:
+        """Take a table's fingerprint for what it should be from now on."""
+        if self.prints.get(table) != print_:
+            self.prints[table] = print_
+            self._dirty_prints.add(table)
+
+    def know_only(self, tables: Container[str]) -> None:
+        """Forget the fingerprints of all other tables."""
+        for table in [table for table in self.prints if table not in tables]:
+            del self.prints[table]
+            self._dirty_prints.add(table)
+
+    def clear(self, tables: Iterable[str] = ()) -> None:
+        """Forget all jobs, and the fingerprints of `tables`."""
+        for name in list(self.all):
+            self.drop(name)
+        for table in tables:
+            if self.prints.pop(table, None):
+                self._dirty_prints.add(table)
+
+    def write(self, writer: CutWriter) -> None:
+        """Append what has changed to the open cut."""
+        for name in self._dirty:
+            job = self.all.get(name)
+            self._write(writer, JOB, name, asdict(job) if job else None)
+        for table in self._dirty_prints:
+            print_ = self.prints.get(table)
+            self._write(writer, CATALOGUE, table, print_.plain() if print_ else None)
+        self._dirty.clear()
+        self._dirty_prints.clear()
+
+    def _write(self, writer: CutWriter, kind: str, id_: str, said: dict[str, Any] | None) -> None:
+        value = codec.dumps(said | {"log": self._log_id}) if said is not None else None
+        writer.also(CONTROL, record_key(self._source, NAME, kind, id_), value)

@@ -1,0 +1,123 @@
+"""`headrace resnapshot --recover`: a new slot, a new epoch, and every table to be read again.
+
+For when log and source have parted (`identity`). Run while capture is stopped: it makes what capture needs, and ends. What the log has
+stays, so that views go on from where they are: the epoch that begins has higher versions than all before (S2), every table is *inexact*
+until it was read again beside the stream, and what vanished meanwhile gets its tombstone [I4]. Only where a topic is gone, is short of
+records, or has another key or partition count, it is made anew, and the views that read it must be rebuilt: they see its new id.
+
+Killed at any moment it leaves a log that is refused as before; then it is run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import replace
+
+from headrace.change import Checkpoint, Source, format_lsn
+from headrace.control import Control
+from headrace.errors import HeadraceError, Misconfigured
+from headrace.log import CutWriter, Log
+from headrace.settings import Settings
+from headrace_capture import beginnings, catalog, identity
+from headrace_capture.identity import Slot
+from headrace_capture.progress import Progress
+from headrace_capture.replication import Replication
+from headrace_capture.tables import newest
+
+
+def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
+    """Begin the new epoch; return the checkpoint from which capture will stream.
+
+    Raises:
+        Misconfigured: `slot-active`: capture is running; `nothing-captured`; `wal-level`, `publication-missing`, ….
+        Transient: `postgres-away`, `kafka-away`, `cut-lost`: run it again.
+    """
+    log = Log(settings)
+    with closing(catalog.connect(settings.dsn, name="headrace resnapshot", timeout_s=0)) as connection:
+        here = identity.look(connection, settings.slot, settings.publication, settings.dsn)
+        slot = identity.slot_of(connection, settings.slot)
+        _check_free(slot, here.source)
+        writer = log.writer()
+        try:
+            writer.open()
+            before = log.newest_checkpoint()
+            if before is None:
+                raise Misconfigured(
+                    "nothing-captured",
+                    f"The log of {settings.source} has no checkpoint: there is nothing to go on from.",
+                    "From zero: headrace teardown --topics, setup, capture; then headrace rebuild for each view.",
+                )
+            writer.resume(_mend_topics(log, before, connection, say))
+            return _begin(log, writer, connection, before, here.source, slot, say)
+        finally:
+            with suppress(HeadraceError):
+                writer.abort()
+            writer.close()
+
+
+def _check_free(slot: Slot | None, source: Source) -> None:
+    if slot is not None and slot.active_pid is not None:
+        raise Misconfigured(
+            "slot-active", f"Process {slot.active_pid} of Postgres reads slot {source.slot}.", "Stop headrace capture."
+        )
+    if slot is not None and (slot.plugin != "pgoutput" or slot.database != source.database):
+        raise Misconfigured(
+            "slot-lost",
+            f"Slot {source.slot} is of {slot.plugin} in database {slot.database}: it is not ours to drop.",
+            "Name another one by HEADRACE_SLOT.",
+        )
+
+
+def _begin(
+    log: Log,
+    writer: CutWriter,
+    connection: catalog.Connection,
+    before: Checkpoint,
+    source: Source,
+    slot: Slot | None,
+    say: Callable[[str], None],
+) -> Checkpoint:
+    # A log that never was a state begins its initial snapshot again, in chunks.
+    initial = log.newest_checkpoint(complete=True) is None
+    where = source, before.version.epoch + 1
+    progress = Progress(Control(log), say)
+    with closing(Replication(log.settings.dsn, "headrace resnapshot")) as exporter:
+        if slot:
+            exporter.drop_slot(log.settings.slot, _never)
+        begun = beginnings.begin(log, writer, connection, exporter, where, progress, _never, initial=initial)
+    say(f"epoch {begun.version.epoch} begins at {format_lsn(begun.version.lsn)}; every table will be read again")
+    return begun
+
+
+def _never() -> bool:
+    return False
+
+
+def _mend_topics(
+    log: Log, before: Checkpoint, connection: catalog.Connection, say: Callable[[str], None]
+) -> Checkpoint:
+    """Delete the topics that can no longer be believed; return the checkpoint without them and without those that are gone."""
+    there = [topic for topic in before.ends if topic in log.topics.names()]
+    counts = log.partitions(there)
+    actual = log.topics.ends(counts, committed=False)
+    keys = {t.full_name: t.key for t in catalog.published_tables(connection, log.settings.publication) if t.key}
+    shapes = newest(log.schemas().values())
+    kept = {}
+    for topic in there:
+        table = log.table_of(topic)
+        whole = counts[topic] == len(before.ends[topic]) and actual[topic] >= before.ends[topic]
+        whole = whole and all(is_now >= end for is_now, end in zip(actual[topic], before.ends[topic], strict=True))
+        if whole and (table not in keys or table not in shapes or keys[table] == shapes[table].key):
+            kept[topic] = before.ends[topic]
+    for topic in sorted(before.ends.keys() - kept.keys()):
+        say(f"topic {topic} is made anew: views that read it must be rebuilt")
+    _delete(log, [topic for topic in there if topic not in kept])
+    return replace(before, ends=kept)
+
+
+def _delete(log: Log, topics: list[str]) -> None:
+    log.topics.delete(topics)
+    while any(topic in log.topics.names() for topic in topics):
+        time.sleep(0.1)

@@ -1,0 +1,384 @@
+"""Resnapshot: tables, or single rows, read again while the stream runs (I4, S7, S12).
+
+Strategy. There are jobs (`jobs`): somebody asked for them, or the catalogue or a Relation message showed that rows may have changed without
+an event; a table that joins the publication and a big initial snapshot are the same thing. One chunk at a time is read beside the
+stream (`chunks`); its watermarks come back in the stream. When the high one comes, the stream stands still for a moment *inside* that
+little transaction: what the log has up to here is committed, read back (`known`) and held against the chunk, and what may be written
+is written (`rewriting`), with the job's record, in the same cut. That transaction's end is then the next complete checkpoint. A kill
+anywhere loses at most the chunk at hand.
+
+The loop calls `look` between transactions, and `heard` for each logical message. Nothing here waits for Postgres, except for the
+answer to a watermark that the stream has shown already.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.change import TableSchema, Version
+from headrace.control import Control
+from headrace.errors import HeadraceError, Misconfigured, Poison
+from headrace.log import Log
+from headrace_capture import catalog, fingerprints, watermarks
+from headrace_capture.asked import Asked
+from headrace_capture.attention import CatalogueWatch, Findings, Requests
+from headrace_capture.chunks import Ask, Chunk, ChunkReader
+from headrace_capture.cut import Cut
+from headrace_capture.fingerprints import Fingerprint
+from headrace_capture.jobs import DONE, FAILED, JOINED, READING, WAITING, Job, Jobs
+from headrace_capture.known import KnownKeys
+from headrace_capture.pgoutput import Message
+from headrace_capture.progress import Progress
+from headrace_capture.relations import Relations
+from headrace_capture.replication import postgres_errors
+from headrace_capture.rewriting import Rewriting
+from headrace_capture.tables import ColumnPlan, Table
+from headrace_capture.toast import Filler
+
+_AGAIN_SECONDS = 0.5
+_TOLD = 5
+"""So many jobs are told in a report."""
+_WORTH_PASSING = 1_000
+"""So many rows written are worth a commit of their own, for they need not be read back then."""
+
+
+@dataclass(slots=True)
+class _Reading:
+    """The chunk at hand. `low` is the commit LSN of its low watermark; `stale`: what it is for has changed meanwhile."""
+
+    job: Job
+    mark: str
+    future: Future[Chunk]
+    low: int = 0
+    stale: bool = False
+
+
+class Resnapshot:
+    """Carries out the jobs of one stream."""
+
+    def __init__(
+        self,
+        log: Log,
+        cut: Cut,
+        relations: Relations,
+        connection: catalog.Connection,
+        progress: Progress,
+        tick: Callable[[], None],
+        filler: Filler,
+    ) -> None:
+        """Go on with what the log says; `filler` must forget values that can no longer be believed."""
+        self._log = log
+        self._cut = cut
+        self._relations = relations
+        self._connection = connection
+        self._progress = progress
+        self._tick = tick
+        self._filler = filler
+        self._forget = filler.memory.forget_named
+        self._jobs = Jobs(log)
+        control = Control(log)
+        self._requests = Requests(control)
+        self._asked = Asked(control, self._jobs, relations, cut, self._disturb)
+        self._catalogue = CatalogueWatch(log.settings, self._leaves)
+        self._reader = ChunkReader(log.settings)
+        self._reading: _Reading | None = None
+        self._known: tuple[str, KnownKeys] | None = None
+        self._printed_at = 0.0
+        self._not_before = 0.0
+        self._approximate = 0
+        self._left_out: dict[str, Fingerprint | None] = {}
+
+    def close(self) -> None:
+        """End everything that runs beside the stream."""
+        self._requests.close()
+        self._catalogue.close()
+        self._reader.close()
+        self._forget_known()
+
+    # Between transactions
+
+    def look(self) -> None:
+        """Take in what was asked for and what the catalogue says, and go on with the next chunk. Cheap when there is nothing."""
+        self._asked.answer()
+        for request in self._requests.take():
+            self._asked.take(request)
+        findings = self._catalogue.take()
+        if findings is not None:
+            self._judge(findings)
+        if len(self._filler.approximate) != self._approximate:
+            self._tell()
+        for table in list(self._cut.inexact):
+            job = self._jobs.all.get(table)
+            if job is None or job.phase == DONE:
+                self.mark(table, "its checkpoints say so", JOINED)
+        self._go_on()
+        if self._jobs.dirty:
+            self._jobs.write(self._cut.writer)
+            self._tell()
+
+    def mark(self, table: str, why: str, floor: str = "") -> None:
+        """Rows of `table` may have changed, or have been there, without an event: read it again (S12)."""
+        self._cut.inexact.add(table)
+        self._forget(table)
+        self._disturb(table)
+        job = self._jobs.all.get(table)
+        if job is None or job.over:
+            job = Job(table)
+        job.why, job.floor = why, floor or job.floor
+        job.begin_again()
+        self._jobs.put(job)
+        self._progress.say(f"warning: {table} is inexact: {why} (rule S12); it is read again beside the stream")
+
+    def suspect(self, table: str, why: str | None) -> None:
+        """The stream shows a table in another shape (`why` that may have changed rows), or for the first time (None)."""
+        if why is None:
+            self.mark(table, "it joined the publication", JOINED)
+            return
+        known = self._jobs.prints.get(table)
+        if known is not None:
+            with postgres_errors(f"reading the catalogue of {table}"):
+                found = fingerprints.read(self._connection, self._log.settings.publication, self._leaves(), table)
+            why = fingerprints.silent(known, found[table]) if table in found else ""
+            self._jobs.know(table, found.get(table, known))
+            self._printed_at = time.monotonic()
+        if why:
+            self.mark(table, why)
+
+    def _disturb(self, table: str) -> None:
+        """What is being read of this table is no longer wanted."""
+        if self._reading and self._reading.job.table == table:
+            self._reading.stale = True
+
+    def _judge(self, findings: Findings) -> None:
+        if findings.asked < self._printed_at:
+            return  # something newer is known by now
+        for table, print_ in findings.prints.items():
+            known = self._jobs.prints.get(table)
+            if table not in self._relations.shapes:
+                if self._left_out.get(table) != print_ and table not in self._jobs.all:
+                    self._jobs.put(Job(table, why="it joined the publication", floor=JOINED))
+                continue
+            why = fingerprints.silent(known, print_) if known else ""
+            if why:
+                self.mark(table, why)
+            self._jobs.know(table, print_)
+        self._jobs.know_only(findings.prints)
+
+    def _leaves(self) -> frozenset[int]:
+        return frozenset(oid for print_ in list(self._jobs.prints.values()) for oid, _ in print_.leaves)
+
+    def _go_on(self) -> None:
+        """Begin to read the next chunk, if none is being read."""
+        reading = self._reading
+        if reading is not None:
+            if reading.future.done() and reading.future.exception() is not None:
+                self._failed(reading)
+            return
+        if time.monotonic() < self._not_before:
+            return
+        job = self._jobs.next()
+        if job is None:
+            self._forget_known()
+            return
+        mark = uuid.uuid4().hex
+        ask = Ask(mark, job.table, job.after, job.key, self._log.settings.cut_records, self._leaves(), job.floor)
+        known, ends = self._known_of(job.table), self._cut.sealed.ends.get(self._log.topic_of(job.table), [])
+        future = self._reader.begin(ask, lambda tick: known.catch_up(ends, tick))
+        self._reading = _Reading(job, mark, future)
+
+    def _failed(self, reading: _Reading) -> None:
+        """A chunk could not be read: try again later, or let the job rest with the reason."""
+        self._reading = None
+        error = reading.future.exception()
+        self._not_before = time.monotonic() + _AGAIN_SECONDS
+        if isinstance(error, Misconfigured):
+            self._fail(reading.job, error)
+        elif isinstance(error, HeadraceError):
+            self._wait(reading.job, error.message)
+        elif error is not None:
+            raise error
+
+    def _fail(self, job: Job, error: HeadraceError) -> None:
+        job.phase, job.reason = FAILED, f"{error.message} {error.remedy}".strip()
+        self._jobs.put(job)
+        self._progress.say(
+            f"warning: {job.name} cannot be read again: {error}. When that is mended: headrace resnapshot {job.table}"
+        )
+
+    def _wait(self, job: Job, reason: str) -> None:
+        self._not_before = time.monotonic() + _AGAIN_SECONDS
+        if job.reason != reason:
+            job.reason = reason
+            self._jobs.put(job)
+
+    # Within the stream
+
+    def heard(self, message: Message, lsn: int, seal: Callable[[], None]) -> None:
+        """A logical message has come, in the transaction committed at `lsn`; `seal` commits what came before it."""
+        which, mark = watermarks.mark_of(message)
+        reading = self._reading
+        if reading is None or not mark or mark != reading.mark:
+            return
+        if which == watermarks.LOW:
+            reading.low = lsn
+            self._forget(reading.job.table)
+        elif which == watermarks.HIGH and reading.low:
+            self._take(reading, seal)
+
+    def _take(self, reading: _Reading, seal: Callable[[], None]) -> None:
+        while not reading.future.done():
+            self._tick()
+            with suppress(NotYet, HeadraceError):
+                reading.future.result(0.2)
+        if reading.future.exception() is not None:
+            self._failed(reading)
+            return
+        self._reading = None
+        chunk, job = reading.future.result(), reading.job
+        if reading.stale or job.phase not in {WAITING, READING} or not self._usable(job, chunk):
+            return
+        try:
+            self._write(job, chunk, reading.low, seal)
+        except (Poison, Misconfigured) as error:
+            self._fail(job, error)
+        if self._cut.snapshot and not any(other.initial and other.phase != DONE for other in self._jobs.all.values()):
+            self._cut.snapshot = None
+            self._progress.phase("streaming")
+            self._progress.say("the initial snapshot is complete")
+        self._jobs.write(self._cut.writer)
+        self._tell()
+        self._go_on()
+
+    def _usable(self, job: Job, chunk: Chunk) -> bool:
+        """Whether the chunk sees what it must, and is of the table that the chunks before it were of."""
+        job.floor = chunk.floor
+        if not chunk.covered:
+            self._wait(job, "waits for transactions that began before it")
+            return False
+        known = self._jobs.prints.get(job.table)
+        if chunk.table is None or chunk.print is None or job.key is not None:
+            return True
+        why = fingerprints.silent(known, chunk.print) if job.first and known else ""
+        self._jobs.know(job.table, chunk.print)
+        self._printed_at = time.monotonic()
+        if why:
+            self.mark(job.table, why)
+        return not why
+
+    def _write(self, job: Job, chunk: Chunk, low: int, seal: Callable[[], None]) -> None:
+        table = self._table(job, chunk)
+        if table is None:
+            return
+        if not job.first:
+            job.first, job.seen = low, chunk.snapshot
+
+        def breathe() -> None:
+            self._tick()
+            if self._cut.full:
+                seal()
+
+        seal()
+        known = self._known_of(job.table)
+        known.catch_up(self._cut.sealed.ends.get(table.topic, []), self._tick)
+        low_version = Version(self._cut.epoch, low)
+        rewriting = Rewriting(self._cut.writer, known, table, low_version, self._progress.now_ms(), breathe, self._tick)
+        written = rewriting.rows(chunk)
+        job.rows += len(chunk.rows)
+        job.phase, job.reason = READING, ""
+        self._advance(job, chunk, rewriting)
+        self._jobs.put(job)
+        if chunk.last or job.key is not None:
+            self._finish(job)
+        elif written >= _WORTH_PASSING:
+            self._jobs.write(self._cut.writer)
+            seal()
+            known.pass_over(self._cut.sealed.ends[table.topic])
+
+    @staticmethod
+    def _advance(job: Job, chunk: Chunk, rewriting: Rewriting) -> None:
+        """Note how far the job is; at its end write the deletes of what is gone."""
+        table = rewriting.table
+        if job.key is not None:
+            job.removed = 0 if chunk.rows else rewriting.absent(_key(table, chunk), chunk)
+        elif chunk.last:
+            # Of a table that is gone, every key is.
+            first = rewriting.low.lsn if chunk.table is None else job.first
+            job.removed = rewriting.vanished(first, job.seen)
+        else:
+            job.after = [chunk.rows[-1][at].decode() for at in table.key_at]
+
+    def _table(self, job: Job, chunk: Chunk) -> Table | None:
+        """Return the table in the shape of the chunk, published if it is a new one; None when there is nothing to do."""
+        about = (self._log.settings.source, self._cut.source.database)
+        if chunk.table is not None:
+            if job.table not in self._relations.shapes:
+                self._cut.inexact.add(job.table)
+            shape = self._relations.settle(chunk.table.shape(1))
+            plans = [
+                ColumnPlan(column, read.base, read.element, out_of_line=read.out_of_line)
+                for column, read in zip(shape.columns, chunk.table.published, strict=True)
+            ]
+            return Table(shape, self._log.topic_of(job.table), plans, about)
+        shape_then: TableSchema | None = self._relations.shapes.get(job.table)
+        if shape_then is not None and not shape_then.key:
+            raise Misconfigured(
+                "append-only-again",
+                f"{job.table} is append-only: its rows have no key by which they could be read again beside the stream (S10).",
+                "From zero: headrace teardown --topics, setup, capture.",
+            )
+        if shape_then is None or chunk.exists:
+            self._left_out[job.table] = chunk.print
+            self._progress.say(f"warning: {job.table} is left out: it is not published, or has no usable key")
+            self._cut.inexact.discard(job.table)
+            self._jobs.drop(job.name)
+            return None
+        plans = [ColumnPlan(column, "", "", out_of_line=False) for column in shape_then.columns]
+        return Table(shape_then, self._log.topic_of(job.table), plans, about)
+
+    def _finish(self, job: Job) -> None:
+        if job.key is None:
+            job.phase = DONE
+            self._cut.inexact.discard(job.table)
+            self._filler.approximate.discard(job.table)
+            self._jobs.put(job)
+        else:
+            self._jobs.drop(job.name)
+        self._forget_known()
+        self._progress.say(f"{job.name} was read again: {job.rows} rows, {job.removed} keys removed")
+
+    def _known_of(self, table: str) -> KnownKeys:
+        if self._known is None or self._known[0] != table:
+            self._forget_known()
+            self._known = (table, KnownKeys(self._log, table))
+        return self._known[1]
+
+    def _forget_known(self) -> None:
+        if self._known is not None:
+            self._known[1].close()
+            self._known = None
+
+    def _tell(self) -> None:
+        jobs = self._jobs.all.values()
+        told = [f"{job.name}: {job.told()}" for job in jobs if job.open or job.phase == FAILED]
+        more = [f"and {len(told) - _TOLD} more: headrace resnapshot --status"] if len(told) > _TOLD else []
+        self._progress.fact("resnapshot", "; ".join(told[:_TOLD] + more))
+        self._progress.fact("approximate", ", ".join(sorted(self._filler.approximate)))
+        self._approximate = len(self._filler.approximate)
+        if self._cut.snapshot:
+            initial = [job.phase == DONE for job in jobs if job.initial]
+            self._progress.phase("snapshot", progress=(sum(initial), len(initial)))
+
+
+def _key(table: Table, chunk: Chunk) -> bytes:
+    """Return the key that was looked for, as the log writes it."""
+    row: list[Any] = [None] * len(table.columns)
+    for at, value in zip(table.key_at, chunk.wanted or [], strict=True):
+        row[at] = value
+    return table.key(row)

@@ -1,0 +1,226 @@
+"""A source that is another server than before (S2): a standby that was promoted, a backup that was restored.
+
+The servers are this file's own: two of them, one made as a copy of the other.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headrace.control import Control
+from headrace.errors import Transient
+from headrace.settings import Settings
+from headrace_capture.recovery import recover
+from headrace_ops import guard
+from headrace_ops.postgres import Postgres
+from tests.fixtures.capture import (
+    Running,
+    capturing,
+    changes,
+    eventually,
+    execute,
+    prepare,
+    refused,
+    replay,
+    rows,
+    selected,
+)
+from tests.fixtures.plain import Plain
+from tests.fixtures.serving import serving
+
+T = "public.items"
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int)"
+
+
+_FOLLOWS = "hot_standby_feedback = on\nsync_replication_slots = on\n"
+
+
+class Pair:
+    """A server and its copy; `settings` lead to the first."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.first = Postgres(folder / "first", spread=True)
+        self.second = Postgres(folder / "second", spread=True)
+        self.first.start()
+        self.settings = replace(settings, dsn=self.first.dsn("postgres"))
+        self.after = replace(settings, dsn=self.second.dsn("postgres"))
+
+    def copy(self, *, standby: bool) -> None:
+        """Copy the data; as a standby it follows the first from now on."""
+        self.first.stop()
+        self.second.data.parent.mkdir(parents=True)
+        copied = ["/bin/cp", "-a", str(self.first.data), str(self.second.data)]
+        subprocess.run(copied, check=True)
+        if standby:
+            (self.second.data / "standby.signal").write_text("")
+            with (self.second.data / "postgresql.conf").open("a") as conf:
+                leader = f"host=127.0.0.1 port={self.first.port} user=postgres dbname=postgres"
+                conf.write(f"primary_conninfo = '{leader}'\nprimary_slot_name = 'standby'\n{_FOLLOWS}")
+        self.first.start()
+        if standby:
+            execute(self.settings, "SELECT pg_create_physical_replication_slot('standby', true)")
+            self.second.start()
+
+    def follow(self) -> None:
+        """Wait until the standby has all that the first has written."""
+        (lsn,) = rows(self.settings, "SELECT pg_current_wal_flush_lsn()::text")[0]
+        behind = f"SELECT pg_last_wal_replay_lsn() >= '{lsn}'"
+        eventually("the standby follows", lambda: rows(self.after, behind) == [(True,)])
+
+    def promote(self) -> None:
+        """Lose the first; the second takes over."""
+        self.first.kill()
+        assert rows(self.after, "SELECT pg_promote()") == [(True,)]
+
+
+@pytest.fixture
+def pair(settings: Settings) -> Iterator[Pair]:
+    """Two servers, the first with a table of twenty rows."""
+    folder = Path(tempfile.mkdtemp(prefix="headrace-tests-"))
+    folder.chmod(0o755)
+    with guard.armed(folder / "first", ["postgres"]), guard.armed(folder / "second", ["postgres"]):
+        made = Pair(folder, settings)
+        try:
+            prepare(made.settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 20) i")
+            yield made
+        finally:
+            made.first.kill()
+            made.second.kill()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def seen(settings: Settings) -> Iterator[Plain]:
+    """A view of the log, from before what happens until after it."""
+    with serving(settings, plain=Plain) as control:
+        view = Plain(settings, "plain")
+        eventually("the view is live", lambda: live(control) and len(view.rows()) >= 20)
+        yield view
+
+
+def live(control: Control) -> bool:
+    return any(report.live for report in control.reports().get("plain", []))
+
+
+def equal(settings: Settings, running: Running, view: Plain) -> None:
+    """Log and view are the table."""
+    running.reach()
+    expected = {key.decode(): row["n"] for key, row in selected(settings, "items").items()}
+    assert {key.decode(): row["n"] for key, row in replay(settings, T).items()} == expected
+    eventually("the view shows it", lambda: view.rows() == expected)
+
+
+@pytest.mark.timeout(300)
+def test_a_standby_with_the_slot_takes_over(pair: Pair) -> None:
+    """A failover slot: capture goes on where the log ends, in the same epoch, and nothing is read again."""
+    pair.copy(standby=True)
+    with capturing(pair.settings) as capture:
+        capture.reach()
+    with seen(pair.settings) as view:
+        with capturing(pair.settings) as capture:
+            capture.hear("streaming")
+            execute(pair.settings, "UPDATE items SET n = -n WHERE id < 5", "DELETE FROM items WHERE id = 6")
+            synced = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{pair.settings.slot}' AND NOT temporary"
+
+            def there() -> bool:
+                execute(pair.settings, "SELECT pg_log_standby_snapshot()")  # what makes a slot move on
+                capture.reach()
+                return bool(rows(pair.after, synced))
+
+            eventually("the slot is there too", there)
+        pair.follow()
+        pair.promote()
+        execute(pair.after, "DELETE FROM items WHERE id = 7", "INSERT INTO items VALUES (100, 100)")
+        with capturing(pair.after) as capture:
+            capture.hear("timeline 2 goes on from timeline 1")
+            equal(pair.after, capture, view)
+    assert {change.version.epoch for change in changes(pair.after, T)} == {1}
+
+
+@pytest.mark.timeout(300)
+def test_a_standby_without_the_slot_takes_over(pair: Pair) -> None:
+    """Nothing was lost by the failover, but what came since is not in the log: said, and mended by one command."""
+    pair.copy(standby=True)
+    with capturing(pair.settings) as capture:
+        capture.reach()
+    with seen(pair.settings) as view:
+        execute(pair.settings, "DELETE FROM items WHERE id = 6")
+        pair.follow()
+        pair.promote()
+        execute(pair.after, "DELETE FROM items WHERE id = 7", "INSERT INTO items VALUES (100, 100)")
+        mend(pair.after, "slot-missing", view)
+
+
+def mend(settings: Settings, code: str, view: Plain) -> None:
+    """Capture refuses with `code`; the command that it names mends log and view."""
+    error = refused(settings)
+    assert error.code == code
+    assert "headrace resnapshot --recover" in error.remedy
+    before = view.version(1)
+    recover(settings, lambda _: None)
+    with capturing(settings) as capture:
+        capture.hear("public.items was read again")
+        equal(settings, capture, view)
+    assert (before.epoch, view.version(1).epoch) == (1, 2)
+    assert view.version(1) > before
+
+
+@pytest.mark.timeout(300)
+def test_a_standby_that_lacks_what_was_published(pair: Pair) -> None:
+    """The log has transactions that the new server never had, and their LSNs are used again: a new epoch takes them back."""
+    pair.copy(standby=True)
+    with capturing(pair.settings) as capture:
+        capture.reach()
+    with seen(pair.settings) as view:
+        pair.follow()
+        pair.second.stop()
+        with capturing(pair.settings) as capture:
+            capture.hear("streaming")
+            execute(
+                pair.settings,
+                "INSERT INTO items SELECT i, 0 FROM generate_series(200, 3000) i",
+                "UPDATE items SET n = -n",
+            )
+            capture.reach()
+        eventually("the view has what will be lost", lambda: len(view.rows()) > 2000)
+        pair.first.kill()
+        pair.second.start()
+        pair.promote()
+        execute(pair.after, "UPDATE items SET n = 7 WHERE id = 7", "INSERT INTO items VALUES (100, 100)")
+        mend(pair.after, "timeline-diverged", view)
+
+
+@pytest.mark.timeout(300)
+def test_a_restored_copy_on_the_same_timeline(pair: Pair) -> None:
+    """Older data, the slot within: the log is beyond its server."""
+    with capturing(pair.settings) as capture:
+        capture.reach()
+    pair.copy(standby=False)
+    with capturing(pair.settings) as capture:
+        capture.hear("streaming")
+        execute(
+            pair.settings,
+            "INSERT INTO items SELECT i, 0 FROM generate_series(200, 3000) i",
+            "DELETE FROM items WHERE id = 1",
+        )
+        capture.reach()
+    with seen(pair.settings) as view:
+        pair.first.kill()
+        pair.second.start()
+        mend(pair.after, "source-behind-log", view)
+
+
+@pytest.mark.timeout(300)
+def test_a_standby_is_no_source_yet(pair: Pair) -> None:
+    """Somebody may be about to promote it: capture that has run before waits for that."""
+    pair.copy(standby=True)
+    error = refused(pair.after)
+    assert (error.code, error.exit_code) == ("postgres-standby", Transient.exit_code)

@@ -1,0 +1,233 @@
+"""Log and source have parted (I12, S2): capture says how, and one command mends it: the log equals Postgres again, tombstones too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+
+from headrace.change import Version
+from headrace.log import Log
+from headrace.settings import Settings
+from headrace_capture import catalog, setup
+from headrace_capture.recovery import recover
+from tests.fixtures.capture import (
+    capturing,
+    changes,
+    eventually,
+    execute,
+    prepare,
+    refused,
+    replay,
+    rows,
+    selected,
+)
+from tests.fixtures.plain import Plain
+from tests.fixtures.serving import serving
+
+T = "public.items"
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
+
+
+@pytest.fixture
+def captured(settings: Settings) -> Settings:
+    """A source that was captured for a while."""
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, 'n' FROM generate_series(1, 30) i")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "UPDATE items SET name = 'streamed' WHERE id = 1")
+        capture.reach()
+    return settings
+
+
+def drop_slot(settings: Settings) -> None:
+    free = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND NOT active"
+    eventually("the slot is free", lambda: rows(settings, free))
+    execute(settings, f"SELECT pg_drop_replication_slot('{settings.slot}')")
+
+
+def recreate_slot(settings: Settings) -> None:
+    drop_slot(settings)
+    execute(settings, "INSERT INTO items VALUES (98, 'between')")
+    execute(settings, f"SELECT pg_create_logical_replication_slot('{settings.slot}', 'pgoutput')")
+
+
+def advance_slot(settings: Settings) -> None:
+    execute(settings, "INSERT INTO items VALUES (98, 'between')")
+    execute(settings, f"SELECT pg_replication_slot_advance('{settings.slot}', pg_current_wal_lsn())")
+
+
+def invalidate_slot(settings: Settings) -> None:
+    """More WAL than max_slot_wal_keep_size was written while nobody read."""
+    try:
+        execute(settings, "ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'", "SELECT pg_reload_conf()")
+        lost = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND wal_status = 'lost'"
+
+        def gone() -> bool:
+            execute(settings, "INSERT INTO items VALUES (98, 'x') ON CONFLICT DO NOTHING", "SELECT pg_switch_wal()")
+            execute(settings, "CHECKPOINT")
+            return bool(rows(settings, lost))
+
+        eventually("the slot's WAL is removed", gone)
+    finally:
+        execute(settings, "ALTER SYSTEM RESET max_slot_wal_keep_size", "SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize(
+    ("part", "code"),
+    [
+        (drop_slot, "slot-missing"),
+        (recreate_slot, "slot-beyond-checkpoint"),
+        (advance_slot, "slot-beyond-checkpoint"),
+        (invalidate_slot, "slot-lost"),
+    ],
+)
+def test_a_slot_that_no_longer_fits(captured: Settings, part: Callable[[Settings], None], code: str) -> None:
+    """What changed and vanished while nobody listened is in the log afterwards, under a new epoch."""
+    execute(captured, "DELETE FROM items WHERE id % 10 = 3", "UPDATE items SET name = 'gap' WHERE id % 10 = 5")
+    part(captured)
+    execute(captured, "INSERT INTO items VALUES (99, 'gap')")
+    mends(captured, code)
+    assert {c.version.epoch for c in changes(captured, T) if c.key == b'{"id":3}' and c.row is None} == {2}
+
+
+def mends(settings: Settings, code: str) -> None:
+    """Capture stops with this code; its remedy mends it; all tables are inexact until they were read again."""
+    error = refused(settings)
+    assert error.code == code
+    assert "headrace resnapshot --recover" in error.remedy
+    said: list[str] = []
+    begun = recover(settings, said.append)
+    assert begun.version.epoch == 2
+    assert begun.inexact == (T,)
+    with capturing(settings) as capture:
+        execute(settings, "UPDATE items SET name = 'beside' WHERE id = 7")
+        capture.hear("public.items was read again")
+        eventually("it is exact", lambda: capture.reach().inexact == ())
+    assert replay(settings, T) == selected(settings, T)
+    last: dict[bytes, Version] = {}
+    for change in changes(settings, T):
+        assert change.version >= last.get(change.key, change.version)
+        last[change.key] = change.version
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "made anew"])
+def test_a_topic_that_was_deleted(captured: Settings, again: bool) -> None:
+    log = Log(captured)
+    topic = log.topic_of(T)
+    log.topics.delete([topic])
+    eventually("it is gone", lambda: topic not in log.topics.names())
+    if again:
+        log.ensure_table(T)
+    execute(captured, "DELETE FROM items WHERE id = 3")
+    mends(captured, "log-lost-records" if again else "topic-missing")
+
+
+def test_it_refuses_while_capture_runs(captured: Settings) -> None:
+    with capturing(captured) as capture:
+        capture.hear("streaming")
+        with pytest.raises(Exception, match="reads slot"):
+            recover(captured, lambda _: None)
+        capture.reach()
+    assert {c.version.epoch for c in Log(captured).checkpoints()} == {1}
+
+
+def test_recovered_twice_and_under_another_key(captured: Settings) -> None:
+    """A key that changed needs a new topic: the same command makes it."""
+    execute(captured, "ALTER TABLE items DROP CONSTRAINT items_pkey", "ALTER TABLE items ADD PRIMARY KEY (id, name)")
+    recover(captured, lambda _: None)
+    execute(captured, "DELETE FROM items WHERE id = 4")
+    recover(captured, lambda _: None)
+    with capturing(captured) as capture:
+        capture.hear("public.items was read again")
+        capture.reach()
+    pairs = {(row["id"], row["name"]) for row in replay(captured, T).values()}
+    assert pairs == set(rows(captured, "SELECT id, name FROM items"))
+    assert {tuple(key) for key in (Log(captured).schemas()[T, 2].key,)} == {("id", "name")}
+
+
+def test_tables_that_went_meanwhile(settings: Settings) -> None:
+    """A dropped one has dead keys only; one that is no longer published, or has lost its key, stays as the log has it."""
+    for name in ("dropped", "private", "keyless"):
+        execute(settings, f"CREATE TABLE {name} (id int PRIMARY KEY)", f"INSERT INTO {name} VALUES (1)")
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        capture.reach()
+    execute(
+        settings,
+        "DROP TABLE dropped",
+        f"ALTER PUBLICATION {settings.publication} DROP TABLE private",
+        "ALTER TABLE keyless DROP CONSTRAINT keyless_pkey",
+    )
+    recover(settings, lambda _: None)
+    with capturing(settings) as capture:
+        capture.hear("public.dropped was read again")
+        eventually("all is exact", lambda: capture.reach().inexact == ())
+    left = {name: len(replay(settings, f"public.{name}")) for name in ("dropped", "private", "keyless")}
+    assert left == {"dropped": 0, "private": 1, "keyless": 1}
+
+
+def test_a_value_that_is_nowhere_is_no_reason_to_stop(settings: Settings) -> None:
+    """Inserted while nobody listened, changed but for its large value, and gone: the change is left out, the log ends exact."""
+    docs = (
+        "CREATE TABLE docs (id int PRIMARY KEY, n int, big text)",
+        "ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL",
+    )
+    prepare(settings, *docs, "INSERT INTO docs VALUES (1, 0, 'a')")
+    execute(settings, "ALTER TABLE docs REPLICA IDENTITY DEFAULT")
+    with capturing(settings) as capture:
+        capture.reach()
+    execute(settings, f"INSERT INTO docs SELECT i, 0, '{'W' * 5000}' FROM generate_series(2, 9) i")
+    recover(settings, lambda _: None)
+    execute(
+        settings, "UPDATE docs SET n = n + 1", "UPDATE docs SET id = 20 WHERE id = 2", "DELETE FROM docs WHERE id > 5"
+    )
+    with capturing(settings) as capture:
+        assert "nor in the log" in capture.hear("public.docs is inexact")
+        capture.hear("public.docs was read again")
+        eventually("it is exact", lambda: capture.reach().inexact == ())
+    assert replay(settings, "public.docs") == selected(settings, "docs")
+
+
+def test_a_view_of_a_topic_that_was_made_anew_asks_to_be_rebuilt(settings: Settings) -> None:
+    """Its offsets mean nothing in the new one, and rows that are gone have no tombstone there."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1), (2, 2)")
+    log = Log(settings)
+    with serving(settings, plain=Plain) as control:
+        view = Plain(settings, "plain")
+        with capturing(settings) as capture:
+            capture.reach()
+            eventually("the view shows it", lambda: view.rows() == {'{"id":1}': 1, '{"id":2}': 2})
+        log.topics.delete([log.topic_of(T)])
+        eventually("it is gone", lambda: log.topic_of(T) not in log.topics.names())
+        execute(settings, "DELETE FROM items WHERE id = 2")
+    recover(settings, lambda _: None)
+    with capturing(settings) as capture, serving(settings, plain=Plain) as control:
+        capture.hear("public.items was read again")
+        codes = lambda: {report.code for report in control.reports().get("plain", [])}  # noqa: E731  short
+        eventually("the view refuses", lambda: "topic-replaced" in codes())
+        assert view.rows() == {'{"id":1}': 1, '{"id":2}': 2}
+        generation = control.ask("plain", "rebuild")["generation"]
+        eventually("it is built", lambda: view.version(generation).epoch == 2)
+        control.ask("plain", "promote", {"generation": generation}, timeout=60)
+        assert view.rows() == {'{"id":1}': 1}
+
+
+def test_an_append_only_table_stays_inexact_and_says_why(settings: Settings) -> None:
+    """Its rows have no key to be read again by (S10): the rest goes on, and nobody is told that it is exact."""
+    execute(settings, "CREATE TABLE log (what text)", "INSERT INTO log VALUES ('before')", ITEMS)
+    with closing(catalog.connect(settings.dsn)) as connection:
+        setup.apply(connection, setup.plan(connection, settings, ["items"], appended=["log"]))
+    error = refused(settings, chunked=True)
+    assert (error.code, error.remedy) == ("append-only-again", "Run: headrace capture --snapshot=whole")
+    with capturing(settings) as capture:
+        capture.reach()
+    recover(settings, lambda _: None)
+    with capturing(settings) as capture:
+        assert "append-only" in capture.hear("public.log cannot be read again")
+        execute(settings, "INSERT INTO log VALUES ('after')", "INSERT INTO items VALUES (1, 'a')")
+        capture.hear("public.items was read again")
+        assert capture.reach().inexact == ("public.log",)
+    assert [row["what"] for row in replay(settings, "public.log").values()] == ["before", "after"]
+    assert replay(settings, T) == selected(settings, T)

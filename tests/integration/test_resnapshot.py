@@ -1,0 +1,343 @@
+"""Tables read again while the stream runs (I4, S7): the log ends equal to Postgres, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Self
+
+import psycopg
+import pytest
+import typer
+
+from headrace.control import Control
+from headrace.errors import Misconfigured
+from headrace.log import Log
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.settings import Settings, environment
+from headrace_capture import resnapshot as beside
+from headrace_capture.cli import resnapshot
+from tests.fixtures.capture import (
+    Running,
+    capturing,
+    changes,
+    end,
+    eventually,
+    execute,
+    prepare,
+    replay,
+    selected,
+    spawn,
+)
+
+T = "public.items"
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
+
+
+def ask(settings: Settings, verb: str = "resnapshot", **args: Any) -> dict[str, Any]:
+    """Ask the running capture, as soon as it has reported."""
+    reporting(settings)
+    return Control(Log(settings)).ask("capture", verb, args)
+
+
+def reporting(settings: Settings) -> None:
+    """Wait until capture has reported that it streams."""
+    reports = Control(Log(settings)).reports
+    eventually("capture reports", lambda: any(r.phase == "streaming" for r in reports().get("capture", [])))
+
+
+def jobs(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Return the jobs' records in the log."""
+    (found,) = Control(Log(settings)).kept("capture", "resnapshot")
+    return found
+
+
+def phases(settings: Settings) -> dict[str, str]:
+    """Return the phase of each job in the log."""
+    return {name: said["phase"] for name, said in jobs(settings).items()}
+
+
+def done(settings: Settings, running: Running, *tables: str) -> None:
+    """Wait until the tables have been read again."""
+    running.reach()
+    eventually("they are done", lambda: all(phases(settings).get(table) == "done" for table in tables or (T,)))
+    running.reach()
+
+
+def foreign(settings: Settings) -> dict[bytes, Any]:
+    """Return the table as a reader has it that knows nothing of headrace: the last value of each key, none for a tombstone."""
+    log = Log(settings)
+    topic = log.topic_of(T)
+    places = {(topic, partition): BEGINNING for partition in range(log.partitions([topic])[topic])}
+    last = {record.key: record.value for record in read_to_end(settings, places)}
+    return {key: json.loads(value)["after"] for key, value in last.items() if value is not None}
+
+
+def unseen(settings: Settings, *statements: str) -> None:
+    """Change rows so that the stream does not mention it."""
+    execute(
+        settings,
+        f"ALTER PUBLICATION {settings.publication} DROP TABLE items",
+        *statements,
+        f"ALTER PUBLICATION {settings.publication} ADD TABLE items",
+    )
+
+
+def test_rows_and_deletes_that_were_never_seen_are_in_the_log_afterwards(settings: Settings) -> None:
+    """In chunks of a few rows: changed rows, new rows, and tombstones for those that are gone."""
+    settings = replace(settings, cut_records=7)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 60) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        capture.reach()
+        unseen(settings, "DELETE FROM items WHERE id % 10 = 3", "UPDATE items SET no = -no WHERE id % 10 = 5")
+        unseen(settings, "INSERT INTO items VALUES (1000, 1)")
+        assert ask(settings, tables=[T]) == {"jobs": [T]}
+        done(settings, capture)
+    assert replay(settings, T) == selected(settings, T)
+    assert {c.read for c in changes(settings, T) if c.op == "r"} == {"snapshot", "resnapshot"}
+
+
+class Load:
+    """Writes until told to stop: inserts, updates, deletes, changed keys, in transactions of one or many."""
+
+    def __init__(self, settings: Settings, keys: int, seed: int = 1) -> None:
+        self.commits = 0
+        self._settings = settings
+        self._keys = keys
+        self._random = random.Random(seed)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with psycopg.connect(self._settings.dsn) as connection:
+            while not self._stop.wait(0.01):  # not more than capture keeps up with: its cuts are tiny here
+                for _ in range(self._random.choice([1, 1, 2, 30])):
+                    connection.execute(self._change().encode())
+                connection.commit()
+                self.commits += 1
+
+    def _change(self) -> str:
+        key, other, what = self._random.randrange(self._keys), self._random.randrange(self._keys), self._random.random()
+        if what < 0.2:
+            return f"DELETE FROM items WHERE id = {key}"
+        if what < 0.3:
+            free = f"NOT EXISTS (SELECT FROM items WHERE id = {other})"
+            return f"UPDATE items SET id = {other}, no = no + 1 WHERE id = {key} AND {free}"
+        return f"INSERT INTO items VALUES ({key}, 0) ON CONFLICT (id) DO UPDATE SET no = items.no + 1"
+
+
+def test_under_load_the_log_stays_exact(settings: Settings) -> None:
+    """Three times over while rows come, change, move and go; no version ever stands for two states of the topic."""
+    settings = replace(settings, cut_records=150, partitions=3)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 1000) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        with Load(settings, 1500) as load:
+            for _ in range(3):
+                before = load.commits
+                ask(settings, tables=[T])
+                done(settings, capture)
+                assert load.commits > before
+        capture.reach()
+    assert replay(settings, T) == selected(settings, T)
+    assert foreign(settings) == selected(settings, T)
+    states = [(c.version, c.ends) for c in Log(settings).checkpoints() if c.complete]
+    assert states == sorted(states, key=lambda state: state[0])
+    assert all(ends == dict(states)[version] for version, ends in states)
+
+
+def test_a_pass_goes_on_after_a_kill(settings: Settings) -> None:
+    """SIGKILL in the middle of a pass, under load: it goes on behind what is in the log, and ends exact."""
+    settings = replace(settings, cut_records=100)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 2000) i")
+    with capturing(settings) as capture:
+        capture.reach()
+        unseen(settings, "DELETE FROM items WHERE id % 100 = 3", "UPDATE items SET no = -no WHERE id % 100 = 5")
+        capture.reach()
+    with Load(settings, 2000):
+        process = spawn(settings)
+        try:
+            ask(settings, tables=[T])
+            eventually("it reads", lambda: jobs(settings)[T]["rows"] > 400)
+        finally:
+            end(process)
+        read = jobs(settings)[T]
+        assert read["phase"] == "reading"
+        with capturing(settings) as capture:
+            done(settings, capture)
+    with capturing(settings) as capture:
+        capture.reach()
+    assert replay(settings, T) == selected(settings, T)
+    assert foreign(settings) == selected(settings, T)
+    whole = jobs(settings)[T]
+    assert whole["first"] == read["first"]
+    assert whole["rows"] > read["rows"]
+
+
+@pytest.fixture
+def commands(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What the command reads its settings from."""
+    for name, value in environment(settings).items():
+        monkeypatch.setenv(name, value)
+    return settings
+
+
+def test_one_row_by_its_key(commands: Settings) -> None:
+    """Changed, gone, and never there; keys of two columns, by the command."""
+    settings = commands
+    prepare(
+        settings,
+        ITEMS,
+        "CREATE TABLE pairs (a text, b timestamptz, n int, PRIMARY KEY (b, a))",
+        "INSERT INTO items SELECT i, i FROM generate_series(1, 5) i",
+        "INSERT INTO pairs VALUES ('it''s', '2026-01-02 03:04:05+00', 1)",
+    )
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        capture.reach()
+        with unnoticed(settings):
+            execute(
+                settings,
+                "DELETE FROM items WHERE id < 3",
+                "UPDATE items SET no = 0 WHERE id > 3",
+                "UPDATE pairs SET n = 2",
+            )
+        reporting(settings)
+        for table, key in (
+            ("items", "1"),
+            ("items", '{"id": 4}'),
+            ("items", "77"),
+            ("public.pairs", '{"a":"it\'s","b":"2026-01-02T03:04:05Z"}'),
+        ):
+            resnapshot([table], key=key, wait=True)
+        capture.reach()
+        assert jobs(settings) == {}
+        with pytest.raises(Misconfigured, match="invalid input syntax"):
+            resnapshot(["items"], key="x", wait=True)
+        with pytest.raises(Misconfigured, match=r"is \(b, a\), not 1"):
+            resnapshot(["pairs"], key="1")
+        with pytest.raises(Misconfigured, match="has no table"):
+            resnapshot(["other"])
+        with pytest.raises(typer.Exit):
+            resnapshot()
+    assert replay(settings, T) == {b'{"id":%d}' % i: {"id": i, "no": no} for i, no in ((2, 2), (3, 3), (4, 0), (5, 5))}
+    assert [row["n"] for row in replay(settings, "public.pairs").values()] == [2]
+    with pytest.raises(Misconfigured) as refusal:
+        resnapshot(everything=True)
+    assert (refusal.value.code, refusal.value.remedy) == ("capture-not-running", "Run: headrace capture")
+
+
+@contextmanager
+def unnoticed(settings: Settings) -> Iterator[None]:
+    """Let the stream miss what is done meanwhile, and capture not know that it did: nothing is read by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beside.Resnapshot, "_judge", lambda *_: None)
+        execute(settings, f"ALTER PUBLICATION {settings.publication} SET (publish = 'truncate')")
+        yield
+        execute(
+            settings, f"ALTER PUBLICATION {settings.publication} SET (publish = 'insert, update, delete, truncate')"
+        )
+
+
+def test_pause_resume_cancel(commands: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pass that is paused stands still, over a restart too; resumed it ends; cancelled it leaves the log as it is."""
+    settings = replace(commands, cut_records=5)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 3000) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        ask(settings, tables=[T])
+        assert ask(settings, "pause") == {"jobs": [T]}
+        read = jobs(settings)[T]["rows"]
+        assert read < 3000
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "INSERT INTO items VALUES (0, 0)")
+        capture.reach()
+        assert (phases(settings), jobs(settings)[T]["rows"]) == ({T: "paused"}, read)
+        assert ask(settings, "resume", tables=[T]) == {"jobs": [T]}
+        eventually("it goes on", lambda: jobs(settings)[T]["rows"] > read)
+        assert ask(settings, "cancel") == {"jobs": [T]}
+        assert jobs(settings) == {}
+        assert ask(settings, "cancel") == {"jobs": []}
+        resnapshot(status=True, json=True)
+        assert json.loads(capsys.readouterr().out) == []
+        capture.reach()
+    assert replay(settings, T) == selected(settings, T)
+
+
+def test_the_initial_snapshot_in_chunks(settings: Settings) -> None:
+    """Killed under load it goes on where it was; nothing is a state before it is complete; then the log is the tables."""
+    settings = replace(settings, cut_records=100)
+    prepare(
+        settings,
+        ITEMS,
+        "CREATE TABLE empty (id int PRIMARY KEY)",
+        "INSERT INTO items SELECT i, i FROM generate_series(1, 3000) i",
+    )
+    with Load(settings, 3500):
+        process = spawn(settings, "--snapshot=chunked")
+        try:
+            eventually("it reads", lambda: jobs(settings).get(T, {}).get("rows", 0) > 500)
+        finally:
+            end(process)
+        read = jobs(settings)[T]["rows"]
+        assert read < 3000
+        assert Log(settings).newest_checkpoint(complete=True) is None
+        with capturing(settings) as capture:
+            capture.hear("the initial snapshot is complete")
+            capture.reach()
+    with capturing(settings) as capture:
+        assert capture.reach().inexact == ()
+        assert "public.empty" in Log(settings).tables()
+    assert replay(settings, T) == selected(settings, T)
+
+
+def test_large_chunks_are_not_read_back_and_no_less_exact(settings: Settings) -> None:
+    """What a pass has just written it does not read again; what the stream wrote meanwhile it does."""
+    settings = replace(settings, cut_records=2000)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 9000) i")
+    with capturing(settings, chunked=True) as capture, Load(settings, 10000):
+        capture.hear("the initial snapshot is complete")
+        ask(settings, tables=[T])
+        done(settings, capture)
+    with capturing(settings) as capture:
+        capture.reach()
+    assert replay(settings, T) == selected(settings, T)
+
+
+def test_a_row_that_cannot_be_written_stops_its_table_and_nothing_else(settings: Settings) -> None:
+    """Larger than a record may be: the job says so and rests, the stream goes on; asked again under a higher limit it ends."""
+    small = replace(settings, message_max_bytes=100_000)
+    prepare(small, ITEMS)
+    with capturing(small) as capture:
+        capture.hear("streaming")
+        execute(
+            small,
+            "CREATE TABLE large (id int PRIMARY KEY, a text)",
+            "INSERT INTO large VALUES (1, 'a'), (2, repeat('x', 200000))",
+            f"ALTER PUBLICATION {small.publication} ADD TABLE large",
+        )
+        capture.hear("public.large cannot be read again")
+        execute(small, "INSERT INTO items VALUES (1, 1)")
+        assert capture.reach().inexact == ("public.large",)
+        assert "row-too-large" in capture.hear("cannot be read again")
+        assert phases(small) == {"public.large": "failed"}
+    with capturing(settings) as capture:
+        ask(settings, tables=["public.large"])
+        done(settings, capture, "public.large")
+        assert capture.reach().inexact == ()
+    assert replay(settings, T) == selected(settings, T)
+    assert replay(settings, "public.large") == selected(settings, "large")

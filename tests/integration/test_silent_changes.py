@@ -1,0 +1,162 @@
+"""DDL that changes rows without an event (S12): the table ends exact by itself, whether capture ran or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from headrace.control import Control
+from headrace.log import Log
+from headrace.settings import Settings
+from headrace_capture.fingerprints import ColumnPrint, Fingerprint, silent
+from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
+from tests.integration.test_resnapshot import jobs
+
+T = "public.items"
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int)"
+PARTS = "CREATE TABLE parts (id int PRIMARY KEY, n int) PARTITION BY RANGE (id)"
+LOW = "CREATE TABLE low PARTITION OF parts FOR VALUES FROM (0) TO (10)"
+HIGH = "CREATE TABLE high PARTITION OF parts FOR VALUES FROM (10) TO (20)"
+ATTACH = (
+    "CREATE TABLE more (id int PRIMARY KEY, n int); INSERT INTO more VALUES (25, 1); "
+    "ALTER TABLE parts ATTACH PARTITION more FOR VALUES FROM (20) TO (30)"
+)
+ROWS = "INSERT INTO parts SELECT i, i FROM generate_series(0, 19) i"
+
+
+def exact(settings: Settings, running: Running, table: str) -> None:
+    """Wait until it was read again by itself, and is equal."""
+    running.hear(f"{table} was read again")
+    eventually("it is exact", lambda: running.reach().inexact == ())
+    name = table.partition(".")[2]
+    assert replay(settings, table) == selected(settings, name)
+    assert any(c.inexact == (table,) for c in Log(settings).checkpoints())
+
+
+@contextmanager
+def off(settings: Settings) -> Iterator[None]:
+    """What is done meanwhile, capture finds when it is started again."""
+    with capturing(settings) as capture:
+        capture.reach()
+    yield
+
+
+@pytest.mark.parametrize(
+    "ddl",
+    [
+        "ALTER TABLE parts DETACH PARTITION low",
+        "DROP TABLE low",
+        "TRUNCATE low",
+        ATTACH,
+    ],
+    ids=["detach", "drop", "truncate", "attach"],
+)
+def test_partitions(settings: Settings, ddl: str) -> None:
+    """No message tells of them; the catalogue does."""
+    prepare(settings, PARTS, LOW, HIGH, ROWS)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "INSERT INTO parts VALUES (10, 1) ON CONFLICT (id) DO UPDATE SET n = 0")
+        capture.reach()
+        eventually("it knows the partitions", lambda: "leaves" in fingerprint(settings, "public.parts"))
+        execute(settings, *ddl.split("; "))
+        exact(settings, capture, "public.parts")
+
+
+def fingerprint(settings: Settings, table: str) -> str:
+    """Return what the log has as the table's fingerprint, as JSON."""
+    (found,) = Control(Log(settings)).kept("capture", "catalogue")
+    return json.dumps(found.get(table))
+
+
+@pytest.mark.parametrize(
+    "ddl",
+    [
+        "ALTER TABLE items ADD COLUMN more int DEFAULT 5",
+        "ALTER TABLE items RENAME COLUMN n TO m",
+        "ALTER TABLE items ALTER COLUMN n TYPE text USING 'no ' || n",
+        "ALTER TABLE items ALTER COLUMN n TYPE int USING n * 2",
+        "ALTER TABLE items ADD COLUMN more int GENERATED ALWAYS AS IDENTITY",
+    ],
+    ids=["default", "rename", "retype", "same type", "identity"],
+)
+def test_columns_though_no_row_changes_afterwards_and_capture_was_off(settings: Settings, ddl: str) -> None:
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 20) i")
+    with off(settings):
+        execute(settings, ddl)
+    with capturing(settings) as capture:
+        exact(settings, capture, T)
+
+
+def test_what_changes_no_row_lets_nothing_be_read_again(settings: Settings) -> None:
+    """Written anew as it is, a nullable column, a default for later rows, a dropped column, an empty partition, TRUNCATE."""
+    whole = "CREATE TABLE whole (id int PRIMARY KEY, n int)"
+    prepare(
+        settings,
+        ITEMS,
+        PARTS,
+        LOW,
+        HIGH,
+        ROWS,
+        whole,
+        "INSERT INTO whole VALUES (1, 1)",
+        "INSERT INTO items VALUES (1, 1)",
+    )
+    with off(settings):
+        execute(
+            settings,
+            "VACUUM FULL whole",
+            "ALTER TABLE items ADD COLUMN more text",
+            "ALTER TABLE items ALTER COLUMN more SET DEFAULT 'x'",
+            "CREATE TABLE more PARTITION OF parts FOR VALUES FROM (20) TO (30)",
+        )
+    with capturing(settings) as capture:
+        eventually("it was looked at", lambda: "more" in fingerprint(settings, T))
+        execute(settings, "ALTER TABLE items DROP COLUMN n", "TRUNCATE whole")
+        execute(settings, "INSERT INTO parts VALUES (25, 25)", "INSERT INTO items VALUES (3, 'y')")
+        eventually("it was looked at", lambda: '"n"' not in fingerprint(settings, T))
+        assert capture.reach().inexact == ()
+    assert jobs(settings) == {}
+    for table in ("items", "parts", "whole"):
+        rows = selected(settings, table)
+        assert {
+            key: {name: row.get(name) for name in rows[key]} for key, row in replay(settings, f"public.{table}").items()
+        } == rows
+
+
+def test_a_change_in_the_middle_of_a_pass_begins_it_again(settings: Settings) -> None:
+    """Rows that were passed already changed without an event: the pass does not end before it has read them anew."""
+    settings = replace(settings, cut_records=50)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 2000) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "ALTER TABLE items ADD COLUMN a int DEFAULT 5", "INSERT INTO items VALUES (0)")
+        eventually("it reads", lambda: jobs(settings).get(T, {}).get("rows", 0) > 100)
+        execute(settings, "ALTER TABLE items ALTER COLUMN n TYPE int USING n + 1")
+        exact(settings, capture, T)
+
+
+def print_of(*columns: ColumnPrint, kind: str = "r", leaves: tuple[tuple[int, int], ...] = ((1, 1),)) -> Fingerprint:
+    return Fingerprint(kind, columns, leaves)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "harmless"),
+    [
+        ("integer", "integer", True),
+        ("character varying(5)", "character varying(9)", True),
+        ("character varying(5)", "character varying", True),
+        ("character varying", "text", True),
+        ("character varying(9)", "character varying(5)", False),
+        ("text", "character varying", False),
+        ("integer", "bigint", False),
+    ],
+)
+def test_types_that_say_the_same(old: str, new: str, *, harmless: bool) -> None:
+    column = ColumnPrint(1, "a", old, filled=False, touched="7")
+    before, after = print_of(column), print_of(column._replace(type=new, touched="9"))
+    assert (silent(before, after) == "") is harmless
