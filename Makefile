@@ -39,7 +39,7 @@ stack-down: .venv/synced
 	$(BIN)/headrace stack down --dir $(DIR)
 
 # uv comes by pip, so that nothing but Python is needed; it then makes .venv exactly what uv.lock says.
-.venv/synced: uv.lock pyproject.toml
+.venv/synced: uv.lock pyproject.toml $(wildcard */pyproject.toml */*/pyproject.toml)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv sync --quiet --frozen
