@@ -188,6 +188,8 @@ def _notes(name: str, report: Facts) -> Iterator[str]:
         yield f"[red]{name}[/red]: no word for {seconds(report['age_seconds'])}; run: {_command(name)}"
     elif reason := f"{report['reason']} {report['remedy']}".strip():
         yield f"[yellow]{name} g{report['generation']}[/yellow]: {escape(reason)}"
+    if failing := report.get("failing"):
+        yield f"[red]{name}[/red]: UPDATE and DELETE fail in the source (S8); run: {escape(failing)}"
     if inexact := report.get("inexact"):
         yield f"[yellow]{name}[/yellow]: {escape(', '.join(inexact))} may differ from Postgres until read again: inexact (S12)"
     for what in ("resnapshot", "approximate"):
@@ -219,6 +221,8 @@ def _check_one(name: str, report: Report, most: float) -> None:
         _wrong(f"{name}: no process reports (last {seconds(report.age)} ago); run: {_command(name)}")
     if report.phase in {"stopped", "stale", "waiting"}:
         _wrong(f"{name}: {report.phase}: {report.reason} {report.remedy}")
+    if failing := report.facts.get("failing"):
+        _wrong(f"{name}: UPDATE and DELETE of a captured table fail in the source (S8); run: {failing}")
     if report.lag[2] > most:
         _wrong(f"{name}: {seconds(report.lag[2])} behind ({report.lag[0]} records); see: headrace status --watch")
 

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import psycopg
 import pytest
+from typer.testing import CliRunner
 
+from headrace.cli import app
 from headrace.control import Control
 from headrace.log import Log
-from headrace.settings import Settings
+from headrace.settings import Settings, environment
 from headrace_capture.fingerprints import ColumnPrint, Fingerprint, silent
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
 from tests.integration.test_resnapshot import jobs
@@ -160,3 +163,26 @@ def test_types_that_say_the_same(old: str, new: str, *, harmless: bool) -> None:
     column = ColumnPrint(1, "a", old, filled=False, touched="7")
     before, after = print_of(column), print_of(column._replace(type=new, touched="9"))
     assert (silent(before, after) == "") is harmless
+
+
+def test_a_table_that_was_altered_so_that_its_updates_fail_is_told_with_what_mends_it(settings: Settings) -> None:
+    """S8 after setup: a virtual column makes every UPDATE and DELETE fail under REPLICA IDENTITY FULL [I1]."""
+    prepare(settings, "CREATE TABLE docs (id int PRIMARY KEY, body text)", "INSERT INTO docs VALUES (1, 'a')")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "ALTER TABLE docs ADD COLUMN size int GENERATED ALWAYS AS (length(body)) VIRTUAL")
+        with pytest.raises(psycopg.errors.InvalidColumnReference):
+            execute(settings, "UPDATE docs SET body = 'b'")
+        said = capture.hear("UPDATE and DELETE of a captured table fail")
+        mends = said.partition("run: ")[2]
+        eventually("status --check names it", lambda: _check(settings) == (1, mends))
+        execute(settings, mends)
+        execute(settings, "UPDATE docs SET body = 'b'")
+        eventually("status --check is content", lambda: _check(settings)[0] == 0)
+        capture.reach()
+    assert replay(settings, "public.docs") == {b'{"id":1}': {"id": 1, "body": "b"}}
+
+
+def _check(settings: Settings) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["status", "--check", "capture"], env=environment(settings))
+    return done.exit_code, done.output.strip().partition("run: ")[2]

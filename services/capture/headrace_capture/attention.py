@@ -18,7 +18,7 @@ import psycopg
 from headrace.control import Control, Request
 from headrace.errors import HeadraceError
 from headrace.settings import Settings
-from headrace_capture import catalog, fingerprints
+from headrace_capture import catalog, fingerprints, identities
 from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.progress import NAME
 
@@ -27,10 +27,14 @@ LOOK_SECONDS = 2.0
 
 
 class Findings(NamedTuple):
-    """What the catalogue said: the fingerprint of every published table, and when that was asked (`time.monotonic`)."""
+    """What the catalogue said.
+
+    `prints`: the fingerprint of every published table; `asked`: when that was (`time.monotonic`); `failing`: see `identities.failing`.
+    """
 
     prints: dict[str, Fingerprint]
     asked: float
+    failing: list[str]
 
 
 class _Asking(threading.Thread):
@@ -102,5 +106,6 @@ class CatalogueWatch(_Asking):
             while not self._ended.is_set():
                 asked = time.monotonic()
                 prints = fingerprints.read(connection, self._settings.publication, self._known())
-                self._newest = Findings(prints, asked)
+                failing = identities.failing(connection, self._settings.publication)
+                self._newest = Findings(prints, asked, failing)
                 self._ended.wait(max(LOOK_SECONDS, 20 * (time.monotonic() - asked)))

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from headrace_capture.catalog import GENERATED, Connection, Table, TableColumn
+from psycopg import sql
+
+from headrace_capture.catalog import GENERATED, Connection, Table, TableColumn, published_tables
 
 DEFAULT, FULL, NOTHING, INDEX = "d", "f", "n", "i"
 WORDS = {DEFAULT: "DEFAULT", FULL: "FULL", NOTHING: "NOTHING"}
@@ -67,6 +69,24 @@ def _unsent(table: Table, version: int) -> list[TableColumn]:
 
 def _out_of_line(table: Table) -> bool:
     return any(column.out_of_line for column in table.columns)
+
+
+def failing(connection: Connection, publication: str) -> list[str]:
+    """Return the statement that mends each published table whose UPDATE and DELETE fail now: it was altered after setup [I1]."""
+    version, narrowed = connection.info.server_version, narrowed_elsewhere(connection, publication)
+    wrong = [
+        change
+        for table in published_tables(connection, publication)
+        if table.key
+        for change in changes(table, version, narrowed=table.oid in narrowed)
+        if change.was in {FULL, NOTHING}
+    ]
+    return [
+        sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}")
+        .format(sql.Identifier(schema, name), sql.SQL(WORDS[now]))
+        .as_string()
+        for schema, name, _, now in wrong
+    ]
 
 
 def narrowed_elsewhere(connection: Connection, publication: str) -> set[int]:

@@ -83,6 +83,15 @@ class Progress:
         """Add something to the report, `wal_held` for example: the bytes of WAL that the slot holds back."""
         self._facts[name] = value
 
+    def failing(self, statements: list[str]) -> None:
+        """Statements of the application fail until these are run: say so once, and report it as long as it is so [I1]."""
+        for statement in statements:
+            if statement not in str(self._facts.get("failing", "")):
+                self.say(
+                    f"warning: UPDATE and DELETE of a captured table fail in Postgres as it is now (rule S8); run: {statement}"
+                )
+        self._facts["failing"] = "; ".join(statements)
+
     def wal(self, held: int, end: int) -> None:
         """The slot holds back so many bytes of WAL, which ends at `end` now."""
         self.fact("wal_held", held)

@@ -157,6 +157,7 @@ class Resnapshot:
             self._reading.stale = True
 
     def _judge(self, findings: Findings) -> None:
+        self._progress.failing(findings.failing)
         if findings.asked < self._printed_at:
             return  # something newer is known by now
         for table, print_ in findings.prints.items():
