@@ -15,6 +15,7 @@ from headrace.cli import app
 from headrace.control import Control
 from headrace.log import Log
 from headrace.settings import Settings, environment
+from headrace_capture import attention
 from headrace_capture.fingerprints import ColumnPrint, Fingerprint, silent
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
 from tests.integration.test_resnapshot import jobs
@@ -29,6 +30,12 @@ ATTACH = (
     "ALTER TABLE parts ATTACH PARTITION more FOR VALUES FROM (20) TO (30)"
 )
 ROWS = "INSERT INTO parts SELECT i, i FROM generate_series(0, 19) i"
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
 
 
 def exact(settings: Settings, running: Running, table: str) -> None:
