@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.change import NOWHERE, Version
 from headrace.control import Control
 from headrace.log import Log
 from headrace.settings import Settings, environment
@@ -74,12 +75,14 @@ def test_a_view_runs_is_killed_catches_up_and_is_rebuilt(
 
     process = runner()
     await_rows(view, 2)
+    await_live(settings, "plain")
     assert headrace("status", "plain", "--check").stdout == "ok\n"
     process.send_signal(signal.SIGKILL)
     process.wait(10)
-    feed.cut((ITEMS, 1, None), (ITEMS, 3, 30), (ITEMS, 4, 40))
+    last = feed.cut((ITEMS, 1, None), (ITEMS, 3, 30), (ITEMS, 4, 40))
     process = runner()
     await_rows(view, 3)
+    await_live(settings, "plain", last.version)
 
     facts = json.loads(headrace("status", "--json").stdout)
     (report,) = facts["consumers"]["plain"]
@@ -126,10 +129,10 @@ def test_a_rebuild_that_is_killed_half_way_goes_on_where_it_was(
     assert len(view.rows()) == MANY
 
 
-def await_live(settings: Settings, name: str) -> None:
-    """Wait until a consumer's process says that it is live."""
+def await_live(settings: Settings, name: str, version: Version = NOWHERE) -> None:
+    """Wait until a consumer's process says that it is live, at `version` or beyond."""
     control, deadline = Control(Log(settings)), time.monotonic() + 60
-    while not any(report.phase == "live" for report in control.reports().get(name, [])):
+    while not any(r.phase == "live" and r.version >= version for r in control.reports().get(name, [])):
         assert time.monotonic() < deadline, control.reports()
         time.sleep(0.1)
 
