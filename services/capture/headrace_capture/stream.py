@@ -149,10 +149,7 @@ class Stream:
 
     def _take(self, data: bytes) -> None:
         try:
-            if data[0] != pgoutput.DATA:
-                self._take_other(data)
-                return
-            payload = data[pgoutput.HEADER :]
+            payload = data[pgoutput.HEADER :] if data[0] == pgoutput.DATA else b""
             parse, handle = self._handlers[payload[0]]
             message = parse(payload)
         except pgoutput.MALFORMED:
