@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from psycopg import sql
+from psycopg import errors, sql
 
 from headrace.change import Column, TableSchema
 from headrace.errors import Misconfigured, Poison
@@ -20,6 +20,9 @@ from headrace_capture.fingerprints import widened
 from headrace_capture.pgoutput import Relation
 from headrace_capture.replication import MEND, postgres_errors
 from headrace_capture.tables import ColumnPlan, Table, newest
+
+_LOOK_SECONDS = 2
+"""Longest look for rows that an append-only table had before it was captured."""
 
 
 class _ByOid(dict[int, Table | None]):
@@ -146,7 +149,12 @@ class Relations:
         if self._connection.execute("SELECT to_regclass(%s)", [table.as_string()]).fetchone() == (None,):
             return False  # it is gone, and its rows with it
         query = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE age(xmin) > age(%s::text::xid))").format(table)
-        row = self._connection.execute(query, [str(xid)]).fetchone()
+        try:
+            with self._connection.transaction():
+                self._connection.execute(f"SET LOCAL statement_timeout = '{_LOOK_SECONDS}s'")
+                row = self._connection.execute(query, [str(xid)]).fetchone()
+        except errors.QueryCanceled:
+            return True  # a large table without older rows is read to its end, and the stream cannot wait for that
         return row is not None and bool(row[0])
 
 
