@@ -40,6 +40,35 @@ def test_each_committed_number_is_in_the_log_once_and_every_view_is_equal_after_
     check(system, kafka)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_postgres_killed_under_load_with_work_that_was_not_captured(
+    system: System, stack: Stack, kafka: Kafka, seed: int
+) -> None:
+    """Capture stands still meanwhile, so that there is such work for certain; what was committed is in the log, once."""
+    chance = random.Random(seed)
+    system.run("shop", "load", *SMALL)
+    system.up("warehouse")
+    for step in (1, 2):
+        system.start("work", "shop", "work", "--rate", RATE, "--seed", str(100 * seed + step))
+        system.busy(chance.randint(5, 40))
+        with system.paused("capture"):
+            done = _newest(system)
+            system.busy(chance.randint(5, 40))
+            before = now(system.settings)
+            stack.server("postgres").kill()
+            system.stop("work")
+        stack.server("postgres").start()
+        places = (
+            f"killed at {format_lsn(before)}, captured {format_lsn(done)}, back at {format_lsn(now(system.settings))}"
+        )
+        print(f"seed {seed}, step {step}: postgres {places}", flush=True)  # noqa: T201  the same
+        assert before > done
+        system.run("shop", "work", "--rate", RATE, "--seconds", "1", "--seed", str(100 * seed + 50 + step))
+        system.settle("warehouse")
+        system.verify("warehouse")
+    check(system, kafka)
+
+
 def kill_under_load(system: System, stack: Stack, seed: int, kills: int) -> None:
     """Kill one after the other at drawn moments, every victim before any one dies twice; after each every view equals Postgres.
 
