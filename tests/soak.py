@@ -1,7 +1,7 @@
 """`make soak KILLS=N`: more of tests/faults/test_kills.py, by hand, for as long as one likes.
 
-Rounds of six kills, and of two of Postgres itself, each with a seed of its own and the check after it; the stack is that of the tests, in a folder of its own. The first
-round that does not hold ends it: its seed repeats it by ``make soak KILLS=6 SEED=n``.
+Rounds of six kills, and of two of Postgres itself, each with a seed of its own and the check after it; the stack is that of the tests,
+in a folder of its own. The first round that does not hold ends it: its seed repeats it by ``make soak KILLS=6 SEED=n``.
 
     python tests/soak.py KILLS [SEED]
 """
