@@ -109,6 +109,7 @@ class Debezium(Tool):
             "bootstrap.servers": self.kafka.address(),
             "listeners": f"http://{ports.HOST}:{ports.choose()}",
             "offset.storage.file.filename": str(self.folder / f"{self.name}.offsets"),
+            "offset.flush.interval.ms": "1000",  # what is not noted when it is stopped is written again in the next run
             "plugin.discovery": "service_load",
             "key.converter": "org.apache.kafka.connect.json.JsonConverter",
             "key.converter.schemas.enable": "false",

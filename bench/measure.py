@@ -20,7 +20,8 @@ from bench.tools import PATIENCE, Limit, Tool
 from headrace.errors import Poison, Transient
 
 _INTERVAL = 0.02
-_QUIET_SECONDS = 1.5
+_QUIET_SECONDS = 4.0
+"""A tool that is at-least-once may write old changes again first: then so many records are there before the last ones are."""
 
 
 class Say(Protocol):
