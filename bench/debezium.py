@@ -136,6 +136,7 @@ class Debezium(Tool):
             "table.include.list": ",".join(f"public.{name}" for name in self.source.captured),
             "snapshot.mode": "initial" if snapshot else "no_data",
             "decimal.handling.mode": "string",
+            "message.prefix.exclude.list": "headrace",  # our heartbeats would want a topic of their own
             **self.tuning["connector"],
         }
 
