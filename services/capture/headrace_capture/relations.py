@@ -164,6 +164,16 @@ def _key_changed(table: str, was: Sequence[str], now: Sequence[str]) -> Misconfi
     return Misconfigured("key-changed", said, mend)
 
 
+def plans_of(shape: TableSchema, published: catalog.Table | None) -> list[ColumnPlan]:
+    """Return how the columns of `shape` become JSON, as the catalogue says; of a table that is gone (None) only deletes are written."""
+    if published is None:
+        return [ColumnPlan(column, "", "", out_of_line=False) for column in shape.columns]
+    return [
+        ColumnPlan(column, read.base, read.element, out_of_line=read.out_of_line)
+        for column, read in zip(shape.columns, published.published, strict=True)
+    ]
+
+
 def keyless(table: str, why: str) -> str:
     """Return the warning for a table that is left out."""
     reason = "its key is deferrable, which is no key (rule S9)" if why == "deferrable" else "it has no primary key"

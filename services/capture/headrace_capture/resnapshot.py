@@ -36,10 +36,10 @@ from headrace_capture.jobs import DONE, FAILED, JOINED, READING, WAITING, Job, J
 from headrace_capture.known import KnownKeys
 from headrace_capture.pgoutput import Message
 from headrace_capture.progress import Progress
-from headrace_capture.relations import Relations
+from headrace_capture.relations import Relations, plans_of
 from headrace_capture.replication import postgres_errors
 from headrace_capture.rewriting import Rewriting
-from headrace_capture.tables import ColumnPlan, Table
+from headrace_capture.tables import Table
 from headrace_capture.toast import Filler
 
 _AGAIN_SECONDS = 0.5
@@ -322,11 +322,7 @@ class Resnapshot:
             if job.table not in self._relations.shapes:
                 self._cut.inexact.add(job.table)
             shape = self._relations.settle(chunk.table.shape(1))
-            plans = [
-                ColumnPlan(column, read.base, read.element, out_of_line=read.out_of_line)
-                for column, read in zip(shape.columns, chunk.table.published, strict=True)
-            ]
-            return Table(shape, self._log.topic_of(job.table), plans, about)
+            return Table(shape, self._log.topic_of(job.table), plans_of(shape, chunk.table), about)
         shape_then: TableSchema | None = self._relations.shapes.get(job.table)
         if shape_then is not None and not shape_then.key:
             raise Misconfigured(
@@ -340,8 +336,7 @@ class Resnapshot:
             self._cut.inexact.discard(job.table)
             self._jobs.drop(job.name)
             return None
-        plans = [ColumnPlan(column, "", "", out_of_line=False) for column in shape_then.columns]
-        return Table(shape_then, self._log.topic_of(job.table), plans, about)
+        return Table(shape_then, self._log.topic_of(job.table), plans_of(shape_then, None), about)
 
     def _finish(self, job: Job) -> None:
         if job.key is None:

@@ -25,10 +25,10 @@ from headrace_capture.copies import Copy, Piece
 from headrace_capture.cut import FULL_BYTES, LONGEST_SECONDS
 from headrace_capture.live import LiveKeys
 from headrace_capture.progress import Progress
-from headrace_capture.relations import Relations, keyless
+from headrace_capture.relations import Relations, keyless, plans_of
 from headrace_capture.replication import Replication, Stopped, postgres_errors
 from headrace_capture.stream import DELETE, NULL
-from headrace_capture.tables import HEAD, ColumnPlan, Stamp, Table, copy_fields, newest
+from headrace_capture.tables import HEAD, Stamp, Table, copy_fields, newest
 from headrace_capture.values import template
 
 READ: Final = b"r"
@@ -150,12 +150,7 @@ class Snapshot:
         self._writer.add_topic(self._log.ensure_table(shape.table))
         if shape is not known:
             self._writer.schema(shape)
-        columns = [
-            ColumnPlan(column, read.base, read.element, out_of_line=read.out_of_line)
-            for column, read in zip(shape.columns, published.published, strict=True)
-        ]
-        about = self._log.settings.source, self._intent.source.database
-        return Table(shape, self._log.topic_of(shape.table), columns, about)
+        return self._made(shape, published)
 
     def _read(
         self, connections: list[catalog.Connection], tables: list[tuple[Rows, list[Piece]]], version: Version
@@ -219,10 +214,11 @@ class Snapshot:
         shape: TableSchema | None = self._schemas.get(name)
         if shape is None:
             return None
-        columns = [ColumnPlan(column, "", "", out_of_line=False) for column in shape.columns]
-        return Table(
-            shape, self._log.topic_of(name), columns, (self._log.settings.source, self._intent.source.database)
-        )
+        return self._made(shape, None)
+
+    def _made(self, shape: TableSchema, published: catalog.Table | None) -> Table:
+        about = self._log.settings.source, self._intent.source.database
+        return Table(shape, self._log.topic_of(shape.table), plans_of(shape, published), about)
 
     def _seal(self, version: Version, state: str) -> Checkpoint:
         checkpoint = self._writer.seal(
