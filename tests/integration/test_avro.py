@@ -208,7 +208,8 @@ def test_columns_come_and_go_under_backward_compatibility(avro: Settings, regist
                 "UPDATE items SET name = 'd' WHERE id = 3",
             )
             capture.reach()
-        assert [change.row for change in changes(avro, T)] == [
+        # The changed type has the table read again (S12), which may be in the log already.
+        assert [change.row for change in changes(avro, T) if change.read != "resnapshot"] == [
             {"id": 1, "name": "a", "n": 1},
             {"id": 2, "name": "b", "n": 2, "more": ["1.50"]},
             {"id": 3, "name": "c", "more": []},
