@@ -33,6 +33,11 @@ _MARKERS_SECONDS = 0.003
 """A commit is answered before its markers are written. A transaction that begins meanwhile is refused, and librdkafka asks again after
 20 ms: a cut that waits this long first is there sooner."""
 _NONE = (0, "", b"")
+_BUNCH, _BUNCH_BYTES = 256, 1024 * 1024
+"""Records are handed to librdkafka in bunches of so many, or of so many bytes: the loop costs less than a call for each."""
+
+_Record = tuple[str, bytes, bytes | None, Headers]
+"""(topic, key, value, headers)."""
 
 
 class CutWriter:
@@ -52,7 +57,9 @@ class CutWriter:
         self._schemas = schemas_topic(settings.source)
         self._producer: Producer | None = None
         self._ends: Ends = {}
-        self._last: dict[str, tuple[bytes, bytes | None, Headers] | None] = {}
+        self._last: dict[str, _Record | None] = {}
+        self._waiting: list[_Record] = []
+        self._bunch_ends = _BUNCH_BYTES
         self._failed: HeadraceError | None = None
         self._largest = _NONE
         self._kept: deque[bytes] = deque()
@@ -121,16 +128,11 @@ class CutWriter:
         size = len(key) + (len(value) if value else 0)
         if size > self._largest[0]:
             self._note_largest(size, topic, key)
-        if topic not in self._ends:
-            self.add_topic(topic)
         self.open_records += 1
         self.open_bytes += size
-        if topic not in self._last:
-            self._send(topic, key, value, headers, -1, self._delivered)
-            return
-        before, self._last[topic] = self._last[topic], (key, value, headers)
-        if before is not None:
-            self._send(topic, *before, 0)
+        self._waiting.append((topic, key, value, headers))
+        if len(self._waiting) >= _BUNCH or self.open_bytes >= self._bunch_ends:
+            self._hand_over()
 
     def _note_largest(self, size: int, topic: str, key: bytes) -> None:
         """Refuse a record beyond the limit; remember the largest of the cut, which the broker may refuse without naming it."""
@@ -182,8 +184,7 @@ class CutWriter:
         self._trim(key)
         self._commit()
         self.records += self.open_records
-        self.open_records = self.open_bytes = 0
-        self.opened_at, self._largest = 0.0, _NONE
+        self._closed()
         return checkpoint
 
     def _named(self, checkpoint: Checkpoint) -> tuple[Checkpoint, set[str] | None]:
@@ -208,8 +209,12 @@ class CutWriter:
                 self._producer.abort_transaction(_COMMIT_SECONDS)
             self._failed = None  # the reports of what was thrown away
         self._last = dict.fromkeys(self._last)
+        self._waiting.clear()
+        self._closed()
+
+    def _closed(self) -> None:
         self.open_records = self.open_bytes = 0
-        self.opened_at, self._largest = 0.0, _NONE
+        self.opened_at, self._largest, self._bunch_ends = 0.0, _NONE, _BUNCH_BYTES
 
     def close(self) -> None:
         """Forget the producer. A cut that is open stays to be aborted by the next `open` or by the broker's timeout."""
@@ -231,15 +236,39 @@ class CutWriter:
             raise Transient("writer-closed", "The writer is closed.")
         return self._producer
 
+    def _hand_over(self) -> None:
+        """Hand what waits to librdkafka, but keep the last record of each topic with one partition (see `_send_last`)."""
+        records, self._waiting = self._waiting, []
+        self._bunch_ends = self.open_bytes + _BUNCH_BYTES
+        for at in sorted({record[0]: at for at, record in enumerate(records)}.values(), reverse=True):
+            topic = records[at][0]
+            if topic not in self._ends:
+                self.add_topic(topic)
+            if topic in self._last:
+                before, self._last[topic] = self._last[topic], records.pop(at)
+                if before:
+                    self._send(*before, 0)
+        single, produce, report = self._last, self._client.produce, self._delivered
+        for topic, key, value, headers in records:
+            try:
+                # By position, and headers as a list of pairs of str and bytes: what librdkafka's binding reads fastest.
+                if topic in single:
+                    produce(topic, value, key, 0, None, None, 0, headers)  # type: ignore[arg-type]
+                else:
+                    produce(topic, value, key, -1, report, None, 0, headers)  # type: ignore[arg-type]
+            except (BufferError, KafkaException):
+                self._send(topic, key, value, headers, *((0,) if topic in single else (-1, report)))
+
     def _send_last(self) -> None:
         """Hand over the last record of each topic with one partition: where it lands is where the cut ends there.
 
         A report for each record costs as much as the record. A partition keeps the order of its writer.
         """
+        self._hand_over()
         for topic, last in self._last.items():
             if last is not None:
                 self._last[topic] = None
-                self._send(topic, *last, 0, self._delivered)
+                self._send(*last, 0, self._delivered)
 
     def _send(
         self,

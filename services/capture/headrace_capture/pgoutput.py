@@ -1,6 +1,6 @@
 """The decoder of Postgres's logical replication messages: bytes in, values out, no I/O.
 
-Strategy: `parse` looks at the first byte and hands the payload to one small function for that message (protocol version 1, without
+Strategy: `parse` looks at the first byte and hands the message to one small function for it (protocol version 1, without
 streaming of open transactions). Nothing is guessed: a read beyond the end raises, and every message must end exactly at its
 payload's end, so that a misread length never goes through unnoticed. Row messages, which are nearly all there is, are read by one
 plain loop over the payload; everything else by a cursor. Values stay Postgres's text, as bytes; `values` makes JSON of them.
@@ -39,6 +39,7 @@ MALFORMED: Final = (DecodeError, KeyError, IndexError, ValueError, error)
 
 DATA, HEADER = b"w"[0], 25
 """The first byte of a CopyData that carries a message, and how many come before the message."""
+_NO_HEADER: Final = bytes(HEADER)
 
 _EPOCH_US: Final = 946_684_800_000_000
 """2000-01-01 in µs since the Unix epoch: Postgres counts from there."""
@@ -147,7 +148,7 @@ class Keepalive(NamedTuple):
 
 _I16, _I32, _I64 = Struct(">H"), Struct(">I"), Struct(">Q")
 _read32 = _I32.unpack_from
-_BEGIN, _COMMIT = Struct(">cQqI"), Struct(">cBQQq")
+_BEGIN, _COMMIT = Struct(f">{HEADER + 1}xQqI"), Struct(f">{HEADER + 1}xBQQq")
 _KEEPALIVE = Struct(">cQqB")
 _STATUS = Struct(">cQQQqB")
 _NULL, _TEXT, _TOAST = b"ntu"
@@ -161,7 +162,7 @@ class _Cursor:
 
     __slots__ = ("_at", "_buffer")
 
-    def __init__(self, buffer: bytes, at: int = 1) -> None:
+    def __init__(self, buffer: bytes, at: int = HEADER + 1) -> None:
         self._buffer = buffer
         self._at = at
 
@@ -191,19 +192,19 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         found = self._buffer[self._at : self._at + count]
         if len(found) != count:
-            raise DecodeError(f"{count} bytes wanted at {self._at}, {len(found)} there")
+            raise DecodeError(f"{count} bytes wanted at {self._at - HEADER}, {len(found)} there")
         self._at += count
         return found
 
     def flag(self, most: int = 1) -> int:
         value = self.int8()
         if value > most:
-            raise DecodeError(f"flags {value} at {self._at - 1}")
+            raise DecodeError(f"flags {value} at {self._at - 1 - HEADER}")
         return value
 
     def end(self) -> None:
         if self._at != len(self._buffer):
-            raise DecodeError(f"{len(self._buffer) - self._at} bytes left over at {self._at}")
+            raise DecodeError(f"{len(self._buffer) - self._at} bytes left over at {self._at - HEADER}")
 
 
 def parse(payload: bytes) -> Parsed:
@@ -213,7 +214,7 @@ def parse(payload: bytes) -> Parsed:
         DecodeError: it is not exactly one message of protocol version 1.
     """
     try:
-        return PARSERS[payload[0]](payload)
+        return PARSERS[payload[0]](_NO_HEADER + payload)
     except KeyError:
         raise DecodeError(f"unknown message {payload[:1]!r}") from None
     except DecodeError as failure:
@@ -241,20 +242,20 @@ def status(lsn: int, now: float) -> bytes:
     return _STATUS.pack(b"r", lsn, lsn, lsn, int(now * 1_000_000) - _EPOCH_US, 0)
 
 
-def _begin(payload: bytes) -> Begin:
-    _, commit_lsn, timestamp, xid = _BEGIN.unpack(payload)
+def _begin(data: bytes) -> Begin:
+    commit_lsn, timestamp, xid = _BEGIN.unpack(data)
     return _made(Begin, (commit_lsn, (timestamp + _EPOCH_US) // 1000, xid))
 
 
-def _commit(payload: bytes) -> Commit:
-    _, flags, commit_lsn, end_lsn, timestamp = _COMMIT.unpack(payload)
+def _commit(data: bytes) -> Commit:
+    flags, commit_lsn, end_lsn, timestamp = _COMMIT.unpack(data)
     if flags:
         raise DecodeError(f"flags {flags}")
     return _made(Commit, (commit_lsn, end_lsn, (timestamp + _EPOCH_US) // 1000))
 
 
-def _relation(payload: bytes) -> Relation:
-    at = _Cursor(payload)
+def _relation(data: bytes) -> Relation:
+    at = _Cursor(data)
     oid, schema, name, identity = at.int32(), at.text(), at.text(), at.take(1).decode()
     columns = tuple(
         RelationColumn(bool(at.flag()), at.text(), at.int32(), _signed(at.int32())) for _ in range(at.int16())
@@ -267,89 +268,93 @@ def _signed(number: int) -> int:
     return number - (1 << 32) if number >> 31 else number
 
 
-def _type(payload: bytes) -> Type:
-    at = _Cursor(payload)
+def _type(data: bytes) -> Type:
+    at = _Cursor(data)
     found = Type(at.int32(), at.text(), at.text())
     at.end()
     return found
 
 
-def _truncate(payload: bytes) -> Truncate:
-    at = _Cursor(payload)
+def _truncate(data: bytes) -> Truncate:
+    at = _Cursor(data)
     count, flags = at.int32(), at.flag(3)
-    if count * 4 > len(payload):
-        raise DecodeError(f"{count} tables in {len(payload)} bytes")
+    if count * 4 > len(data):
+        raise DecodeError(f"{count} tables in {len(data) - HEADER} bytes")
     found = Truncate(tuple(at.int32() for _ in range(count)), bool(flags & 1), bool(flags & 2))
     at.end()
     return found
 
 
-def _origin(payload: bytes) -> Origin:
-    at = _Cursor(payload)
+def _origin(data: bytes) -> Origin:
+    at = _Cursor(data)
     found = Origin(at.int64(), at.text())
     at.end()
     return found
 
 
-def _message(payload: bytes) -> Message:
-    at = _Cursor(payload)
+def _message(data: bytes) -> Message:
+    at = _Cursor(data)
     transactional, lsn, prefix = bool(at.flag()), at.int64(), at.text()
     found = Message(transactional, lsn, prefix, at.take(at.int32()))
     at.end()
     return found
 
 
-def _insert(payload: bytes) -> Insert:
-    _expect(payload, 5, b"N")
-    new, end = _row(payload, 6)
-    if end != len(payload):
+_OID, _KIND, _ROW = HEADER + 1, HEADER + 5, HEADER + 6
+"""Where a row message has its table, what kind of row comes first, and that row."""
+
+
+def _insert(data: bytes) -> Insert:
+    _expect(data, _KIND, b"N")
+    new, end = _row(data, _ROW)
+    if end != len(data):
         raise _ends_at(end)
-    return _made(Insert, (_read32(payload, 1)[0], new))
+    return _made(Insert, (_read32(data, _OID)[0], new))
 
 
-def _update(payload: bytes) -> Update:
-    kind, at = payload[5], 6
+def _update(data: bytes) -> Update:
+    kind, at = data[_KIND], _ROW
     old: list[Datum] | None = None
     if kind != _NEW:
-        _expect(payload, 5, b"KO")
-        old, at = _row(payload, 6)
-        _expect(payload, at, b"N")
+        _expect(data, _KIND, b"KO")
+        old, at = _row(data, _ROW)
+        _expect(data, at, b"N")
         at += 1
-    new, end = _row(payload, at)
-    if end != len(payload):
+    new, end = _row(data, at)
+    if end != len(data):
         raise _ends_at(end)
-    return _made(Update, (_read32(payload, 1)[0], old, kind == _OLD, new))
+    return _made(Update, (_read32(data, _OID)[0], old, kind == _OLD, new))
 
 
-def _delete(payload: bytes) -> Delete:
-    _expect(payload, 5, b"KO")
-    old, end = _row(payload, 6)
-    if end != len(payload):
+def _delete(data: bytes) -> Delete:
+    _expect(data, _KIND, b"KO")
+    old, end = _row(data, _ROW)
+    if end != len(data):
         raise _ends_at(end)
-    return Delete(_read32(payload, 1)[0], old, payload[5] == _OLD)
+    return Delete(_read32(data, _OID)[0], old, data[_KIND] == _OLD)
 
 
-def _expect(payload: bytes, at: int, kinds: bytes) -> None:
-    if payload[at] not in kinds:
-        raise DecodeError(f"{payload[at : at + 1]!r} at {at} where one of {kinds!r} belongs")
+def _expect(data: bytes, at: int, kinds: bytes) -> None:
+    if data[at] not in kinds:
+        raise DecodeError(f"{data[at : at + 1]!r} at {at - HEADER} where one of {kinds!r} belongs")
 
 
 def _ends_at(end: int) -> DecodeError:
-    return DecodeError(f"it ends at {end}")
+    return DecodeError(f"it ends at {end - HEADER}")
 
 
-def _row(payload: bytes, at: int, length: Callable[..., tuple[int]] = _read32) -> tuple[list[Datum], int]:
+def _row(data: bytes, at: int, length: Callable[..., tuple[int]] = _read32) -> tuple[list[Datum], int]:
     """Read one row; return it and where it ends. A length beyond the end makes `end` too large, which the caller refuses."""
     columns: list[Datum] = []
     add = columns.append
-    count = payload[at] << 8 | payload[at + 1]
+    count = data[at] << 8 | data[at + 1]
     at += 2
     for _ in range(count):
-        kind = payload[at]
+        kind = data[at]
         if kind == _TEXT:
             begin = at + 5
-            at = begin + length(payload, at + 1)[0]
-            add(payload[begin:at])
+            at = begin + length(data, at + 1)[0]
+            add(data[begin:at])
             continue
         at += 1
         if kind == _NULL:
@@ -357,7 +362,7 @@ def _row(payload: bytes, at: int, length: Callable[..., tuple[int]] = _read32) -
         elif kind == _TOAST:
             add(UNCHANGED)
         else:
-            raise DecodeError(f"a column of kind {kind} at {at - 1}")
+            raise DecodeError(f"a column of kind {kind} at {at - 1 - HEADER}")
     return columns, at
 
 
@@ -373,3 +378,4 @@ PARSERS: dict[int, Callable[[bytes], Parsed]] = {
     b"O"[0]: _origin,
     b"M"[0]: _message,
 }
+"""By a message's first byte: what decodes a whole CopyData that carries one. Raises what `MALFORMED` names."""

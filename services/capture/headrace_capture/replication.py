@@ -23,6 +23,8 @@ from headrace_capture import catalog
 from headrace_capture.pgoutput import PROTOCOL, status
 
 _STATUS_SECONDS = 1.0
+_BUNCH, _BUNCH_BYTES = 256, 1024 * 1024
+"""Messages, and bytes of them, that are read before anything else is looked at."""
 
 
 class Stopped(Exception):
@@ -66,12 +68,17 @@ _CODES = {
 
 
 class Replication:
-    """One walsender connection, in one of two uses: commands (a snapshot's exporter), or the stream after `start`."""
+    """One walsender connection, in one of two uses: commands (a snapshot's exporter), or the stream after `start`.
+
+    Attributes:
+        drained: Whether the last `read` took all that had arrived.
+    """
 
     def __init__(self, dsn: str, name: str = "headrace capture") -> None:
         """Connect. Raises what `catalog.connect_replication` raises."""
         self._connection = catalog.connect_replication(dsn, name=name)
         self._pg = self._connection.pgconn
+        self.drained = False
         self._doing = "asking"
         self._lsn = 0
         self._sent_at = 0.0
@@ -121,18 +128,25 @@ class Replication:
         if result.status != pq.ExecStatus.COPY_BOTH:
             raise self._failure(result)
 
-    def read(self) -> bytes | None:
-        """Return the next CopyData, or None when the socket has nothing more now."""
-        size, data = self._pg.get_copy_data(1)
-        if size == 0:
-            with postgres_errors(self._doing):
-                self._pg.consume_input()
-            size, data = self._pg.get_copy_data(1)
-        if size > 0:
-            return bytes(data)
-        if size == 0:
-            return None
-        raise self._failure(self._pg.get_result())
+    def read(self) -> list[bytes]:
+        """Return the next CopyDatas, up to a bunch; see `drained`."""
+        bunch: list[bytes] = []
+        get, left = self._pg.get_copy_data, _BUNCH_BYTES
+        self.drained = False
+        while len(bunch) < _BUNCH and left > 0:
+            size, data = get(1)
+            if size == 0:
+                with postgres_errors(self._doing):
+                    self._pg.consume_input()
+                size, data = get(1)
+                if size == 0:
+                    self.drained = True
+                    break
+            if size < 0:
+                raise self._failure(self._pg.get_result())
+            bunch.append(bytes(data))
+            left -= size
+        return bunch
 
     def wait(self, seconds: float) -> None:
         """Wait until there is something to read, at most `seconds`."""

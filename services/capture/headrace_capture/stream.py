@@ -7,6 +7,7 @@ and, after a start from a `partial` checkpoint, the transaction that is already 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -39,8 +40,10 @@ from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere
 CREATE, UPDATE, DELETE = b"c", b"u", b"d"
 NULL: Final = b"null"
 _IDLE_SECONDS = 1.0
-_BUNCH = 256
-"""Messages between two looks at the clock and at everything else."""
+_MANY, _REST_SECONDS, _NAP_SECONDS = 64, 0.02, 0.002
+"""Where so many changes came in one go, more will: the cut stays open for a moment, and we read what comes after naps. Else, as fast as
+Postgres can send, each change would be a packet, a wake-up and nearly a cut of its own."""
+_DATA, _KIND, _MALFORMED = pgoutput.DATA, pgoutput.HEADER, pgoutput.MALFORMED
 
 
 class Beside(Protocol):
@@ -112,16 +115,14 @@ class Stream:
         while not stopped():
             self._progress.beat()
             self._now = self._progress.now_ms()
-            for _ in range(_BUNCH):
-                data = read()
-                if data is None:
-                    self._idle()
-                    break
-                take(data)
-            else:
-                self._look_at_clock()
-                if self._between_transactions:
-                    self._beside.look()
+            for message in read():
+                take(message)
+            if self._replication.drained:
+                self._idle()
+                continue
+            self._look_at_clock()
+            if self._between_transactions:
+                self._beside.look()
         if not self._between_transactions:
             self._writer.abort()
         elif self._cut.open:
@@ -137,7 +138,10 @@ class Stream:
         if self._between_transactions:
             self._beside.look()
             if self._cut.open:
-                self._seal()
+                if self._writer.open_records >= _MANY and self._cut.age < _REST_SECONDS:
+                    time.sleep(_NAP_SECONDS)
+                else:
+                    self._seal()
                 return
             wait = min(wait, self._cut.until_empty_cut(self._sent_up_to))
             if not wait:
@@ -149,15 +153,15 @@ class Stream:
 
     def _take(self, data: bytes) -> None:
         try:
-            payload = data[pgoutput.HEADER :] if data[0] == pgoutput.DATA else b""
-            parse, handle = self._handlers[payload[0]]
-            message = parse(payload)
-        except pgoutput.MALFORMED:
+            parse, handle = self._handlers[data[_KIND] if data[0] == _DATA else 0]
+            message = parse(data)
+        except _MALFORMED:
             self._take_other(data)
         else:
-            self._size = len(payload)
+            self._size = len(data)
             handle(message)
-            if self._writer.open_records >= self._most or self._writer.open_bytes >= FULL_BYTES:
+            writer = self._writer
+            if writer.open_records >= self._most or writer.open_bytes >= FULL_BYTES:
                 self._seal_here()
 
     def _take_other(self, data: bytes) -> None:
@@ -320,10 +324,9 @@ class Stream:
         return self._stamp
 
     def _put(self, table: Table, key: bytes, op: bytes, row: bytes, read: bytes | None = None) -> None:
-        stamp, ordinal = self._stamp or self._open_stamp, self._ordinal
-        self._writer.produce(
-            table.topic, key, stamp.value(table, ordinal, op, row), stamp.headers(table, ordinal, read)
-        )
+        stamp = self._stamp or self._open_stamp
+        value, headers = stamp.record(table, self._ordinal, op, row, read)
+        self._writer.produce(table.topic, key, value, headers)
 
     def _put_delete(self, table: Table, key: bytes) -> None:
         """Write the delete and its tombstone, next to each other in one cut (I4)."""

@@ -8,6 +8,7 @@ then on a row is a few lookups and one `%`. A shape that differs from the newest
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -43,6 +44,11 @@ class ColumnPlan:
         self.out_of_line = out_of_line
 
 
+_Plan = tuple[tuple[tuple[int, Converter], ...], bytes]
+"""How a row is made whose NULLs are known: which of the other values are converted, and the template that all of them go into."""
+_MOST_PLANS = 1_000
+
+
 class Table:
     """One table in one schema version: from a row's values to bytes.
 
@@ -50,6 +56,8 @@ class Table:
         name: ``schema.table``; `topic` is the table's.
         shape: The schema version that its records name.
         key_at: The positions of the key's columns in a row, in the key's order; empty if the table is append-only (S10).
+        key: From a row's values to the key's canonical JSON. Raises Poison (`bad-value`) and Misconfigured
+            (`append-only-changed`: the table has no key, and a row of it changed all the same).
         wide: The positions of columns that may be out of line; none if the table is append-only: nothing updates it.
     """
 
@@ -62,12 +70,10 @@ class Table:
         self.columns = columns
         self.key_at = tuple(names.index(name) for name in shape.key)
         self.wide = tuple(at for at, plan in enumerate(columns) if plan.out_of_line and shape.key)
-        self._converters: tuple[Converter, ...] = tuple(plan.convert for plan in columns)
-        # Of a row without NULLs: what is copied as it stands needs no call, with its quotes in the template.
-        self._called = tuple((at, plan.convert) for at, plan in enumerate(columns) if plan.convert not in COPIED)
-        self._full = template(names, [COPIED.get(plan.convert, b"%b") for plan in columns])
+        self._calls, self._whole = self._plan()
+        self._plans: dict[tuple[int, ...], _Plan] = {}
         self._row = template(names)
-        self._key_of = _keys(shape.key, [(at, columns[at].convert_key) for at in self.key_at])
+        self.key = _keys(self.name, shape.key, [(at, columns[at].convert_key) for at in self.key_at])
         self.version = ("schema", b"%d" % shape.version)
         schema, _, name = self.name.partition(".")
         self.origin = (
@@ -78,37 +84,34 @@ class Table:
     def row(self, values: Datums) -> bytes:
         """Return the row as JSON. Raises Poison (`bad-value`)."""
         try:
-            if None not in values:
-                row = list(values)
-                for at, convert in self._called:
-                    row[at] = convert(row[at])  # type: ignore[arg-type]  # UNCHANGED fails, as it should
-                return self._full % tuple(row)
-            return self._row % tuple(
-                [
-                    NULL if value is None else convert(value)  # type: ignore[arg-type]  # the same
-                    for convert, value in zip(self._converters, values, strict=True)
-                ]
-            )
+            if None in values:
+                calls, whole = self._without(values)
+                row = [value for value in values if value is not None]
+            else:
+                calls, whole = self._calls, self._whole
+                row = list(values)  # type: ignore[arg-type]  # UNCHANGED fails below, as it should
+            for at, convert in calls:
+                row[at] = convert(row[at])  # type: ignore[arg-type]  # the same
+            return whole % tuple(row)
         except (ValueError, TypeError, AttributeError, IndexError):
             return self.row_of_any(values)
 
-    def key(self, values: Datums) -> bytes:
-        """Return the key's canonical JSON.
+    def _without(self, values: Datums) -> _Plan:
+        """Return how a row with these NULLs is made; few combinations occur."""
+        nulls = tuple([at for at, value in enumerate(values) if value is None])
+        plan = self._plans.get(nulls)
+        if plan is None:
+            plan = self._plan(nulls)
+            if len(self._plans) < _MOST_PLANS:
+                self._plans[nulls] = plan
+        return plan
 
-        Raises:
-            Poison: `bad-value`.
-            Misconfigured: `append-only-changed`: the table has no key, and a row of it changed all the same.
-        """
-        if not self.key_at:
-            raise Misconfigured(
-                "append-only-changed",
-                f"{self.name} is captured as append-only, and a row of it was updated or deleted.",
-                "Give it a primary key, then start again from zero: headrace teardown --topics, then setup and capture.",
-            )
-        try:
-            return self._key_of(values)
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise Poison("bad-value", f"A key of {self.name} cannot be read: {error}.", _BAD) from error
+    def _plan(self, nulls: Sequence[int] = ()) -> _Plan:
+        """Compile a row's template. What is copied as it stands needs no call: its quotes are in the template."""
+        converts = [plan.convert for at, plan in enumerate(self.columns) if at not in nulls]
+        places = [NULL if at in nulls else COPIED.get(plan.convert, b"%b") for at, plan in enumerate(self.columns)]
+        calls = tuple((at, convert) for at, convert in enumerate(converts) if convert not in COPIED)
+        return calls, template([plan.column.name for plan in self.columns], places)
 
     def same_key(self, old: Datums, new: Datums) -> bool:
         """Whether two states of a row have one key, as far as their texts tell."""
@@ -134,14 +137,37 @@ class Table:
             ) from error
 
 
-def _keys(names: Sequence[str], plans: Sequence[tuple[int, Converter]]) -> Callable[[Datums], bytes]:
-    """Return what makes a row's key; nearly all keys are one number."""
+def _keys(table: str, names: Sequence[str], plans: Sequence[tuple[int, Converter]]) -> Callable[[Datums], bytes]:
+    """Return what makes a row's key of its values (see `Table`); nearly all keys are one number."""
     whole = template(names, [COPIED.get(convert, b"%b") for _, convert in plans])
-    if len(plans) == 1 and plans[0][1] in COPIED:
-        at = plans[0][0]
-        return lambda values: whole % values[at]  # UNCHANGED and NULL fail, as they should
+    at = plans[0][0] if len(plans) == 1 and plans[0][1] in COPIED else -1
+
+    def one(values: Datums) -> bytes:
+        try:
+            return whole % values[at]  # UNCHANGED and NULL fail, as they should
+        except (TypeError, IndexError) as error:
+            raise _bad_key(table, error) from error
+
     every = template(names)
-    return lambda values: every % tuple([convert(values[at]) for at, convert in plans])  # type: ignore[arg-type]
+
+    def several(values: Datums) -> bytes:
+        try:
+            return every % tuple([convert(values[at]) for at, convert in plans])  # type: ignore[arg-type]  # as above
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise _bad_key(table, error) from error
+
+    def none(_values: Datums) -> bytes:
+        raise Misconfigured(
+            "append-only-changed",
+            f"{table} is captured as append-only, and a row of it was updated or deleted.",
+            "Give it a primary key, then start again from zero: headrace teardown --topics, then setup and capture.",
+        )
+
+    return (several if at < 0 else one) if plans else none
+
+
+def _bad_key(table: str, error: Exception) -> Poison:
+    return Poison("bad-value", f"A key of {table} cannot be read: {error}.", _BAD)
 
 
 _BAD: Final = (
@@ -152,39 +178,58 @@ _BAD: Final = (
 class Stamp:
     """What all records of one transaction, or of one snapshot, say of where they came from."""
 
-    __slots__ = ("_after_ordinal", "_before_ordinal", "_end", "_headers", "_read", "lsn", "xid")
+    __slots__ = ("_after_ordinal", "_before_ordinal", "_end", "_epoch", "_lsn", "_read", "_xid", "lsn", "xid")
 
     def __init__(self, version: Version, xid: int, times: tuple[int, int], *, snapshot: bool = False) -> None:
         """Prepare the constant parts; `times` are (committed, now) in ms since the Unix epoch."""
-        self.lsn = version.lsn
+        epoch, self.lsn = version
         self.xid = xid
         self._read = SNAPSHOT if snapshot else None
-        lsn, id_ = b"%d" % version.lsn, b"%d" % xid
-        self._headers = ("epoch", b"%d" % version.epoch), ("lsn", lsn), ("xid", id_)
+        lsn, id_ = b"%d" % self.lsn, b"%d" % xid
+        self._epoch, self._lsn, self._xid = _epoch(epoch), ("lsn", lsn), ("xid", id_)
         self._before_ordinal = b'%b,"txId":%b,"sequence":[%b,' % (lsn, id_, lsn)
-        told = b"true" if snapshot else b"false"
-        self._after_ordinal = b'],"snapshot":%b,"ts_ms":%d},"op":"' % (told, times[0])
-        self._end = b'","ts_ms":%d}' % times[1]
+        self._after_ordinal = (_OF_SNAPSHOT if snapshot else _OF_STREAM) % times[0]
+        self._end = _end(times[1])
+
+    def record(
+        self, table: Table, ordinal: int, op: bytes, row: bytes, read: bytes | None = None
+    ) -> tuple[bytes, Headers]:
+        """Return a record's value, the envelope around `row` (``null`` for a delete), and its headers (see `headers`)."""
+        place = _ORDINALS[ordinal] if ordinal < _MANY else _ordinal(ordinal)
+        parts = HEAD, row, table.origin, self._before_ordinal, place[1], self._after_ordinal, op, self._end
+        headers = [self._epoch, self._lsn, place, self._xid, table.version]
+        if read := read or self._read:
+            headers.append(("read", read))
+        return b"".join(parts), headers
 
     def value(self, table: Table, ordinal: int, op: bytes, row: bytes) -> bytes:
-        """Return a record's value: the envelope around `row` (``null`` for a delete)."""
-        return b"%b%b%b%b%d%b%b%b" % (
-            HEAD,
-            row,
-            table.origin,
-            self._before_ordinal,
-            ordinal,
-            self._after_ordinal,
-            op,
-            self._end,
-        )
+        """Return a record's value (see `record`)."""
+        return self.record(table, ordinal, op, row)[0]
 
     def headers(self, table: Table, ordinal: int, read: bytes | None = None) -> Headers:
         """Return a record's headers; `read` tells how its row was read if not from the stream."""
-        epoch, lsn, xid = self._headers
-        headers = [epoch, lsn, ("ordinal", b"%d" % ordinal), xid, table.version]
-        read = read or self._read
-        return [*headers, ("read", read)] if read else headers
+        return self.record(table, ordinal, b"", b"", read)[1]
+
+
+_OF_SNAPSHOT, _OF_STREAM = (b'],"snapshot":%b,"ts_ms":%%d},"op":"' % told for told in (b"true", b"false"))
+
+
+def _ordinal(ordinal: int) -> tuple[str, bytes]:
+    return "ordinal", b"%d" % ordinal
+
+
+_MANY: Final = 1024
+_ORDINALS: Final = [*map(_ordinal, range(_MANY))]
+
+
+@lru_cache(maxsize=8)
+def _epoch(epoch: int) -> tuple[str, bytes]:
+    return "epoch", b"%d" % epoch
+
+
+@lru_cache(maxsize=8)
+def _end(now: int) -> bytes:
+    return b'","ts_ms":%d}' % now
 
 
 def newest(schemas: Iterable[TableSchema]) -> dict[str, TableSchema]:

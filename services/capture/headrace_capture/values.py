@@ -21,8 +21,8 @@ Converter = Callable[[bytes], bytes]
 NULL: Final = b"null"
 
 
-def _text(value: bytes) -> bytes:
-    return orjson.dumps(value.decode())
+def _text(value: bytes, dumps: Callable[[str], bytes] = orjson.dumps) -> bytes:
+    return dumps(value.decode())
 
 
 def _as_is(value: bytes) -> bytes:
