@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +27,7 @@ PARTS = "CREATE TABLE parts (id int PRIMARY KEY, n int) PARTITION BY RANGE (id)"
 LOW = "CREATE TABLE low PARTITION OF parts FOR VALUES FROM (0) TO (10)"
 HIGH = "CREATE TABLE high PARTITION OF parts FOR VALUES FROM (10) TO (20)"
 ATTACH = (
-    "CREATE TABLE more (id int PRIMARY KEY, n int); INSERT INTO more VALUES (25, 1); "
+    "CREATE TABLE more (id int PRIMARY KEY, n int); INSERT INTO more VALUES (25, 1), (26, 1), (27, 1); "
     "ALTER TABLE parts ATTACH PARTITION more FOR VALUES FROM (20) TO (30)"
 )
 ROWS = "INSERT INTO parts SELECT i, i FROM generate_series(0, 19) i"
@@ -136,6 +137,53 @@ def test_what_changes_no_row_lets_nothing_be_read_again(settings: Settings) -> N
         assert {
             key: {name: row.get(name) for name in rows[key]} for key, row in replay(settings, f"public.{table}").items()
         } == rows
+
+
+TWICE = "ALTER TABLE items ALTER COLUMN n TYPE int USING n * 2"
+DETACH = "ALTER TABLE parts DETACH PARTITION low"
+UPPER = "ALTER TABLE docs ALTER COLUMN big TYPE text USING upper(big)"
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["after it", "with it"])
+@pytest.mark.parametrize(
+    ("table", "ddl", "changes"),
+    [
+        ("items", TWICE, "UPDATE items SET n = n + 1 WHERE id = 1; UPDATE items SET id = 30 WHERE id = 2"),
+        ("items", TWICE, "DELETE FROM items WHERE id = 1; INSERT INTO items VALUES (1, 1)"),
+        (
+            "parts",
+            DETACH,
+            "UPDATE low SET n = -1; DELETE FROM parts WHERE id = 15; INSERT INTO parts VALUES (16, 0) ON CONFLICT DO NOTHING",
+        ),
+        ("parts", DETACH, "TRUNCATE parts; INSERT INTO parts VALUES (15, 15)"),
+        (
+            "parts",
+            ATTACH,
+            "UPDATE parts SET n = n + 1 WHERE id >= 19; DELETE FROM parts WHERE id IN (3, 27); UPDATE parts SET id = 3 WHERE id = 26",
+        ),
+        ("parts", "TRUNCATE low", "INSERT INTO parts VALUES (1, 1); DELETE FROM parts WHERE id = 11"),
+        ("docs", UPPER, "UPDATE docs SET n = n + 1; UPDATE docs SET id = 30 WHERE id = 2"),
+    ],
+    ids=["retype, update", "retype, delete", "detach", "detach, truncate", "attach", "truncate", "large value"],
+)
+def test_rows_that_change_before_the_ddl_is_discovered(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, table: str, ddl: str, changes: str, together: bool
+) -> None:
+    """The catalogue is read now and then: the stream brings what comes after the DDL, or with it, before anybody knows of it."""
+    discovered = threading.Event()
+    take = attention.CatalogueWatch.take
+    monkeypatch.setattr(attention.CatalogueWatch, "take", lambda self: take(self) if discovered.is_set() else None)
+    docs = "CREATE TABLE docs (id int PRIMARY KEY, n int, big text); ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL"
+    rows = "INSERT INTO items VALUES (1, 1), (2, 2), (3, 3); INSERT INTO docs SELECT i, i, repeat('w', 5000) FROM generate_series(1, 3) i"
+    prepare(settings, ITEMS, PARTS, LOW, HIGH, ROWS, docs, rows)
+    execute(settings, "ALTER TABLE docs REPLICA IDENTITY DEFAULT")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "UPDATE docs SET big = repeat('v', 5000) WHERE id = 1")  # remembered, as it is before the DDL
+        execute(settings, f"{ddl}; {changes}" if together else ddl, *([] if together else changes.split("; ")))
+        assert capture.reach().inexact == (), "nobody knows yet"
+        discovered.set()
+        exact(settings, capture, f"public.{table}")
 
 
 def test_a_change_in_the_middle_of_a_pass_begins_it_again(settings: Settings) -> None:

@@ -24,6 +24,8 @@ from headrace_capture.progress import NAME
 
 LOOK_SECONDS = 2.0
 """How often the catalogue is read; less often where that takes long."""
+_LOCK_SECONDS = 0.2
+"""Only new partitions are opened, to see whether they have rows; one that is locked is looked at the next time."""
 
 
 class Findings(NamedTuple):
@@ -102,7 +104,7 @@ class CatalogueWatch(_Asking):
         return found
 
     def _ask(self) -> None:
-        with catalog.connect(self._settings.dsn, name="headrace catalogue", timeout_s=30) as connection:
+        with catalog.connect(self._settings.dsn, name="headrace catalogue", lock_s=_LOCK_SECONDS) as connection:
             while not self._ended.is_set():
                 asked = time.monotonic()
                 prints = fingerprints.read(connection, self._settings.publication, self._known())

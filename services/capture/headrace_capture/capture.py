@@ -31,6 +31,8 @@ from headrace_capture.toast import Filler
 from headrace_capture.watch import Watch
 
 _BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
+_LOCK_SECONDS = 0.2
+"""The stream reads no table of the application but for a value that it lacks, and waits for no longer lock than this (see `toast`)."""
 
 
 class Capture:
@@ -99,7 +101,7 @@ class Capture:
             time.sleep(0.1)
 
     def _session(self) -> None:
-        with closing(catalog.connect(self._settings.dsn, name="headrace capture")) as connection:
+        with closing(catalog.connect(self._settings.dsn, name="headrace capture", lock_s=_LOCK_SECONDS)) as connection:
             self._look(connection)
             slot = self._free_slot(connection)
             writer = self._log.writer()

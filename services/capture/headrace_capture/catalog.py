@@ -15,6 +15,7 @@ from psycopg import sql
 from headrace.change import Column, TableSchema, parse_lsn
 from headrace.errors import Misconfigured
 from headrace_capture.connection import SESSION, Connection, connect, connect_replication
+from headrace_capture.published import LEAVES, published
 
 __all__ = [
     "GENERATED",
@@ -186,15 +187,12 @@ def published_tables(connection: Connection, publication: str, only: str | None 
         raise Misconfigured(
             "publication-missing", f"There is no publication {publication}.", "Run `headrace setup --apply`."
         )
-    sent = {row[0]: set(row[1]) for row in connection.execute(_PUBLISHED, [publication, only])}
-    return [
-        _published(table, sent[table.oid], connection.info.server_version) for table in _read(connection, list(sent))
-    ]
+    sent = {row[0]: set(row[1]) for row in connection.execute(_PUBLISHED, {"publication": publication, "only": only})}
+    return [_published(table, sent[table.oid]) for table in _read(connection, list(sent))]
 
 
-def _published(table: Table, names: set[str], version: int) -> Table:
-    """Mark the columns that the stream sends. Before 18 the view lists generated ones, and the stream leaves them out."""
-    sent = names - {column.name for column in table.columns if column.generated and version < GENERATED}
+def _published(table: Table, sent: set[str]) -> Table:
+    """Mark the columns that the stream sends."""
     return replace(table, columns=tuple(replace(column, published=column.name in sent) for column in table.columns))
 
 
@@ -290,11 +288,16 @@ WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND NOT c.relispartitio
   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
 """
 
-_PUBLISHED = """
-SELECT c.oid, p.attnames FROM pg_publication_tables p
-JOIN pg_namespace n ON n.nspname = p.schemaname
-JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
-WHERE p.pubname = %s AND n.nspname || '.' || c.relname = coalesce(%s, n.nspname || '.' || c.relname)
+# Before 18 no publication sends generated columns, and none has `pubgencols`.
+_PUBLISHED = f"""
+WITH RECURSIVE {published("p.pubname = %(publication)s")}
+SELECT c.oid, coalesce(array_agg(a.attname) FILTER (WHERE coalesce(
+         a.attnum = ANY(r.prattrs), a.attgenerated = '' OR (a.attgenerated = 's' AND to_jsonb(p) ->> 'pubgencols' = 's'))), '{{}}')
+FROM published JOIN pg_publication p ON p.oid = pub
+JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN pg_publication_rel r ON r.prpubid = pub AND r.prrelid = c.oid
+LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE %(only)s::text IS NULL OR %(only)s::text = n.nspname || '.' || c.relname GROUP BY c.oid
 """
 
 _TABLES = """
@@ -319,10 +322,8 @@ _COLUMNS = f"""
 WITH RECURSIVE base(oid, below) AS (
   SELECT oid, oid FROM pg_type WHERE typtype <> 'd'
   UNION ALL SELECT t.oid, b.below FROM pg_type t JOIN base b ON t.typtype = 'd' AND t.typbasetype = b.oid
-), wide(oid) AS (
-  SELECT r.oid FROM unnest(%(oids)s::oid[]) r(oid)
-  WHERE EXISTS (SELECT FROM pg_class c WHERE c.reltoastrelid <> 0
-                AND (c.oid = r.oid OR c.oid IN (SELECT relid FROM pg_partition_tree(r.oid))))
+), {LEAVES}, wide(oid) AS (
+  SELECT l.root FROM leaf l JOIN pg_class c ON c.oid = l.oid WHERE c.reltoastrelid <> 0
 )
 SELECT a.attrelid, a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid, {BASE_AND_ELEMENT},
        {BELOW.format(declared="a.atttypid")},
@@ -346,12 +347,11 @@ WHERE i.indrelid = ANY(%(oids)s) AND i.indisunique AND i.indisvalid AND i.indpre
 ORDER BY i.indrelid, i.indisprimary DESC, c.relname
 """
 
-_LEAVES = """
-SELECT r.oid, c.oid, n.nspname, c.relname, c.relreplident::text
-FROM unnest(%(oids)s::oid[]) r(oid)
-CROSS JOIN LATERAL (SELECT relid FROM pg_partition_tree(r.oid) WHERE isleaf UNION SELECT r.oid
-                    WHERE NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = r.oid)) p
-JOIN pg_class c ON c.oid = p.relid JOIN pg_namespace n ON n.oid = c.relnamespace ORDER BY r.oid, n.nspname, c.relname
+_LEAVES = f"""
+WITH RECURSIVE {LEAVES}
+SELECT l.root, c.oid, n.nspname, c.relname, c.relreplident::text
+FROM leaf l JOIN pg_class c ON c.oid = l.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE l.root = ANY(%(oids)s) ORDER BY l.root, n.nspname, c.relname
 """
 
 _WHAT_IS = """

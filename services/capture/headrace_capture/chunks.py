@@ -1,6 +1,6 @@
 """Chunks: some rows of a table in key order, read beside the stream between two watermarks.
 
-One thread with a connection of its own does it, so that a read that waits never holds up the stream: low watermark, the rows in one
+One thread with a connection of its own does it, so that a read that takes long never holds up the stream: low watermark, the rows in one
 snapshot, high watermark. The table is locked (ACCESS SHARE, as every SELECT does) *before* the snapshot is taken: a table that is written
 anew by DDL would look empty to an older snapshot. The values are the stream's text, for the same converters.
 """
@@ -20,12 +20,15 @@ from headrace.settings import Settings
 from headrace_capture import catalog, fingerprints, watermarks
 from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.jobs import JOINED
+from headrace_capture.published import row_filters
 from headrace_capture.replication import Stopped, postgres_errors
 from headrace_capture.tables import copy_fields
 
 MOST_BYTES = 8 * 1024 * 1024
 """A chunk ends with the row that reaches this many bytes (I10)."""
 _CLOSE_SECONDS = 5.0
+_LOCK_SECONDS = 1.0
+"""A table that is locked for longer is tried again later, for others wait to be read."""
 
 
 class Ask(NamedTuple):
@@ -83,7 +86,7 @@ class ChunkReader:
     def begin(self, ask: Ask, before: Callable[[Callable[[], None]], None]) -> Future[Chunk]:
         """Begin to read, in the thread; `before` is done there first, and gets what to call now and then.
 
-        The future's errors are ours: Transient (`postgres-away`, `kafka-away`), Misconfigured (`postgres-rights`, …); or Stopped.
+        The future's errors are ours: Transient (`table-locked`, `postgres-away`, …), Misconfigured (`postgres-rights`, …); or Stopped.
         """
         self._newest = self._thread.submit(self._run, ask, before)
         return self._newest
@@ -128,7 +131,8 @@ class ChunkReader:
 
     def _connected(self) -> catalog.Connection:
         if self._connection is None:
-            self._connection = catalog.connect(self._settings.dsn, name="headrace resnapshot", timeout_s=0)
+            dsn, name = self._settings.dsn, "headrace resnapshot"
+            self._connection = catalog.connect(dsn, name=name, timeout_s=0, lock_s=_LOCK_SECONDS)
             self._connection.execute("SET synchronous_commit = local")
         return self._connection
 
@@ -183,8 +187,7 @@ def _query(connection: catalog.Connection, publication: str, table: catalog.Tabl
     """Return the COPY of what the stream would send of these rows: its columns, its row filter, an ordinary table's own rows."""
     columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.published)
     source = table.identifier if table.kind == "p" else sql.SQL("ONLY {}").format(table.identifier)
-    row = connection.execute(_FILTER, [publication, table.schema, table.name]).fetchone()
-    only = sql.SQL(row[0] if row and row[0] else "true")  # Postgres's own text of the filter
+    only = sql.SQL(row_filters(connection, publication, table.oid).get(table.oid, "true"))
     keys = sql.SQL(", ").join(map(sql.Identifier, table.key))
     if ask.key is not None:
         where = sql.SQL("({}) = ({})").format(keys, _values(table, [ask.key[name] for name in table.key]))
@@ -219,6 +222,3 @@ def _wanted(connection: catalog.Connection, table: catalog.Table, key: dict[str,
     with connection.cursor().copy(query) as copy:
         (line,) = list(copy)
     return copy_fields(bytes(line)[:-1])
-
-
-_FILTER = "SELECT rowfilter FROM pg_publication_tables WHERE pubname = %s AND schemaname = %s AND tablename = %s"

@@ -29,29 +29,33 @@ SESSION = {
 """What makes a value's text the same in every session (S14), and what keeps the server from ending a quiet one."""
 
 
-def connect(dsn: str, *, name: str = "headrace", timeout_s: float = 30, setting: str = "HEADRACE_DSN") -> Connection:
+def connect(
+    dsn: str, *, name: str = "headrace", timeout_s: float = 30, lock_s: float = 0, setting: str = "HEADRACE_DSN"
+) -> Connection:
     """Connect, with autocommit and the session settings of S14.
 
     Args:
         dsn: A connection string of libpq; its own options are kept.
         name: What pg_stat_activity shows.
         timeout_s: The longest a statement may take; 0 for no limit.
+        lock_s: The longest it may wait for a lock, which the application may hold for hours; 0 for no limit but that.
         setting: Where the dsn came from, for the error.
 
     Raises:
         Transient: `postgres-away`.
         Misconfigured: `postgres-refused`, `postgres-dsn`.
     """
-    return _connect(dsn, setting, _options(dsn, timeout_s), {"fallback_application_name": name})
+    return _connect(dsn, setting, _options(dsn, timeout_s, lock_s), {"fallback_application_name": name})
 
 
 def connect_replication(dsn: str, *, name: str = "headrace", setting: str = "HEADRACE_DSN") -> Connection:
     """Connect as a walsender of the database; the same settings and errors as `connect`, no statement timeout."""
-    return _connect(dsn, setting, _options(dsn, 0), {"fallback_application_name": name, "replication": "database"})
+    return _connect(dsn, setting, _options(dsn, 0, 0), {"fallback_application_name": name, "replication": "database"})
 
 
-def _options(dsn: str, timeout_s: float) -> str:
-    settings = {**SESSION, "statement_timeout": str(int(timeout_s * 1000))}
+def _options(dsn: str, timeout_s: float, lock_s: float) -> str:
+    timeouts = {"statement_timeout": timeout_s, "lock_timeout": lock_s}
+    settings = SESSION | {name: str(int(seconds * 1000)) for name, seconds in timeouts.items()}
     ours = " ".join(f"-c {name}={value}" for name, value in settings.items())
     return f"{_parsed(dsn).get('options') or ''} {ours}".strip()
 

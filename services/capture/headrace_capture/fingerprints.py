@@ -18,9 +18,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from psycopg import sql
+from psycopg import errors, sql
 
 from headrace_capture.catalog import Connection
+from headrace_capture.published import published
 
 
 class ColumnPrint(NamedTuple):
@@ -63,12 +64,16 @@ class Fingerprint:
 def read(
     connection: Connection, publication: str, known: Collection[int] = (), table: str | None = None
 ) -> dict[str, Fingerprint]:
-    """Return the fingerprints of the published tables, or of one; leaves that are not `known` are asked whether they are empty."""
+    """Return the fingerprints of the published tables, or of one; leaves that are not `known` are asked whether they are empty.
+
+    One that is locked cannot be asked, and counts as not there yet. Without any that are known nothing is asked.
+    """
     found: dict[str, Fingerprint] = {}
     for name, kind, columns, leaves in connection.execute(_PRINTS, {"publication": publication, "table": table}):
-        files = tuple((oid, file) for oid, file, _, _ in leaves)
-        new = [(oid, schema, leaf) for oid, _, schema, leaf in leaves if kind == "p" and oid not in known]
-        empty = frozenset(oid for oid, schema, leaf in new if known and _is_empty(connection, schema, leaf))
+        new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known]
+        is_empty = {oid: _is_empty(connection, schema, leaf) for oid, _, schema, leaf in new}
+        files = tuple((oid, file) for oid, file, _, _ in leaves if is_empty.get(oid, False) is not None)
+        empty = frozenset(oid for oid, said in is_empty.items() if said)
         found[name] = Fingerprint(kind, tuple(ColumnPrint(*column) for column in columns), files, empty)
     return found
 
@@ -119,22 +124,27 @@ def _length(text: str) -> int:
     return int(text.rstrip(")")) if text else 1 << 30
 
 
-def _is_empty(connection: Connection, schema: str, name: str) -> bool:
+def _is_empty(connection: Connection, schema: str, name: str) -> bool | None:
+    """Return whether a table has no rows, None while it is locked."""
     query = sql.SQL("SELECT NOT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))
-    row = connection.execute(query).fetchone()
+    try:
+        row = connection.execute(query).fetchone()
+    except errors.LockNotAvailable:
+        return None
     return row is not None and bool(row[0])
 
 
-_PRINTS = """
+_PRINTS = f"""
+WITH RECURSIVE {published("p.pubname = %(publication)s")}
 SELECT n.nspname || '.' || c.relname, c.relkind::text,
        (SELECT coalesce(json_agg(json_build_array(a.attnum, a.attname, format_type(a.atttypid, a.atttypmod),
                                                   a.atthasmissing OR a.attgenerated = 'v', a.xmin::text) ORDER BY a.attnum), '[]')
         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
-       (SELECT coalesce(json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname) ORDER BY l.oid), '[]')
-        FROM (SELECT c.oid AS oid WHERE c.relkind <> 'p'
-              UNION ALL SELECT relid FROM pg_partition_tree(c.oid) WHERE isleaf AND c.relkind = 'p') x
-        JOIN pg_class l ON l.oid = x.oid JOIN pg_namespace ln ON ln.oid = l.relnamespace WHERE l.relkind <> 'p')
-FROM pg_publication_tables p
-JOIN pg_namespace n ON n.nspname = p.schemaname JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
-WHERE p.pubname = %(publication)s AND (%(table)s::text IS NULL OR %(table)s::text = n.nspname || '.' || c.relname)
+       coalesce(leaves.told, '[]')
+FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN (
+  SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname) ORDER BY l.oid) AS told
+  FROM leaf x JOIN pg_class l ON l.oid = x.oid JOIN pg_namespace ln ON ln.oid = l.relnamespace GROUP BY x.root
+) leaves ON leaves.root = c.oid
+WHERE %(table)s::text IS NULL OR %(table)s::text = n.nspname || '.' || c.relname
 """

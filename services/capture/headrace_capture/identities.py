@@ -8,11 +8,12 @@ at all makes them fail in any publication. What was seen on 15 and 18 is in test
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from psycopg import sql
 
 from headrace_capture.catalog import GENERATED, Connection, Table, TableColumn, published_tables
+from headrace_capture.published import published
 
 DEFAULT, FULL, NOTHING, INDEX = "d", "f", "n", "i"
 WORDS = {DEFAULT: "DEFAULT", FULL: "FULL", NOTHING: "NOTHING"}
@@ -94,11 +95,13 @@ def narrowed_elsewhere(connection: Connection, publication: str) -> set[int]:
     return {row[0] for row in connection.execute(_NARROWED, {"ours": publication})}
 
 
-_NARROWED = """
+_OTHERS: Final = "p.pubname <> %(ours)s AND (p.pubupdate OR p.pubdelete)"
+
+_NARROWED = f"""
+WITH RECURSIVE {published(_OTHERS)}
 SELECT coalesce(pg_partition_root(r.prrelid), r.prrelid)::oid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
-WHERE p.pubname <> %(ours)s AND (p.pubupdate OR p.pubdelete) AND r.prattrs IS NOT NULL
+WHERE {_OTHERS} AND r.prattrs IS NOT NULL
 UNION
-SELECT coalesce(pg_partition_root(g.relid), g.relid)::oid FROM pg_publication p, pg_get_publication_tables(p.pubname) g
-WHERE p.pubname <> %(ours)s AND (p.pubupdate OR p.pubdelete)
-  AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = g.relid AND a.attgenerated <> '')
+SELECT coalesce(pg_partition_root(oid), oid)::oid FROM published
+WHERE EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = oid AND a.attgenerated <> '')
 """

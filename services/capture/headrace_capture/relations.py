@@ -151,10 +151,12 @@ class Relations:
         query = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE age(xmin) > age(%s::text::xid))").format(table)
         try:
             with self._connection.transaction():
-                self._connection.execute(f"SET LOCAL statement_timeout = '{_LOOK_SECONDS}s'")
+                self._connection.execute(
+                    f"SET LOCAL statement_timeout = '{_LOOK_SECONDS}s'; SET LOCAL lock_timeout = 0"
+                )
                 row = self._connection.execute(query, [str(xid)]).fetchone()
         except errors.QueryCanceled:
-            return True  # a large table without older rows is read to its end, and the stream cannot wait for that
+            return True  # a large table without older rows is read to its end, or it is locked: the stream cannot wait for that
         return row is not None and bool(row[0])
 
 

@@ -46,6 +46,9 @@ def explain(sqlstate: str | None, said: str, doing: str) -> HeadraceError:
     message = f"Postgres failed while {doing}: {text}."
     if sqlstate in _BUSY:
         return Transient("slot-active", message, "Wait for the other capture to end, or stop it.")
+    if sqlstate == _LOCKED:
+        said = f"A lock that another transaction holds is in the way of {doing}."
+        return Transient("table-locked", said, "It is tried again; pg_blocking_pids() and pg_locks tell who holds it.")
     known = _CODES.get(sqlstate or "")
     if known:
         return Misconfigured(known[0], message, known[1])
@@ -55,6 +58,7 @@ def explain(sqlstate: str | None, said: str, doing: str) -> HeadraceError:
 
 
 _BUSY = frozenset({"55006"})  # object_in_use
+_LOCKED = "55P03"  # lock_not_available
 _PASSING = frozenset({"08", "53", "57", "40", "58", "25"})
 _SETUP = "Run `headrace setup --apply` as an administrator."
 MEND = "Run: headrace resnapshot --recover, then capture. It makes a new slot and reads all tables again beside the stream."

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headrace.change import TableSchema, Version
@@ -82,6 +82,7 @@ class Resnapshot:
         self._tick = tick
         self._filler = filler
         self._forget = filler.memory.forget_named
+        filler.doubted = self._doubted
         self._jobs = Jobs(log)
         control = Control(log)
         self._requests = Requests(control)
@@ -144,12 +145,22 @@ class Resnapshot:
         known = self._jobs.prints.get(table)
         if known is not None:
             with postgres_errors(f"reading the catalogue of {table}"):
-                found = fingerprints.read(self._connection, self._log.settings.publication, self._leaves(), table)
-            why = fingerprints.silent(known, found[table]) if table in found else ""
-            self._jobs.know(table, found.get(table, known))
+                found = fingerprints.read(self._connection, self._log.settings.publication, table=table).get(
+                    table, known
+                )
+            if (
+                found.kind == known.kind == "p"
+            ):  # whether a new one has rows is asked beside the stream: it may be locked
+                found = replace(found, leaves=known.leaves)
+            why = fingerprints.silent(known, found)
+            self._jobs.know(table, found)
             self._printed_at = time.monotonic()
         if why:
             self.mark(table, why)
+
+    def _doubted(self, table: str) -> bool:
+        """Whether the log may not have what Postgres has of this table."""
+        return table in self._cut.inexact or any(job.table == table and job.open for job in self._jobs.all.values())
 
     def _disturb(self, table: str) -> None:
         """What is being read of this table is no longer wanted."""

@@ -25,6 +25,7 @@ from headrace_capture.copies import Copy, Piece
 from headrace_capture.cut import FULL_BYTES, LONGEST_SECONDS
 from headrace_capture.live import LiveKeys
 from headrace_capture.progress import Progress
+from headrace_capture.published import row_filters
 from headrace_capture.relations import Relations, keyless, plans_of
 from headrace_capture.replication import Replication, Stopped, postgres_errors
 from headrace_capture.stream import DELETE, NULL
@@ -129,7 +130,7 @@ class Snapshot:
     def _tables(self, connection: catalog.Connection, stamp: Stamp) -> list[tuple[Rows, list[Piece]]]:
         """Return what to read of each table, and publish the tables' shapes."""
         publication = self._log.settings.publication
-        filters = {(row[0], row[1]): row[2] for row in connection.execute(_FILTERS, [publication]).fetchall()}
+        filters = row_filters(connection, publication)
         found = []
         named = append_only.named(connection, publication)
         for published in catalog.published_tables(connection, publication):
@@ -139,9 +140,7 @@ class Snapshot:
                 self._progress.say(keyless(published.full_name, published.keyless))
                 continue
             rows = Rows(self._table(published), self._writer, stamp)
-            found.append(
-                (rows, list(copies.pieces(connection, published, filters.get((published.schema, published.name)))))
-            )
+            found.append((rows, list(copies.pieces(connection, published, filters.get(published.oid)))))
         return found
 
     def _table(self, published: catalog.Table) -> Table:
@@ -233,6 +232,3 @@ def _wait(sockets: Iterable[int]) -> None:
     for socket in sockets:
         waiting.register(socket, select.POLLIN)
     waiting.poll(100)
-
-
-_FILTERS = "SELECT schemaname, tablename, rowfilter FROM pg_publication_tables WHERE pubname = %s"

@@ -8,7 +8,8 @@ Where such a value comes from, in this order:
 3. Postgres, read again in a statement of its own, believed only if that statement's snapshot sees the change's transaction. It may show
    a later value, which the stream brings as well: the record is marked ``read=reread``, the table is approximate until then;
 4. the log: when the row is gone by now or has another key, its delete is still to come, and the key's newest record is exactly the row
-   before this change. The open cut is sealed first, so that the log has all that came before.
+   before this change. The open cut is sealed first, so that the log has all that came before. So too when the table is locked, for the
+   stream waits for nobody; but not while it is to be read again, as then the log may have an older value than Postgres.
 
 Each of the first two and the last is exact. No placeholder is ever written: a change whose value is nowhere (the topic lacks the row, as it
 is just being read for the first time) is left out, and the table is read again.
@@ -34,11 +35,17 @@ REMEMBERED_BYTES = 64 * 1024 * 1024
 WORTH_REMEMBERING = 1_000
 """Postgres moves values out of line in rows above about 2 000 bytes; in their text they may be shorter."""
 _REREAD_SECONDS = 5.0
+_LOCKED_SECONDS = 5.0
+"""For so long a table that was locked is not asked again: each time costs what the connection waits for a lock."""
 
 
 class Nowhere(Exception):
-    """A value cannot be had any more. The row is gone by now, or the table has another shape, and its topic lacks rows: it must be read
-    again; until then this change is left out, for no placeholder is ever written (I3)."""
+    """A value cannot be had any more. The row is gone by now, or the table is locked or has another shape, and its topic lacks rows: it
+    must be read again; until then this change is left out, for no placeholder is ever written (I3)."""
+
+
+class _Locked(Exception):
+    """A transaction of the application holds the table."""
 
 
 Row = tuple[Datums, bytes | None]
@@ -110,16 +117,19 @@ class Filler:
 
     Attributes:
         approximate: Tables of which a value was read again: it may be of a later moment than its row (S7).
+        doubted: Whether what the log has of a table may not be what Postgres has.
     """
 
     def __init__(self, log: Log, connection: catalog.Connection, tick: Callable[[], None]) -> None:
         """Read again by `connection`; `tick` says in long work that capture lives."""
         self.memory = Memory()
         self.approximate: set[str] = set()
+        self.doubted: Callable[[str], bool] = lambda _table: True
         self._log = log
         self._connection = connection
         self._tick = tick
         self._live: dict[str, LiveKeys] = {}
+        self._locked_until: dict[str, float] = {}
 
     def fill(
         self,
@@ -150,7 +160,14 @@ class Filler:
             whole = [before if value is UNCHANGED else value for value, before in zip(whole, old, strict=True)]
         if UNCHANGED not in whole:
             return whole, None
-        again = self._reread(table, whole, xid)
+        try:
+            again = self._reread(table, whole, xid)
+        except _Locked as error:
+            if self.doubted(table.name):
+                raise Nowhere(
+                    f"a value of {keys[0].decode()} was not in the stream, and the table is locked"
+                ) from error
+            again = None
         if again is not None:
             self.approximate.add(table.name)
             return [then if value is UNCHANGED else value for value, then in zip(whole, again, strict=True)], REREAD
@@ -163,27 +180,44 @@ class Filler:
             live.close()
 
     def _reread(self, table: Table, row: list[Datum], xid: int) -> list[Datum] | None:
-        """Return the row as Postgres shows it to a snapshot that sees `xid`, None if it has none of that key or shape."""
+        """Return the row as Postgres shows it to a snapshot that sees `xid`, None if it has none of that key or shape.
+
+        Raises:
+            _Locked: the table is locked, or was a moment ago.
+            Transient: `reread-not-visible`, `postgres-away`.
+        """
+        if time.monotonic() < self._locked_until.get(table.name, 0.0):
+            raise _Locked
         deadline = time.monotonic() + _REREAD_SECONDS
-        query = _reread_query(table)
-        key = [row[at].decode() for at in table.key_at]  # type: ignore[union-attr]
-        while time.monotonic() < deadline:
+        while True:
             self._tick()
-            with postgres_errors(f"reading a row of {table.name} again"):
-                try:
-                    result = self._connection.execute(query, key).pgresult
-                except (errors.UndefinedTable, errors.UndefinedColumn):
-                    return None
-            assert result is not None
-            snapshot, found = result.get_value(0, 0) or b"", result.get_value(0, 1)
-            if sees(snapshot.decode(), xid):
-                return [result.get_value(0, at + 2) for at in range(len(row))] if found else None
+            late = time.monotonic() > deadline
+            try:
+                read = self._read(table, row)
+            except _Locked:
+                if late or not self.doubted(table.name):
+                    self._locked_until[table.name] = time.monotonic() + _LOCKED_SECONDS
+                    raise
+                continue
+            if read is None or sees(read[0], xid):
+                return read and read[1]
+            if late:
+                raise _not_visible(table, xid)
             time.sleep(0.005)
-        raise Transient(
-            "reread-not-visible",
-            f"A change of {table.name} by transaction {xid} is in the stream but not yet visible: its commit waits, for a standby perhaps.",
-            "See synchronous_standby_names; capture tries again.",
-        )
+
+    def _read(self, table: Table, row: list[Datum]) -> tuple[str, list[Datum] | None] | None:
+        """Return what one statement sees, and the row of that key in it; None if the table is gone or has another shape."""
+        key = [row[at].decode() for at in table.key_at]  # type: ignore[union-attr]
+        with postgres_errors(f"reading a row of {table.name} again"):
+            try:
+                result = self._connection.execute(_reread_query(table), key).pgresult
+            except (errors.UndefinedTable, errors.UndefinedColumn):
+                return None
+            except errors.LockNotAvailable as error:
+                raise _Locked from error
+        assert result is not None
+        found: list[Datum] = [result.get_value(0, at + 2) for at in range(len(row))]
+        return (result.get_value(0, 0) or b"").decode(), found if result.get_value(0, 1) else None
 
     def _from_log(self, table: Table, key: bytes, row: list[Datum]) -> list[Datum]:
         if table.name not in self._live:
@@ -199,6 +233,14 @@ class Filler:
                     )
                 row[at] = Json(known[plan.column.name])
         return row
+
+
+def _not_visible(table: Table, xid: int) -> Transient:
+    return Transient(
+        "reread-not-visible",
+        f"A change of {table.name} by transaction {xid} is in the stream but not yet visible: its commit waits, for a standby perhaps.",
+        "See synchronous_standby_names; capture tries again.",
+    )
 
 
 def _reread_query(table: Table) -> sql.Composed:

@@ -1,0 +1,174 @@
+"""A transaction of the application holds a table ACCESS EXCLUSIVE for as long as it likes: nothing but that table waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+
+import psycopg
+import pytest
+
+from headrace.settings import Settings
+from headrace_capture import attention, catalog, fingerprints
+from headrace_capture.published import row_filters
+from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows, selected
+from tests.integration.test_resnapshot import jobs
+
+
+@pytest.fixture
+def everything_published(each_source: Settings) -> Settings:
+    """Publications of every kind over tables of every kind."""
+    execute(
+        each_source,
+        "CREATE SCHEMA s",
+        "CREATE TABLE a (id int PRIMARY KEY, n int, gone int, g int GENERATED ALWAYS AS (n * 2) STORED)",
+        "ALTER TABLE a DROP COLUMN gone",
+        "CREATE TABLE nothing ()",
+        "CREATE UNLOGGED TABLE unlogged (id int PRIMARY KEY)",
+        "CREATE TABLE parent (id int PRIMARY KEY)",
+        "CREATE TABLE child () INHERITS (parent)",
+        "CREATE TABLE parts (id int PRIMARY KEY, n int) PARTITION BY RANGE (id)",
+        "CREATE TABLE low PARTITION OF parts FOR VALUES FROM (0) TO (10) PARTITION BY RANGE (id)",
+        "CREATE TABLE s.lowest PARTITION OF low FOR VALUES FROM (0) TO (5)",
+        "CREATE TABLE s.high PARTITION OF parts FOR VALUES FROM (10) TO (20)",
+        "CREATE TABLE s.t (id int PRIMARY KEY)",
+        "CREATE TABLE s.hollow (id int PRIMARY KEY) PARTITION BY RANGE (id)",
+    )
+    tables = (
+        "TABLE a (id, n) WHERE (n > 1), nothing, parent",
+        "TABLE ONLY parent, parts",
+        "TABLE parts (id) WHERE (id < 4)",
+        "TABLE low, parts, s.lowest (id)",
+        "TABLE s.high",
+        "TABLES IN SCHEMA s",
+        "TABLES IN SCHEMA s, TABLE a",
+        "TABLES IN SCHEMA public, TABLE s.t WHERE (id > 1)",
+        "TABLES IN SCHEMA s, TABLE s.t WHERE (id > 1)",
+        "ALL TABLES",
+    )
+    options = ["publish_via_partition_root = true", "publish_via_partition_root = false"]
+    if rows(each_source, "SELECT 1 WHERE current_setting('server_version_num')::int >= 180000"):
+        options += [f"{option}, publish_generated_columns = stored" for option in options]
+    for number, (table, option) in enumerate((table, option) for table in tables for option in options):
+        with suppress(
+            psycopg.errors.InvalidParameterValue
+        ):  # lists and filters of a partitioned table only at its root
+            execute(each_source, f"CREATE PUBLICATION p{number} FOR {table} WITH ({option})")
+    return each_source
+
+
+def test_what_the_catalogue_says_of_publications_is_what_postgres_says(everything_published: Settings) -> None:
+    with closing(catalog.connect(everything_published.dsn)) as connection:
+        publications = [name for (name,) in connection.execute("SELECT pubname FROM pg_publication")]
+        assert len(publications) > 15
+        for publication in publications:
+            ours = catalog.published_tables(connection, publication)
+            filters = row_filters(connection, publication)
+            told = {t.full_name: (sorted(c.name for c in t.published), filters.get(t.oid)) for t in ours}
+            assert told == _as_the_view_says(connection, publication), publication
+            assert fingerprints.read(connection, publication).keys() == told.keys()
+
+
+def _as_the_view_says(connection: catalog.Connection, publication: str) -> dict[str, tuple[list[str], str | None]]:
+    """Before 18 it lists generated columns, which are not sent."""
+    generated = {"g"} if connection.info.server_version < catalog.GENERATED else set()
+    query = "SELECT schemaname || '.' || tablename, attnames, rowfilter FROM pg_publication_tables WHERE pubname = %s"
+    found = connection.execute(query, [publication]).fetchall()
+    return {table: (sorted(set(columns or []) - generated), only) for table, columns, only in found}
+
+
+def test_the_tables_that_hold_a_tables_rows_are_those_that_postgres_names(everything_published: Settings) -> None:
+    query = "SELECT relid::regclass::text FROM pg_partition_tree('parts') WHERE isleaf ORDER BY 1"
+    leaves = [name for (name,) in rows(everything_published, query)]
+    with closing(catalog.connect(everything_published.dsn)) as connection:
+        (table,) = catalog.named_tables(connection, ["parts"])
+    assert sorted(f"{leaf.schema}.{leaf.name}" for leaf in table.leaves) == leaves
+
+
+@contextmanager
+def locked(settings: Settings, *tables: str) -> Iterator[Callable[[], None]]:
+    """Hold tables as DDL does, in a transaction that stays open until what is yielded is called."""
+    with psycopg.connect(settings.dsn) as application:
+        application.execute(f"LOCK TABLE {', '.join(tables)} IN ACCESS EXCLUSIVE MODE".encode())
+        yield application.commit
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_locked_table_holds_up_neither_the_stream_nor_what_is_read_beside_it(each_version: Settings) -> None:
+    """Tables and partitions, captured and new; meanwhile capture starts, learns shapes, finds silent DDL and reads a table again."""
+    settings = each_version
+    tables = ("held", "free", "joined", "parts")
+    prepare(
+        settings,
+        "CREATE TABLE held (id int PRIMARY KEY, n int)",
+        "CREATE TABLE free (id int PRIMARY KEY, n int)",
+        "CREATE TABLE parts (id int PRIMARY KEY, n int) PARTITION BY RANGE (id)",
+        "CREATE TABLE low PARTITION OF parts FOR VALUES FROM (0) TO (10)",
+        "INSERT INTO held VALUES (1, 1)",
+    )
+    with capturing(settings) as capture:
+        capture.reach()
+    execute(
+        settings,
+        "CREATE TABLE joined (id int PRIMARY KEY, n int)",
+        "INSERT INTO joined VALUES (1, 1)",
+        f"ALTER PUBLICATION {settings.publication} ADD TABLE joined WHERE (n > 0)",
+        "CREATE TABLE high (id int PRIMARY KEY, n int)",
+        "INSERT INTO high VALUES (11, 1)",
+        "ALTER TABLE parts ATTACH PARTITION high FOR VALUES FROM (10) TO (20)",
+        "ALTER TABLE held ADD COLUMN more int DEFAULT 5",
+        *(f"INSERT INTO {table} VALUES (2, 2)" for table in tables),
+    )
+    with locked(settings, "held", "joined", "low", "high") as release, capturing(settings) as capture:
+        assert {"public.held", "public.joined"} <= set(capture.reach().inexact)
+        execute(settings, "ALTER TABLE free ADD COLUMN more int DEFAULT 5", "INSERT INTO free VALUES (3, 3, 3)")
+        capture.hear("public.free was read again")
+        eventually("what waits says for what", lambda: "lock" in jobs(settings)["public.held"]["reason"])
+        execute(settings, "INSERT INTO free VALUES (4, 4, 4)")
+        inexact = capture.reach().inexact
+        assert replay(settings, "public.free") == selected(settings, "free")
+        assert "public.free" not in inexact
+        assert {"public.held", "public.joined"} <= set(inexact)
+        release()
+        for table in ("held", "joined", "parts"):
+            capture.hear(f"public.{table} was read again")
+        capture.eventually("all is exact", lambda: capture.reach().inexact == ())
+    for table in tables:
+        assert replay(settings, f"public.{table}") == selected(settings, table)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_large_value_of_a_locked_table_is_taken_from_the_log(settings: Settings) -> None:
+    """It was left alone by an update and is not remembered; of a table that is to be read again the update is left out until then."""
+    docs = "(id int PRIMARY KEY, n int, big text); ALTER TABLE {0} ALTER COLUMN big SET STORAGE EXTERNAL; "
+    prepare(
+        settings,
+        *(
+            f"CREATE TABLE {table} {docs.format(table)} INSERT INTO {table} VALUES (1, 1, '{'W' * 5000}')"
+            for table in ("held", "doubted")
+        ),
+    )
+    execute(settings, *(f"ALTER TABLE {table} REPLICA IDENTITY DEFAULT" for table in ("held", "doubted")))
+    with capturing(settings) as capture:
+        capture.reach()
+    execute(
+        settings,
+        "UPDATE held SET n = 2",
+        "ALTER TABLE doubted ALTER COLUMN n TYPE bigint USING n + 1",
+        "UPDATE doubted SET n = n + 1",
+    )
+    with locked(settings, "held", "doubted") as release, capturing(settings) as capture:
+        assert capture.reach().inexact == ("public.doubted",)
+        assert replay(settings, "public.held") == {b'{"id":1}': {"id": 1, "n": 2, "big": "W" * 5000}}
+        assert replay(settings, "public.doubted") == {b'{"id":1}': {"id": 1, "n": 1, "big": "W" * 5000}}
+        release()
+        capture.hear("public.doubted was read again")
+        capture.eventually("all is exact", lambda: capture.reach().inexact == ())
+    for table in ("held", "doubted"):
+        assert replay(settings, f"public.{table}") == selected(settings, table)
