@@ -49,6 +49,7 @@ def test_each_committed_number_is_in_the_log_once_and_every_view_is_equal_after_
     check(system, kafka)
 
 
+@pytest.mark.timeout(300 * ROUND)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_log_is_exact_after_each_kill_of_capture_broker_and_postgres(
     system: System, stack: Stack, kafka: Kafka, seed: int, record_property: Callable[[str, object], None]
