@@ -9,6 +9,7 @@ as long as it needs to end the old session. For the same reason a session is lon
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import time
@@ -56,6 +57,16 @@ appender.console.layout.pattern=%d{ISO8601} %-5p %c{1}: %m%n
 rootLogger.level=INFO
 rootLogger.appenderRef.console.ref=console
 """
+_TALKING: Final = """\
+logger.controller.name=org.apache.kafka.controller
+logger.controller.level=DEBUG
+"""
+"""Added for the controller alone: it tells what it has looked at, and what is committed."""
+_FENCING: Final = b"Fencing broker 1 "
+_FENCED: Final = re.compile(rb"Read-write operation (maybeFenceStaleBroker\(\d+\)) .*Processed \1 in ", re.DOTALL)
+_NONE_TO_FENCE: Final = b"maybeFenceStaleBroker generated 0 records"
+_LOOKS: Final = 40
+"""It looks every eighth of its session: after so many looks without a broker to fence, there is none."""
 _METADATA, _METADATA_VERSION = 3, 1
 _HEADER: Final = struct.Struct(">iii")
 """Of the answer: its size, the number of the request, the number of live brokers."""
@@ -83,6 +94,7 @@ class Kafka(ProcessServer):
             conf = (text + _NODE).format(host=ports.HOST, port=self.port, controller=controller, data=self.data)
             (self.conf / f"{name}.properties").write_text(conf)
         (self.conf / "log4j2.properties").write_text(_LOGGING)
+        (self.conf / "talking.properties").write_text(_LOGGING + _TALKING)
         if not (self.data / "log/meta.properties").exists():
             self._format()
         elif not (self.data / "log/.kafka_cleanshutdown").exists():
@@ -93,23 +105,26 @@ class Kafka(ProcessServer):
         processes.run([*self.java(), *tool], folder=self.data, environ=self.environ())
 
     def _end_old_session(self) -> None:
-        """Run the controller alone until it has fenced the broker, or so long that there was none to fence."""
+        """Run the controller alone until it has fenced the broker, or has looked so often that there was none to fence.
+
+        It says what it does before that is in its log: ended then, it leaves the old session, and the broker may not register.
+        """
         begin = self.log.stat().st_size if self.log.exists() else 0
-        controller = self.spawn([*self.java(), "kafka.Kafka", str(self.conf / "controller.properties")])
-        active, deadline = None, time.monotonic() + 60
+        talking = self.java("talking.properties")
+        controller = self.spawn([*talking, "kafka.Kafka", str(self.conf / "controller.properties")])
+        deadline = time.monotonic() + 60
         while processes.alive(controller) and time.monotonic() < deadline and not self.cancelled.wait(0.05):
             said = self.log.read_bytes()[begin:]
-            if b"Fencing broker 1 " in said or (active and time.monotonic() > active + 2):
+            none = _FENCING not in said and said.count(_NONE_TO_FENCE) >= _LOOKS
+            if none or _FENCED.search(said):
                 break
-            if not active and b"Performing controller activation" in said:
-                active = time.monotonic()
         self.stop()
 
-    def java(self) -> list[str]:
-        """Return the start of a command line that runs a class of Kafka's: the broker or one of its tools."""
+    def java(self, told: str = "log4j2.properties") -> list[str]:
+        """Return the start of a command line that runs a class of Kafka's: the broker or one of its tools; `told` is how it logs."""
         classes = artifacts.get(artifacts.KAFKA) / "libs/*"
         small = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
-        logging = f"-Dlog4j2.configurationFile={self.conf}/log4j2.properties"
+        logging = f"-Dlog4j2.configurationFile={self.conf}/{told}"
         return [str(java.find() / "bin/java"), *small, logging, "-cp", str(classes)]
 
     def command(self) -> list[str]:

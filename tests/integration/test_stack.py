@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,19 @@ def test_kafka_killed_keeps_what_was_acknowledged_and_its_port(kafka: Kafka) -> 
     consumer.close()
     assert message is not None
     assert message.value() == b"kept"
+
+
+def test_kafka_killed_comes_back_however_soon_its_controller_is_ended(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended before what it said was in its log, it left the old session: the broker could not register, and ended itself."""
+    admin = AdminClient({"bootstrap.servers": kafka.address()})
+    admin.create_topics([NewTopic("t", 500, 1)])["t"].result(30)
+    kafka.kill()
+    with monkeypatch.context() as patched:
+        patched.setattr(kafka.cancelled, "wait", lambda _seconds: time.sleep(0.001))  # looks as often as it can
+        kafka.start()
+    assert kafka.healthy()
 
 
 def test_kafka_makes_no_topic_by_itself(kafka: Kafka) -> None:
