@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator
 from functools import cached_property
 
@@ -146,13 +147,34 @@ class Log:
         topic = checkpoints_topic(self.settings.source)
         if topic not in self.topics.names():
             return None
-        end = start = self.topics.ends({topic: 1})[topic][0]
-        while start > BEGINNING:
-            start = max(BEGINNING, start - 10 * max(20, end - start))  # 200 offsets, then ten times as many
+        for start in _back_from(self.topics.ends({topic: 1})[topic][0]):
             found = [c for c in self.checkpoints(start) if c.complete or not complete]
             if found:
                 return found[-1]
         return None
+
+    def remains(self, tables: Collection[str]) -> Ends:
+        """Return the ends of topics that have records, of `tables` and of all that the schemas name: what a log without checkpoints has."""
+        known = {table for table, _ in self.schemas()} | set(tables)
+        ends = self.topics.ends(self.partitions(self.topics.names() & set(map(self.topic_of, known))))
+        return {topic: offsets for topic, offsets in ends.items() if any(offsets)}
+
+    def newest_epoch(self, ends: Ends) -> int:
+        """Return the highest epoch of the records below `ends`, 0 when there are none; it never falls along a partition.
+
+        Raises:
+            Poison: `undecodable-record`.
+        """
+        newest = 0
+        for (topic, partition), end in {(t, p): end for t, of in ends.items() for p, end in enumerate(of)}.items():
+            for start in _back_from(end):
+                last = deque(read_to_end(self.settings, {(topic, partition): start}), maxlen=1)
+                if last:
+                    _, _, offset, _, key, value, headers = last[0]
+                    change = codec.decode_change(topic, partition, offset, key, value, headers, self.values.envelope)
+                    newest = max(newest, change.version.epoch)
+                    break
+        return newest
 
     def check_ends(self, checkpoint: Checkpoint) -> None:
         """Refuse a log that ends below its newest checkpoint: Kafka lost acknowledged records (S3).
@@ -213,3 +235,11 @@ class Log:
         """
         made = FeedReader if self.fed_by_debezium else Reader
         return made(self, tables, position, group)
+
+
+def _back_from(end: int) -> Iterator[int]:
+    """Yield offsets to read from, ever further back: 200 before `end`, then ten times as many, at last the first."""
+    start = end
+    while start > BEGINNING:
+        start = max(BEGINNING, start - 10 * max(20, end - start))
+        yield start

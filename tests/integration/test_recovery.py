@@ -8,7 +8,9 @@ from contextlib import closing
 import pytest
 
 from headrace.change import Version
+from headrace.errors import Misconfigured
 from headrace.log import Log
+from headrace.log.topics import checkpoints_topic
 from headrace.settings import Settings
 from headrace_capture import catalog, setup
 from headrace_capture.recovery import recover
@@ -106,10 +108,17 @@ def mends(settings: Settings, code: str) -> None:
         capture.hear("public.items was read again")
         eventually("it is exact", lambda: capture.reach().inexact == ())
     assert replay(settings, T) == selected(settings, T)
+    assert never_back(settings, T)
+
+
+def never_back(settings: Settings, table: str) -> bool:
+    """Whether the versions of no key fall along the log."""
     last: dict[bytes, Version] = {}
-    for change in changes(settings, T):
-        assert change.version >= last.get(change.key, change.version)
+    for change in changes(settings, table):
+        if change.version < last.get(change.key, change.version):
+            return False
         last[change.key] = change.version
+    return True
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "made anew"])
@@ -122,6 +131,100 @@ def test_a_topic_that_was_deleted(captured: Settings, again: bool) -> None:
         log.ensure_table(T)
     execute(captured, "DELETE FROM items WHERE id = 3")
     mends(captured, "log-lost-records" if again else "topic-missing")
+
+
+def delete_checkpoints(settings: Settings) -> None:
+    """Delete the topic, by a hand that took it for rubbish."""
+    log, topic = Log(settings), checkpoints_topic(settings.source)
+    log.topics.delete([topic])
+    eventually("it is gone", lambda: topic not in log.topics.names())
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+@pytest.mark.parametrize("slot", [True, False], ids=["slot kept", "slot dropped"])
+def test_checkpoints_that_were_deleted(settings: Settings, slot: bool, chunked: bool) -> None:
+    """The topics with the rows stay, what vanished meanwhile gets its delete, and a view that runs all the time goes on by itself."""
+    items = (
+        "CREATE TABLE items (id int PRIMARY KEY, n int)",
+        "INSERT INTO items SELECT i, i FROM generate_series(1, 30) i",
+    )
+    prepare(settings, *items, "CREATE TABLE dropped (id int PRIMARY KEY)", "INSERT INTO dropped VALUES (1)")
+    log, view = Log(settings), Plain(settings, "plain")
+    with serving(settings, plain=Plain):
+        with capturing(settings) as capture:
+            capture.reach()
+            eventually("the view shows it", lambda: len(view.rows()) == 30)
+        topics = log.topics.describe([log.topic_of(T), log.topic_of("public.dropped")])
+        delete_checkpoints(settings)
+        if not slot:
+            drop_slot(settings)
+        execute(
+            settings, "DELETE FROM items WHERE id = 3", "UPDATE items SET n = -1 WHERE id = 5", "DROP TABLE dropped"
+        )
+        error = refused(settings, chunked=chunked)
+        assert error.code == "checkpoints-missing"
+        assert "headrace resnapshot --recover" in error.remedy
+        begun = recover(settings, lambda _: None)
+        assert (begun.version.epoch, begun.snapshot) == (2, "running")
+        with capturing(settings, chunked=chunked) as capture:
+            execute(settings, "UPDATE items SET n = -2 WHERE id = 7")
+            capture.hear("snapshot is complete" if chunked else "snapshot complete")
+            execute(settings, "INSERT INTO items VALUES (31, 31)")
+            assert capture.reach().inexact == ()
+            truth = {f'{{"id":{id_}}}': n for id_, n in rows(settings, "SELECT id, n FROM items")}
+            eventually("the view shows it", lambda: view.rows() == truth)
+    assert log.topics.describe(topics) == topics
+    assert replay(settings, T) == selected(settings, T)
+    assert replay(settings, "public.dropped") == {}
+    assert never_back(settings, T)
+
+
+def test_checkpoints_that_were_deleted_with_an_append_only_table_in_the_log(settings: Settings) -> None:
+    """Its rows are written anew under their positions in the new snapshot, and the old ones deleted: it is exact."""
+    execute(settings, "CREATE TABLE log (what text)", "INSERT INTO log VALUES ('before')")
+    with closing(catalog.connect(settings.dsn)) as connection:
+        setup.apply(connection, setup.plan(connection, settings, [], appended=["log"]))
+    with capturing(settings) as capture:
+        execute(settings, "INSERT INTO log VALUES ('beside')")
+        capture.reach()
+    delete_checkpoints(settings)
+    execute(settings, "INSERT INTO log VALUES ('meanwhile')")
+    assert refused(settings).code == "checkpoints-missing"
+    recover(settings, lambda _: None)
+    assert "--snapshot=whole" in refused(settings, chunked=True).remedy
+    with capturing(settings) as capture:
+        execute(settings, "INSERT INTO log VALUES ('after')")
+        assert capture.reach().inexact == ()
+    found = sorted(row["what"] for row in replay(settings, "public.log").values())
+    assert found == ["after", "before", "beside", "meanwhile"]
+
+
+def test_a_new_epoch_is_above_every_one_that_the_log_or_a_view_has_seen(captured: Settings) -> None:
+    """Also when an epoch left no record: capture itself reported it."""
+    recover(captured, lambda _: None)
+    execute(captured, "TRUNCATE items")
+    with capturing(captured) as capture:
+        capture.hear("was read again")
+        capture.reach()
+    recover(captured, lambda _: None)
+    with capturing(captured) as capture:
+        capture.hear("was read again")
+        capture.reach()
+    assert {c.version.epoch for c in changes(captured, T)} == {1, 2}
+    delete_checkpoints(captured)
+    assert recover(captured, lambda _: None).version.epoch == 4
+
+
+def test_a_log_without_checkpoints_and_records_begins_as_a_new_one(settings: Settings) -> None:
+    """There is nothing to recover, and nothing that could be wrong."""
+    prepare(settings, ITEMS)
+    with pytest.raises(Misconfigured) as nothing:
+        recover(settings, lambda _: None)
+    assert nothing.value.code == "nothing-captured"
+    with capturing(settings) as capture:
+        execute(settings, "INSERT INTO items VALUES (1, 'a')")
+        capture.reach()
+    assert replay(settings, T) == selected(settings, T)
 
 
 def test_it_refuses_while_capture_runs(captured: Settings) -> None:

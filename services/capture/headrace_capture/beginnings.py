@@ -67,8 +67,7 @@ def begin(
     point, name = exporter.create_slot(settings.slot, stopped)
     floor = _floor(settings.dsn, name)
     named = _publish(log, writer, tables, appended, progress)
-    if not initial:  # what was captured once and is no longer has dead keys only
-        named |= {table for table, _ in log.schemas()} & set(log.tables())
+    named |= {table for table, _ in log.schemas()} & set(log.tables())  # captured once and no longer: dead keys only
     for table in sorted(named):
         why = "initial snapshot" if initial else "a new epoch"
         jobs.put(Job(table, why=why, floor=floor, initial=initial))

@@ -144,7 +144,7 @@ class Capture:
     def _resume(self, writer: CutWriter, here: Here, slot: Slot | None) -> Checkpoint | None:
         """Read the newest checkpoint and hold it against source, slot and log (S3, I12)."""
         checkpoint = self._log.newest_checkpoint()
-        identity.check(checkpoint, here, slot)
+        identity.check(checkpoint, here, slot, () if checkpoint else self._log.remains(here.tables))
         if checkpoint is None:
             writer.resume(None)
             return None

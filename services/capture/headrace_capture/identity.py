@@ -10,6 +10,7 @@ checkpoint, and the slot is there (a failover slot, on 17 and newer).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from headrace.change import Checkpoint, Source, format_lsn, parse_lsn
 from headrace.errors import Misconfigured, Transient
 from headrace_capture import catalog
 from headrace_capture.replication import MEND, Replication, postgres_errors
+
+_TOLD = 3
+"""So many topics are named."""
 
 
 class Slot(NamedTuple):
@@ -38,11 +42,13 @@ class Here(NamedTuple):
         source: What a checkpoint would say of it.
         lsn: Up to where its WAL is written.
         switches: (timeline, LSN) for each timeline before the present one: where it was left.
+        tables: What the publication sends.
     """
 
     source: Source
     lsn: int
     switches: tuple[tuple[int, int], ...] = ()
+    tables: tuple[str, ...] = ()
 
 
 def look(connection: catalog.Connection, slot: str, publication: str, dsn: str) -> Here:
@@ -63,7 +69,7 @@ def look(connection: catalog.Connection, slot: str, publication: str, dsn: str) 
                 f"wal_level is {row[1]}.",
                 "ALTER SYSTEM SET wal_level = 'logical', then restart Postgres.",
             )
-        catalog.published_tables(connection, publication)
+        tables = tuple(table.full_name for table in catalog.published_tables(connection, publication))
         flushed = connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
         assert flushed is not None
         replication = Replication(dsn)
@@ -73,7 +79,7 @@ def look(connection: catalog.Connection, slot: str, publication: str, dsn: str) 
         finally:
             replication.close()
     source = Source(identity.system_id, identity.timeline, identity.database, slot, publication)
-    return Here(source, max(identity.lsn, parse_lsn(flushed[0])), switches)
+    return Here(source, max(identity.lsn, parse_lsn(flushed[0])), switches, tables)
 
 
 def slot_of(connection: catalog.Connection, name: str) -> Slot | None:
@@ -85,14 +91,16 @@ def slot_of(connection: catalog.Connection, name: str) -> Slot | None:
     return Slot(row[0], row[1], row[2], parse_lsn(row[3]), row[4]) if row else None
 
 
-def check(checkpoint: Checkpoint | None, here: Here, slot: Slot | None) -> None:
-    """Refuse to go on where changes may have been lost.
+def check(checkpoint: Checkpoint | None, here: Here, slot: Slot | None, remains: Collection[str] = ()) -> None:
+    """Refuse to go on where changes may have been lost; `remains`: topics that have records though there is no checkpoint.
 
     Raises:
-        Misconfigured: `slot-without-checkpoint`, `other-source`, `timeline-diverged`, `source-behind-log`, `slot-missing`,
-            `slot-lost`, `slot-beyond-checkpoint`.
+        Misconfigured: `checkpoints-missing`, `slot-without-checkpoint`, `other-source`, `timeline-diverged`, `source-behind-log`,
+            `slot-missing`, `slot-lost`, `slot-beyond-checkpoint`.
     """
     if checkpoint is None:
+        if remains:
+            raise _checkpoints_missing(sorted(remains))
         if slot is not None:
             raise Misconfigured(
                 "slot-without-checkpoint",
@@ -110,6 +118,17 @@ def check(checkpoint: Checkpoint | None, here: Here, slot: Slot | None) -> None:
     if checkpoint.snapshot != "running":
         _check_history(checkpoint, here)
         _check_slot(checkpoint, here.source, slot)
+
+
+def _checkpoints_missing(remains: list[str]) -> Misconfigured:
+    told = ", ".join(remains[:_TOLD]) + (f" and {len(remains) - _TOLD} more" if len(remains) > _TOLD else "")
+    return Misconfigured(
+        "checkpoints-missing",
+        f"There are records in {told}, and the log has no checkpoint: their topic was deleted. "
+        "How far the log goes is not known any more, nor which changes and deletes it lacks.",
+        "Run: headrace resnapshot --recover, then capture. It takes the initial snapshot again, into the topics that are there, "
+        "and deletes from them what is gone.",
+    )
 
 
 def _check_history(checkpoint: Checkpoint, here: Here) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from headrace.change import Version
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, Record, read_to_end
 
@@ -34,7 +35,7 @@ class LiveKeys:
         self._db = sqlite3.connect(Path(self._folder.name) / "keys.sqlite", isolation_level=None)
         self._db.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;"
-            "CREATE TABLE live (key BLOB PRIMARY KEY, lsn INTEGER, partition INTEGER, at INTEGER) WITHOUT ROWID"
+            "CREATE TABLE live (key BLOB PRIMARY KEY, version INTEGER, partition INTEGER, at INTEGER) WITHOUT ROWID"
         )
 
     def __enter__(self) -> Self:
@@ -62,13 +63,13 @@ class LiveKeys:
                 tick()
         self._take(bunch)
 
-    def each(self, below: int | None = None) -> Iterator[bytes]:
-        """Yield the live keys in their order; only those whose newest record has a commit LSN below `below`, if given."""
-        bound = (1 << 63) - 1 if below is None else below
+    def each(self, below: Version | None = None) -> Iterator[bytes]:
+        """Yield the live keys in their order; only those whose newest record is older than `below`, if given."""
+        bound = (1 << 63) - 1 if below is None else below.packed()
         after = b""
         while True:
             rows = self._db.execute(
-                "SELECT key FROM live WHERE key > ? AND lsn < ? ORDER BY key LIMIT ?", (after, bound, _BUNCH)
+                "SELECT key FROM live WHERE key > ? AND version < ? ORDER BY key LIMIT ?", (after, bound, _BUNCH)
             ).fetchall()
             for (key,) in rows:
                 yield key
@@ -98,7 +99,9 @@ class LiveKeys:
             if record.value is None:
                 self._db.execute("DELETE FROM live WHERE key = ?", (record.key,))
             else:
-                row = (record.key, int(dict(record.headers)["lsn"]), record.partition, record.offset)
+                headers = dict(record.headers)
+                version = Version(int(headers["epoch"]), int(headers["lsn"])).packed()
+                row = (record.key, version, record.partition, record.offset)
                 self._db.execute("INSERT OR REPLACE INTO live VALUES (?, ?, ?, ?)", row)
             self._next[record.topic, record.partition] = record.offset + 1
         self._db.execute("COMMIT")

@@ -5,6 +5,9 @@ stays, so that views go on from where they are: the epoch that begins has higher
 until it was read again beside the stream, and what vanished meanwhile gets its tombstone [I4]. Only where a topic is gone, is short of
 records, or has another key or partition count, it is made anew, and the views that read it must be rebuilt: they see its new id.
 
+Where the checkpoints are gone nothing in the log is known to be a state (S6): the new epoch begins with an initial snapshot, which
+capture takes, into the topics that are there. The slot is capture's matter then.
+
 Killed at any moment it leaves a log that is refused as before; then it is run again.
 """
 
@@ -15,26 +18,27 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
 
-from headrace.change import Checkpoint, Source, format_lsn
+from headrace.change import Checkpoint, Source, Version, format_lsn
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
 from headrace_capture import beginnings, catalog, identity
-from headrace_capture.identity import Slot
+from headrace_capture.identity import Here, Slot
 from headrace_capture.progress import Progress
 from headrace_capture.replication import Replication
 from headrace_capture.tables import newest
 
 
 def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
-    """Begin the new epoch; return the checkpoint from which capture will stream.
+    """Begin the new epoch; return the checkpoint from which capture will stream, or, where it says `running`, take its snapshot.
 
     Raises:
         Misconfigured: `slot-active`: capture is running; `nothing-captured`; `wal-level`, `publication-missing`, ….
         Transient: `postgres-away`, `kafka-away`, `cut-lost`: run it again.
     """
     log = Log(settings)
+    log.ensure_spine()
     with closing(catalog.connect(settings.dsn, name="headrace resnapshot", timeout_s=0)) as connection:
         here = identity.look(connection, settings.slot, settings.publication, settings.dsn)
         slot = identity.slot_of(connection, settings.slot)
@@ -44,11 +48,7 @@ def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
             writer.open()
             before = log.newest_checkpoint()
             if before is None:
-                raise Misconfigured(
-                    "nothing-captured",
-                    f"The log of {settings.source} has no checkpoint: there is nothing to go on from.",
-                    "From zero: headrace teardown --topics, setup, capture; then headrace rebuild for each view.",
-                )
+                return _begin_with_snapshot(log, writer, connection, here, say)
             writer.resume(_mend_topics(log, before, connection, say))
             return _begin(log, writer, connection, before, here.source, slot, say)
         finally:
@@ -88,6 +88,26 @@ def _begin(
             exporter.drop_slot(log.settings.slot, _never)
         begun = beginnings.begin(log, writer, connection, exporter, where, progress, _never, initial=initial)
     say(f"epoch {begun.version.epoch} begins at {format_lsn(begun.version.lsn)}; every table will be read again")
+    return begun
+
+
+def _begin_with_snapshot(
+    log: Log, writer: CutWriter, connection: catalog.Connection, here: Here, say: Callable[[str], None]
+) -> Checkpoint:
+    """Write the intent of an initial snapshot, above every version that the log and the views have."""
+    ends = log.remains(here.tables)
+    if not ends:
+        raise Misconfigured(
+            "nothing-captured",
+            f"The log of {log.settings.source} has neither checkpoints nor records: there is nothing to go on from.",
+            "Run: headrace capture. If it refuses the slot: headrace teardown, then setup and capture.",
+        )
+    shown = [report.version.epoch for reports in Control(log).reports().values() for report in reports]
+    version = Version(max(log.newest_epoch(ends), *shown, 0) + 1, here.lsn)
+    writer.resume(_mend_topics(log, Checkpoint(version, 0, 0, ends, here.source), connection, say))
+    now_ms = time.time_ns() // 1_000_000
+    begun = writer.seal(version=version, commit_ts=now_ms, xid=0, source=here.source, snapshot="running")
+    say(f"epoch {version.epoch} begins with the initial snapshot")
     return begun
 
 

@@ -77,9 +77,9 @@ def resnapshot(
     log = Log(load())
     if recover:
         begun = recovery.recover(log.settings, typer.echo)
-        typer.echo(
-            f"Next: headrace capture. It streams from {format_lsn(begun.version.lsn)} and reads all tables beside that."
-        )
+        streams = f"streams from {format_lsn(begun.version.lsn)} and reads all tables beside that"
+        does = "takes the initial snapshot again" if begun.snapshot == "running" else streams
+        typer.echo(f"Next: headrace capture. It {does}.")
         return
     named = [table if "." in table else f"public.{table}" for table in tables or []]
     verb = _verb(pause=pause, resume=resume, cancel=cancel)

@@ -202,7 +202,7 @@ class Snapshot:
                 continue
             with LiveKeys(self._log, name) as live:
                 live.catch_up(self._progress.beat)
-                for count, key in enumerate(live.each(below=version.lsn), start=1):
+                for count, key in enumerate(live.each(below=version), start=1):
                     self._writer.produce(table.topic, key, stamp.value(table, 0, DELETE, NULL), stamp.headers(table, 0))
                     self._writer.produce(table.topic, key, None, stamp.headers(table, 0))
                     if not count % _BUNCH:
