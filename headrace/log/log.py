@@ -177,10 +177,10 @@ class Log:
         return newest
 
     def check_ends(self, checkpoint: Checkpoint) -> None:
-        """Refuse a log that ends below its newest checkpoint: Kafka lost acknowledged records (S3).
+        """Refuse a log that ends below its newest checkpoint: Kafka lost acknowledged records (S3); or that nobody can read any more.
 
         Raises:
-            Misconfigured: `log-lost-records`, `topic-missing`.
+            Misconfigured: `log-lost-records`, `topic-missing`, `schemas-missing`.
         """
         missing = sorted(checkpoint.ends.keys() - self.topics.names())
         if missing:
@@ -198,6 +198,14 @@ class Log:
                         f"{topic} partition {partition} ends at {is_now}; the newest checkpoint says {end}: Kafka lost records.",
                         "Run: headrace resnapshot --recover. It makes the topic anew; then rebuild the views that read it.",
                     )
+        shaped = {self.topic_of(table) for table, _ in self.schemas()}
+        unread = sorted(topic for topic, ends in checkpoint.ends.items() if any(ends) and topic not in shaped)
+        if unread:
+            raise Misconfigured(
+                "schemas-missing",
+                f"Records in {', '.join(unread)} name shapes that are not in {schemas_topic(self.settings.source)}: it was deleted.",
+                "Run: headrace resnapshot --recover. It makes those topics anew; then rebuild the views that read them.",
+            )
 
     def schemas(self) -> Schemas:
         """Return every schema version that is in the log now."""

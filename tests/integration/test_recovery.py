@@ -10,7 +10,7 @@ import pytest
 from headrace.change import Version
 from headrace.errors import Misconfigured
 from headrace.log import Log
-from headrace.log.topics import checkpoints_topic
+from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.settings import Settings
 from headrace_capture import catalog, setup
 from headrace_capture.recovery import recover
@@ -123,21 +123,45 @@ def never_back(settings: Settings, table: str) -> bool:
 
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "made anew"])
 def test_a_topic_that_was_deleted(captured: Settings, again: bool) -> None:
-    log = Log(captured)
-    topic = log.topic_of(T)
-    log.topics.delete([topic])
-    eventually("it is gone", lambda: topic not in log.topics.names())
+    delete(captured, Log(captured).topic_of(T))
     if again:
-        log.ensure_table(T)
+        Log(captured).ensure_table(T)
     execute(captured, "DELETE FROM items WHERE id = 3")
     mends(captured, "log-lost-records" if again else "topic-missing")
 
 
 def delete_checkpoints(settings: Settings) -> None:
     """Delete the topic, by a hand that took it for rubbish."""
-    log, topic = Log(settings), checkpoints_topic(settings.source)
+    delete(settings, checkpoints_topic(settings.source))
+
+
+def delete(settings: Settings, topic: str) -> None:
+    log = Log(settings)
     log.topics.delete([topic])
     eventually("it is gone", lambda: topic not in log.topics.names())
+
+
+def test_schemas_that_were_deleted(captured: Settings) -> None:
+    """Records of shapes that nobody knows any more cannot be read from zero: their topic is made anew, and versions begin again."""
+    old = Log(captured).topics.describe([Log(captured).topic_of(T)])
+    delete(captured, schemas_topic(captured.source))
+    execute(captured, "ALTER TABLE items ADD COLUMN more text", "DELETE FROM items WHERE id = 3")
+    mends(captured, "schemas-missing")
+    assert Log(captured).topics.describe(old) != old
+    assert [len(shape.columns) for shape in Log(captured).schemas().values()] == [3]
+
+
+def test_checkpoints_and_schemas_that_were_deleted(captured: Settings) -> None:
+    """Nothing tells how far the log goes, nor what its records are: both are mended by the same command."""
+    delete_checkpoints(captured)
+    delete(captured, schemas_topic(captured.source))
+    execute(captured, "DELETE FROM items WHERE id = 3")
+    assert refused(captured).code == "checkpoints-missing"
+    recover(captured, lambda _: None)
+    with capturing(captured) as capture:
+        execute(captured, "INSERT INTO items VALUES (31, 'new')")
+        assert capture.reach().inexact == ()
+    assert replay(captured, T) == selected(captured, T)
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])

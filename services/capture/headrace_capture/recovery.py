@@ -3,7 +3,8 @@
 For when log and source have parted (`identity`). Run while capture is stopped: it makes what capture needs, and ends. What the log has
 stays, so that views go on from where they are: the epoch that begins has higher versions than all before (S2), every table is *inexact*
 until it was read again beside the stream, and what vanished meanwhile gets its tombstone [I4]. Only where a topic is gone, is short of
-records, or has another key or partition count, it is made anew, and the views that read it must be rebuilt: they see its new id.
+records, has records whose shapes are gone, or has another key or partition count, it is made anew, and the views that read it must be
+rebuilt: they see its new id.
 
 Where the checkpoints are gone nothing in the log is known to be a state (S6): the new epoch begins with an initial snapshot, which
 capture takes, into the topics that are there. The slot is capture's matter then.
@@ -126,10 +127,11 @@ def _mend_topics(
     shapes = newest(log.schemas().values())
     kept = {}
     for topic in there:
-        table = log.table_of(topic)
+        table, shape = log.table_of(topic), shapes.get(log.table_of(topic))
         whole = counts[topic] == len(before.ends[topic]) and actual[topic] >= before.ends[topic]
         whole = whole and all(is_now >= end for is_now, end in zip(actual[topic], before.ends[topic], strict=True))
-        if whole and (table not in keys or table not in shapes or keys[table] == shapes[table].key):
+        readable = shape.key == keys.get(table, shape.key) if shape else not any(before.ends[topic])
+        if whole and readable:
             kept[topic] = before.ends[topic]
     for topic in sorted(before.ends.keys() - kept.keys()):
         say(f"topic {topic} is made anew: views that read it must be rebuilt")
