@@ -76,7 +76,7 @@ class Table:
             sql.SQL("{} AS {}").format(_expression(column, alias), sql.Identifier(column.name))
             for column in self.columns
         ]
-        return sql.SQL("(SELECT row_to_json(r) FROM (SELECT {}) r)").format(sql.SQL(", ").join(values))
+        return sql.SQL("(SELECT row_to_json(r.*) FROM (SELECT {}) r)").format(sql.SQL(", ").join(values))
 
     def matches(self, alias: str, key: Row) -> sql.Composed:
         """Return the SQL that is true of the row of this key."""
