@@ -23,7 +23,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
-from headrace.errors import Misconfigured, Transient
+from headrace.errors import Misconfigured
 from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, kafka_errors, translate
 from headrace.settings import Settings
 
@@ -149,11 +149,10 @@ class Topics:
         ]
         for name, future in self._client.create_topics(new, operation_timeout=TIMEOUT).items():
             try:
-                with kafka_errors(f"making topic {name}"):
-                    future.result(TIMEOUT)
-            except Transient:
-                if name not in self.names():  # another process may have made it
-                    raise
+                future.result(TIMEOUT)
+            except KafkaException as error:  # another process may have made it, which this broker need not know yet
+                if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
+                    raise translate(error.args[0], f"making topic {name}") from error
         self._await(set(missing))
 
     def _await(self, names: set[str]) -> None:

@@ -235,17 +235,3 @@ def test_partitions_without_a_key_are_one_table(settings: Settings) -> None:
         capture.reach()
     equal(settings)
     assert Log(settings).tables() == [T]
-
-
-def test_a_look_for_older_rows_that_takes_long_does_not_hold_the_stream(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A large table without older rows would be read to its end. What is not known to be complete is inexact (S12)."""
-    monkeypatch.setattr("headrace_capture.relations._LOOK_SECONDS", 0.001)
-    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
-    with capturing(settings) as capture:
-        capture.reach()
-        prepare_append_only(settings, EVENTS)
-        execute(settings, "INSERT INTO events SELECT 'same', i, NULL FROM generate_series(1, 100000) i")
-        assert capture.reach().inexact == (T,)
-    equal(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -92,6 +93,14 @@ def config_of(settings: Settings, topic: str) -> dict[str, str]:
     admin = AdminClient({"bootstrap.servers": settings.kafka})
     found = admin.describe_configs([asked])[asked].result(30)
     return {name: entry.value for name, entry in found.items()}
+
+
+def test_several_may_make_the_topics_at_once(settings: Settings) -> None:
+    """Capture and consumers start together: whoever is told that a topic exists may not see it yet."""
+    logs = [Log(settings) for _ in range(8)]
+    with ThreadPoolExecutor(len(logs)) as threads:
+        assert list(threads.map(lambda log: log.ensure_spine(), logs)) == [None] * len(logs)
+    assert checkpoints_topic(settings.source) in logs[0].topics.names()
 
 
 def test_a_reader_from_zero_loads_and_then_follows_cut_by_cut(feed: Feed) -> None:

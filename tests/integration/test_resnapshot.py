@@ -241,11 +241,11 @@ def test_one_row_by_its_key(commands: Settings) -> None:
 
 
 @contextmanager
-def unnoticed(settings: Settings) -> Iterator[None]:
-    """Let the stream miss what is done meanwhile, and capture not know that it did: nothing is read by itself."""
+def unnoticed(settings: Settings, publish: str = "truncate") -> Iterator[None]:
+    """Let the stream miss what is done meanwhile, but for `publish`, and capture not know that it did: nothing is read by itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(beside.Resnapshot, "_judge", lambda *_: None)
-        execute(settings, f"ALTER PUBLICATION {settings.publication} SET (publish = 'truncate')")
+        execute(settings, f"ALTER PUBLICATION {settings.publication} SET (publish = '{publish}')")
         yield
         execute(
             settings, f"ALTER PUBLICATION {settings.publication} SET (publish = 'insert, update, delete, truncate')"

@@ -6,7 +6,9 @@ from functools import partial
 
 from headrace.settings import Settings
 from headrace_capture.recovery import recover
-from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows, selected
+from tests.fixtures.capture import Running, capturing, eventually, execute, replay, rows, selected
+from tests.integration.test_capture_append_only import equal as equal_without_key
+from tests.integration.test_capture_append_only import prepare_append_only
 
 TABLES = (
     "CREATE TABLE items (id int PRIMARY KEY, n int)",
@@ -15,6 +17,8 @@ TABLES = (
     "CREATE TABLE high PARTITION OF parts FOR VALUES FROM (10) TO (20)",
     "INSERT INTO items SELECT i, i FROM generate_series(1, 50) i",
     "INSERT INTO parts SELECT i, i FROM generate_series(0, 19) i",
+    "CREATE TABLE events (n int)",
+    "INSERT INTO events SELECT i % 10 FROM generate_series(1, 50) i",
 )
 
 
@@ -22,6 +26,7 @@ def equal(settings: Settings) -> None:
     """The log is the tables."""
     for table in ("items", "parts"):
         assert replay(settings, f"public.{table}") == selected(settings, table)
+    equal_without_key(settings)
 
 
 def twice(running: Running, words: str) -> bool:
@@ -31,20 +36,26 @@ def twice(running: Running, words: str) -> bool:
 
 def test_read_in_chunks_and_again(each_version: Settings) -> None:
     settings = each_version
-    prepare(settings, *TABLES)
+    prepare_append_only(settings, *TABLES)
     with capturing(settings, chunked=True) as capture:
         capture.hear("the initial snapshot is complete")
         capture.reach()
         equal(settings)
-        execute(settings, "DROP TABLE low", "ALTER TABLE items ADD COLUMN more int DEFAULT 5")
-        for table in ("items", "parts"):
+        more = "ADD COLUMN more int DEFAULT 5"
+        execute(settings, "DROP TABLE low", f"ALTER TABLE items {more}", f"ALTER TABLE events {more}")
+        for table in ("items", "parts", "events"):
             again = f"public.{table} was read again"
             eventually(again, partial(twice, capture, again))
         eventually("all is exact", lambda: capture.reach().inexact == ())
         equal(settings)
     free = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND NOT active"
     eventually("the slot is free", lambda: rows(settings, free))
-    execute(settings, f"SELECT pg_drop_replication_slot('{settings.slot}')", "DELETE FROM items WHERE id < 9")
+    execute(
+        settings,
+        f"SELECT pg_drop_replication_slot('{settings.slot}')",
+        "DELETE FROM items WHERE id < 9",
+        "TRUNCATE events",
+    )
     recover(settings, lambda _: None)
     with capturing(settings) as capture:
         eventually("all is exact", lambda: capture.reach().inexact == ())

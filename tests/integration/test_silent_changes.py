@@ -103,6 +103,21 @@ def test_columns_though_no_row_changes_afterwards_and_capture_was_off(settings: 
         exact(settings, capture, T)
 
 
+@pytest.mark.parametrize("capture_was_off", [False, True])
+def test_a_default_for_the_rows_of_partitions(settings: Settings, capture_was_off: bool) -> None:
+    """Only the partitions' own entries in the catalogue tell that old rows show it."""
+    prepare(settings, PARTS, LOW, HIGH, ROWS)
+    added = "ALTER TABLE parts ADD COLUMN more int DEFAULT 5"
+    if capture_was_off:
+        with off(settings):
+            execute(settings, added)
+    with capturing(settings) as capture:
+        if not capture_was_off:
+            capture.reach()
+            execute(settings, added, "UPDATE parts SET n = 0 WHERE id = 3")
+        exact(settings, capture, "public.parts")
+
+
 def test_what_changes_no_row_lets_nothing_be_read_again(settings: Settings) -> None:
     """Written anew as it is, a nullable column, a default for later rows, a dropped column, an empty partition, TRUNCATE."""
     whole = "CREATE TABLE whole (id int PRIMARY KEY, n int)"

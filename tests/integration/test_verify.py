@@ -300,6 +300,22 @@ TYPES = (
 )
 
 
+def test_columns_may_be_called_as_our_queries_call_their_rows(settings: Settings) -> None:
+    """In the snapshot's queries and in ours: an alias must not be taken for the column."""
+    prepare(
+        settings,
+        "CREATE TABLE items (r int, k int, t int, c int, PRIMARY KEY (k, r))",
+        "CREATE TABLE others (r int PRIMARY KEY, k text)",
+        "INSERT INTO items VALUES (1, 2, 3, 4)",
+        "INSERT INTO others VALUES (1, 'k')",
+    )
+    with kept(settings, Mirror):
+        execute(settings, "INSERT INTO items VALUES (5, 6, 7, 8)", "UPDATE others SET k = 'more'")
+        assert found(settings, Mirror).clean
+        keys = {change.key for table in (T, "public.others") for change in Log(settings).scan(table)}
+    assert keys == {b'{"k":2,"r":1}', b'{"k":6,"r":5}', b'{"r":1}'}
+
+
 def test_every_type_is_read_as_the_log_has_it(settings: Settings) -> None:
     """Snapshot and stream against SQL; the same value, all NULL, and an old row from before a column was added."""
     columns = {f"c{number}": type_ for number, type_ in enumerate(VALUES)}

@@ -14,7 +14,6 @@ from dataclasses import replace
 from psycopg import sql
 
 from headrace.change import Checkpoint, Source, Version
-from headrace.errors import Misconfigured
 from headrace.log import CutWriter, Log
 from headrace_capture import append_only, catalog, fingerprints
 from headrace_capture.jobs import Job, Jobs
@@ -62,7 +61,7 @@ def begin(
     with postgres_errors("looking at the captured tables"):
         _know(jobs, connection, settings.publication)
         tables = catalog.published_tables(connection, settings.publication)
-        appended = _append_only(connection, settings.publication, tables, initial=initial)
+        appended = append_only.named(connection, settings.publication)
     progress.say(f"making slot {settings.slot}: Postgres waits for the transactions that are running now")
     point, name = exporter.create_slot(settings.slot, stopped)
     floor = _floor(settings.dsn, name)
@@ -82,32 +81,22 @@ def begin(
     )
 
 
-def _append_only(
-    connection: catalog.Connection, publication: str, tables: list[catalog.Table], *, initial: bool
-) -> set[str]:
-    """Return the append-only tables; refuse them where they would have to be read in chunks."""
-    found = append_only.named(connection, publication) & {table.full_name for table in tables if not table.key}
-    if initial and found:
-        raise Misconfigured(
-            "append-only-again",
-            f"{', '.join(sorted(found))}: an append-only table cannot be read in chunks, for it has no key (S10).",
-            "Run: headrace capture --snapshot=whole",
-        )
-    return found
-
-
 def _publish(
     log: Log, writer: CutWriter, tables: list[catalog.Table], appended: set[str], progress: Progress
 ) -> set[str]:
-    """Make topics and shapes of the tables that have a key, and topics of those that are append-only; return the names of the former."""
+    """Make topics and shapes of the tables that have a key or are `appended`; return their names.
+
+    Raises:
+        Misconfigured: `append-only-full`, `append-only-key`.
+    """
     shapes = newest(log.schemas().values())
-    keyed = {table.full_name: table for table in tables if table.key}
-    for name in sorted(appended):
-        writer.add_topic(log.ensure_table(name))
+    named = {table.full_name: table for table in tables if table.key or table.full_name in appended}
     for table in tables:
-        if not table.key and table.full_name not in appended:
+        if table.full_name not in named:
             progress.say(keyless(table.full_name, table.keyless))
-    for name, table in keyed.items():
+        elif not table.key:
+            append_only.check(table)
+    for name, table in named.items():
         known, wanted = shapes.get(name), table.shape(1)
         if known is not None and known.key != wanted.key:  # its topic has been made anew
             shape = replace(wanted, version=known.version + 1)
@@ -116,7 +105,7 @@ def _publish(
         writer.add_topic(log.ensure_table(name))
         if shape is not known:
             writer.schema(shape)
-    return set(keyed)
+    return set(named)
 
 
 def _know(jobs: Jobs, connection: catalog.Connection, publication: str) -> None:

@@ -1,8 +1,10 @@
-"""Chunks: some rows of a table in key order, read beside the stream between two watermarks.
+"""Chunks: some rows of a table in key order, read beside the stream between two watermarks; of an append-only table all rows at once (S10).
 
 One thread with a connection of its own does it, so that a read that takes long never holds up the stream: low watermark, the rows in one
 snapshot, high watermark. The table is locked (ACCESS SHARE, as every SELECT does) *before* the snapshot is taken: a table that is written
-anew by DDL would look empty to an older snapshot. The values are the stream's text, for the same converters.
+anew by DDL would look empty to an older snapshot. The high watermark is of the reading transaction itself, so that the lock is held up to
+it: a TRUNCATE in between would delete only what the log has by then, and what was read would come after it. The values are the stream's
+text, for the same converters.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from psycopg import sql
 
 from headrace.errors import Misconfigured
 from headrace.settings import Settings
-from headrace_capture import catalog, fingerprints, watermarks
+from headrace_capture import append_only, catalog, fingerprints, watermarks
 from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.jobs import JOINED
 from headrace_capture.published import row_filters
 from headrace_capture.replication import Stopped, postgres_errors
+from headrace_capture.spool import Spool
 from headrace_capture.tables import copy_fields
 
 MOST_BYTES = 8 * 1024 * 1024
@@ -29,12 +32,14 @@ MOST_BYTES = 8 * 1024 * 1024
 _CLOSE_SECONDS = 5.0
 _LOCK_SECONDS = 1.0
 """A table that is locked for longer is tried again later, for others wait to be read."""
+_BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 
 class Ask(NamedTuple):
     """What to read: the rows of `table` after the key `after`, at most `most`; or the row of one `key`, texts by column.
 
-    `leaves` are the table's that are known (see `fingerprints.read`). A snapshot that does not cover `floor` reads nothing.
+    `leaves` are the table's that are known (see `fingerprints.read`). A snapshot that does not cover `floor` reads nothing. `appended`:
+    the log has the table as append-only.
     """
 
     mark: str
@@ -44,6 +49,7 @@ class Ask(NamedTuple):
     most: int
     leaves: frozenset[int]
     floor: str
+    appended: bool
 
 
 class Chunk(NamedTuple):
@@ -54,11 +60,12 @@ class Chunk(NamedTuple):
         floor: What had to be covered; for `JOINED` what that came to.
         covered: Whether the snapshot does; if not, nothing was read.
         exists: Whether there is such a table at all.
-        table: As the catalogue has it; None when it is gone, is not published any more, or has no key.
+        table: As the catalogue has it; None when it is gone, is not published any more, or has no key and is not append-only.
         print: Its fingerprint, None when it is not published.
         rows: The published columns of each row.
         last: Whether the table has no more rows after these.
         wanted: The values of the key that was asked for, in the key's order, as Postgres writes them.
+        spool: All rows of an append-only table; whoever takes the chunk closes it.
     """
 
     snapshot: str
@@ -70,6 +77,12 @@ class Chunk(NamedTuple):
     rows: list[list[Any]]
     last: bool
     wanted: list[bytes] | None = None
+    spool: Spool | None = None
+
+    def close(self) -> None:
+        """Remove what is on disk."""
+        if self.spool is not None:
+            self.spool.close()
 
 
 class ChunkReader:
@@ -110,8 +123,10 @@ class ChunkReader:
             with postgres_errors(f"reading {ask.table} again"):
                 connection = self._connected()
                 watermarks.emit(connection, watermarks.LOW, ask.mark)
+                connection.execute(_BEGIN)
                 chunk = self._chunk(connection, ask)
                 watermarks.emit(connection, watermarks.HIGH, ask.mark)
+                connection.execute("COMMIT")
                 return chunk
         except BaseException:
             self._disconnect()
@@ -137,17 +152,16 @@ class ChunkReader:
         return self._connection
 
     def _chunk(self, connection: catalog.Connection, ask: Ask) -> Chunk:
-        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        name = sql.Identifier(*ask.table.split(".", 1))
         try:
-            lock = sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(sql.Identifier(*ask.table.split(".", 1)))
-            try:
-                connection.execute(lock)
-            except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
-                connection.execute("ROLLBACK")
-                return _nothing(connection, ask, exists=False)
-            return self._locked(connection, ask)
-        finally:
+            connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(name))
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             connection.execute("ROLLBACK")
+            connection.execute(_BEGIN)
+            none = _nothing(connection, ask, exists=False)
+            gone = connection.execute("SELECT to_regclass(%s) IS NULL", [name.as_string()]).fetchone() == (True,)
+            return none if gone else none._replace(covered=False)  # it was made anew: its rows may be in the log
+        return self._locked(connection, ask)
 
     def _locked(self, connection: catalog.Connection, ask: Ask) -> Chunk:
         none = _nothing(connection, ask, exists=True)
@@ -156,11 +170,35 @@ class ChunkReader:
         publication = self._settings.publication
         table = next(iter(catalog.published_tables(connection, publication, only=ask.table)), None)
         print_ = fingerprints.read(connection, publication, ask.leaves, ask.table).get(ask.table)
+        none = none._replace(print=print_)
+        if table is not None and not table.key and (ask.appended or _is_named(connection, publication, ask.table)):
+            return none._replace(table=table, spool=self._spooled(connection, table, ask))
         if table is None or not table.key:
-            return none._replace(print=print_)
+            return none
         wanted = _wanted(connection, table, ask.key) if ask.key is not None else None
         rows, last = _rows(connection, _query(connection, publication, table, ask), ask.most)
-        return none._replace(table=table, print=print_, rows=rows, last=last, wanted=wanted)
+        return none._replace(table=table, rows=rows, last=last, wanted=wanted)
+
+    def _spooled(self, connection: catalog.Connection, table: catalog.Table, ask: Ask) -> Spool:
+        """Copy all rows of an append-only table to disk."""
+        append_only.check(table)
+        if ask.key is not None:
+            raise Misconfigured("bad-key", f"{ask.table} is append-only: its rows have no key.", "Leave --key out.")
+        query = sql.SQL("COPY ({}) TO STDOUT").format(_select(connection, self._settings.publication, table))
+        spool = Spool()
+        try:
+            with connection.cursor().copy(query) as copy:
+                for line in copy:
+                    spool.add(bytes(line))
+            spool.end()
+        except BaseException:
+            spool.close()
+            raise
+        return spool
+
+
+def _is_named(connection: catalog.Connection, publication: str, table: str) -> bool:
+    return table in append_only.named(connection, publication)
 
 
 def _nothing(connection: catalog.Connection, ask: Ask, *, exists: bool) -> Chunk:
@@ -184,10 +222,7 @@ def _rows(connection: catalog.Connection, query: sql.Composed, most: int) -> tup
 
 
 def _query(connection: catalog.Connection, publication: str, table: catalog.Table, ask: Ask) -> sql.Composed:
-    """Return the COPY of what the stream would send of these rows: its columns, its row filter, an ordinary table's own rows."""
-    columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.published)
-    source = table.identifier if table.kind == "p" else sql.SQL("ONLY {}").format(table.identifier)
-    only = sql.SQL(row_filters(connection, publication, table.oid).get(table.oid, "true"))
+    """Return the COPY of the rows that are asked for, in the key's order."""
     keys = sql.SQL(", ").join(map(sql.Identifier, table.key))
     if ask.key is not None:
         where = sql.SQL("({}) = ({})").format(keys, _values(table, [ask.key[name] for name in table.key]))
@@ -195,10 +230,16 @@ def _query(connection: catalog.Connection, publication: str, table: catalog.Tabl
         where = sql.SQL("({}) > ({})").format(keys, _values(table, ask.after))
     else:
         where = sql.SQL("true").format()
-    limit = sql.Literal(ask.most)
-    return sql.SQL("COPY (SELECT {} FROM {} WHERE ({}) AND {} ORDER BY {} LIMIT {}) TO STDOUT").format(
-        columns, source, only, where, keys, limit
-    )
+    rows = _select(connection, publication, table)
+    return sql.SQL("COPY ({} AND {} ORDER BY {} LIMIT {}) TO STDOUT").format(rows, where, keys, sql.Literal(ask.most))
+
+
+def _select(connection: catalog.Connection, publication: str, table: catalog.Table) -> sql.Composed:
+    """Return the SELECT of what the stream would send: its columns, its row filter, an ordinary table's own rows."""
+    columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.published)
+    source = table.identifier if table.kind == "p" else sql.SQL("ONLY {}").format(table.identifier)
+    only = sql.SQL(row_filters(connection, publication, table.oid).get(table.oid, "true"))
+    return sql.SQL("SELECT {} FROM {} WHERE ({})").format(columns, source, only)
 
 
 def _values(table: catalog.Table, texts: Sequence[str]) -> sql.Composed:

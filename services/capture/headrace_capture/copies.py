@@ -164,9 +164,9 @@ def _native(table: catalog.Table, casts: tuple[str, ...], rest: sql.Composed) ->
     }
     row = sql.SQL(", ").join(sql.SQL("{} AS {}").format(value, sql.Identifier(name)) for name, value in made.items())
     key = sql.SQL(", ").join(sql.SQL("{}").format(sql.Identifier("r", name)) for name in table.key)
-    one = sql.SQL("to_json({})") if len(table.key) == 1 else sql.SQL("(SELECT row_to_json(k) FROM (SELECT {}) k)")
+    one = sql.SQL("to_json({})") if len(table.key) == 1 else sql.SQL("(SELECT row_to_json(k.*) FROM (SELECT {}) k)")
     return sql.SQL(
-        "COPY (SELECT {}::text, row_to_json(r)::text FROM (SELECT {} FROM {}) r) TO STDOUT (FORMAT binary)"
+        "COPY (SELECT {}::text, row_to_json(r.*)::text FROM (SELECT {} FROM {}) r) TO STDOUT (FORMAT binary)"
     ).format(one.format(key), row, rest)
 
 

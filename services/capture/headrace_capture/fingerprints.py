@@ -5,7 +5,8 @@ the catalogue is read now and then, and with every chunk that is read again, and
 signs are chosen so that daily work is not taken for a change of rows:
 
 - a column keeps its number for ever: another name or type at the same number is a rename or a change of type;
-- a new column changes rows if old ones show a value for it (`atthasmissing`, virtual) or the table was written anew for it;
+- a new column changes rows if old ones show a value for it (`atthasmissing`, of a partitioned table that of its partitions; virtual) or the
+  table was written anew for it;
 - a table's file changes when it is written anew. VACUUM FULL and CLUSTER do that too and touch no column, so an ordinary table is suspected
   only when a column's entry changed as well; TRUNCATE of an ordinary table is in the stream. For a partition no such difference
   can be seen: it is suspected always;
@@ -138,7 +139,10 @@ _PRINTS = f"""
 WITH RECURSIVE {published("p.pubname = %(publication)s")}
 SELECT n.nspname || '.' || c.relname, c.relkind::text,
        (SELECT coalesce(json_agg(json_build_array(a.attnum, a.attname, format_type(a.atttypid, a.atttypmod),
-                                                  a.atthasmissing OR a.attgenerated = 'v', a.xmin::text) ORDER BY a.attnum), '[]')
+                                                  a.atthasmissing OR a.attgenerated = 'v' OR EXISTS (
+                                                    SELECT FROM pg_partition_tree(c.oid) t JOIN pg_attribute l ON l.attrelid = t.relid
+                                                    WHERE c.relkind = 'p' AND l.attname = a.attname AND l.atthasmissing),
+                                                  a.xmin::text) ORDER BY a.attnum), '[]')
         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
        coalesce(leaves.told, '[]')
 FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace

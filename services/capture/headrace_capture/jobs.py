@@ -21,6 +21,8 @@ from headrace_capture.progress import NAME
 
 JOB, CATALOGUE = "resnapshot", "catalogue"
 WAITING, READING, PAUSED, FAILED, CANCELLED, DONE = "waiting", "reading", "paused", "failed", "cancelled", "done"
+WRITING, REMOVING = "writing", "removing"
+"""An append-only table, half of which is in the log: only within a high watermark's transaction (see `writing`)."""
 JOINED = "joined"
 """A floor still to be taken: everything that runs when the table is first read must be over by then."""
 
@@ -36,9 +38,9 @@ class Job:
         request: The id of the request that asked for it.
         floor: A snapshot; what is read must see all that it sees (`JOINED`, empty for no such need).
         initial: Whether it is a part of the initial snapshot.
-        phase: WAITING, READING, PAUSED, FAILED, CANCELLED or DONE.
+        phase: WAITING, READING, PAUSED, FAILED, CANCELLED or DONE; for a moment WRITING or REMOVING.
         reason: Why it failed, or what it waits for.
-        first: Commit LSN of the first low watermark of this pass, 0 before.
+        first: Commit LSN of the first low watermark of this pass, 0 before; of an append-only table, of the high one.
         seen: The snapshot of the first chunk of this pass.
         after: The key up to which it has been read, as texts.
         rows, removed: Rows written, and keys tombstoned, in this pass.
@@ -66,7 +68,7 @@ class Job:
     @property
     def open(self) -> bool:
         """Whether there is something to do, now or after a resume."""
-        return self.phase in {WAITING, READING, PAUSED}
+        return self.phase in {WAITING, READING, PAUSED, WRITING, REMOVING}
 
     @property
     def over(self) -> bool:

@@ -89,21 +89,27 @@ class KnownKeys:
 
     def older(self, version: Version, tick: Callable[[], None]) -> Iterator[tuple[bytes, Newest]]:
         """Yield the live keys whose newest record is older than `version`, in their order."""
+        return self._live("version < ?", version, tick)
+
+    def at(self, version: Version, tick: Callable[[], None]) -> Iterator[tuple[bytes, Newest]]:
+        """Yield the live keys whose newest record is of `version`, in their order."""
+        return self._live("version = ?", version, tick)
+
+    def _live(self, which: str, bound: Version, tick: Callable[[], None]) -> Iterator[tuple[bytes, Newest]]:
+        query = f"SELECT key, version, xid FROM known WHERE key > ? AND {which} AND live ORDER BY key LIMIT ?"
         after = b""
         self._db.set_progress_handler(lambda: _quietly(tick), _STEPS)
         try:
             while True:
-                rows = self._db.execute(
-                    "SELECT key, version, xid FROM known WHERE key > ? AND version < ? AND live ORDER BY key LIMIT ?",
-                    (after, version.packed(), _BUNCH),
-                ).fetchall()
+                rows = self._db.execute(query, (after, bound.packed(), _BUNCH)).fetchall()
                 for key, packed, xid in rows:
                     yield key, Newest(Version.unpacked(packed), xid, live=True)
                 if len(rows) < _BUNCH:
                     return
                 after = rows[-1][0]
         finally:
-            self._db.set_progress_handler(None, 0)
+            with suppress(sqlite3.ProgrammingError):  # whoever stopped half way may have closed it
+                self._db.set_progress_handler(None, 0)
 
     def close(self) -> None:
         """Remove the file."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from psycopg import errors, sql
-
 from headrace.change import Column, TableSchema
 from headrace.errors import Misconfigured, Poison
 from headrace.log import Log
@@ -20,9 +18,6 @@ from headrace_capture.fingerprints import widened
 from headrace_capture.pgoutput import Relation
 from headrace_capture.replication import MEND, postgres_errors
 from headrace_capture.tables import ColumnPlan, Table, newest
-
-_LOOK_SECONDS = 2
-"""Longest look for rows that an append-only table had before it was captured."""
 
 
 class _ByOid(dict[int, Table | None]):
@@ -43,22 +38,18 @@ class Relations:
         self.suspected: Callable[[str, str | None], None] = lambda table, _why: cut.inexact.add(table)
         self.by_oid = _ByOid()
 
-    def take(self, relation: Relation, xid: int) -> Table | None:
+    def take(self, relation: Relation) -> Table | None:
         """Learn the shape that comes from now on; publish it if it is a new version.
-
-        Args:
-            relation: The message.
-            xid: The transaction it came in.
 
         Raises:
             Misconfigured: `key-changed`.
         """
         with postgres_errors(f"reading the catalogue of {relation.schema}.{relation.name}"):
-            found = self._learn(relation, xid)
+            found = self._learn(relation)
         self.by_oid[relation.oid] = found
         return found
 
-    def _learn(self, relation: Relation, xid: int) -> Table | None:
+    def _learn(self, relation: Relation) -> Table | None:
         known = self.shapes.get(f"{relation.schema}.{relation.name}")
         now = {t.oid: t for t in catalog.published_tables(self._connection, self._cut.source.publication)}.get(
             relation.oid
@@ -75,7 +66,7 @@ class Relations:
             known, TableSchema(f"{relation.schema}.{relation.name}", 1, tuple(p.column for p in plans), key)
         )
         if shape is not known:
-            self._judge(known, shape, relation, xid)
+            self._judge(known, shape, relation.oid)
             self._publish(shape)
         return Table(
             shape, self._log.topic_of(shape.table), plans, (self._log.settings.source, self._cut.source.database)
@@ -129,13 +120,13 @@ class Relations:
             self._publish(shape)
         return shape
 
-    def _judge(self, known: TableSchema | None, shape: TableSchema, relation: Relation, xid: int) -> None:
+    def _judge(self, known: TableSchema | None, shape: TableSchema, oid: int) -> None:
         """Say whether rows may have changed, or have been there, without an event."""
         if known is not None:
-            why = silent_change(known, shape, self._with_default(relation.oid))
+            why = silent_change(known, shape, self._with_default(oid))
             if why:
                 self.suspected(shape.table, why)
-        elif shape.key or self._has_older_rows(relation, xid):  # an append-only table cannot be read to be sure
+        else:
             self.suspected(shape.table, None)
 
     def _with_default(self, oid: int) -> set[str]:
@@ -143,21 +134,6 @@ class Relations:
             "SELECT attname FROM pg_attribute WHERE attrelid = %s AND (atthasdef OR attgenerated <> '')", [oid]
         )
         return {name for (name,) in rows}
-
-    def _has_older_rows(self, relation: Relation, xid: int) -> bool:
-        table = sql.Identifier(relation.schema, relation.name)
-        if self._connection.execute("SELECT to_regclass(%s)", [table.as_string()]).fetchone() == (None,):
-            return False  # it is gone, and its rows with it
-        query = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE age(xmin) > age(%s::text::xid))").format(table)
-        try:
-            with self._connection.transaction():
-                self._connection.execute(
-                    f"SET LOCAL statement_timeout = '{_LOOK_SECONDS}s'; SET LOCAL lock_timeout = 0"
-                )
-                row = self._connection.execute(query, [str(xid)]).fetchone()
-        except errors.QueryCanceled:
-            return True  # a large table without older rows is read to its end, or it is locked: the stream cannot wait for that
-        return row is not None and bool(row[0])
 
 
 def _key_changed(table: str, was: Sequence[str], now: Sequence[str]) -> Misconfigured:

@@ -3,9 +3,8 @@
 Strategy. There are jobs (`jobs`): somebody asked for them, or the catalogue or a Relation message showed that rows may have changed without
 an event; a table that joins the publication and a big initial snapshot are the same thing. One chunk at a time is read beside the
 stream (`chunks`); its watermarks come back in the stream. When the high one comes, the stream stands still for a moment *inside* that
-little transaction: what the log has up to here is committed, read back (`known`) and held against the chunk, and what may be written
-is written (`rewriting`), with the job's record, in the same cut. That transaction's end is then the next complete checkpoint. A kill
-anywhere loses at most the chunk at hand.
+little transaction, and the chunk is written, with the job's record, in the same cut (`writing`). That transaction's end is then the next
+complete checkpoint. A kill anywhere loses at most the chunk at hand. An append-only table is one chunk (S10).
 
 The loop calls `look` between transactions, and `heard` for each logical message. Nothing here waits for Postgres, except for the
 answer to a watermark that the stream has shown already.
@@ -18,11 +17,9 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
-from headrace.change import TableSchema, Version
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.log import Log
@@ -31,22 +28,17 @@ from headrace_capture.asked import Asked
 from headrace_capture.attention import CatalogueWatch, Findings, Requests
 from headrace_capture.chunks import Ask, Chunk, ChunkReader
 from headrace_capture.cut import Cut
-from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.jobs import DONE, FAILED, JOINED, READING, WAITING, Job, Jobs
-from headrace_capture.known import KnownKeys
 from headrace_capture.pgoutput import Message
 from headrace_capture.progress import Progress
-from headrace_capture.relations import Relations, plans_of
+from headrace_capture.relations import Relations
 from headrace_capture.replication import postgres_errors
-from headrace_capture.rewriting import Rewriting
-from headrace_capture.tables import Table
 from headrace_capture.toast import Filler
+from headrace_capture.writing import Writing
 
 _AGAIN_SECONDS = 0.5
 _TOLD = 5
 """So many jobs are told in a report."""
-_WORTH_PASSING = 1_000
-"""So many rows written are worth a commit of their own, for they need not be read back then."""
 
 
 @dataclass(slots=True)
@@ -90,18 +82,17 @@ class Resnapshot:
         self._catalogue = CatalogueWatch(log.settings, self._leaves)
         self._reader = ChunkReader(log.settings)
         self._reading: _Reading | None = None
-        self._known: tuple[str, KnownKeys] | None = None
+        self._writing = Writing(log, cut, relations, self._jobs, progress, tick, filler)
         self._printed_at = 0.0
         self._not_before = 0.0
         self._approximate = 0
-        self._left_out: dict[str, Fingerprint | None] = {}
 
     def close(self) -> None:
         """End everything that runs beside the stream."""
         self._requests.close()
         self._catalogue.close()
         self._reader.close()
-        self._forget_known()
+        self._writing.forget_known()
 
     # Between transactions
 
@@ -174,7 +165,7 @@ class Resnapshot:
         for table, print_ in findings.prints.items():
             known = self._jobs.prints.get(table)
             if table not in self._relations.shapes:
-                if self._left_out.get(table) != print_ and table not in self._jobs.all:
+                if self._writing.left_out.get(table) != print_ and table not in self._jobs.all:
                     self._jobs.put(Job(table, why="it joined the publication", floor=JOINED))
                 continue
             why = fingerprints.silent(known, print_) if known else ""
@@ -197,11 +188,13 @@ class Resnapshot:
             return
         job = self._jobs.next()
         if job is None:
-            self._forget_known()
+            self._writing.forget_known()
             return
-        mark = uuid.uuid4().hex
-        ask = Ask(mark, job.table, job.after, job.key, self._log.settings.cut_records, self._leaves(), job.floor)
-        known, ends = self._known_of(job.table), self._cut.sealed.ends.get(self._log.topic_of(job.table), [])
+        mark, shape = uuid.uuid4().hex, self._relations.shapes.get(job.table)
+        appended = shape is not None and not shape.key
+        most = self._log.settings.cut_records
+        ask = Ask(mark, job.table, job.after, job.key, most, self._leaves(), job.floor, appended)
+        known, ends = self._writing.known_of(job.table), self._cut.sealed.ends.get(self._log.topic_of(job.table), [])
         future = self._reader.begin(ask, lambda tick: known.catch_up(ends, tick))
         self._reading = _Reading(job, mark, future)
 
@@ -235,6 +228,8 @@ class Resnapshot:
     def heard(self, message: Message, lsn: int, seal: Callable[[], None]) -> None:
         """A logical message has come, in the transaction committed at `lsn`; `seal` commits what came before it."""
         which, mark = watermarks.mark_of(message)
+        if which == watermarks.HIGH and self._writing.mend(lsn, seal):
+            self._written()
         reading = self._reading
         if reading is None or not mark or mark != reading.mark:
             return
@@ -242,9 +237,9 @@ class Resnapshot:
             reading.low = lsn
             self._forget(reading.job.table)
         elif which == watermarks.HIGH and reading.low:
-            self._take(reading, seal)
+            self._take(reading, lsn, seal)
 
-    def _take(self, reading: _Reading, seal: Callable[[], None]) -> None:
+    def _take(self, reading: _Reading, high: int, seal: Callable[[], None]) -> None:
         while not reading.future.done():
             self._tick()
             with suppress(NotYet, HeadraceError):
@@ -253,20 +248,25 @@ class Resnapshot:
             self._failed(reading)
             return
         self._reading = None
-        chunk, job = reading.future.result(), reading.job
-        if reading.stale or job.phase not in {WAITING, READING} or not self._usable(job, chunk):
-            return
-        try:
-            self._write(job, chunk, reading.low, seal)
-        except (Poison, Misconfigured) as error:
-            self._fail(job, error)
+        with closing(reading.future.result()) as chunk:
+            job = reading.job
+            if reading.stale or job.phase not in {WAITING, READING} or not self._usable(job, chunk):
+                return
+            try:
+                self._writing.write(job, chunk, (reading.low, high), seal)
+            except (Poison, Misconfigured) as error:
+                self._fail(job, error)
+        self._written()
+        self._go_on()
+
+    def _written(self) -> None:
+        """Write down what has become of the jobs in the cut that has their rows."""
         if self._cut.snapshot and not any(other.initial and other.phase != DONE for other in self._jobs.all.values()):
             self._cut.snapshot = None
             self._progress.phase("streaming")
             self._progress.say("the initial snapshot is complete")
         self._jobs.write(self._cut.writer)
         self._tell()
-        self._go_on()
 
     def _usable(self, job: Job, chunk: Chunk) -> bool:
         """Whether the chunk sees what it must, and is of the table that the chunks before it were of."""
@@ -284,93 +284,6 @@ class Resnapshot:
             self.mark(job.table, why)
         return not why
 
-    def _write(self, job: Job, chunk: Chunk, low: int, seal: Callable[[], None]) -> None:
-        table = self._table(job, chunk)
-        if table is None:
-            return
-        if not job.first:
-            job.first, job.seen = low, chunk.snapshot
-
-        def breathe() -> None:
-            self._tick()
-            if self._cut.full:
-                seal()
-
-        seal()
-        known = self._known_of(job.table)
-        known.catch_up(self._cut.sealed.ends.get(table.topic, []), self._tick)
-        low_version = Version(self._cut.epoch, low)
-        rewriting = Rewriting(self._cut.writer, known, table, low_version, self._progress.now_ms(), breathe, self._tick)
-        written = rewriting.rows(chunk)
-        job.rows += len(chunk.rows)
-        job.phase, job.reason = READING, ""
-        self._advance(job, chunk, rewriting)
-        self._jobs.put(job)
-        if chunk.last or job.key is not None:
-            self._finish(job)
-        elif written >= _WORTH_PASSING:
-            self._jobs.write(self._cut.writer)
-            seal()
-            known.pass_over(self._cut.sealed.ends[table.topic])
-
-    @staticmethod
-    def _advance(job: Job, chunk: Chunk, rewriting: Rewriting) -> None:
-        """Note how far the job is; at its end write the deletes of what is gone."""
-        table = rewriting.table
-        if job.key is not None:
-            job.removed = 0 if chunk.rows else rewriting.absent(_key(table, chunk), chunk)
-        elif chunk.last:
-            # Of a table that is gone, every key is.
-            first = rewriting.low.lsn if chunk.table is None else job.first
-            job.removed = rewriting.vanished(first, job.seen)
-        else:
-            job.after = [chunk.rows[-1][at].decode() for at in table.key_at]
-
-    def _table(self, job: Job, chunk: Chunk) -> Table | None:
-        """Return the table in the shape of the chunk, published if it is a new one; None when there is nothing to do."""
-        about = (self._log.settings.source, self._cut.source.database)
-        if chunk.table is not None:
-            if job.table not in self._relations.shapes:
-                self._cut.inexact.add(job.table)
-            shape = self._relations.settle(chunk.table.shape(1))
-            return Table(shape, self._log.topic_of(job.table), plans_of(shape, chunk.table), about)
-        shape_then: TableSchema | None = self._relations.shapes.get(job.table)
-        if shape_then is not None and not shape_then.key:
-            raise Misconfigured(
-                "append-only-again",
-                f"{job.table} is append-only: its rows have no key by which they could be read again beside the stream (S10).",
-                "From zero: headrace teardown --topics, setup, capture.",
-            )
-        if shape_then is None or chunk.exists:
-            self._left_out[job.table] = chunk.print
-            self._progress.say(f"warning: {job.table} is left out: it is not published, or has no usable key")
-            self._cut.inexact.discard(job.table)
-            self._jobs.drop(job.name)
-            return None
-        return Table(shape_then, self._log.topic_of(job.table), plans_of(shape_then, None), about)
-
-    def _finish(self, job: Job) -> None:
-        if job.key is None:
-            job.phase = DONE
-            self._cut.inexact.discard(job.table)
-            self._filler.approximate.discard(job.table)
-            self._jobs.put(job)
-        else:
-            self._jobs.drop(job.name)
-        self._forget_known()
-        self._progress.say(f"{job.name} was read again: {job.rows} rows, {job.removed} keys removed")
-
-    def _known_of(self, table: str) -> KnownKeys:
-        if self._known is None or self._known[0] != table:
-            self._forget_known()
-            self._known = (table, KnownKeys(self._log, table))
-        return self._known[1]
-
-    def _forget_known(self) -> None:
-        if self._known is not None:
-            self._known[1].close()
-            self._known = None
-
     def _tell(self) -> None:
         jobs = self._jobs.all.values()
         told = [f"{job.name}: {job.told()}" for job in jobs if job.open or job.phase == FAILED]
@@ -381,11 +294,3 @@ class Resnapshot:
         if self._cut.snapshot:
             initial = [job.phase == DONE for job in jobs if job.initial]
             self._progress.phase("snapshot", progress=(sum(initial), len(initial)))
-
-
-def _key(table: Table, chunk: Chunk) -> bytes:
-    """Return the key that was looked for, as the log writes it."""
-    row: list[Any] = [None] * len(table.columns)
-    for at, value in zip(table.key_at, chunk.wanted or [], strict=True):
-        row[at] = value
-    return table.key(row)

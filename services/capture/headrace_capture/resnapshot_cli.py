@@ -56,8 +56,9 @@ def resnapshot(
 ) -> None:
     """Read tables, or one row, again from Postgres into the log, while the stream runs.
 
-    The running capture does it, in chunks; rows that are gone get their deletes. Its progress is in the log, so it survives capture's
-    end. With --recover capture must be stopped: see the runbook's entry of the code that it stopped with.
+    The running capture does it, in chunks; rows that are gone get their deletes. An append-only table is written anew in one step, for
+    which the stream stands still. The progress is in the log, so it survives capture's end. With --recover capture must be stopped: see
+    the runbook's entry of the code that it stopped with.
 
     Exit codes: 0 it will be done, or with --wait is; 2 no table was named; 3 capture does not run, or does not know the table, or could not
     read it; 5 a server does not answer.
@@ -128,8 +129,9 @@ def _ask(log: Log, verb: str, args: dict[str, Any]) -> dict[str, Any]:
 def _key(log: Log, tables: list[str], text: str) -> dict[str, str]:
     """Return the key's columns as texts."""
     shape = newest(log.schemas().values()).get(tables[0]) if len(tables) == 1 else None
-    if shape is None:
-        raise Misconfigured("bad-key", "--key wants one captured table.", "headrace resnapshot TABLE --key K")
+    if shape is None or not shape.key:
+        said = "--key wants one captured table, and that it is not append-only: its rows have no key then."
+        raise Misconfigured("bad-key", said, "headrace resnapshot TABLE [--key K]")
     try:
         given = orjson.loads(text)
     except orjson.JSONDecodeError:

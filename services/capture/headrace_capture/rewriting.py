@@ -8,6 +8,10 @@ newest record in the log
 
 The version of what is written is the commit LSN of the low watermark: above all that the read may replace, below all that comes after.
 
+Rows without a key (S10) cannot be held against the log one by one, so all that the log has of the table gives way to what was read, but for
+rows of transactions that the snapshot does not see. Their version is the commit LSN of the high watermark, above all that gives way, and
+their keys that LSN and numbers below zero: no row of the stream has one, for the transaction is the watermark's own.
+
 Dead keys. When a pass over a table is at its end, a key of the log whose newest record is older than the pass was in no chunk, so it is
 gone from Postgres; unless that record's transaction is one that the first chunk's snapshot did not see. (A key that a chunk
 had but did not write, for either reason above, has a record newer than the pass or of such a transaction.) Records of an earlier epoch name
@@ -16,12 +20,13 @@ transactions of another server or slot: for them the pass's floor has vouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from headrace.change import Version
 from headrace.log import CutWriter
+from headrace_capture.append_only import position_key
 from headrace_capture.chunks import Chunk
 from headrace_capture.known import KnownKeys, Newest
 from headrace_capture.stream import DELETE, NULL
@@ -42,7 +47,7 @@ class Rewriting:
         writer: Of cuts.
         known: The newest records of the table, up to the high watermark.
         table: In the shape of what was read.
-        low: Epoch and commit LSN of the low watermark.
+        version: Epoch and commit LSN of the low watermark; of the high one for a table without a key.
         now: ms since the Unix epoch.
         breathe: Called now and then: seals a full cut, and says that capture lives, as `tick` does.
     """
@@ -50,7 +55,7 @@ class Rewriting:
     writer: CutWriter
     known: KnownKeys
     table: Table
-    low: Version
+    version: Version
     now: int
     breathe: Callable[[], None]
     tick: Callable[[], None]
@@ -68,44 +73,56 @@ class Rewriting:
                 written.append(key)
             if not count % _LOOK_AROUND:
                 self.breathe()
-        self.known.note(written, self.low)
+        self.known.note(written, self.version)
         return len(written)
+
+    def anew(self, rows: Iterable[list[Any]]) -> None:
+        """Write all rows of a table without a key. Raises as `rows`; `undo` takes them back."""
+        stamp, headers = self._stamp()
+        for number, row in enumerate(rows, start=1):
+            value = stamp.value(self.table, 0, READ, self.table.row(row))
+            self.writer.produce(self.table.topic, position_key(self.version.lsn, -number), value, headers)
+            if not number % _LOOK_AROUND:
+                self.breathe()
+
+    def undo(self) -> None:
+        """Write the deletes of what `anew` has written and `known` knows of."""
+        self._delete(key for key, _ in self.known.at(self.version, self.tick))
 
     def absent(self, key: bytes, chunk: Chunk) -> int:
         """Write the delete of a key that was looked for and not found, if the log has it alive; return how many that were."""
         newest = self.known.newest(key)
         if newest is None or not newest.live or not self._may_replace(newest, chunk.snapshot):
             return 0
-        self._delete(key)
-        return 1
+        return self._delete([key])
 
     def vanished(self, first: int, seen: str) -> int:
         """Write the deletes of the keys that no chunk had; return how many.
 
         Args:
-            first: Commit LSN of the pass's first low watermark.
+            first: Commit LSN of the pass's first low watermark; for a table without a key, of its high one.
             seen: The snapshot of its first chunk.
         """
-        count = 0
-        for key, newest in self.known.older(Version(self.low.epoch, first), self.tick):
-            if not self._unseen(newest, seen):
-                self._delete(key)
-                count += 1
-                if not count % _LOOK_AROUND:
-                    self.breathe()
-        return count
+        older = self.known.older(Version(self.version.epoch, first), self.tick)
+        return self._delete(key for key, newest in older if not self._unseen(newest, seen))
 
     def _may_replace(self, newest: Newest | None, snapshot: str) -> bool:
-        return newest is None or (newest.version <= self.low and not self._unseen(newest, snapshot))
+        return newest is None or (newest.version <= self.version and not self._unseen(newest, snapshot))
 
     def _unseen(self, newest: Newest, snapshot: str) -> bool:
-        return newest.version.epoch == self.low.epoch and bool(newest.xid) and not sees(snapshot, newest.xid)
+        return newest.version.epoch == self.version.epoch and bool(newest.xid) and not sees(snapshot, newest.xid)
 
     def _stamp(self) -> tuple[Stamp, list[tuple[str, bytes]]]:
-        stamp = Stamp(self.low, 0, (self.now, self.now), snapshot=True)
+        stamp = Stamp(self.version, 0, (self.now, self.now), snapshot=True)
         return stamp, stamp.headers(self.table, 0, RESNAPSHOT)
 
-    def _delete(self, key: bytes) -> None:
+    def _delete(self, keys: Iterable[bytes]) -> int:
         stamp, headers = self._stamp()
-        self.writer.produce(self.table.topic, key, stamp.value(self.table, 0, DELETE, NULL), headers)
-        self.writer.produce(self.table.topic, key, None, headers)
+        value = stamp.value(self.table, 0, DELETE, NULL)
+        count = 0
+        for count, key in enumerate(keys, start=1):
+            self.writer.produce(self.table.topic, key, value, headers)
+            self.writer.produce(self.table.topic, key, None, headers)
+            if not count % _LOOK_AROUND:
+                self.breathe()
+        return count

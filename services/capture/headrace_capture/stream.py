@@ -223,7 +223,7 @@ class Stream:
             self._seal_here()
 
     def _relation(self, relation: Relation) -> None:
-        self._relations.take(relation, self._open_stamp.xid)
+        self._relations.take(relation)
 
     def _insert(self, insert: Insert) -> None:
         oid, new = insert

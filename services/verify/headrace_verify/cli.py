@@ -51,7 +51,7 @@ def verify(
     """Compare every row of a view with Postgres, also while both go on, and print what is missing, extra or different.
 
     A difference counts unless the log has a change of that row which the snapshot of Postgres could not see; such rows are
-    compared again until they are decided.
+    compared again until they are decided. Of an append-only table, whose rows have no key, it is compared how often each row is there.
 
     Exit codes: 0 no differences; 1 differences, or rows that changed too often to be decided; 3 something must be changed
     first; 5 a server or a view does not answer.

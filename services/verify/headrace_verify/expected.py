@@ -38,18 +38,21 @@ class Expectation(Protocol):
     Attributes:
         tables: Those whose changes can excuse a difference.
         notes: What a reader should know.
-        left_out: Collections of which nothing is compared.
+        keyless: Collections whose rows have no key: see `multiset`.
     """
 
     tables: tuple[str, ...]
     notes: tuple[str, ...]
-    left_out: frozenset[str]
+    keyless: frozenset[str]
 
     def all(self, connection: Connection) -> Iterator[Made]:
         """Yield every row, as the open snapshot has it."""
 
     def some(self, connection: Connection, roots: Sequence[Root]) -> Iterator[Made]:
         """Yield what these roots' rows or documents should be; nothing for a root that is not there."""
+
+    def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:
+        """Return the columns and all rows of one of `keyless`, as the open snapshot has them."""
 
     def touched(self, change: Change, ledger: Ledger) -> Iterator[Touched]:
         """Yield the view's rows that a change may alter, from their state in the ledger or any later one."""
@@ -122,12 +125,10 @@ class Rows:
     def __init__(self, tables: list[Table], notes: tuple[str, ...]) -> None:
         """Expect the rows of `tables`."""
         self._tables = {table.name: table for table in tables if table.key}
+        self._keyless = {table.name: table for table in tables if not table.key}
         self.tables = tuple(self._tables)
-        self.left_out = frozenset(table.name for table in tables if not table.key)
-        self.notes = (
-            *notes,
-            *(f"{name} is append-only and not compared: {_KEYLESS}" for name in sorted(self.left_out)),
-        )
+        self.keyless = frozenset(self._keyless)
+        self.notes = notes
 
     def all(self, connection: Connection) -> Iterator[Made]:
         """See `Expectation.all`."""
@@ -140,17 +141,25 @@ class Rows:
             table = self._tables[name]
             yield from self._read(connection, table, _any_of(table, keys))
 
+    def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:
+        """See `Expectation.without_key`."""
+        table = self._keyless[collection]
+        return tuple(column.name for column in table.columns), self._rows(connection, table, sql.SQL("true"))
+
     def touched(self, change: Change, ledger: Ledger) -> Iterator[Touched]:  # noqa: ARG002  a row is touched by itself alone
         """See `Expectation.touched`."""
         key = change.key.decode()
         yield change.table, key, (change.table, key)
 
     def _read(self, connection: Connection, table: Table, where: sql.Composable) -> Iterator[Made]:
-        query = sql.SQL("SELECT {}::text FROM {} t WHERE {}").format(table.json("t"), table.identifier, where)
-        for (text,) in stream(connection, query):
-            row = table.plain(codec.loads(text))
+        for row in self._rows(connection, table, where):
             key = _key(table, row)
             yield Made(Expected(table.name, key, (table.name, key), row))
+
+    @staticmethod
+    def _rows(connection: Connection, table: Table, where: sql.Composable) -> Iterator[Row]:
+        query = sql.SQL("SELECT {}::text FROM {} t WHERE {}").format(table.json("t"), table.identifier, where)
+        return (table.plain(codec.loads(text)) for (text,) in stream(connection, query))
 
 
 class Documents:
@@ -163,7 +172,7 @@ class Documents:
         self._keys = {name: table.key for name, table in tables.items()}
         self.tables = tuple(tables)
         self.notes = notes
-        self.left_out = frozenset[str]()
+        self.keyless = frozenset[str]()
 
     def all(self, connection: Connection) -> Iterator[Made]:
         """See `Expectation.all`."""
@@ -178,8 +187,11 @@ class Documents:
                     yield from self._read(connection, document, keys)
 
     def touched(self, change: Change, ledger: Ledger) -> Iterator[Touched]:
-        """See `Expectation.touched`: the documents that held the row at the snapshot, and the one it names now."""
-        key = change.key.decode()
+        """See `Expectation.touched`: the documents that held the row at the snapshot, and the one it names now.
+
+        A row without a key (S10) may have been in any document that holds one of its table.
+        """
+        key = change.key.decode() if self._keys[change.table] else _key(self._tables[change.table], {})
         yield from ledger.members(change.table, key)
         for document in self._consumer.documents:
             if document.table == change.table:
@@ -189,6 +201,10 @@ class Documents:
                     names = self._keys[document.table]
                     values = [change.row.get(column) for column in join.by]
                     yield self._document(document, dict(zip(names, values, strict=True)))
+
+    def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:  # noqa: ARG002  see there
+        """See `Expectation.without_key`: a document has a key always."""
+        raise KeyError(collection)
 
     def _document(self, document: Document, key: Row) -> Touched:
         root = (document.table, codec.encode_key(key).decode())

@@ -56,7 +56,8 @@ class Moment(NamedTuple):
 class Table:
     """A table as it is read: its columns that the log has too, and its key.
 
-    It is approximate when a large value that an update left alone may have been read again, later than the update (S7).
+    It is approximate when a large value that an update left alone may have been read again, later than the update (S7); an append-only
+    table has no updates.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Table:
             sql.SQL("{} AS {}").format(_expression(column, alias), sql.Identifier(column.name))
             for column in self.columns
         ]
-        return sql.SQL("(SELECT row_to_json(r) FROM (SELECT {}) r)").format(sql.SQL(", ").join(values))
+        return sql.SQL("(SELECT row_to_json(r.*) FROM (SELECT {}) r)").format(sql.SQL(", ").join(values))
 
     def matches(self, alias: str, key: Row) -> sql.Composed:
         """Return the SQL that is true of the row of this key."""
@@ -151,7 +152,7 @@ def table(connection: Connection, schema: TableSchema) -> Table | None:
     kind, approximate = rows[0][:2]
     there = {row[2]: _Column(*row[2:]) for row in rows}
     columns = tuple(there[column.name] for column in schema.columns if column.name in there)
-    return Table(schema.table, schema.key, columns, kind == "r", approximate)
+    return Table(schema.table, schema.key, columns, kind == "r", approximate and bool(schema.key))
 
 
 def stream(connection: Connection, query: sql.Composed) -> Iterator[tuple[Any, ...]]:

@@ -5,6 +5,7 @@
 3. Read the log from before the snapshot. A difference is excused only by a change of its key (of a document: of any of its
    rows) that the snapshot does not see or that is beyond X. What nothing excuses is wrong, and is reported.
 4. What is excused is compared again, a few keys at a time with a snapshot of their own, until it is decided or the time is up.
+5. Tables without a key are compared as multisets, without the rows that the snapshot cannot have (`multiset`).
 
 Step 3 reads first what was logged since the checkpoint before the snapshot. A transaction that was open at the snapshot may
 have its commit before that (WAL order is not visibility order, S7), and a snapshot does not list all of these: one that is
@@ -14,7 +15,7 @@ younger than every finished transaction is only beyond its xmax. So what still n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from headrace.log import Log
 from headrace_verify.compare import differing
 from headrace_verify.expected import Expectation, Made, Shapes, expectation
 from headrace_verify.ledger import DIFFERENT, EXTRA, Difference, Ledger
+from headrace_verify.multiset import Multiset
 from headrace_verify.postgres import Connection, Moment, connect, moment, published
 
 Progress = Callable[[str, int, int], None]
@@ -95,23 +97,27 @@ class Verifier:
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
         with closing(connect(self._log.settings)) as connection, _postgres_errors():
             before = self._checkpoint()
-            ledgers: dict[str, tuple[Expectation, Ledger]] = {}
+            opened: list[_View] = []
             try:
                 with moment(connection) as now:
                     for name, consumer in consumers.items():
                         expected = self._expectation(connection, consumer, name)
-                        ledgers[name] = (expected, Ledger())
-                        self._fill(name, expected.all(connection), ledgers[name][1])
-                for name, report in views.items():
-                    expected, ledger = ledgers[name]
-                    view = _View(name, report.generation, expected)
-                    self._compare(view, ledger, now, before)
-                    self._decide(connection, view, ledger)
-                    notes = [*expected.notes, *_inexact(self._checkpoint(), expected)]
-                    yield Outcome(name, report.generation, now.lsn, ledger.count(), ledger, notes)
+                        view = _View(name, views[name].generation, expected, Ledger(), Multiset())
+                        opened.append(view)
+                        self._fill(name, expected.all(connection), view.ledger)
+                        self._expect(connection, view, expected.keyless)
+                for view in opened:
+                    self._compare(view, now, before)
+                    self._decide(connection, view)
+                    self._compare_without_key(connection, view, now, before)
+                    rows = view.ledger.count() + view.multiset.count()
+                    view.multiset.close()
+                    notes = [*view.expected.notes, *_inexact(self._checkpoint(), view.expected)]
+                    yield Outcome(view.name, view.generation, now.lsn, rows, view.ledger, notes)
             except BaseException:
-                for _, ledger in ledgers.values():
-                    ledger.close()
+                for view in opened:
+                    view.ledger.close()
+                    view.multiset.close()
                 raise
 
     # Before
@@ -152,13 +158,21 @@ class Verifier:
                 self._progress(f"{name}: reading Postgres", done, 0)
         _write(ledger, batch)
 
+    def _expect(self, connection: Connection, view: _View, keyless: Collection[str]) -> None:
+        for table in keyless:
+            self._progress(f"{view.name}: reading {table}", 0, 0)
+            view.multiset.expect(table, *view.expected.without_key(connection, table))
+
     # Comparing
 
-    def _compare(self, view: _View, ledger: Ledger, now: Moment, before: Checkpoint) -> None:
+    def _compare(self, view: _View, now: Moment, before: Checkpoint) -> None:
         self._await(view, Version(before.version.epoch, now.lsn))
-        total = ledger.count()
+        ledger = view.ledger
+        total = ledger.count() + view.multiset.count()
         for done, row in enumerate(self._control.scan(view.name, view.generation, self._timeout)):
-            if row.collection not in view.expected.left_out:
+            if row.collection in view.expected.keyless:
+                view.multiset.hold(row.collection, row.key, row.value)
+            else:
                 _check(row, ledger)
             if done % _WRITE == 0:
                 self._progress(f"{view.name}: comparing", done, max(done, total))
@@ -199,19 +213,17 @@ class Verifier:
 
     # Deciding what was excused
 
-    def _decide(self, connection: Connection, view: _View, ledger: Ledger) -> None:
+    def _decide(self, connection: Connection, view: _View) -> None:
         """Compare excused rows again, until each was once quiet between snapshot and look, or the time is up."""
-        deadline = time.monotonic() + self._timeout
+        ledger, deadline = view.ledger, time.monotonic() + self._timeout
         pending = ledger.excused_roots()
         while pending and time.monotonic() < deadline:
             for start in range(0, len(pending), _KEYS):
-                self._again(connection, view, ledger, pending[start : start + _KEYS])
+                self._again(connection, view, pending[start : start + _KEYS])
                 self._progress(f"{view.name}: comparing again what just changed", start, len(pending))
             pending = ledger.excused_roots()
 
-    def _again(
-        self, connection: Connection, view: _View, ledger: Ledger, pending: Sequence[tuple[str, str, str, str]]
-    ) -> None:
+    def _again(self, connection: Connection, view: _View, pending: Sequence[tuple[str, str, str, str]]) -> None:
         before = self._checkpoint()
         small = Ledger()
         try:
@@ -231,7 +243,7 @@ class Verifier:
             small.close()
         for collection, key, *_ in pending:
             if (collection, key) not in still:
-                ledger.settle(collection, key, found.get((collection, key)))
+                view.ledger.settle(collection, key, found.get((collection, key)))
 
     def _look(self, view: _View, small: Ledger, keys: list[tuple[str, str]], wanted: Version) -> None:
         """Compare single rows as soon as the view shows X."""
@@ -248,6 +260,50 @@ class Verifier:
         for difference in small.left():
             if (difference.collection, difference.key) in set(keys):
                 small.note(difference)
+
+    # Rows without a key
+
+    def _compare_without_key(self, connection: Connection, view: _View, now: Moment, before: Checkpoint) -> None:
+        """Note what differs in the tables without a key; those in which rows went meanwhile are compared again, until time is up."""
+        deadline = time.monotonic() + self._timeout
+        unsure = self._note_without_key(view, view.expected.keyless, now, before)
+        while unsure and time.monotonic() < deadline:
+            before = self._checkpoint()
+            view.multiset.clear(unsure)
+            with moment(connection) as later:
+                self._expect(connection, view, unsure)
+            self._await(view, Version(before.version.epoch, later.lsn))
+            for row in self._control.scan(view.name, view.generation, self._timeout):
+                if row.collection in unsure:
+                    view.multiset.hold(row.collection, row.key, row.value)
+            unsure = self._note_without_key(view, unsure, later, before)
+        for difference in view.multiset.differences(unsure):
+            view.ledger.note(difference)
+            view.ledger.excuse(*difference[1:3], difference[1:3])
+
+    def _note_without_key(self, view: _View, tables: Collection[str], now: Moment, before: Checkpoint) -> set[str]:
+        """Note what certainly differs; return the other tables that are not equal."""
+        unsure = self._leave_out(view, tables, now, before)
+        for difference in view.multiset.differences(set(tables) - unsure):
+            view.ledger.note(difference)
+        return unsure
+
+    def _leave_out(self, view: _View, tables: Collection[str], now: Moment, before: Checkpoint) -> set[str]:
+        """Leave out what the snapshot cannot have; return the tables that differ perhaps because rows went, or were written anew."""
+        unsure: set[str] = set()
+        for whole in (False, True):
+            for table in set(tables) & view.multiset.differing() if whole else tables:
+                since = None if whole else before.ends.get(self._log.topic_of(table))
+                for change in self._log.scan(table, since):
+                    version, anew = change.version, change.row is None or not change.xid
+                    unseen = now.unseen(change.xid, version.lsn) or (anew and version > before.version)
+                    if version.epoch < before.version.epoch or not unseen:
+                        continue
+                    if anew:
+                        unsure.add(table)
+                    else:
+                        view.multiset.leave_out(table, change.key.decode())
+        return unsure & view.multiset.differing()
 
 
 @contextmanager
@@ -268,6 +324,8 @@ class _View:
     name: str
     generation: int
     expected: Expectation
+    ledger: Ledger
+    multiset: Multiset
 
 
 def _write(ledger: Ledger, batch: list[Made]) -> None:
@@ -295,5 +353,5 @@ def _stopped(view: _View, found: list[Report]) -> Misconfigured:
 
 
 def _inexact(checkpoint: Checkpoint, expected: Expectation) -> list[str]:
-    inexact = sorted(set(checkpoint.inexact) & set(expected.tables))
+    inexact = sorted(set(checkpoint.inexact) & {*expected.tables, *expected.keyless})
     return [f"{table} is being read again by capture: its state in the log is not exact (S12)" for table in inexact]

@@ -1,0 +1,58 @@
+"""A table's rows on disk (I10): read as a whole, because it cannot be read in chunks, and kept until the stream is where they belong.
+
+The lines of COPY … TO STDOUT as they come: none has a newline within. The file has no name, so that nothing is left of it after a kill.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from headrace.errors import Misconfigured
+from headrace_capture.tables import copy_fields
+
+
+class Spool:
+    """Rows in the order in which they were added; its length is their number."""
+
+    def __init__(self) -> None:
+        """Make it empty."""
+        self._file = tempfile.TemporaryFile(prefix="headrace-spool-")  # noqa: SIM115  `close` closes it
+        self._rows = 0
+
+    def add(self, line: bytes) -> None:
+        """Add the line of a row, with its newline. Raises Misconfigured: `spool-full`."""
+        try:
+            self._file.write(line)
+        except OSError as error:
+            raise _full(error) from error
+        self._rows += 1
+
+    def end(self) -> None:
+        """Say that there are no more rows. Raises Misconfigured: `spool-full`."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _full(error) from error
+
+    def __len__(self) -> int:
+        """Return how many rows there are."""
+        return self._rows
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Yield the values of each row."""
+        self._file.seek(0)
+        return (copy_fields(line[:-1]) for line in self._file)
+
+    def close(self) -> None:
+        """Remove it."""
+        self._file.close()
+
+
+def _full(error: OSError) -> Misconfigured:
+    return Misconfigured(
+        "spool-full",
+        f"{tempfile.gettempdir()} does not take a table's rows: {error.strerror}.",
+        "Make room there, or set TMPDIR to a folder with more and start capture again.",
+    )
