@@ -11,7 +11,7 @@ import pytest
 from headrace.settings import Settings
 from headrace_capture import attention, catalog, fingerprints
 from headrace_capture.published import row_filters
-from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows, selected
+from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows, selected
 from tests.integration.test_resnapshot import jobs
 
 
@@ -93,6 +93,11 @@ def locked(settings: Settings, *tables: str) -> Iterator[Callable[[], None]]:
         yield application.commit
 
 
+def read_again(capture: Running) -> list[str]:
+    """Return what capture said each time that `free` was read again."""
+    return [line for line in capture.said if "public.free was read again" in line]
+
+
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
@@ -110,7 +115,8 @@ def test_a_locked_table_holds_up_neither_the_stream_nor_what_is_read_beside_it(e
         "CREATE TABLE free (id int PRIMARY KEY, n int)",
         "CREATE TABLE parts (id int PRIMARY KEY, n int) PARTITION BY RANGE (id)",
         "CREATE TABLE low PARTITION OF parts FOR VALUES FROM (0) TO (10)",
-        "INSERT INTO held VALUES (1, 1)",
+        "INSERT INTO held VALUES (1, 1); INSERT INTO parts VALUES (1, 1)",
+        "ALTER TABLE parts ADD COLUMN filled int DEFAULT 1",
     )
     with capturing(settings) as capture:
         capture.reach()
@@ -119,7 +125,7 @@ def test_a_locked_table_holds_up_neither_the_stream_nor_what_is_read_beside_it(e
         "CREATE TABLE joined (id int PRIMARY KEY, n int)",
         "INSERT INTO joined VALUES (1, 1)",
         f"ALTER PUBLICATION {settings.publication} ADD TABLE joined WHERE (n > 0)",
-        "CREATE TABLE high (id int PRIMARY KEY, n int)",
+        "CREATE TABLE high (id int PRIMARY KEY, n int, filled int)",
         "INSERT INTO high VALUES (11, 1)",
         "ALTER TABLE parts ATTACH PARTITION high FOR VALUES FROM (10) TO (20)",
         "ALTER TABLE held ADD COLUMN more int DEFAULT 5",
@@ -127,8 +133,10 @@ def test_a_locked_table_holds_up_neither_the_stream_nor_what_is_read_beside_it(e
     )
     with locked(settings, "held", "joined", "low", "high") as release, capturing(settings) as capture:
         assert {"public.held", "public.joined"} <= set(capture.reach().inexact)
-        execute(settings, "ALTER TABLE free ADD COLUMN more int DEFAULT 5", "INSERT INTO free VALUES (3, 3, 3)")
+        execute(settings, "ALTER TABLE free ALTER COLUMN n TYPE int USING n * 2")  # only the catalogue tells
         capture.hear("public.free was read again")
+        execute(settings, "ALTER TABLE free ADD COLUMN more int DEFAULT 5", "INSERT INTO free VALUES (3, 3, 3)")
+        capture.eventually("the stream tells too", lambda: capture.reach() and len(read_again(capture)) == 2)
         eventually("what waits says for what", lambda: "lock" in jobs(settings)["public.held"]["reason"])
         execute(settings, "INSERT INTO free VALUES (4, 4, 4)")
         inexact = capture.reach().inexact
