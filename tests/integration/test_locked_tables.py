@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from typing import Any
 
 import psycopg
 import pytest
 
 from headrace.settings import Settings
-from headrace_capture import attention, catalog, fingerprints
+from headrace_capture import attention, catalog, copies, fingerprints, snapshot
 from headrace_capture.published import row_filters
-from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows, selected
+from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows, selected
 from tests.integration.test_resnapshot import jobs
 
 
@@ -93,6 +95,11 @@ def locked(settings: Settings, *tables: str) -> Iterator[Callable[[], None]]:
         yield application.commit
 
 
+def read_again(capture: Running) -> list[str]:
+    """Return what capture said each time that `free` was read again."""
+    return [line for line in capture.said if "public.free was read again" in line]
+
+
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
@@ -110,7 +117,8 @@ def test_a_locked_table_holds_up_neither_the_stream_nor_what_is_read_beside_it(e
         "CREATE TABLE free (id int PRIMARY KEY, n int)",
         "CREATE TABLE parts (id int PRIMARY KEY, n int) PARTITION BY RANGE (id)",
         "CREATE TABLE low PARTITION OF parts FOR VALUES FROM (0) TO (10)",
-        "INSERT INTO held VALUES (1, 1)",
+        "INSERT INTO held VALUES (1, 1); INSERT INTO parts VALUES (1, 1)",
+        "ALTER TABLE parts ADD COLUMN filled int DEFAULT 1",
     )
     with capturing(settings) as capture:
         capture.reach()
@@ -119,7 +127,7 @@ def test_a_locked_table_holds_up_neither_the_stream_nor_what_is_read_beside_it(e
         "CREATE TABLE joined (id int PRIMARY KEY, n int)",
         "INSERT INTO joined VALUES (1, 1)",
         f"ALTER PUBLICATION {settings.publication} ADD TABLE joined WHERE (n > 0)",
-        "CREATE TABLE high (id int PRIMARY KEY, n int)",
+        "CREATE TABLE high (id int PRIMARY KEY, n int, filled int)",
         "INSERT INTO high VALUES (11, 1)",
         "ALTER TABLE parts ATTACH PARTITION high FOR VALUES FROM (10) TO (20)",
         "ALTER TABLE held ADD COLUMN more int DEFAULT 5",
@@ -127,8 +135,10 @@ def test_a_locked_table_holds_up_neither_the_stream_nor_what_is_read_beside_it(e
     )
     with locked(settings, "held", "joined", "low", "high") as release, capturing(settings) as capture:
         assert {"public.held", "public.joined"} <= set(capture.reach().inexact)
-        execute(settings, "ALTER TABLE free ADD COLUMN more int DEFAULT 5", "INSERT INTO free VALUES (3, 3, 3)")
+        execute(settings, "ALTER TABLE free ALTER COLUMN n TYPE int USING n * 2")  # only the catalogue tells
         capture.hear("public.free was read again")
+        execute(settings, "ALTER TABLE free ADD COLUMN more int DEFAULT 5", "INSERT INTO free VALUES (3, 3, 3)")
+        capture.eventually("the stream tells too", lambda: capture.reach() and len(read_again(capture)) == 2)
         eventually("what waits says for what", lambda: "lock" in jobs(settings)["public.held"]["reason"])
         execute(settings, "INSERT INTO free VALUES (4, 4, 4)")
         inexact = capture.reach().inexact
@@ -172,3 +182,70 @@ def test_a_large_value_of_a_locked_table_is_taken_from_the_log(settings: Setting
         capture.eventually("all is exact", lambda: capture.reach().inexact == ())
     for table in ("held", "doubted"):
         assert replay(settings, f"public.{table}") == selected(settings, table)
+
+
+def test_a_lock_that_waits_for_the_snapshot_does_not_stop_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The application asks for it when one connection has begun to read the table, and the other has not: that one queues behind it."""
+    monkeypatch.setattr(copies, "PAGES", 4)
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "CREATE TABLE zeros (id int PRIMARY KEY)")
+    execute(settings, "INSERT INTO items SELECT i, i FROM generate_series(1, 9000) i", "INSERT INTO zeros VALUES (0)")
+    lock = "BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE; INSERT INTO zeros VALUES (1); COMMIT"
+    application = threading.Thread(target=execute, args=(settings, lock))
+    begun: list[str] = []
+
+    class Copy(copies.Copy):
+        def __init__(self, connection: catalog.Connection, piece: copies.Piece) -> None:
+            begun.append(piece.table.name)
+            if len(begun) == 2:
+                asked = "SELECT 1 FROM pg_locks WHERE relation = 'items'::regclass AND"
+                eventually("the first connection reads", lambda: rows(settings, f"{asked} granted"))
+                application.start()
+                eventually("the application waits", lambda: rows(settings, f"{asked} NOT granted"))
+            super().__init__(connection, piece)
+
+    monkeypatch.setattr(snapshot, "Copy", Copy)
+    with capturing(settings) as capture:
+        capture.hear("snapshot complete")
+        application.join()
+        capture.reach()
+    assert begun[:2] == ["items", "items"]
+    for table in ("items", "zeros"):
+        assert replay(settings, f"public.{table}") == selected(settings, table)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["released", "stopped"])
+def test_a_table_that_is_locked_when_the_snapshot_comes_to_it_is_read_last(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, *, stopped: bool
+) -> None:
+    """The others are read meanwhile, and capture can be stopped."""
+    monkeypatch.setattr(snapshot, "_LOCK_SECONDS", 0.2)
+    prepare(
+        settings,
+        "CREATE TABLE held (id int PRIMARY KEY, n int); INSERT INTO held VALUES (1, 1)",
+        "CREATE TABLE items (id int PRIMARY KEY, n int); INSERT INTO items SELECT i, i FROM generate_series(1, 9000) i",
+    )
+    with ExitStack() as application:
+        released: list[Callable[[], None]] = []
+
+        def filters(*args: Any) -> dict[int, str]:
+            """The snapshot is there by now, and nothing has been read."""
+            if not released:
+                released.append(application.enter_context(locked(settings, "held")))
+            return row_filters(*args)
+
+        monkeypatch.setattr(snapshot, "row_filters", filters)
+        running = Running(settings)
+        try:
+            running.hear("snapshot of public.items: 9000 rows")
+            running.hear("snapshot of public.held waits")
+            if not stopped:
+                released[0]()
+                running.reach()
+        finally:
+            running.stop()
+    assert running.error is None
+    if not stopped:
+        for table in ("held", "items"):
+            assert replay(settings, f"public.{table}") == selected(settings, table)

@@ -203,9 +203,11 @@ def test_checkpoints_that_were_deleted(settings: Settings, slot: bool, chunked: 
     assert never_back(settings, T)
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_checkpoints_that_were_deleted_with_an_append_only_table_in_the_log(settings: Settings, chunked: bool) -> None:
-    """Its rows are written anew under their positions in the new snapshot, and the old ones deleted: it is exact."""
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+def test_checkpoints_that_were_deleted_with_an_append_only_table_in_the_log(
+    settings: Settings, *, chunked: bool
+) -> None:
+    """Its rows are written anew under other positions, and the old ones deleted: it is exact."""
     execute(settings, "CREATE TABLE log (what text)", "INSERT INTO log VALUES ('before')")
     with closing(catalog.connect(settings.dsn)) as connection:
         setup.apply(connection, setup.plan(connection, settings, [], appended=["log"]))
@@ -217,6 +219,7 @@ def test_checkpoints_that_were_deleted_with_an_append_only_table_in_the_log(sett
     assert refused(settings).code == "checkpoints-missing"
     recover(settings, lambda _: None)
     with capturing(settings, chunked=chunked) as capture:
+        capture.hear("snapshot is complete" if chunked else "snapshot complete")
         execute(settings, "INSERT INTO log VALUES ('after')")
         eventually("every table is exact", lambda: capture.reach().inexact == ())
     found = sorted(row["what"] for row in replay(settings, "public.log").values())

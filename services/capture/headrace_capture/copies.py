@@ -4,6 +4,10 @@ Where the types of a table allow it, Postgres makes each row's JSON itself (`row
 converters of `values` make of the stream: it does so several times as fast. A type is named here only if that holds for each of its
 values; a table with a column of any other type comes as text, and goes through the converters. Large tables are cut into ranges of
 pages, so that several connections share them.
+
+A query that has to wait for a lock is given up after a while, and tried again on another connection. A connection holds the lock of each
+table that it has read to the end of the snapshot. If the application waits for that (ALTER TABLE), every other connection queues behind
+the application, and the snapshot, which ends when all is read, would wait for itself for ever.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ _HEADER: Final = 19
 """Bytes before the first row of a binary COPY: signature, flags, an extension without length."""
 _TRAILER: Final = b"\xff\xff"
 _FIELD: Final = Struct(">hi").unpack_from
+_LOCKED: Final = b"55P03"
 
 
 class Piece(NamedTuple):
@@ -54,15 +59,17 @@ class Copy:
     Attributes:
         piece: What it reads.
         done: Whether everything of it was taken.
+        locked: Whether nothing of it could be read, for it waited for a lock as long as the connection does; it is done then.
     """
 
     def __init__(self, connection: catalog.Connection, piece: Piece) -> None:
         """Begin. The connection is in the snapshot, and reads nothing else until this is done."""
         self.piece = piece
-        self.done = False
+        self.done = self.locked = self._begun = False
         self._pg = connection.pgconn
         self._after = _HEADER if piece.native else 0
-        self._result(self._pg.exec_(piece.query.as_bytes(connection)), pq.ExecStatus.COPY_OUT)
+        self._result(self._pg.exec_(b"SAVEPOINT piece"), pq.ExecStatus.COMMAND_OK)
+        self._pg.send_query(piece.query.as_bytes(connection))
 
     @property
     def socket(self) -> int:
@@ -72,6 +79,8 @@ class Copy:
     def take(self, most: int) -> list[bytes]:
         """Return up to `most` rows of those that are there now, each in the form of the piece."""
         rows: list[bytes] = []
+        if not self._begun and not self._begin():
+            return rows
         get = self._pg.get_copy_data
         while len(rows) < most:
             size, data = get(1)
@@ -89,11 +98,30 @@ class Copy:
             rows.pop()
         return rows
 
+    def _begin(self) -> bool:
+        """Return whether rows may come by now."""
+        self._pg.flush()
+        self._pg.consume_input()
+        if self._pg.is_busy():
+            return False
+        result = self._pg.get_result()
+        if result is not None and result.error_field(pq.DiagnosticField.SQLSTATE) == _LOCKED:
+            self.locked = True
+            self._over(b"ROLLBACK TO SAVEPOINT piece; RELEASE SAVEPOINT piece")
+            return False
+        self._result(result, pq.ExecStatus.COPY_OUT)
+        self._begun = True
+        return True
+
     def _end(self) -> None:
-        self.done = True
         self._result(self._pg.get_result(), pq.ExecStatus.COMMAND_OK)
+        self._over(b"RELEASE SAVEPOINT piece")
+
+    def _over(self, command: bytes) -> None:
+        self.done = True
         while self._pg.get_result():
             pass
+        self._result(self._pg.exec_(command), pq.ExecStatus.COMMAND_OK)
 
     def _result(self, result: pq.abc.PGresult | None, wanted: pq.ExecStatus) -> None:
         if result is None or result.status != wanted:
@@ -109,7 +137,7 @@ def pieces(connection: catalog.Connection, table: catalog.Table, only: str | Non
         only: The publication's row filter, in Postgres's own text.
     """
     columns = native(connection, table)
-    sizes = {row[0]: row[1] for row in connection.execute(_SIZES, [[leaf.oid for leaf in table.leaves]])}
+    sizes = _sizes(connection, [leaf.oid for leaf in table.leaves])
     for leaf in table.leaves:
         source = sql.SQL("ONLY {}").format(sql.Identifier(leaf.schema, leaf.name))
         size = sizes.get(leaf.oid, 0)
@@ -122,6 +150,15 @@ def pieces(connection: catalog.Connection, table: catalog.Table, only: str | Non
             rest = source + condition
             query = _native(table, columns, rest) if columns else _text(table, rest)
             yield Piece(table, query, columns is not None, min(PAGES, size - first))
+
+
+def _sizes(connection: catalog.Connection, oids: list[int]) -> dict[int, int]:
+    """Return the pages of each table; while one is locked, as many as they had when they were analyzed last."""
+    try:
+        with connection.transaction():
+            return dict(connection.execute(_SIZES, [oids]).fetchall())
+    except psycopg.errors.LockNotAvailable:
+        return dict(connection.execute("SELECT oid, relpages FROM pg_class WHERE oid = ANY(%s)", [oids]).fetchall())
 
 
 def native(connection: catalog.Connection, table: catalog.Table) -> tuple[str, ...] | None:

@@ -136,12 +136,12 @@ def _is_empty(connection: Connection, schema: str, name: str) -> bool | None:
 
 
 _PRINTS = f"""
-WITH RECURSIVE {published("p.pubname = %(publication)s")}
+WITH RECURSIVE {published("p.pubname = %(publication)s")}, filled(root, name) AS (
+  SELECT x.root, a.attname FROM leaf x JOIN pg_attribute a ON a.attrelid = x.oid WHERE a.atthasmissing AND NOT a.attisdropped
+)
 SELECT n.nspname || '.' || c.relname, c.relkind::text,
        (SELECT coalesce(json_agg(json_build_array(a.attnum, a.attname, format_type(a.atttypid, a.atttypmod),
-                                                  a.atthasmissing OR a.attgenerated = 'v' OR EXISTS (
-                                                    SELECT FROM pg_partition_tree(c.oid) t JOIN pg_attribute l ON l.attrelid = t.relid
-                                                    WHERE c.relkind = 'p' AND l.attname = a.attname AND l.atthasmissing),
+                                                  a.attgenerated = 'v' OR (c.oid, a.attname) IN (SELECT root, name FROM filled),
                                                   a.xmin::text) ORDER BY a.attnum), '[]')
         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
        coalesce(leaves.told, '[]')

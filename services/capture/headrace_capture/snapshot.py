@@ -35,6 +35,8 @@ from headrace_capture.values import template
 READ: Final = b"r"
 _BUNCH = 512
 """Rows of one connection before the others get their turn."""
+_LOCK_SECONDS = 5.0
+"""So long a connection waits for a table that is locked, while the others read on; then it reads something else first."""
 
 
 class Rows:
@@ -43,12 +45,14 @@ class Rows:
     Attributes:
         table: The table.
         count: Rows that were written.
+        waited: Whether the table was found locked.
     """
 
     def __init__(self, table: Table, writer: CutWriter, stamp: Stamp) -> None:
         """Prepare what is the same for each row."""
         self.table = table
         self.count = 0
+        self.waited = False
         self._writer = writer
         self._stamp = stamp
         self._headers = stamp.headers(table, 0)
@@ -116,7 +120,9 @@ class Snapshot:
         settings = self._log.settings
         with ExitStack() as stack:
             connections = [
-                stack.enter_context(catalog.connect(settings.dsn, name="headrace snapshot", timeout_s=0))
+                stack.enter_context(
+                    catalog.connect(settings.dsn, name="headrace snapshot", timeout_s=0, lock_s=_LOCK_SECONDS)
+                )
                 for _ in range(max(1, settings.snapshot_connections))
             ]
             for connection in connections:
@@ -163,16 +169,25 @@ class Snapshot:
                 if waiting and connection not in under_way:
                     rows, piece = waiting.popleft()
                     under_way[connection] = rows, Copy(connection, piece)
-            got = 0
-            for connection, (rows, copy) in list(under_way.items()):
-                got += rows.write(copy.take(_BUNCH), native=copy.piece.native)
-                if copy.done:
-                    del under_way[connection]
-                    done += copy.piece.pages
-                    self._told(rows, waiting, under_way)
+            got = sum(rows.write(copy.take(_BUNCH), native=copy.piece.native) for rows, copy in under_way.values())
+            for connection in [connection for connection, (_, copy) in under_way.items() if copy.done]:
+                rows, copy = under_way.pop(connection)
+                if copy.locked:
+                    self._told_locked(rows)
+                    waiting.append((rows, copy.piece))
+                    connections.append(connections.pop(connections.index(connection)))  # another one may hold the lock
+                    continue
+                done += copy.piece.pages
+                self._told(rows, waiting, under_way)
             self._look_around(version, (done, pages))
             if not got and under_way:
                 _wait(copy.socket for _, copy in under_way.values())
+
+    def _told_locked(self, rows: Rows) -> None:
+        """Say so, once, when a table cannot be read now."""
+        if not rows.waited:
+            rows.waited = True
+            self._progress.say(f"snapshot of {rows.table.name} waits: another transaction holds or wants its lock")
 
     def _told(
         self, rows: Rows, waiting: Iterable[tuple[Rows, Piece]], under_way: Mapping[Any, tuple[Rows, Copy]]
