@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 DIR    ?= .stack
 
-.PHONY: demo test compose-test soak bench-capture check format stack-up stack-down
+.PHONY: demo test compose-test soak bench-capture bench-big check format stack-up stack-down
 
 demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops everything at the end
 	$(BIN)/headrace demo $(if $(ONCE),--once)
@@ -17,6 +17,9 @@ soak: .venv/synced           ## KILLS=60 seeded kills of capture, broker and Pos
 
 bench-capture: .venv/synced  ## capture and Debezium in turn, on the same rows; ARGS="--quick --ours --only single"; see bench/README.md
 	$(BIN)/python -m bench $(ARGS)
+
+bench-big: .venv/synced      ## memory and time of capture over ten million rows and transactions of a million changes; ARGS="--quick"
+	$(BIN)/python -m bench.big $(ARGS)
 
 check: .venv/synced          ## style, types, walls, budgets
 	$(BIN)/ruff check

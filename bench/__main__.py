@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from bench import report, source
+from bench import report, servers, source
 from bench.parts import FULL, PARTS, QUICK, Bench, Part
 from headrace.cli.show import print_error, print_json
 from headrace.errors import HeadraceError
-from headrace_ops import NAMES, Stack, guard
-from headrace_ops.kafka import Kafka
-from headrace_ops.postgres import Postgres
 
 RESULTS = Path(__file__).with_name("results.md")
 Only = Annotated[str, typer.Option("--only", help=f"Parts, separated by commas, of: {', '.join(PARTS)}.")]
@@ -44,7 +37,7 @@ def bench(only: Only = "", ours: Ours = False, quick: Quick = False, json: AsJso
     """
     names = _names(only)
     sizes = QUICK if quick else FULL
-    with _servers() as (postgres, kafka, folder), _console.status("starting") as status:
+    with servers.running() as (postgres, kafka, folder), _console.status("starting") as status:
 
         def say(line: str, *, lasting: bool = False) -> None:
             if lasting or not _console.is_terminal:
@@ -66,25 +59,6 @@ def _names(only: str) -> list[str]:
     if unknown := set(names) - set(PARTS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}.")
     return names
-
-
-@contextmanager
-def _servers() -> Iterator[tuple[Postgres, Kafka, Path]]:
-    """Run Postgres and Kafka in a folder of their own; whatever becomes of us, both go."""
-    folder = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
-    folder.chmod(0o755)  # the servers' user must get in
-    stack = Stack(folder, spread=True)
-    with guard.armed(folder, NAMES, remove=True):
-        try:
-            stack.up(["postgres", "kafka"])
-            postgres, kafka = stack.server("postgres"), stack.server("kafka")
-            assert isinstance(postgres, Postgres)
-            assert isinstance(kafka, Kafka)
-            source.calm(postgres)
-            yield postgres, kafka, folder
-        finally:
-            stack.down()
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _show(part: Part) -> Part:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from headrace.errors import Transient
@@ -87,22 +88,27 @@ class Program:
 
     def stop(self) -> None:
         """End it as its operator would, by force when it takes too long; whatever it started ends with it."""
-        self._searched_at = 0.0
-        self._search()
+        self._search(now=True)
         if self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._child.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._child.kill()
-                self._child.wait()
+        self._kill_members()
+
+    def kill(self) -> None:
+        """End it by SIGKILL, now, and whatever it started."""
+        self._search(now=True)
+        self._kill_members()
+
+    def _kill_members(self) -> None:
         for process in self._members:
             processes.send(process, signal.SIGKILL)
+        self._child.wait()
 
-    def _search(self) -> None:
-        now = time.monotonic()
-        if now - self._searched_at > _SEARCH_SECONDS:
-            self._searched_at = now
+    def _search(self, *, now: bool = False) -> None:
+        at = time.monotonic()
+        if now or at - self._searched_at > _SEARCH_SECONDS:
+            self._searched_at = at
             root = processes.identify(self._child.pid)
             self._members = processes.family(root) if root else []
 

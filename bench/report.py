@@ -176,6 +176,17 @@ def _row(name: str, runs: Sequence[Run]) -> tuple[str, ...]:
 
 def conditions(sizes: Sizes, postgres: str) -> dict[str, str]:
     """Return what the figures depend on; `postgres` is the server's version."""
+    return {
+        **surroundings(postgres),
+        "Debezium": f"{debezium.VERSION} on Kafka Connect, {' '.join(debezium.MEMORY)}",
+        "Debezium for throughput": _options(debezium.THROUGHPUT),
+        "Debezium for latency": _options(debezium.LATENCY),
+        "sizes": ", ".join(f"{name} {value}" for name, value in asdict(sizes).items()),
+    }
+
+
+def surroundings(postgres: str) -> dict[str, str]:
+    """Return what any figure of ours depends on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -186,12 +197,8 @@ def conditions(sizes: Sizes, postgres: str) -> dict[str, str]:
         "Postgres": f"{postgres}, autovacuum off",
         "Kafka": f"{artifacts.KAFKA.name.partition('-')[2]}, one broker, 512 MB of heap; every topic has one partition",
         "Java": _said(str(java.find() / "bin/java"), "--version").partition("\n")[0],
-        "Debezium": f"{debezium.VERSION} on Kafka Connect, {' '.join(debezium.MEMORY)}",
-        "Debezium for throughput": _options(debezium.THROUGHPUT),
-        "Debezium for latency": _options(debezium.LATENCY),
         "headrace": f"Python {platform.python_version()}, confluent-kafka {version('confluent-kafka')} "
         f"(librdkafka {confluent_kafka.libversion()[0]}), psycopg {version('psycopg')}; default settings",
-        "sizes": ", ".join(f"{name} {value}" for name, value in asdict(sizes).items()),
     }
 
 

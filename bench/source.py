@@ -29,11 +29,7 @@ CREATE TABLE orders (
     id bigint PRIMARY KEY, customer_id int NOT NULL, quantity int NOT NULL, status varchar(12) NOT NULL,
     amount numeric(12, 2) NOT NULL, placed timestamptz NOT NULL, title varchar(80) NOT NULL, note varchar(240) NOT NULL
 );
-INSERT INTO orders
-SELECT i, i % 9973, 0, (ARRAY['new', 'paid', 'packed', 'shipped'])[1 + i % 4], (i % 1000000) / 100.0,
-       timestamptz '2026-01-01 UTC' + i * interval '1 second', 'Größe "L", Artikel ' || md5(i::text),
-       repeat(md5((i + 1)::text) || ' ', 5) || 'not before noon, the bell is broken' || chr(10) || 'please ask at no. ' || (i % 100)::text
-FROM generate_series(1, {rows}) i;
+{insert};
 CREATE PROCEDURE change(begin_with int, changes int, per_transaction int, number_of_rows int)
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -43,9 +39,34 @@ BEGIN
     END LOOP;
 END $$;
 """
-_AWAKE = """
+_INSERT = """
+INSERT INTO orders
+SELECT i, i % 9973, 0, (ARRAY['new', 'paid', 'packed', 'shipped'])[1 + i % 4], (i % 1000000) / 100.0,
+       timestamptz '2026-01-01 UTC' + i * interval '1 second', 'Größe "L", Artikel ' || md5(i::text),
+       repeat(md5((i + 1)::text) || ' ', 5) || 'not before noon, the bell is broken' || chr(10) || 'please ask at no. ' || (i % 100)::text
+FROM generate_series({first}, {last}) i
+"""
+MAKE_AWAKE = """
 CREATE TABLE awake (id int PRIMARY KEY, times int NOT NULL);
 INSERT INTO awake VALUES (1, 0);
+"""
+_NARROW = """
+CREATE TABLE narrow (id bigint PRIMARY KEY, n int NOT NULL);
+INSERT INTO narrow SELECT i, i % 1000 FROM generate_series(1, {rows}) i;
+"""
+_NOTES = """
+CREATE TABLE notes (id bigint PRIMARY KEY, n int NOT NULL, body text NOT NULL);
+ALTER TABLE notes ALTER body SET STORAGE EXTERNAL;
+INSERT INTO notes SELECT i, 0, repeat(md5(i::text), 100) FROM generate_series(1, {rows}) i;
+"""
+_CHANGE_ALL = """
+DO $$ BEGIN
+    FOR i IN 1..{loops} LOOP
+        UPDATE orders SET quantity = i WHERE id = 1 + (i::bigint * 7919) % {orders};
+        IF i % 2 = 0 THEN UPDATE narrow SET n = i WHERE id = 1 + (i::bigint * 7919) % {narrow}; END IF;
+        IF i % 10 = 0 THEN UPDATE notes SET n = i WHERE id = 1 + (i::bigint * 7919) % {notes}; END IF;
+    END LOOP;
+END $$
 """
 _BANK = """
 ALTER TABLE pgbench_history ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY;
@@ -63,6 +84,9 @@ class Table:
 
 
 ORDERS = Table("orders", "id", ("customer_id", "quantity", "status", "title", "note"))
+NARROW = Table("narrow", "id", ("n",))
+NOTES = Table("notes", "id", ("n", "body"))
+"""Its bodies are out of line: updates leave them alone, and Postgres does not send them but in old rows."""
 AWAKE = "awake"
 BANK = (
     Table("pgbench_accounts", "aid", ("bid", "abalance")),
@@ -127,17 +151,46 @@ def version(postgres: Postgres) -> str:
 
 def orders(postgres: Postgres, database: str, rows: int) -> Source:
     """Make a database with `rows` orders."""
-    source = Source(_database(postgres, database), (ORDERS,))
-    source.run(_AWAKE, _ORDERS.format(rows=rows))
+    source = Source(new_database(postgres, database), (ORDERS,))
+    source.run(MAKE_AWAKE, _ORDERS.format(insert=insertion(1, rows)))
     source.settle()
     return source
 
 
+def narrow(postgres: Postgres, database: str, rows: int) -> Source:
+    """Make a database with one narrow table."""
+    source = Source(new_database(postgres, database), (NARROW,))
+    source.run(MAKE_AWAKE, _NARROW.format(rows=rows))
+    source.settle()
+    return source
+
+
+def mixed(postgres: Postgres, database: str, rows: dict[str, int]) -> Source:
+    """Make a database with so many orders, narrow rows and notes."""
+    source = Source(new_database(postgres, database), (ORDERS, NARROW, NOTES))
+    made = [_NARROW.format(rows=rows["narrow"]), _NOTES.format(rows=rows["notes"])]
+    source.run(MAKE_AWAKE, _ORDERS.format(insert=insertion(1, rows["orders"])), *made)
+    source.settle()
+    return source
+
+
+def change_all(changes: int, rows: dict[str, int]) -> tuple[str, dict[str, int]]:
+    """Return the statement that makes so many updates in turn in all three tables, and how many of them in each."""
+    loops = changes * 10 // 16
+    each = {"orders": loops, "narrow": loops // 2, "notes": loops // 10}
+    return _CHANGE_ALL.format(loops=loops, **rows), each
+
+
+def insertion(first: int, last: int) -> str:
+    """Return the statement that makes the orders from `first` to `last`."""
+    return _INSERT.format(first=first, last=last)
+
+
 def bank(postgres: Postgres, database: str, scale: int) -> Source:
     """Make a database with pgbench's tables; its history is given a key, without which neither tool could capture it."""
-    source = Source(_database(postgres, database), BANK)
+    source = Source(new_database(postgres, database), BANK)
     _pgbench(source, "--initialize", "--quiet", f"--scale={scale}")
-    source.run(_AWAKE, _BANK)
+    source.run(MAKE_AWAKE, _BANK)
     source.settle()
     return source
 
@@ -166,7 +219,8 @@ def transfer(source: Source) -> Callable[[int], dict[str, int]]:
     return make
 
 
-def _database(postgres: Postgres, name: str) -> str:
+def new_database(postgres: Postgres, name: str) -> str:
+    """Make a database; return its DSN."""
     with psycopg.connect(postgres.address(), autocommit=True) as connection:
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     return postgres.dsn(name)

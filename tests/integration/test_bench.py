@@ -1,4 +1,4 @@
-"""The benchmark works, and it would notice: small sizes, headrace only."""
+"""The benchmarks work, and they would notice: small sizes, headrace only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import source, truth
+from bench import big, source, truth
 from bench.parts import QUICK, Bench
 from headrace.errors import Poison
 from headrace_ops.kafka import Kafka
@@ -44,3 +44,19 @@ def test_a_row_that_is_not_postgress_is_noticed(postgres: Postgres) -> None:
             truth.compare(origin.dsn, "orders", "id", source.ORDERS.columns, found)
     finally:
         drop_database(postgres.address(), "truth")
+
+
+def test_large_tables_and_transactions_are_measured_and_their_topics_compared(
+    postgres: Postgres, kafka: Kafka, tmp_path: Path
+) -> None:
+    def say(_line: str, *, lasting: bool = False) -> None:
+        pass
+
+    try:
+        parts = list(big.Big(postgres, kafka, tmp_path, big.QUICK, say).run())
+    finally:
+        drop_database(postgres.address(), "narrow")
+        drop_database(postgres.address(), "mixed")
+    assert [part.records for part in parts] == [60_000, 121_000, 32_000, 32_000]
+    assert all(1_000_000 < part.peak < big.MOST_MB * 1_000_000 for part in parts)
+    assert [part.view_peak > 1_000_000 for part in parts] == [False, False, True, True]
