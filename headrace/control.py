@@ -224,9 +224,9 @@ class Control:
     def rows(
         self, name: str, generation: int, keys: Sequence[tuple[str, str]], timeout: float = 30.0
     ) -> tuple[Version, dict[tuple[str, str], ViewRow]]:
-        """Return some rows of a generation by (collection, key), as readers see them, and the version that they show.
+        """Return some rows of a generation by (collection, key), as readers see them, and the version of the state that they are of.
 
-        All of them are of one moment, and in memory at once here and there: ask for few.
+        That is NOWHERE while it is not certain, shortly after an error. They are in memory at once here and there: ask for few.
         """
         with self._rows(name, "rows", {"generation": generation, "keys": list(keys)}, timeout) as (answer, rows):
             return Version(*answer["version"]), {(row.collection, row.key): row for row in rows}

@@ -219,16 +219,16 @@ class Log:
                 found[schema.table, schema.version] = schema
         return found
 
-    def scan(self, table: str, since: list[int] | None = None) -> Iterator[Change]:
-        """Yield every committed change of a table from `since` (offsets, partition by partition; zero when None) to the end.
+    def scan(self, *tables: str, since: Ends | None = None) -> Iterator[Change]:
+        """Yield every committed change of some tables to the end, each partition's in order.
 
-        Both records of a delete come: the `d` and the tombstone.
+        From `since`, offsets by topic; a topic that is not in it comes from zero. Both records of a delete come: the `d` and the tombstone.
         """
-        topic = self.topic_of(table)
-        starts = since or [BEGINNING] * self.topics.describe([topic])[topic][1]
-        places = {(topic, partition): at for partition, at in enumerate(starts)}
-        for _, partition, offset, _, key, value, headers in read_to_end(self.settings, places):
-            yield codec.decode_change(table, partition, offset, key, value, headers, self.values.envelope)
+        topics = [self.topic_of(table) for table in tables]
+        starts = {topic: (since or {}).get(topic) or [BEGINNING] * n for topic, n in self.partitions(topics).items()}
+        places = {(topic, partition): at for topic, ats in starts.items() for partition, at in enumerate(ats)}
+        for topic, partition, offset, _, key, value, headers in read_to_end(self.settings, places):
+            yield codec.decode_change(table_of(topic), partition, offset, key, value, headers, self.values.envelope)
 
     def ends(self, table: str) -> list[int]:
         """Return where the committed part of a table's topic ends, partition by partition."""

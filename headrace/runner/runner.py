@@ -297,10 +297,10 @@ class Runner:
         return {"rows": request.id, "generation": worker.generation.number}
 
     def _rows(self, request: Request) -> dict[str, Any]:
-        """Send single rows by their keys, and answer the version that they show."""
+        """Send single rows by their keys, and answer the version of the state that they are, NOWHERE when that is not certain."""
         worker = self._worker(request.args.get("generation"))
         keys = request.args["keys"]
-        rows, version = self._wait_for(worker, lambda consumer: (_named(consumer, keys), worker.state.version))
+        rows, version = self._wait_for(worker, lambda consumer: (_named(consumer, keys), worker.state.shown))
         self._control.send_rows(request, rows, last=True)
         return {"rows": request.id, "version": list(version)}
 

@@ -34,10 +34,14 @@ Call = tuple[Callable[[Consumer], Any], "Future[Any]"]
 
 @dataclass(slots=True)
 class State:
-    """What a worker says of itself; written by its thread, read by the runner."""
+    """What a worker says of itself; written by its thread, read by the runner.
+
+    `ahead` is the newest state that the log had when the view was opened.
+    """
 
     phase: str = "starting"
     version: Version = NOWHERE
+    ahead: Version = NOWHERE
     lag: Lag = field(default_factory=lambda: Lag(0, 0, 0.0))
     rate: float = 0.0
     progress: tuple[int, int] = (0, 0)
@@ -48,6 +52,15 @@ class State:
     def exact(self) -> bool:
         """Whether the generation is at a state that Postgres had."""
         return self.version != NOWHERE
+
+    @property
+    def shown(self) -> Version:
+        """The version of the state that the view is, no row of it newer; NOWHERE while that is not certain.
+
+        An error or a kill between a view's rows and its position [I7] leaves rows that are newer than the position says. None is when
+        the view has come to what the log had when it was opened.
+        """
+        return self.version if self.version >= self.ahead else NOWHERE
 
 
 class Worker(threading.Thread):
@@ -132,6 +145,8 @@ class Worker(threading.Thread):
                 self._rest(consumer)
                 return
             reader = self._reader(consumer, position)
+            newest = reader.newest if isinstance(reader, Reader) else None
+            self._set(ahead=newest.version if newest else NOWHERE)
             try:
                 self._follow(consumer, reader)
             finally:

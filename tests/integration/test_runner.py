@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from headrace import codec
 from headrace.change import CREATE, NOWHERE, Change, Position, Version
 from headrace.consumer import Batch, Cursor, Generation, ViewRow
 from headrace.control import PAGE_BYTES, Control, Report
-from headrace.errors import HeadraceError, Misconfigured, Poison
+from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.log.plain import PlainWriter
@@ -462,6 +463,49 @@ def test_rows_of_any_size_come_through_a_scan_and_by_their_keys(
     pages = [record.value or b"" for record in read_to_end(settings, {(ANSWERS, 0): BEGINNING})]
     large = [codec.loads(page)["rows"] for page in pages if len(page) > PAGE_BYTES + 100]
     assert [len(page) for page in large] == [1, 1], "the row of 3 MB, by a scan and by its key"
+
+
+class Torn(Plain):
+    """Its server goes away between the rows and the position of a batch, and comes back when told."""
+
+    torn: threading.Event
+    opens: threading.Event
+    may: threading.Event
+
+    def open(self, generation: Generation) -> Position | None:
+        if self.torn.is_set():
+            self.opens.set()
+            self.may.wait(30)
+        return super().open(generation)
+
+    def apply(self, batch: Batch) -> None:
+        if not batch.loading and not self.torn.is_set():
+            with self._open() as connection:
+                connection.execute("UPDATE rows SET value = ?", [codec.dumps(batch.changes[-1].row).decode()])
+            self.torn.set()
+            raise Transient("plain-away", "The plain store is away.", "Wait.")
+        super().apply(batch)
+
+
+def test_rows_that_may_be_newer_than_the_position_are_of_no_version(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever compares them must not take them for the state at the position."""
+    for name in ("torn", "opens", "may"):
+        monkeypatch.setattr(Torn, name, threading.Event(), raising=False)
+    feed.cut((ITEMS, 1, 10))
+    served = serve(Torn, "torn")
+    served.await_phase(1, "live")
+    last = feed.cut((ITEMS, 1, 11))
+    assert Torn.opens.wait(30)
+    control, key = Control(Log(settings)), (ITEMS, '{"id":1}')
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(control.rows, "torn", 1, [key])
+        wait_for(lambda: not served.runner._workers[1]._calls.empty())
+        Torn.may.set()
+        version, rows = asked.result()
+    assert (version, rows[key].value["n"]) == (NOWHERE, 11)
+    wait_for(lambda: control.rows("torn", 1, [key])[0] == last.version)
 
 
 class Broken(Plain):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from headrace.settings import Settings, environment
 from headrace.stores.duckdb import Database, DuckDBStore
 from headrace.stores.elasticsearch import ElasticsearchIndex
 from headrace.stores.redis import RedisPages
-from headrace_verify.expected import expectation
+from headrace_verify.expected import everything, expectation
+from headrace_verify.film import Film
 from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference
 from headrace_verify.postgres import connect, moment
 from headrace_verify.verify import Verifier
@@ -129,6 +130,25 @@ def loaded(settings: Settings, *statements: Callable[[random.Random], str]) -> I
         thread.join(30)
 
 
+@contextmanager
+def churned(settings: Settings, statement: str) -> Iterator[None]:
+    """Run a statement in Postgres again and again until the end, a transaction each: as fast as commits are durable."""
+    loop = f"DO $$ BEGIN LOOP {statement}; COMMIT; END LOOP; END $$"
+
+    def churn(connection: psycopg.Connection[Any]) -> None:
+        with suppress(psycopg.errors.QueryCanceled):
+            connection.execute(loop.encode())
+
+    with psycopg.connect(settings.dsn, autocommit=True) as connection:
+        thread = threading.Thread(target=churn, args=(connection,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            connection.cancel()
+            thread.join(30)
+
+
 def meddle(settings: Settings, statement: str, *values: Any) -> None:
     """Change the plain view behind headrace's back."""
     with sqlite3.connect(settings.path("plain.sqlite"), timeout=10) as view:
@@ -172,31 +192,77 @@ def test_it_is_exact_while_everything_changes(settings: Settings) -> None:
     assert not seen.undecided
 
 
-def test_a_hot_row_that_is_wrong_is_not_excused_for_ever(settings: Settings) -> None:
-    """A row that changes again and again is compared until a snapshot and the view agree on what is between them: nothing."""
-    prepare(settings, ITEMS, f"INSERT INTO {T} VALUES (1, 0, 'right')")
-    stop = threading.Event()
+HOTTEST = f"UPDATE {T} SET n = n + 1 WHERE id = 1"
+
+
+@contextmanager
+def hot(settings: Settings) -> Iterator[None]:
+    """Change one row all the time, and some hundreds often."""
+    others = f"UPDATE {T} SET n = n + 1 WHERE id = 2 + floor(random() * 300)"
+    with churned(settings, HOTTEST), churned(settings, others):
+        yield
+
+
+def test_rows_that_change_all_the_time_are_decided(settings: Settings) -> None:
+    """Such a row is never quiet for as long as a change needs to the view: it is compared with the state that the view shows."""
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 400) i")
+    with kept(settings, Mirror), hot(settings):
+        for _ in range(3):
+            assert found(settings, Mirror).clean
+
+
+def test_a_row_that_changes_all_the_time_and_is_wrong_is_found(settings: Settings) -> None:
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'right' FROM generate_series(1, 400) i")
 
     class Wrong(Mirror):
-        """Spoils one column of everything that it applies."""
+        """Spoils a column of one row whenever it is applied."""
 
         def apply(self, batch: Any) -> None:
-            spoilt = [c._replace(row={**c.row, "name": "wrong"}) if c.row else c for c in batch.changes]
+            spoilt = [c._replace(row={**c.row, "name": "wrong"}) if c.key == b'{"id":1}' else c for c in batch.changes]
             super().apply(replace(batch, changes=spoilt))
 
-    def heat() -> None:
-        while not stop.wait(0.7):
-            execute(settings, f"UPDATE {T} SET n = n + 1")
+    with kept(settings, Wrong), hot(settings):
+        seen = found(settings, Wrong)
+    assert seen.wrong == [Difference(DIFFERENT, T, '{"id":1}', ("name",))]
+    assert not seen.undecided
 
-    with kept(settings, Wrong):
-        thread = threading.Thread(target=heat, daemon=True)
-        thread.start()
-        try:
-            seen = found(settings, Wrong)
-        finally:
-            stop.set()
-            thread.join(10)
-    assert [(d.kind, d.columns) for d in seen.wrong] == [(DIFFERENT, ("name",))]
+
+def test_a_rebuild_is_verified_and_promoted_while_rows_change_all_the_time(settings: Settings) -> None:
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 400) i")
+    code = Path(__file__).parents[1] / "fixtures" / "plain.py"
+    command = [sys.executable, "-m", "headrace", "rebuild", "plain", "--wait", "--consumer", f"{code}:Plain"]
+    with capturing(settings) as capture, serving(settings, plain=Plain) as control:
+        capture.reach()
+        eventually("the view is live", lambda: any(r.live for r in control.reports().get("plain", [])))
+        with hot(settings):
+            environ = environment(settings) | {"PATH": "/usr/bin:/bin"}
+            built = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert [(g.number, g.live) for g in Plain(settings, "plain").generations()] == [(1, False), (2, True)]
+
+
+def test_what_changes_while_the_view_stands_still_is_undecided_and_that_is_said(settings: Settings) -> None:
+    prepare(settings, ITEMS, f"INSERT INTO {T} VALUES (1, 0, 'x')")
+    with capturing(settings) as capture, serving(settings, view=Mirror) as control:
+        capture.reach()
+        eventually("the view is live", lambda: any(r.live for r in control.reports().get("view", [])))
+
+        class Standing(Verifier):
+            """Capture ends when the view has been compared."""
+
+            def _compare(self, *args: Any) -> None:
+                execute(settings, HOTTEST)
+                capture.reach()
+                super()._compare(*args)
+                capture.stop()
+                execute(settings, HOTTEST)
+
+        log = Log(settings)
+        (outcome,) = Standing(log, Control(log), lambda *_: None, 5).verify({"view": Mirror})
+        assert [d.key for d in outcome.undecided()] == ['{"id":1}']
+        assert not list(outcome.wrong())
+        assert any("showed nothing newer" in note for note in outcome.notes)
+        outcome.close()
 
 
 def test_a_commit_that_the_snapshot_does_not_see_excuses_although_it_is_logged_before(settings: Settings) -> None:
@@ -367,11 +433,15 @@ def test_the_expectation_of_documents_is_what_hand_written_sql_says(shop: Settin
     with capturing(shop) as capture:
         capture.reach()
     shapes = {table: schema for (table, _), schema in sorted(Log(shop).schemas().items())}
-    with connect(shop) as connection, moment(connection):
-        expected = expectation(connection, Products, "view", shop, shapes, set(shapes))
-        made = {each.row.key: each.row.value for each in expected.all(connection)}
+    with connect(shop) as connection:
+        with moment(connection):
+            expected = expectation(connection, Products, "view", shop, shapes, set(shapes))
+            made = {each.row.key: each.row.value for each in everything(expected, connection)}
         some = [("public.products", codec.encode_key({"id": key}).decode()) for key in (1, 33, 9999)]
-        few = {each.row.key: each.row.value for each in expected.some(connection, some)}
+        film = Film(connection, list(expected.queries(connection, some)), 0.0, 1)
+        film.shoot()
+    (frame,) = film.around(1 << 63, 1 << 63)
+    few = {each.row.key: each.row.value for each in map(expected.made, frame.found)}
     assert made.pop("33") is None
     assert few == {"1": made["1"], "33": None}
     assert made == {
@@ -395,7 +465,7 @@ def test_documents_are_compared_exactly_under_load_and_meddling_is_found(shop: S
             lambda chance: f"UPDATE public.categories SET name = 'n{chance.random()}' WHERE id = 5",
             lambda chance: f"DELETE FROM public.products WHERE id = {chance.randint(100, 299)}",
         ):
-            assert not found(shop, Products, timeout=15).wrong
+            assert found(shop, Products).clean
         assert found(shop, Products).clean
         (index,) = client.indices.get_alias(name="verify-products")
         client.update(index=index, id="1", doc={"reviews": 77}, refresh=True)
@@ -407,6 +477,38 @@ def test_documents_are_compared_exactly_under_load_and_meddling_is_found(shop: S
         client.close()
     assert seen.wrong == [Difference(DIFFERENT, "", "1", ("reviews",)), Difference(MISSING, "", "2")]
     assert [d.kind for d in more.wrong].count(EXTRA) == 1
+
+
+@pytest.mark.usefixtures("elasticsearch")
+def test_a_document_that_changes_all_the_time_and_is_wrong_is_found(shop: Settings) -> None:
+    """Somebody put a version on it that no write of ours is above: Elasticsearch refuses them all."""
+    with kept(shop, Products):
+        client = Client(shop.elasticsearch)
+        (index,) = client.indices.get_alias(name="verify-products")
+        for id_, name in ("7", "meddled"), ("8", "meddled too"):
+            body = client.get(index=index, id=id_)["_source"] | {"name": name}
+            client.index(index=index, id=id_, document=body, version=1 << 62, version_type="external", refresh=True)
+        client.close()
+        with loaded(shop, lambda chance: f"UPDATE public.products SET name = 'n{chance.random()}' WHERE id IN (7, 9)"):
+            seen = found(shop, Products)
+    assert seen.wrong == [Difference(DIFFERENT, "", "7", ("name",)), Difference(DIFFERENT, "", "8", ("name",))]
+    assert not seen.undecided
+
+
+@pytest.mark.usefixtures("elasticsearch")
+def test_a_row_that_documents_refer_to_comes_and_goes(shop: Settings) -> None:
+    """There is no foreign key: while the row is not there, no document holds it."""
+    execute(shop, "UPDATE public.products SET category_id = 99 WHERE id <= 40")
+    with (
+        kept(shop, Products),
+        loaded(
+            shop,
+            lambda _: "INSERT INTO public.categories VALUES (99, 'late') ON CONFLICT DO NOTHING",
+            lambda _: "DELETE FROM public.categories WHERE id = 99",
+        ),
+    ):
+        for _ in range(3):
+            assert found(shop, Products).clean
 
 
 class Pages(DocumentConsumer):

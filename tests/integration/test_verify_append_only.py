@@ -15,10 +15,11 @@ from headrace.documents import Document, DocumentConsumer, Many, Node, count
 from headrace.log import Log
 from headrace.settings import Settings
 from headrace.stores.elasticsearch import ElasticsearchIndex
-from headrace_verify.expected import expectation
+from headrace_verify.expected import everything, expectation
 from headrace_verify.ledger import EXTRA, MISSING, Ledger
 from headrace_verify.postgres import connect, moment
 from headrace_verify.verify import Verifier
+from headrace_verify.view import write
 from tests.fixtures.capture import Running, capturing, eventually, execute, rows
 from tests.fixtures.serving import serving
 from tests.integration.test_capture_append_only import EVENTS, SOME, T, prepare_append_only
@@ -187,11 +188,10 @@ def test_a_row_without_a_key_that_goes_excuses_every_document_that_holds_one(set
     execute(settings, clicks[1])
     with connect(settings) as connection, moment(connection):
         expected = expectation(connection, Clicked, "clicked", settings, shapes, set(shapes))
-        for made in expected.all(connection):
-            ledger.add([made.row], [(*member, made.row.collection, made.row.key) for member in made.members])
+        write(ledger, everything(expected, connection))
     gone = [change for change in log.scan("public.clicks") if change.row is None]
     assert len({change.key for change in gone}) == 3
     for change in gone:
         assert change.version > Version(1, 0)
-        assert {key for _, key, _ in expected.touched(change, ledger)} == {"1", "2"}
+        assert {key for _, key, _ in ledger.holders(*expected.member(change))} == {"1", "2"}
     ledger.close()

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from headrace import codec
 from headrace.runner.runner import _just_before
 from headrace_verify.compare import differing, same
-from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference, Expected, Ledger
+from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference, Excused, Expected, Ledger, Member
 from headrace_verify.postgres import Moment
 
 
@@ -61,7 +62,7 @@ def test_transaction_ids_wrap_around() -> None:
 
 def test_what_nothing_excuses_is_wrong_and_the_rest_waits(ledger: Ledger) -> None:
     rows = [Expected("t", key, ("t", key), {"id": key}) for key in "abcd"]
-    ledger.add([*rows, Expected("t", "none", ("t", "none"), None)], [("child", "1", "t", "a")])
+    ledger.add([*rows, Expected("t", "none", ("t", "none"), None)], [Member("child", "1", "t", "a")])
     assert ledger.count() == 4
     assert ledger.strike("t", "a") == {"id": "a"}
     assert ledger.strike("t", "b") == {"id": "b"}
@@ -70,11 +71,12 @@ def test_what_nothing_excuses_is_wrong_and_the_rest_waits(ledger: Ledger) -> Non
     assert list(ledger.left()) == [Difference(MISSING, "t", "c"), Difference(MISSING, "t", "d")]
     for difference in [*ledger.left(), Difference(EXTRA, "t", "x"), Difference(DIFFERENT, "t", "b", ("id",))]:
         ledger.note(difference)
-    for touched in ledger.members("child", "1"):
+    for touched in ledger.holders("child", "1"):
         ledger.excuse(*touched)
     ledger.excuse("t", "c", ("t", "c"))
     ledger.excuse("t", "x", ("t", "x"))
-    assert ledger.excused_roots() == [("t", "c", "t", "c"), ("t", "x", "t", "x")]
+    size = len(codec.dumps({"id": "c"}))
+    assert ledger.excused() == [Excused("t", "c", ("t", "c"), size), Excused("t", "x", ("t", "x"), 0)]
     ledger.settle("t", "c", None)
     assert [(d.kind, d.key) for d in ledger.differences(excused=False)] == [(DIFFERENT, "b"), (MISSING, "d")]
     ledger.settle("t", "x", Difference(EXTRA, "t", "x"))

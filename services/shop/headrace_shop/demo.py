@@ -197,7 +197,7 @@ class Act:
 
     def _said(self, fact: dict[str, Any]) -> None:
         wrong = _differing(fact)
-        undecided = f", {fact['undecided']} changed too often to be decided" if fact["undecided"] else ""
+        undecided = f", {fact['undecided']} could not be decided" if fact["undecided"] else ""
         say(f"{fact['consumer']}: {fact['rows']:,} rows at {fact['lsn']}, {wrong} differ{undecided}")
         for difference in fact["differences"][:5]:
             say(f"  [red]{difference['kind']}[/red] {difference['collection']} {difference['key']}")

@@ -23,6 +23,7 @@ from headrace_verify.ledger import KINDS, Difference
 from headrace_verify.verify import Outcome, Verifier
 
 _SHOWN = 20
+_UNDECIDED = "each time it was compared, a change of it was in the view only or in Postgres only"
 
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="NAME...", help="Consumers; all that have been run when none is named.")
@@ -37,7 +38,8 @@ Number = Annotated[
     typer.Option("--generation", help="Compare this one, for example before it is promoted; else the live one."),
 ]
 Timeout = Annotated[
-    float, typer.Option("--timeout", help="Longest wait, s, for a view to catch up, and for busy rows to be decided.")
+    float,
+    typer.Option("--timeout", help="Longest wait, s, for a view to catch up, and for the next busy row to be decided."),
 ]
 
 
@@ -51,9 +53,10 @@ def verify(
     """Compare every row of a view with Postgres, also while both go on, and print what is missing, extra or different.
 
     A difference counts unless the log has a change of that row which the snapshot of Postgres could not see; such rows are
-    compared again until they are decided. Of an append-only table, whose rows have no key, it is compared how often each row is there.
+    compared again, with snapshots of the very state that the view shows, until they are decided. Of an append-only table, whose rows have
+    no key, it is compared how often each row is there.
 
-    Exit codes: 0 no differences; 1 differences, or rows that changed too often to be decided; 3 something must be changed
+    Exit codes: 0 no differences; 1 differences, or rows that could not be decided; 3 something must be changed
     first; 5 a server or a view does not answer.
 
     Examples:
@@ -144,7 +147,7 @@ def _show(facts: list[dict[str, Any]]) -> None:
         for difference in fact["differences"]:
             out.print(f"[red]{difference['kind']}[/red] {fact['consumer']} {_named(difference)}")
         for difference in fact["undecided_rows"]:
-            out.print(f"[yellow]undecided[/yellow] {fact['consumer']} {_named(difference)}: changed at each comparison")
+            out.print(f"[yellow]undecided[/yellow] {fact['consumer']} {_named(difference)}: {_UNDECIDED}")
         if fact["missing"] + fact["extra"] + fact["different"] > len(fact["differences"]):
             out.print(f"… {fact['consumer']}: --json shows every key")
 

@@ -16,20 +16,33 @@ from headrace.consumer import ALL, Consumer
 from headrace.documents import Document, DocumentConsumer, Many
 from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.settings import Settings
-from headrace_verify.ledger import Expected, Ledger
+from headrace_verify.ledger import Expected, Member, Touched
 from headrace_verify.postgres import Connection, Table, stream
 from headrace_verify.postgres import table as read_table
 
 Root = tuple[str, str]
-Touched = tuple[str, str, Root]
-"""(collection, key, root) of a view's row."""
+
+
+class Query(NamedTuple):
+    """SQL that gives rows or documents of one kind as `width` texts; `kind` counts the tables or documents of the view."""
+
+    kind: int
+    sql: bytes
+    width: int
+
+
+class Found(NamedTuple):
+    """What Postgres gave for one row or document: the texts, and perhaps NULLs."""
+
+    kind: int
+    texts: tuple[str | None, ...]
 
 
 class Made(NamedTuple):
-    """One expected row, and the joined rows in it as (table, log's key)."""
+    """One expected row, and the joined rows in it or that it refers to."""
 
     row: Expected
-    members: tuple[Root, ...] = ()
+    members: tuple[Member, ...] = ()
 
 
 class Expectation(Protocol):
@@ -45,17 +58,27 @@ class Expectation(Protocol):
     notes: tuple[str, ...]
     keyless: frozenset[str]
 
-    def all(self, connection: Connection) -> Iterator[Made]:
-        """Yield every row, as the open snapshot has it."""
+    def queries(self, connection: Connection, roots: Sequence[Root] | None) -> Iterator[Query]:
+        """Yield what reads the rows or documents of these roots, of all that there are when None."""
 
-    def some(self, connection: Connection, roots: Sequence[Root]) -> Iterator[Made]:
-        """Yield what these roots' rows or documents should be; nothing for a root that is not there."""
+    def made(self, found: Found) -> Made:
+        """Return what the view should hold of it."""
 
     def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:
         """Return the columns and all rows of one of `keyless`, as the open snapshot has them."""
 
-    def touched(self, change: Change, ledger: Ledger) -> Iterator[Touched]:
-        """Yield the view's rows that a change may alter, from their state in the ledger or any later one."""
+    def named(self, change: Change) -> Iterator[Touched]:
+        """Yield the view's rows that are of a changed row, or that hold it by what it says itself."""
+
+    def member(self, change: Change) -> tuple[str, str]:
+        """Return the changed row as documents hold it, as (table, log's key)."""
+
+
+def everything(expectation: Expectation, connection: Connection) -> Iterator[Made]:
+    """Yield all that a view should hold, as the open snapshot has it."""
+    for query in expectation.queries(connection, None):
+        for texts in stream(connection, query.sql):
+            yield expectation.made(Found(query.kind, texts))
 
 
 Shapes = dict[str, TableSchema]
@@ -124,42 +147,39 @@ class Rows:
 
     def __init__(self, tables: list[Table], notes: tuple[str, ...]) -> None:
         """Expect the rows of `tables`."""
-        self._tables = {table.name: table for table in tables if table.key}
+        self._tables = [table for table in tables if table.key]
         self._keyless = {table.name: table for table in tables if not table.key}
-        self.tables = tuple(self._tables)
+        self.tables = tuple(table.name for table in self._tables)
         self.keyless = frozenset(self._keyless)
         self.notes = notes
 
-    def all(self, connection: Connection) -> Iterator[Made]:
-        """See `Expectation.all`."""
-        for table in self._tables.values():
-            yield from self._read(connection, table, sql.SQL("true"))
+    def queries(self, connection: Connection, roots: Sequence[Root] | None) -> Iterator[Query]:
+        """See `Expectation.queries`."""
+        keys = _by_table(roots)
+        for kind, table in enumerate(self._tables):
+            if roots is None or table.name in keys:
+                yield Query(kind, _plain(table, keys.get(table.name)).as_bytes(connection), 1)
 
-    def some(self, connection: Connection, roots: Sequence[Root]) -> Iterator[Made]:
-        """See `Expectation.some`."""
-        for name, keys in _by_table(roots).items():
-            table = self._tables[name]
-            yield from self._read(connection, table, _any_of(table, keys))
+    def made(self, found: Found) -> Made:
+        """See `Expectation.made`."""
+        table = self._tables[found.kind]
+        row = table.plain(codec.loads(found.texts[0] or ""))
+        key = _key(table, row)
+        return Made(Expected(table.name, key, (table.name, key), row))
 
     def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:
         """See `Expectation.without_key`."""
         table = self._keyless[collection]
-        return tuple(column.name for column in table.columns), self._rows(connection, table, sql.SQL("true"))
+        rows = stream(connection, _plain(table, None).as_bytes(connection))
+        return tuple(column.name for column in table.columns), (table.plain(codec.loads(text)) for (text,) in rows)
 
-    def touched(self, change: Change, ledger: Ledger) -> Iterator[Touched]:  # noqa: ARG002  a row is touched by itself alone
-        """See `Expectation.touched`."""
-        key = change.key.decode()
-        yield change.table, key, (change.table, key)
+    def named(self, change: Change) -> Iterator[Touched]:
+        """See `Expectation.named`."""
+        yield change.table, change.key.decode(), self.member(change)
 
-    def _read(self, connection: Connection, table: Table, where: sql.Composable) -> Iterator[Made]:
-        for row in self._rows(connection, table, where):
-            key = _key(table, row)
-            yield Made(Expected(table.name, key, (table.name, key), row))
-
-    @staticmethod
-    def _rows(connection: Connection, table: Table, where: sql.Composable) -> Iterator[Row]:
-        query = sql.SQL("SELECT {}::text FROM {} t WHERE {}").format(table.json("t"), table.identifier, where)
-        return (table.plain(codec.loads(text)) for (text,) in stream(connection, query))
+    def member(self, change: Change) -> tuple[str, str]:
+        """See `Expectation.member`."""
+        return change.table, change.key.decode()
 
 
 class Documents:
@@ -174,25 +194,26 @@ class Documents:
         self.notes = notes
         self.keyless = frozenset[str]()
 
-    def all(self, connection: Connection) -> Iterator[Made]:
-        """See `Expectation.all`."""
-        for document in self._consumer.documents:
-            yield from self._read(connection, document, None)
+    def queries(self, connection: Connection, roots: Sequence[Root] | None) -> Iterator[Query]:
+        """See `Expectation.queries`."""
+        keys = _by_table(roots)
+        for kind, document in enumerate(self._consumer.documents):
+            if roots is None or document.table in keys:
+                query = _join(document, self._tables, keys.get(document.table))
+                yield Query(kind, query.as_bytes(connection), 1 + len(document.joins))
 
-    def some(self, connection: Connection, roots: Sequence[Root]) -> Iterator[Made]:
-        """See `Expectation.some`."""
-        for name, keys in _by_table(roots).items():
-            for document in self._consumer.documents:
-                if document.table == name:
-                    yield from self._read(connection, document, keys)
+    def made(self, found: Found) -> Made:
+        """See `Expectation.made`."""
+        document = self._consumer.documents[found.kind]
+        table = self._tables[document.table]
+        row = table.plain(codec.loads(found.texts[0] or ""))
+        joined, members = self._joined(document, row, found.texts[1:])
+        key = {name: row[name] for name in table.key}
+        made = Expected(*self._document(document, key), self._render(document, row, joined))
+        return Made(made, tuple(Member(*member, made.collection, made.key) for member in members))
 
-    def touched(self, change: Change, ledger: Ledger) -> Iterator[Touched]:
-        """See `Expectation.touched`: the documents that held the row at the snapshot, and the one it names now.
-
-        A row without a key (S10) may have been in any document that holds one of its table.
-        """
-        key = change.key.decode() if self._keys[change.table] else _key(self._tables[change.table], {})
-        yield from ledger.members(change.table, key)
+    def named(self, change: Change) -> Iterator[Touched]:
+        """See `Expectation.named`."""
         for document in self._consumer.documents:
             if document.table == change.table:
                 yield self._document(document, codec.decode_key(change.key))
@@ -202,6 +223,10 @@ class Documents:
                     values = [change.row.get(column) for column in join.by]
                     yield self._document(document, dict(zip(names, values, strict=True)))
 
+    def member(self, change: Change) -> tuple[str, str]:
+        """See `Expectation.member`: a row without a key (S10) may be in any document that holds one of its table."""
+        return change.table, change.key.decode() if self._keys[change.table] else _key(self._tables[change.table], {})
+
     def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:  # noqa: ARG002  see there
         """See `Expectation.without_key`: a document has a key always."""
         raise KeyError(collection)
@@ -210,26 +235,21 @@ class Documents:
         root = (document.table, codec.encode_key(key).decode())
         return "", self._consumer.id(document.table, key), root
 
-    def _read(self, connection: Connection, document: Document, keys: list[str] | None) -> Iterator[Made]:
-        table = self._tables[document.table]
-        for found in stream(connection, _join(document, self._tables, keys)):
-            row = table.plain(codec.loads(found[0]))
-            joined, members = self._joined(document, found[1:])
-            key = {name: row[name] for name in table.key}
-            body = self._render(document, row, joined)
-            yield Made(Expected(*self._document(document, key), body), members)
-
-    def _joined(self, document: Document, found: Sequence[str | None]) -> tuple[dict[str, Any], tuple[Root, ...]]:
+    def _joined(self, document: Document, row: Row, texts: Sequence[str | None]) -> tuple[dict[str, Any], list[Root]]:
         joined: dict[str, Any] = {}
         members: list[Root] = []
-        for (name, join), text in zip(document.joins.items(), found, strict=True):
+        for (name, join), text in zip(document.joins.items(), texts, strict=False):
             table = self._tables[join.table]
             many = isinstance(join, Many)
             value = codec.loads(text) if text is not None else []
-            plain = [table.plain(row) for row in (value if isinstance(value, list) else [value])]
-            members += [(table.name, _key(table, row)) for row in plain]
+            plain = [table.plain(each) for each in (value if isinstance(value, list) else [value])]
+            # What a root refers to counts also when it is not there: it may come.
+            keys = (
+                [_key(table, each) for each in plain] if many else [_encoded(table.key, [row[c] for c in join.columns])]
+            )
+            members += [(table.name, key) for key in keys]
             joined[name] = plain if many else next(iter(plain), None)
-        return joined, tuple(members)
+        return joined, members
 
     def _render(self, document: Document, row: Row, joined: dict[str, Any]) -> Row | None:
         try:
@@ -241,6 +261,11 @@ class Documents:
             said = f"{type(self._consumer).__name__}.render failed for a row of {document.table}: {error!r}."
             raise Poison("render-failed", said, "Mend render.") from error
         return plain
+
+
+def _plain(table: Table, keys: Sequence[str] | None) -> sql.Composed:
+    """Return the SQL of the rows of these keys as they are, of all rows when None."""
+    return sql.SQL("SELECT {}::text FROM {} t WHERE {}").format(table.json("t"), table.identifier, _any_of(table, keys))
 
 
 def _join(document: Document, tables: dict[str, Table], keys: list[str] | None) -> sql.Composed:
@@ -264,8 +289,9 @@ def _join(document: Document, tables: dict[str, Table], keys: list[str] | None) 
             on = _on(alias, other.key, "t", join.on)
             joins.append(sql.SQL("LEFT JOIN {} {} ON {}").format(other.identifier, sql.Identifier(alias), on))
     texts = sql.SQL(", ").join(sql.SQL("{}::text").format(column) for column in columns)
-    where = _any_of(root, keys) if keys is not None else sql.SQL("true")
-    return sql.SQL("SELECT {} FROM {} t {} WHERE {}").format(texts, root.identifier, sql.SQL(" ").join(joins), where)
+    return sql.SQL("SELECT {} FROM {} t {} WHERE {}").format(
+        texts, root.identifier, sql.SQL(" ").join(joins), _any_of(root, keys)
+    )
 
 
 def _grouped(other: Table, by: Sequence[str], key: Sequence[str], alias: str) -> sql.Composed:
@@ -287,18 +313,24 @@ def _on(left: str, left_columns: Sequence[str], right: str, right_columns: Seque
     return sql.SQL(" AND ").join(equal)
 
 
-def _any_of(table: Table, keys: Sequence[str]) -> sql.Composable:
-    """Return the SQL that is true of the rows of these keys."""
+def _any_of(table: Table, keys: Sequence[str] | None) -> sql.Composable:
+    """Return the SQL that is true of the rows of these keys, of every row when None."""
+    if keys is None:
+        return sql.SQL("true")
     conditions = [sql.SQL("({})").format(table.matches("t", codec.decode_key(key.encode()))) for key in keys]
     return sql.SQL(" OR ").join(conditions)
 
 
-def _by_table(roots: Sequence[Root]) -> dict[str, list[str]]:
+def _by_table(roots: Sequence[Root] | None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for table, key in roots:
+    for table, key in roots or ():
         found.setdefault(table, []).append(key)
     return found
 
 
 def _key(table: Table, row: Row) -> str:
-    return codec.encode_key({name: row[name] for name in table.key}).decode()
+    return _encoded(table.key, [row[name] for name in table.key])
+
+
+def _encoded(names: Sequence[str], values: Sequence[Any]) -> str:
+    return codec.encode_key(dict(zip(names, values, strict=True))).decode()

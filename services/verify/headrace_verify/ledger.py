@@ -7,7 +7,7 @@ what was expected, until it is decided.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -37,6 +37,28 @@ class Expected(NamedTuple):
     value: Row | None
 
 
+Touched = tuple[str, str, tuple[str, str]]
+"""(collection, key, root) of a view's row."""
+
+
+class Member(NamedTuple):
+    """A joined row, by table and log's key, in a document, by collection and key."""
+
+    table: str
+    row: str
+    collection: str
+    key: str
+
+
+class Excused(NamedTuple):
+    """A row that is to be compared again: its root as (table, log's key), and the bytes that are expected of it."""
+
+    collection: str
+    key: str
+    root: tuple[str, str]
+    size: int
+
+
 class Ledger:
     """The expected rows of one view, and the rows of other tables that its documents hold."""
 
@@ -52,8 +74,8 @@ class Ledger:
         self._db.close()
         self._folder.cleanup()
 
-    def add(self, rows: list[Expected], members: list[tuple[str, str, str, str]]) -> None:
-        """Expect rows; `members` are (table, log's key, collection, document's key) of joined rows."""
+    def add(self, rows: Iterable[Expected], members: Iterable[Member]) -> None:
+        """Expect rows, and know which joined rows are in them, or were or will be."""
         self._db.executemany(
             "INSERT OR REPLACE INTO expected VALUES (?, ?, ?, ?, ?, 0)",
             ((row.collection, row.key, *row.root, _packed(row.value)) for row in rows),
@@ -102,8 +124,12 @@ class Ledger:
         if difference is not None:
             self.note(difference)
 
-    def members(self, table: str, key: str) -> list[tuple[str, str, tuple[str, str]]]:
-        """Return the documents that hold a joined row, each with its root."""
+    def members(self) -> Iterator[Member]:
+        """Yield which joined rows are in which documents."""
+        yield from map(Member._make, self._db.execute("SELECT tbl, key, collection, doc FROM members"))
+
+    def holders(self, table: str, key: str) -> list[Touched]:
+        """Return the documents that hold a joined row."""
         rows = self._db.execute(
             "SELECT e.collection, e.key, e.tbl, e.root FROM members m JOIN expected e ON e.collection = m.collection "
             "AND e.key = m.doc WHERE m.tbl = ? AND m.key = ?",
@@ -111,9 +137,11 @@ class Ledger:
         )
         return [(collection, doc, (tbl, root)) for collection, doc, tbl, root in rows]
 
-    def differences(self, *, excused: bool) -> Iterator[Difference]:
-        """Yield what differs: what is excused for now, or what nothing excuses."""
-        query = "SELECT kind, collection, key, columns FROM differences WHERE excused = ? ORDER BY 2, 3"
+    def differences(self, *, excused: bool | None = None) -> Iterator[Difference]:
+        """Yield what differs: what is excused for now, what nothing excuses, or both when None."""
+        query = (
+            "SELECT kind, collection, key, columns FROM differences WHERE excused = coalesce(?, excused) ORDER BY 2, 3"
+        )
         for kind, collection, key, columns in self._db.execute(query, (excused,)):
             yield Difference(kind, collection, key, tuple(codec.loads(columns)))
 
@@ -122,10 +150,14 @@ class Ledger:
         query = "SELECT CASE WHEN excused THEN 'undecided' ELSE kind END, count(*) FROM differences GROUP BY 1"
         return dict.fromkeys((*KINDS, "undecided"), 0) | dict(self._db.execute(query))
 
-    def excused_roots(self) -> list[tuple[str, str, str, str]]:
-        """Return (collection, key, root table, root key) of the excused."""
-        query = "SELECT collection, key, tbl, root FROM differences WHERE excused = 1 ORDER BY 1, 2"
-        return list(self._db.execute(query))
+    def excused(self) -> list[Excused]:
+        """Return what is excused for now."""
+        query = (
+            "SELECT collection, key, d.tbl, d.root, coalesce(length(value), 0) FROM differences d "
+            "LEFT JOIN expected e USING (collection, key) WHERE excused = 1 ORDER BY 1, 2"
+        )
+        found = self._db.execute(query)
+        return [Excused(collection, key, (table, root), size) for collection, key, table, root, size in found]
 
 
 def _packed(value: Row | None) -> Any:

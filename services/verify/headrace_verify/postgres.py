@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +38,12 @@ class Moment(NamedTuple):
     xmax: int
     running: frozenset[int]
     lsn: int
+
+    @classmethod
+    def parsed(cls, snapshot: str, lsn: str) -> Moment:
+        """Return the moment that Postgres names so."""
+        xmin, xmax, running = snapshot.split(":")
+        return cls(int(xmin), int(xmax), frozenset(map(int, filter(None, running.split(",")))), parse_lsn(lsn))
 
     def sees(self, xid: int) -> bool:
         """Whether the snapshot sees the commit of `xid`, as the log has it: its low 32 bits. 0 is no transaction."""
@@ -124,16 +130,24 @@ def _explained(text: str) -> HeadraceError:
 
 @contextmanager
 def moment(connection: Connection) -> Iterator[Moment]:
-    """Open a snapshot; everything that is read inside is of that moment. The LSN is taken after it (S27)."""
-    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    """Open a snapshot; everything that is read inside is of that moment. Then comes the LSN (S27): a statement begins by its snapshot."""
+    with _reading(connection, psycopg.IsolationLevel.REPEATABLE_READ):
+        row = connection.execute("SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text").fetchone()
+        assert row
+        yield Moment.parsed(*row)
+
+
+def moments(connection: Connection) -> AbstractContextManager[None]:
+    """Let every statement inside have a snapshot of its own."""
+    return _reading(connection, psycopg.IsolationLevel.READ_COMMITTED)
+
+
+@contextmanager
+def _reading(connection: Connection, isolation: psycopg.IsolationLevel) -> Iterator[None]:
+    connection.isolation_level = isolation
     connection.read_only = True
     try:
-        row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
-        now = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-        assert row
-        assert now
-        xmin, xmax, running = row[0].split(":")
-        yield Moment(int(xmin), int(xmax), frozenset(map(int, filter(None, running.split(",")))), parse_lsn(now[0]))
+        yield
     finally:
         connection.rollback()
 
@@ -155,7 +169,7 @@ def table(connection: Connection, schema: TableSchema) -> Table | None:
     return Table(schema.table, schema.key, columns, kind == "r", approximate and bool(schema.key))
 
 
-def stream(connection: Connection, query: sql.Composed) -> Iterator[tuple[Any, ...]]:
+def stream(connection: Connection, query: bytes) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of a query, a few at a time."""
     with connection.cursor("headrace_verify") as cursor:
         cursor.itersize = _FETCH

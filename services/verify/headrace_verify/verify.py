@@ -4,7 +4,7 @@
 2. Wait until the view shows X; scan it; whatever is not as written down is a difference.
 3. Read the log from before the snapshot. A difference is excused only by a change of its key (of a document: of any of its
    rows) that the snapshot does not see or that is beyond X. What nothing excuses is wrong, and is reported.
-4. What is excused is compared again, a few keys at a time with a snapshot of their own, until it is decided or the time is up.
+4. What is excused is compared again, some keys at a time, until it is decided (`deciding`).
 5. Tables without a key are compared as multisets, without the rows that the snapshot cannot have (`multiset`).
 
 Step 3 reads first what was logged since the checkpoint before the snapshot. A transaction that was open at the snapshot may
@@ -15,29 +15,27 @@ younger than every finished transaction is only beyond its xmax. So what still n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import psycopg
 
 from headrace.change import Checkpoint, Version, format_lsn
-from headrace.consumer import Consumer, ViewRow
+from headrace.consumer import Consumer
 from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
-from headrace_verify.compare import differing
-from headrace_verify.expected import Expectation, Made, Shapes, expectation
-from headrace_verify.ledger import DIFFERENT, EXTRA, Difference, Ledger
+from headrace_verify.deciding import Deciding, Progress
+from headrace_verify.excuses import Take, excuse
+from headrace_verify.expected import Expectation, Shapes, everything, expectation
+from headrace_verify.ledger import Difference, Ledger
 from headrace_verify.multiset import Multiset
 from headrace_verify.postgres import Connection, Moment, connect, moment, published
-
-Progress = Callable[[str, int, int], None]
-"""``progress(what, done, total)``; total 0 when unknown."""
+from headrace_verify.view import View, check, write
 
 _WRITE = 1000
-_KEYS = 50
 _POLL_SECONDS = 0.1
 
 
@@ -64,7 +62,7 @@ class Outcome:
         return self.ledger.differences(excused=False)
 
     def undecided(self) -> Iterator[Difference]:
-        """Yield the rows that changed each time they were compared."""
+        """Yield the rows of which a change was in the view or in the snapshot only, each time they were compared."""
         return self.ledger.differences(excused=True)
 
     def close(self) -> None:
@@ -76,7 +74,7 @@ class Verifier:
     """Compares views of one source."""
 
     def __init__(self, log: Log, control: Control, progress: Progress, timeout: float) -> None:
-        """Use `timeout` (s) as the longest wait for a view to reach X, and for what is excused to be decided."""
+        """Use `timeout` (s) as the longest wait for a view to reach X, and for the next excused row to be decided."""
         self._log = log
         self._control = control
         self._progress = progress
@@ -97,28 +95,30 @@ class Verifier:
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
         with closing(connect(self._log.settings)) as connection, _postgres_errors():
             before = self._checkpoint()
-            opened: list[_View] = []
+            opened: list[View] = []
             try:
                 with moment(connection) as now:
                     for name, consumer in consumers.items():
                         expected = self._expectation(connection, consumer, name)
-                        view = _View(name, views[name].generation, expected, Ledger(), Multiset())
+                        view = View(name, views[name].generation, expected, Ledger(), Multiset())
                         opened.append(view)
-                        self._fill(name, expected.all(connection), view.ledger)
-                        self._expect(connection, view, expected.keyless)
+                        self._fill(connection, view)
                 for view in opened:
-                    self._compare(view, now, before)
-                    self._decide(connection, view)
-                    self._compare_without_key(connection, view, now, before)
-                    rows = view.ledger.count() + view.multiset.count()
-                    view.multiset.close()
-                    notes = [*view.expected.notes, *_inexact(self._checkpoint(), view.expected)]
-                    yield Outcome(view.name, view.generation, now.lsn, rows, view.ledger, notes)
+                    yield self._outcome(connection, view, now, before)
             except BaseException:
                 for view in opened:
-                    view.ledger.close()
-                    view.multiset.close()
+                    view.close()
                 raise
+
+    def _outcome(self, connection: Connection, view: View, now: Moment, before: Checkpoint) -> Outcome:
+        self._compare(view, now, before)
+        deciding = Deciding(self._log, self._control, connection, view, self._progress, self._timeout)
+        said = deciding.decide(self._checkpoint)
+        self._compare_without_key(connection, view, now, before)
+        rows = view.ledger.count() + view.multiset.count()
+        view.multiset.close()
+        notes = [*view.expected.notes, *_inexact(self._checkpoint(), view.expected), *said]
+        return Outcome(view.name, view.generation, now.lsn, rows, view.ledger, notes)
 
     # Before
 
@@ -146,26 +146,19 @@ class Verifier:
         names = set(published(connection, settings.publication))
         return expectation(connection, consumer, name, settings, shapes, names)
 
-    def _fill(self, name: str, made: Iterator[Made], ledger: Ledger) -> None:
-        batch: list[Made] = []
-        done = 0
-        for each in made:
-            batch.append(each)
-            if len(batch) == _WRITE:
-                _write(ledger, batch)
-                done += len(batch)
-                batch.clear()
-                self._progress(f"{name}: reading Postgres", done, 0)
-        _write(ledger, batch)
+    def _fill(self, connection: Connection, view: View) -> None:
+        said = f"{view.name}: reading Postgres"
+        write(view.ledger, everything(view.expected, connection), lambda done: self._progress(said, done, 0))
+        self._expect(connection, view, view.expected.keyless)
 
-    def _expect(self, connection: Connection, view: _View, keyless: Collection[str]) -> None:
+    def _expect(self, connection: Connection, view: View, keyless: Collection[str]) -> None:
         for table in keyless:
             self._progress(f"{view.name}: reading {table}", 0, 0)
             view.multiset.expect(table, *view.expected.without_key(connection, table))
 
     # Comparing
 
-    def _compare(self, view: _View, now: Moment, before: Checkpoint) -> None:
+    def _compare(self, view: View, now: Moment, before: Checkpoint) -> None:
         self._await(view, Version(before.version.epoch, now.lsn))
         ledger = view.ledger
         total = ledger.count() + view.multiset.count()
@@ -173,14 +166,14 @@ class Verifier:
             if row.collection in view.expected.keyless:
                 view.multiset.hold(row.collection, row.key, row.value)
             else:
-                _check(row, ledger)
+                check(row, ledger)
             if done % _WRITE == 0:
                 self._progress(f"{view.name}: comparing", done, max(done, total))
         for difference in ledger.left():
             ledger.note(difference)
-        self._excuse(view, ledger, now, before)
+        excuse(self._log, view.expected, [Take(now, ledger)], before)
 
-    def _await(self, view: _View, wanted: Version) -> None:
+    def _await(self, view: View, wanted: Version) -> None:
         """Wait until readers of the view see everything up to X."""
         deadline = time.monotonic() + self._timeout
         while True:
@@ -195,75 +188,9 @@ class Verifier:
             self._progress(f"{view.name}: waiting for {format_lsn(wanted.lsn)}", 0, 0)
             time.sleep(_POLL_SECONDS)
 
-    def _excuse(self, view: _View, ledger: Ledger, now: Moment, before: Checkpoint) -> None:
-        """Find for each difference the change that may explain it."""
-        self._excuse_since(view, ledger, now, before, whole=False)
-        self._excuse_since(view, ledger, now, before, whole=True)
-
-    def _excuse_since(self, view: _View, ledger: Ledger, now: Moment, before: Checkpoint, *, whole: bool) -> None:
-        if next(ledger.differences(excused=False), None) is None:
-            return
-        for table in view.expected.tables:
-            since = None if whole else before.ends.get(self._log.topic_of(table))
-            for change in self._log.scan(table, since):
-                # LSNs and transactions of an earlier epoch are of another server's: they excuse nothing.
-                if change.version.epoch >= before.version.epoch and now.unseen(change.xid, change.version.lsn):
-                    for touched in view.expected.touched(change, ledger):
-                        ledger.excuse(*touched)
-
-    # Deciding what was excused
-
-    def _decide(self, connection: Connection, view: _View) -> None:
-        """Compare excused rows again, until each was once quiet between snapshot and look, or the time is up."""
-        ledger, deadline = view.ledger, time.monotonic() + self._timeout
-        pending = ledger.excused_roots()
-        while pending and time.monotonic() < deadline:
-            for start in range(0, len(pending), _KEYS):
-                self._again(connection, view, pending[start : start + _KEYS])
-                self._progress(f"{view.name}: comparing again what just changed", start, len(pending))
-            pending = ledger.excused_roots()
-
-    def _again(self, connection: Connection, view: _View, pending: Sequence[tuple[str, str, str, str]]) -> None:
-        before = self._checkpoint()
-        small = Ledger()
-        try:
-            with moment(connection) as now:
-                roots = sorted({(table, root) for _, _, table, root in pending})
-                self._fill(view.name, view.expected.some(connection, roots), small)
-            self._look(
-                view,
-                small,
-                [(collection, key) for collection, key, *_ in pending],
-                Version(before.version.epoch, now.lsn),
-            )
-            self._excuse(view, small, now, before)
-            found = {(d.collection, d.key): d for d in small.differences(excused=False)}
-            still = {(d.collection, d.key) for d in small.differences(excused=True)}
-        finally:
-            small.close()
-        for collection, key, *_ in pending:
-            if (collection, key) not in still:
-                view.ledger.settle(collection, key, found.get((collection, key)))
-
-    def _look(self, view: _View, small: Ledger, keys: list[tuple[str, str]], wanted: Version) -> None:
-        """Compare single rows as soon as the view shows X."""
-        deadline = time.monotonic() + self._timeout
-        version, rows = self._control.rows(view.name, view.generation, keys, self._timeout)
-        while version < wanted:
-            if time.monotonic() > deadline:
-                raise Transient(
-                    "view-behind", f"{view.name} is at {version}, Postgres at {wanted}.", "See: headrace status"
-                )
-            version, rows = self._control.rows(view.name, view.generation, keys, self._timeout)
-        for row in rows.values():
-            _check(row, small)
-        for difference in small.left():
-            if (difference.collection, difference.key) in set(keys):
-                small.note(difference)
-
     # Rows without a key
 
-    def _compare_without_key(self, connection: Connection, view: _View, now: Moment, before: Checkpoint) -> None:
+    def _compare_without_key(self, connection: Connection, view: View, now: Moment, before: Checkpoint) -> None:
         """Note what differs in the tables without a key; those in which rows went meanwhile are compared again, until time is up."""
         deadline = time.monotonic() + self._timeout
         unsure = self._note_without_key(view, view.expected.keyless, now, before)
@@ -281,20 +208,19 @@ class Verifier:
             view.ledger.note(difference)
             view.ledger.excuse(*difference[1:3], difference[1:3])
 
-    def _note_without_key(self, view: _View, tables: Collection[str], now: Moment, before: Checkpoint) -> set[str]:
+    def _note_without_key(self, view: View, tables: Collection[str], now: Moment, before: Checkpoint) -> set[str]:
         """Note what certainly differs; return the other tables that are not equal."""
         unsure = self._leave_out(view, tables, now, before)
         for difference in view.multiset.differences(set(tables) - unsure):
             view.ledger.note(difference)
         return unsure
 
-    def _leave_out(self, view: _View, tables: Collection[str], now: Moment, before: Checkpoint) -> set[str]:
+    def _leave_out(self, view: View, tables: Collection[str], now: Moment, before: Checkpoint) -> set[str]:
         """Leave out what the snapshot cannot have; return the tables that differ perhaps because rows went, or were written anew."""
         unsure: set[str] = set()
         for whole in (False, True):
             for table in set(tables) & view.multiset.differing() if whole else tables:
-                since = None if whole else before.ends.get(self._log.topic_of(table))
-                for change in self._log.scan(table, since):
+                for change in self._log.scan(table, since={} if whole else before.ends):
                     version, anew = change.version, change.row is None or not change.xid
                     unseen = now.unseen(change.xid, version.lsn) or (anew and version > before.version)
                     if version.epoch < before.version.epoch or not unseen:
@@ -319,31 +245,7 @@ def _postgres_errors() -> Iterator[None]:
         raise Transient("postgres-away", said, "Run verify again.") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    name: str
-    generation: int
-    expected: Expectation
-    ledger: Ledger
-    multiset: Multiset
-
-
-def _write(ledger: Ledger, batch: list[Made]) -> None:
-    members = [(*member, made.row.collection, made.row.key) for made in batch for member in made.members]
-    ledger.add([made.row for made in batch], members)
-
-
-def _check(row: ViewRow, ledger: Ledger) -> None:
-    expected = ledger.strike(row.collection, row.key)
-    if expected is None:
-        ledger.note(Difference(EXTRA, row.collection, row.key))
-        return
-    columns = differing(expected, row.value, rows=bool(row.collection))
-    if columns:
-        ledger.note(Difference(DIFFERENT, row.collection, row.key, columns))
-
-
-def _stopped(view: _View, found: list[Report]) -> Misconfigured:
+def _stopped(view: View, found: list[Report]) -> Misconfigured:
     if not found:
         said = f"Generation {view.generation} of {view.name} is gone."
         return Misconfigured("no-live-generation", said, "Run verify again.")
