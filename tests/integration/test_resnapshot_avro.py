@@ -28,9 +28,7 @@ from tests.integration.test_resnapshot import Load, ask, done, jobs, unnoticed, 
 from tests.integration.test_resnapshot_append_only import MANY, DyingOfCuts
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int, j jsonb, d int[], f float8)"
-ROWS = (
-    """INSERT INTO items SELECT i, i, '{"a": [1.50, null]}', '{1,NULL}', i / 4.0 FROM generate_series(1, 2000) i"""
-)
+ROWS = """INSERT INTO items SELECT i, i, '{"a": [1.50, null]}', '{1,NULL}', i / 4.0 FROM generate_series(1, 2000) i"""
 MORE = "ALTER TABLE items ADD COLUMN more real DEFAULT 2.5"
 
 
