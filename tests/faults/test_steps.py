@@ -16,7 +16,7 @@ from headrace import plugins
 from headrace.log import Log
 from headrace.settings import Settings
 from headrace_shop import database
-from headrace_verify.expected import expectation
+from headrace_verify.expected import everything, expectation
 from headrace_verify.postgres import connect, moment, published
 from tests.fixtures.capture import capturing, execute, prepare
 from tests.fixtures.dying import DIED, serve, shown
@@ -67,4 +67,4 @@ def _as_selected(settings: Settings, name: str) -> dict[str, object]:
     with closing(connect(settings)) as connection, moment(connection):
         names = set(published(connection, settings.publication))
         made = expectation(connection, plugins.load(name), name, settings, shapes, names)
-        return {f"{each.row.collection} {each.row.key}": each.row.value for each in made.all(connection)}
+        return {f"{each.row.collection} {each.row.key}": each.row.value for each in everything(made, connection)}
