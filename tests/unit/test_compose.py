@@ -210,7 +210,13 @@ def test_the_image_is_built_of_folders_that_are_there_and_runs_as_nobody_special
 def test_a_killed_broker_is_started_as_the_other_backend_starts_it() -> None:
     script = (ROOT / "ops/kafka/start.sh").read_text()
     kafka = (ROOT / "ops/headrace_ops/kafka.py").read_text()
-    for said in ("Performing controller activation", "broker.session.timeout.ms=100", ".kafka_cleanshutdown"):
+    for said in (
+        "logger.controller.level=DEBUG",
+        "Read-write operation",
+        "maybeFenceStaleBroker generated 0 records",
+        "broker.session.timeout.ms=100",
+        ".kafka_cleanshutdown",
+    ):
         assert said in script
         assert said in kafka
     assert SERVICES["kafka"]["environment"]["KAFKA_BROKER_SESSION_TIMEOUT_MS"] == 600000
