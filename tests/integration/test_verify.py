@@ -21,10 +21,10 @@ from elasticsearch import Elasticsearch as Client
 
 from headrace import codec
 from headrace.change import Row
-from headrace.consumer import ALL, Consumer
+from headrace.consumer import ALL, Consumer, Cursor, ViewRow
 from headrace.control import Control
 from headrace.documents import Document, DocumentConsumer, Many, Node, One, count, mean
-from headrace.errors import Misconfigured, Transient
+from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace.stores.duckdb import Database, DuckDBStore
@@ -608,6 +608,35 @@ def test_what_is_not_exact_is_said(settings: Settings) -> None:
     assert seen.clean
     assert seen.rows == 1
     assert [note for note in seen.notes if "public.v is approximate" in note]
+
+
+def test_a_view_that_has_stopped_is_not_compared_and_that_is_said_at_once(settings: Settings) -> None:
+    """When it stops while it is scanned; and then before anything is read. Its process goes on for the consumer beside it."""
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 2000) i")
+    nowhere = replace(settings, dsn="postgresql://postgres@127.0.0.1:1/x")
+
+    class Poisoned(Mirror):
+        """Cannot apply a row that is written when it is scanned; the scan has no end."""
+
+        def apply(self, batch: Any) -> None:
+            if any(change.row and change.row["name"] == "poison" for change in batch.changes):
+                raise Poison("unlucky", "One row is poison.", "Mend it, then: headrace rebuild NAME")
+            super().apply(batch)
+
+        def scan(self, after: Cursor | None, limit: int) -> list[ViewRow]:
+            if after is None:
+                execute(settings, f"UPDATE {T} SET name = 'poison' WHERE id = 1")
+            return super().scan(None, limit) if after else super().scan(after, limit)
+
+    with capturing(settings) as capture, serving(settings, view=Poisoned, beside=Warehouse) as control:
+        capture.reach()
+        eventually("the view is live", lambda: any(r.live for r in control.reports().get("view", [])))
+        for asked in (settings, nowhere):
+            with pytest.raises(HeadraceError) as stopped:
+                found(asked, Poisoned)
+            assert stopped.value.code == "unlucky"
+            assert "headrace rebuild view" in stopped.value.remedy
+            eventually("that is reported", lambda: control.reports()["view"][0].phase == "stopped")
 
 
 def test_without_a_view_or_postgres_it_says_what_to_do(settings: Settings) -> None:
