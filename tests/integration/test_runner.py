@@ -25,7 +25,7 @@ from headrace.runner import Runner
 from headrace.settings import Settings
 from tests.fixtures.feed import ITEMS, Feed
 from tests.fixtures.plain import Plain
-from tests.fixtures.serving import drive, serving
+from tests.fixtures.serving import await_live, drive, serving
 
 
 def wait_for(what: Callable[[], object], seconds: float = 30.0) -> None:
@@ -269,7 +269,7 @@ def test_who_asks_a_view_that_poison_stopped_is_told_why(
     """By its process while that has other consumers to run, and from its last report when it has ended."""
     feed.cut((ITEMS, 1, 10))
     with serving(settings, picky=Picky, beside=Beside) as control:
-        wait_for(lambda: any(report.live for report in control.reports().get("picky", [])))
+        await_live(control, "picky")
         feed.cut((ITEMS, 2, 13))
         wait_for(lambda: control.reports()["picky"][0].phase == "stopped")
         scan, rows, _ = asked_of(control)
