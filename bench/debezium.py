@@ -6,6 +6,7 @@ beforehand with the configuration of ours; its records are JSON without schemas,
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,7 @@ from bench import truth
 from bench.program import Program
 from bench.source import AWAKE
 from bench.tools import Tool
+from headrace.settings import Settings
 from headrace_ops import artifacts, java, ports
 
 VERSION: Final = "3.6.1.Final"
@@ -68,6 +70,49 @@ rootLogger.appenderRef.console.ref=console
 """
 
 
+def program() -> list[str]:
+    """Return the command line of the standalone worker, from its classes on: a file of its properties and one of the connector's follow."""
+    return ["-cp", str(artifacts.get(ARTIFACT) / "libs/*"), "org.apache.kafka.connect.cli.ConnectStandalone"]
+
+
+def worker(settings: Settings, offsets: Path) -> dict[str, str]:
+    """Return the worker's options: JSON without schemas, what it has read kept in the file `offsets`."""
+    json = {"": "org.apache.kafka.connect.json.JsonConverter", ".schemas.enable": "false"}
+    return {
+        "bootstrap.servers": settings.kafka,
+        "listeners": f"http://{ports.HOST}:{ports.choose()}",
+        "offset.storage.file.filename": str(offsets),
+        "offset.flush.interval.ms": "1000",  # what is not noted when it is stopped is written again in the next run
+        "plugin.discovery": "service_load",
+        **{f"{which}.converter{option}": value for which in ("key", "value") for option, value in json.items()},
+    }
+
+
+def connector(settings: Settings, tables: Iterable[str]) -> dict[str, str]:
+    """Return the connector's options: the names, the source and the topics of `settings`."""
+    server = conninfo_to_dict(settings.dsn)
+    return {
+        "name": settings.source,
+        "connector.class": "io.debezium.connector.postgresql.PostgresConnector",
+        "tasks.max": "1",
+        "database.hostname": str(server["host"]),
+        "database.port": str(server["port"]),
+        "database.user": str(server["user"]),
+        "database.dbname": str(server["dbname"]),
+        "topic.prefix": settings.source,
+        "plugin.name": "pgoutput",
+        "slot.name": settings.slot,
+        "publication.name": settings.publication,
+        "table.include.list": ",".join(tables),
+    }
+
+
+def write(path: Path, options: Mapping[str, str]) -> Path:
+    """Write a file of properties."""
+    path.write_text("".join(f"{name}={value}\n" for name, value in options.items()))
+    return path
+
+
 class Debezium(Tool):
     """Kafka Connect with one connector.
 
@@ -90,9 +135,8 @@ class Debezium(Tool):
         files = [self._write("worker", self._worker()), self._write("connector", self._connector(snapshot=snapshot))]
         logging = self.folder / f"{self.name}.log4j2.properties"
         logging.write_text(_LOGGING)
-        classes = artifacts.get(ARTIFACT) / "libs/*"
-        command = [str(java.find() / "bin/java"), *_JAVA, f"-Dlog4j2.configurationFile={logging}", "-cp", str(classes)]
-        command += ["org.apache.kafka.connect.cli.ConnectStandalone", *map(str, files)]
+        started = [str(java.find() / "bin/java"), *_JAVA, f"-Dlog4j2.configurationFile={logging}"]
+        command = [*started, *program(), *map(str, files)]
         return Program(self.name, command, self.folder, {})
 
     def streams(self) -> bool:
@@ -100,40 +144,15 @@ class Debezium(Tool):
             return truth.ends(consumer, [self.log.topic_of(f"public.{AWAKE}")]) > (0,)
 
     def _write(self, what: str, options: dict[str, str]) -> Path:
-        path = self.folder / f"{self.name}.{what}.properties"
-        path.write_text("".join(f"{name}={value}\n" for name, value in options.items()))
-        return path
+        return write(self.folder / f"{self.name}.{what}.properties", options)
 
     def _worker(self) -> dict[str, str]:
-        return {
-            "bootstrap.servers": self.kafka.address(),
-            "listeners": f"http://{ports.HOST}:{ports.choose()}",
-            "offset.storage.file.filename": str(self.folder / f"{self.name}.offsets"),
-            "offset.flush.interval.ms": "1000",  # what is not noted when it is stopped is written again in the next run
-            "plugin.discovery": "service_load",
-            "key.converter": "org.apache.kafka.connect.json.JsonConverter",
-            "key.converter.schemas.enable": "false",
-            "value.converter": "org.apache.kafka.connect.json.JsonConverter",
-            "value.converter.schemas.enable": "false",
-            **self.tuning["worker"],
-        }
+        return worker(self.settings, self.folder / f"{self.name}.offsets") | self.tuning["worker"]
 
     def _connector(self, *, snapshot: bool) -> dict[str, str]:
-        server = conninfo_to_dict(self.source.dsn)
         return {
-            "name": self.name,
-            "connector.class": "io.debezium.connector.postgresql.PostgresConnector",
-            "tasks.max": "1",
-            "database.hostname": str(server["host"]),
-            "database.port": str(server["port"]),
-            "database.user": str(server["user"]),
-            "database.dbname": str(server["dbname"]),
-            "topic.prefix": self.settings.source,
-            "plugin.name": "pgoutput",
-            "slot.name": self.settings.slot,
-            "publication.name": self.settings.publication,
+            **connector(self.settings, [f"public.{name}" for name in self.source.captured]),
             "publication.autocreate.mode": "disabled",
-            "table.include.list": ",".join(f"public.{name}" for name in self.source.captured),
             "snapshot.mode": "initial" if snapshot else "no_data",
             "decimal.handling.mode": "string",
             "message.prefix.exclude.list": "headrace",  # our heartbeats would want a topic of their own

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from headrace.log.tail import BEGINNING, Tail, end_of_partition, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL
 
 DEAD_SECONDS = 10.0
+_LOOK_SECONDS = 2.0
 PAGE_BYTES = 512 * 1024
 _KINDS = {"Transient": Transient, "Misconfigured": Misconfigured, "Poison": Poison}
 
@@ -64,6 +65,7 @@ class Report:
         progress: (done, total) of long work, (0, 0) when there is none.
         reason, code, remedy: Why it is stopped or waiting.
         facts: What a service adds.
+        ended: The process has ended by itself, and this is its last word.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Report:
     code: str = ""
     remedy: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    ended: bool = False
     age: float = 0.0
 
     @property
@@ -176,22 +179,24 @@ class Control:
         """Return the reports of a consumer whose process is alive.
 
         Raises:
-            Misconfigured: `consumer-not-running`.
+            Misconfigured: `consumer-not-running`, or what stopped its process.
         """
-        alive = [
-            report for report in self.reports().get(name, []) if report.age <= DEAD_SECONDS and report.phase != "off"
-        ]
-        if not alive:
-            raise Misconfigured(
-                "consumer-not-running", f"No process runs the consumer {name}.", f"Run: headrace run {name}"
-            )
-        return alive
+        found = self.reports().get(name, [])
+        alive = [report for report in found if report.age <= DEAD_SECONDS and not report.ended]
+        if alive:
+            return alive
+        command = f"Run: headrace run {name}"
+        for report in sorted(found, key=lambda report: report.live, reverse=True):
+            if report.phase == "stopped":
+                said = f"{name} has stopped, and its process with it: {report.reason}"
+                raise Misconfigured(report.code, said, f"{report.remedy} It has to run for that. {command}")
+        raise Misconfigured("consumer-not-running", f"No process runs the consumer {name}.", command)
 
     def ask(self, name: str, verb: str, args: dict[str, Any] | None = None, timeout: float = 30.0) -> dict[str, Any]:
         """Send a request to the runner of `name` and wait for its answer.
 
         Raises:
-            Misconfigured: `consumer-not-running`; and whatever the runner refuses it with.
+            Misconfigured: as `running`, also when its process ends meanwhile; and whatever the runner refuses it with.
             Transient: `no-answer`, when none comes within `timeout` seconds.
         """
         self.running(name)
@@ -199,7 +204,15 @@ class Control:
         try:
             request = self._request(name, {"verb": verb, "args": args or {}, "timeout": timeout})
             key = self._key(name, "answer", request)
-            for value in _values(tail, key, timeout, name):
+
+            def look() -> None:
+                try:
+                    self.running(name)
+                except Misconfigured:  # who is told so must not see it carried out at the next start
+                    self._writer.write(CONTROL, self._key(name, "request", request), None)
+                    raise
+
+            for value in _values(tail, key, timeout, name, look):
                 self._writer.write(CONTROL, key, None)
                 return _answer(value)
         finally:
@@ -239,7 +252,8 @@ class Control:
         tail = Tail(self._log.settings, {(ANSWERS, 0): self._end(ANSWERS)})
         try:
             answer = self.ask(name, verb, args, timeout)
-            yield answer, _pages(_values(tail, str(answer["rows"]).encode(), timeout, name))
+            values = _values(tail, str(answer["rows"]).encode(), timeout, name, lambda: self.running(name))
+            yield answer, _pages(values)
         finally:
             tail.close()
 
@@ -319,10 +333,14 @@ class RequestBox:
         self._tail.close()
 
 
-def _values(tail: Tail, key: bytes, timeout: float, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the values written under `key` from now on, until none comes for `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+def _values(tail: Tail, key: bytes, timeout: float, name: str, look: Callable[[], object]) -> Iterator[dict[str, Any]]:
+    """Yield the values written under `key` from now on, until none comes for `timeout` seconds or `look` raises."""
+    looked = time.monotonic()
+    deadline = looked + timeout
     while time.monotonic() < deadline:
+        if time.monotonic() - looked > _LOOK_SECONDS:
+            look()
+            looked = time.monotonic()
         for message in tail.poll(0.2):
             value = None if end_of_partition(message) else message.value()
             if value is not None and message.key() == key:

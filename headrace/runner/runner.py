@@ -46,6 +46,7 @@ class Runner:
         self._placeholder = True
         self._reporting = threading.Lock()
         self._reported = time.monotonic()
+        self._ended = False
         self._first: Future[None] | None = None
         self._verbs = {
             "rebuild": self._rebuild,
@@ -135,6 +136,7 @@ class Runner:
             worker.join(max(0.0, deadline - time.monotonic()))
             if worker.state.phase != "stopped":
                 worker.state.phase = "off"
+        self._ended = True
         self.report()
         with suppress(Transient):  # with Kafka away the last report just grows old
             self._control.flush(_FLUSH_SECONDS)
@@ -348,6 +350,7 @@ class Runner:
             code=error.code if error else "",
             remedy=error.remedy if error else "",
             facts=self._facts(state),
+            ended=self._ended,
         )
 
     def _facts(self, state: State) -> dict[str, Any]:

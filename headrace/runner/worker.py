@@ -24,6 +24,7 @@ from headrace.runner.poison import placed
 
 _POLL_SECONDS = 0.25
 _BACKOFF_SECONDS = (0.5, 30.0)
+_ANSWER_SECONDS = 0.1
 _BEHIND_SECONDS = 5.0
 _RATE_SECONDS = 5.0
 
@@ -188,13 +189,17 @@ class Worker(threading.Thread):
                 mirrored = time.monotonic()
 
     def _rest(self, consumer: Consumer) -> None:
-        while not self._stopping.wait(0.05):
+        while not self._stopping.wait(0.05 if self._calls.empty() else 0.0):
             self._held.set()
             self._answer(consumer)
 
     def _answer(self, consumer: Consumer) -> None:
-        """Do what is asked; an error goes to who asked, and to the worker only when the store is away or wiped."""
-        while not self._calls.empty():
+        """Do what has been asked; an error goes to who asked, and to the worker only when the store is away or wiped.
+
+        A scan asks for its next page in its turn: so this ends after a while, and the worker reads on.
+        """
+        until = time.monotonic() + _ANSWER_SECONDS
+        while not self._calls.empty() and time.monotonic() < until:
             function, future = self._calls.get()
             try:
                 future.set_result(function(consumer))
@@ -225,7 +230,7 @@ class Worker(threading.Thread):
         try:
             consumer.open(self.generation)
             self._rest(consumer)
-        except HeadraceError:
+        except Exception:  # noqa: BLE001  a plugin may raise anything; why it was refused is what matters
             self._answer_nothing(_BACKOFF_SECONDS[1], error)
         finally:
             consumer.close()

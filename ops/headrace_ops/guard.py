@@ -9,9 +9,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headrace_ops.stack import Stack
 
 _WELL = b"well"
 _PROGRAM = "import sys; from headrace_ops.guard import main; main(*sys.argv[1:])"
@@ -31,12 +36,29 @@ def armed(folder: Path, names: Sequence[str], *, remove: bool = False) -> Iterat
         guard.communicate(_WELL)
 
 
+@contextmanager
+def temporary(prefix: str, names: Sequence[str]) -> Iterator[Path]:
+    """Give a new folder for the servers `names` of a stack; it goes at the end, and by our death, with those that run in it."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    folder.chmod(0o755)  # the servers' user must get in
+    with armed(folder, names, remove=True):
+        try:
+            yield folder
+        finally:
+            _stack(folder).down(names)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def main(remove: str, folder: str, *names: str) -> None:
     """Wait for the end of standard input."""
-    from headrace_ops.stack import Stack  # noqa: PLC0415 -- stack imports us
-
     if sys.stdin.buffer.read() == _WELL:
         return
-    Stack(Path(folder)).down(names)
+    _stack(Path(folder)).down(names)
     if remove == "remove":
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stack(folder: Path) -> Stack:
+    from headrace_ops.stack import Stack  # noqa: PLC0415 -- stack imports us
+
+    return Stack(folder)

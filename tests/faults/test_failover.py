@@ -5,17 +5,14 @@ The servers are this file's own: two of them, one made as a copy of the other.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-from headrace.control import Control
 from headrace.errors import Transient
 from headrace.settings import Settings
 from headrace_capture.recovery import recover
@@ -34,7 +31,7 @@ from tests.fixtures.capture import (
     selected,
 )
 from tests.fixtures.plain import Plain
-from tests.fixtures.serving import serving
+from tests.fixtures.serving import await_live, serving
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int)"
@@ -43,9 +40,8 @@ ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int)"
 class Pair:
     """A server and its copy; `settings` lead to the first."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        self.first = Postgres(folder / "first", spread=True)
-        self.second = Postgres(folder / "second", spread=True)
+    def __init__(self, first: Postgres, second: Postgres, settings: Settings) -> None:
+        self.first, self.second = first, second
         self.first.start()
         self.settings = replace(settings, dsn=self.first.dsn("postgres"))
         self.after = replace(settings, dsn=self.second.dsn("postgres"))
@@ -82,17 +78,11 @@ class Pair:
 @pytest.fixture
 def pair(settings: Settings) -> Iterator[Pair]:
     """Two servers, the first with a table of twenty rows."""
-    folder = Path(tempfile.mkdtemp(prefix="headrace-tests-"))
-    folder.chmod(0o755)
-    with guard.armed(folder / "first", ["postgres"]), guard.armed(folder / "second", ["postgres"]):
-        made = Pair(folder, settings)
-        try:
-            prepare(made.settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 20) i")
-            yield made
-        finally:
-            made.first.kill()
-            made.second.kill()
-            shutil.rmtree(folder, ignore_errors=True)
+    own = partial(guard.temporary, "headrace-tests-", ["postgres"])
+    with own() as first, own() as second:
+        made = Pair(Postgres(first, spread=True), Postgres(second, spread=True), settings)
+        prepare(made.settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 20) i")
+        yield made
 
 
 @contextmanager
@@ -100,12 +90,9 @@ def seen(settings: Settings) -> Iterator[Plain]:
     """A view of the log, from before what happens until after it."""
     with serving(settings, plain=Plain) as control:
         view = Plain(settings, "plain")
-        eventually("the view is live", lambda: live(control) and len(view.rows()) >= 20)
+        await_live(control, "plain")
+        eventually("it shows all rows", lambda: len(view.rows()) >= 20)
         yield view
-
-
-def live(control: Control) -> bool:
-    return any(report.live for report in control.reports().get("plain", []))
 
 
 def equal(settings: Settings, running: Running, view: Plain) -> None:

@@ -7,8 +7,9 @@ import pytest
 from headrace.log import Log
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_ops.redis import Redis
-from tests.fixtures.capture import eventually, execute, rows
+from tests.fixtures.capture import execute
 from tests.fixtures.processes import SMALL, System
+from tests.fixtures.slots import drop_slot
 
 GAP = (
     "DELETE FROM reviews WHERE id % 3 = 0",
@@ -26,9 +27,8 @@ def test_all_three_views_go_on(system: System, elasticsearch: Elasticsearch, red
     system.up("search", "pages", "warehouse")
     generations = {view: system.report(view) for view in ("search", "pages", "warehouse")}
     system.kill("capture")
-    slot = system.settings.slot
-    eventually("the slot is free", lambda: not rows(system.settings, "SELECT 1 FROM pg_replication_slots WHERE active"))
-    execute(system.settings, f"SELECT pg_drop_replication_slot('{slot}')", *GAP)
+    drop_slot(system.settings)
+    execute(system.settings, *GAP)
     ended = system.ask("capture")
     assert (ended.code, "headrace resnapshot --recover" in ended.err) == (3, True)
     assert system.ask("resnapshot", "--recover").code == 0

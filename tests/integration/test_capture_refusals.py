@@ -33,6 +33,7 @@ from tests.fixtures.capture import (
     selected,
     spawn,
 )
+from tests.fixtures.slots import drop_slot
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 T = "public.items"
@@ -159,13 +160,6 @@ def captured(settings: Settings) -> Settings:
     with capturing(settings) as capture:
         capture.reach()
     return settings
-
-
-def drop_slot(settings: Settings) -> None:
-    """Drop the slot, when the walsender of a capture that has just ended is gone too."""
-    free = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND NOT active"
-    eventually("the slot is free", lambda: rows(settings, free))
-    execute(settings, f"SELECT pg_drop_replication_slot('{settings.slot}')")
 
 
 def test_a_slot_that_is_gone(captured: Settings) -> None:

@@ -14,7 +14,6 @@ from tests.fixtures.capture import (
     Running,
     capturing,
     changes,
-    eventually,
     execute,
     prepare,
     refused,
@@ -22,6 +21,7 @@ from tests.fixtures.capture import (
     rows,
     selected,
 )
+from tests.fixtures.slots import lose_slot
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int, big text, twice int GENERATED ALWAYS AS (n * 2) STORED)"
 SOME = "INSERT INTO items SELECT i, i, repeat(md5(i::text), 200) FROM generate_series(1, 30) i"
@@ -119,20 +119,7 @@ def test_a_slot_whose_wal_is_gone_is_refused_with_the_reason(each_version: Setti
     prepare(settings, ITEMS, SOME)
     with capturing(settings) as capture:
         capture.reach()
-    free = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND NOT active"
-    eventually("the slot is free", lambda: rows(settings, free))
-    execute(settings, "ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'", "SELECT pg_reload_conf()")
-    try:
-        lost = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND wal_status = 'lost'"
-        for _ in range(3):
-            execute(
-                settings, "SELECT pg_logical_emit_message(false, '', repeat('x', 1000000))", "SELECT pg_switch_wal()"
-            )
-        eventually(
-            "its WAL is gone", lambda: execute(settings, "SELECT pg_switch_wal()", "CHECKPOINT") or rows(settings, lost)
-        )
-    finally:
-        execute(settings, "ALTER SYSTEM RESET max_slot_wal_keep_size", "SELECT pg_reload_conf()")
+    lose_slot(settings)
     error = refused(settings)
     assert error.code == "slot-lost"
     assert "removed" in error.message

@@ -27,6 +27,7 @@ from tests.fixtures.capture import (
 )
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import serving
+from tests.fixtures.slots import drop_slot, lose_slot
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
@@ -43,12 +44,6 @@ def captured(settings: Settings) -> Settings:
     return settings
 
 
-def drop_slot(settings: Settings) -> None:
-    free = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND NOT active"
-    eventually("the slot is free", lambda: rows(settings, free))
-    execute(settings, f"SELECT pg_drop_replication_slot('{settings.slot}')")
-
-
 def recreate_slot(settings: Settings) -> None:
     drop_slot(settings)
     execute(settings, "INSERT INTO items VALUES (98, 'between')")
@@ -60,29 +55,13 @@ def advance_slot(settings: Settings) -> None:
     execute(settings, f"SELECT pg_replication_slot_advance('{settings.slot}', pg_current_wal_lsn())")
 
 
-def invalidate_slot(settings: Settings) -> None:
-    """More WAL than max_slot_wal_keep_size was written while nobody read."""
-    try:
-        execute(settings, "ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'", "SELECT pg_reload_conf()")
-        lost = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND wal_status = 'lost'"
-
-        def gone() -> bool:
-            execute(settings, "INSERT INTO items VALUES (98, 'x') ON CONFLICT DO NOTHING", "SELECT pg_switch_wal()")
-            execute(settings, "CHECKPOINT")
-            return bool(rows(settings, lost))
-
-        eventually("the slot's WAL is removed", gone)
-    finally:
-        execute(settings, "ALTER SYSTEM RESET max_slot_wal_keep_size", "SELECT pg_reload_conf()")
-
-
 @pytest.mark.parametrize(
     ("part", "code"),
     [
         (drop_slot, "slot-missing"),
         (recreate_slot, "slot-beyond-checkpoint"),
         (advance_slot, "slot-beyond-checkpoint"),
-        (invalidate_slot, "slot-lost"),
+        (lose_slot, "slot-lost"),
     ],
 )
 def test_a_slot_that_no_longer_fits(captured: Settings, part: Callable[[Settings], None], code: str) -> None:

@@ -32,6 +32,7 @@ from tests.fixtures.capture import (
     selected,
 )
 from tests.fixtures.mortal import Life, MortalLog
+from tests.fixtures.slots import drop_slot
 from tests.integration.test_capture_append_only import EVENTS, SOME, T, equal, prepare_append_only
 from tests.integration.test_resnapshot import ask, done, jobs, unnoticed
 from tests.integration.test_resnapshot_order import waiting
@@ -182,9 +183,8 @@ def test_the_initial_snapshot_in_chunks_and_a_new_epoch(settings: Settings) -> N
         capture.hear("the initial snapshot is complete")
         capture.reach()
     equal(settings)
-    free = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND NOT active"
-    eventually("the slot is free", lambda: rows(settings, free))
-    execute(settings, f"SELECT pg_drop_replication_slot('{settings.slot}')", "TRUNCATE events", SOME)
+    drop_slot(settings)
+    execute(settings, "TRUNCATE events", SOME)
     assert recover(settings, lambda _: None).inexact == (T, "public.items")
     with capturing(settings) as capture:
         execute(settings, SOME)

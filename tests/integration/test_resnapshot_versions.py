@@ -6,7 +6,8 @@ from functools import partial
 
 from headrace.settings import Settings
 from headrace_capture.recovery import recover
-from tests.fixtures.capture import Running, capturing, eventually, execute, replay, rows, selected
+from tests.fixtures.capture import Running, capturing, eventually, execute, replay, selected
+from tests.fixtures.slots import drop_slot
 from tests.integration.test_capture_append_only import equal as equal_without_key
 from tests.integration.test_capture_append_only import prepare_append_only
 
@@ -48,14 +49,8 @@ def test_read_in_chunks_and_again(each_version: Settings) -> None:
             eventually(again, partial(twice, capture, again))
         eventually("all is exact", lambda: capture.reach().inexact == ())
         equal(settings)
-    free = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{settings.slot}' AND NOT active"
-    eventually("the slot is free", lambda: rows(settings, free))
-    execute(
-        settings,
-        f"SELECT pg_drop_replication_slot('{settings.slot}')",
-        "DELETE FROM items WHERE id < 9",
-        "TRUNCATE events",
-    )
+    drop_slot(settings)
+    execute(settings, "DELETE FROM items WHERE id < 9", "TRUNCATE events")
     recover(settings, lambda _: None)
     with capturing(settings) as capture:
         eventually("all is exact", lambda: capture.reach().inexact == ())

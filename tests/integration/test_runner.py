@@ -14,7 +14,7 @@ import pytest
 from headrace import codec
 from headrace.change import CREATE, NOWHERE, Change, Position, Version
 from headrace.consumer import Batch, Cursor, Generation, ViewRow
-from headrace.control import PAGE_BYTES, Control, Report
+from headrace.control import DEAD_SECONDS, PAGE_BYTES, Control, Report
 from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
@@ -25,7 +25,7 @@ from headrace.runner import Runner
 from headrace.settings import Settings
 from tests.fixtures.feed import ITEMS, Feed
 from tests.fixtures.plain import Plain
-from tests.fixtures.serving import drive, serving
+from tests.fixtures.serving import await_live, drive, serving
 
 
 def wait_for(what: Callable[[], object], seconds: float = 30.0) -> None:
@@ -50,6 +50,10 @@ class Served:
             target=drive, args=(self.control, {name: self.runner}, self._stopping), daemon=True
         )
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -234,6 +238,93 @@ def test_poison_stops_the_consumer_and_loses_nothing(
     assert f"See {ITEMS} partition 0 offset" in report.reason
     assert view.rows() == {'{"id":1}': 10}, "nothing of the batch was applied"
     assert isinstance(served.runner.failed(), Poison)
+
+
+class Beside(Plain):
+    """In a file of its own."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        super().__init__(settings, name)
+        self._path = settings.path("beside.sqlite")
+
+
+def asked_of(control: Control) -> list[HeadraceError]:
+    """Ask in every way for what a stopped view holds; return the errors."""
+    errors: list[HeadraceError] = []
+    asks: list[Callable[[], object]] = [
+        lambda: list(control.scan("picky")),
+        lambda: control.rows("picky", 1, [(ITEMS, '{"id":1}')]),
+        lambda: control.ask("picky", "promote"),
+    ]
+    for ask in asks:
+        with pytest.raises(HeadraceError) as raised:
+            ask()
+        errors.append(raised.value)
+    return errors
+
+
+def test_who_asks_a_view_that_poison_stopped_is_told_why(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its process while that has other consumers to run, and from its last report when it has ended."""
+    feed.cut((ITEMS, 1, 10))
+    with serving(settings, picky=Picky, beside=Beside) as control:
+        await_live(control, "picky")
+        feed.cut((ITEMS, 2, 13))
+        wait_for(lambda: control.reports()["picky"][0].phase == "stopped")
+        scan, rows, _ = asked_of(control)
+        assert [error.code for error in (scan, rows)] == ["unlucky", "unlucky"]
+    served = serve(Picky, "picky")
+    wait_for(lambda: not served.alive)
+    for seconds in (DEAD_SECONDS, 0.0):
+        monkeypatch.setattr("headrace.control.DEAD_SECONDS", seconds)
+        for error in asked_of(Control(feed.log)):
+            assert error.code == "unlucky"
+            assert '{"id":2}' in error.message
+            assert "Change the row." in error.remedy
+            assert "headrace run picky" in error.remedy
+
+
+class Endless(Picky):
+    """Has more rows for as long as only 1 is applied."""
+
+    scanned = 0
+
+    def scan(self, after: Cursor | None, limit: int) -> list[ViewRow]:
+        type(self).scanned += 1
+        if len(self.rows()) > 1 or self.scanned > 2000:
+            return []
+        first = int(after[1]) + 1 if after else 0
+        return [ViewRow(ITEMS, f"{n:09}", {"id": n}, NOWHERE) for n in range(first, first + limit)]
+
+
+def test_a_view_reads_on_while_it_is_scanned(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Endless, "scanned", 0)
+    feed.cut((ITEMS, 1, 10))
+    serve(Endless, "endless").await_phase(1, "live")
+    rows = Control(feed.log).scan("endless")
+    next(rows)
+    feed.cut((ITEMS, 2, 20))
+    for _ in rows:
+        pass
+    assert Plain(settings, "endless").rows() == {'{"id":1}': 10, '{"id":2}': 20}
+    assert Endless.scanned <= 2000
+
+
+def test_a_scan_in_which_poison_strikes_ends_with_the_reason(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Endless, "scanned", 0)
+    feed.cut((ITEMS, 1, 10))
+    serve(Endless, "endless").await_phase(1, "live")
+    rows = Control(feed.log).scan("endless")
+    next(rows)
+    feed.cut((ITEMS, 2, 13))
+    with pytest.raises(HeadraceError) as told:
+        list(rows)
+    assert told.value.code == "unlucky"
 
 
 def test_a_stopped_build_can_be_gone_on_with_and_dropped(

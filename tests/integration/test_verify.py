@@ -21,10 +21,10 @@ from elasticsearch import Elasticsearch as Client
 
 from headrace import codec
 from headrace.change import Row
-from headrace.consumer import ALL, Consumer
+from headrace.consumer import ALL, Consumer, Cursor, ViewRow
 from headrace.control import Control
 from headrace.documents import Document, DocumentConsumer, Many, Node, One, count, mean
-from headrace.errors import Misconfigured, Transient
+from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace.stores.duckdb import Database, DuckDBStore
@@ -37,7 +37,7 @@ from headrace_verify.postgres import connect, moment
 from headrace_verify.verify import Verifier
 from tests.fixtures.capture import capturing, eventually, execute, prepare, rows
 from tests.fixtures.plain import Plain
-from tests.fixtures.serving import serving
+from tests.fixtures.serving import await_live, serving
 
 ITEMS = "CREATE TABLE public.items (id int PRIMARY KEY, n int, name text)"
 T = "public.items"
@@ -106,7 +106,7 @@ def kept(settings: Settings, consumer: type[Any]) -> Iterator[Control]:
     """Run capture and one consumer; go on when it is live."""
     with capturing(settings) as capture, serving(settings, view=consumer) as control:
         capture.reach()
-        eventually("the view is live", lambda: any(r.live for r in control.reports().get("view", [])))
+        await_live(control, "view")
         yield control
 
 
@@ -233,7 +233,7 @@ def test_a_rebuild_is_verified_and_promoted_while_rows_change_all_the_time(setti
     command = [sys.executable, "-m", "headrace", "rebuild", "plain", "--wait", "--consumer", f"{code}:Plain"]
     with capturing(settings) as capture, serving(settings, plain=Plain) as control:
         capture.reach()
-        eventually("the view is live", lambda: any(r.live for r in control.reports().get("plain", [])))
+        await_live(control, "plain")
         with hot(settings):
             environ = environment(settings) | {"PATH": "/usr/bin:/bin"}
             built = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
@@ -245,7 +245,7 @@ def test_what_changes_while_the_view_stands_still_is_undecided_and_that_is_said(
     prepare(settings, ITEMS, f"INSERT INTO {T} VALUES (1, 0, 'x')")
     with capturing(settings) as capture, serving(settings, view=Mirror) as control:
         capture.reach()
-        eventually("the view is live", lambda: any(r.live for r in control.reports().get("view", [])))
+        await_live(control, "view")
 
         class Standing(Verifier):
             """Capture ends when the view has been compared."""
@@ -530,8 +530,7 @@ def test_one_row_changed_removed_and_added_in_each_of_three_stores_are_nine_keys
     views: dict[str, type[Any]] = {"products": Products, "pages": Pages, "warehouse": Warehouse}
     with capturing(shop) as capture, serving(shop, **views) as control:
         capture.reach()
-        for name in views:
-            eventually(f"{name} is live", lambda: any(r.live for r in control.reports().get(name, [])))  # noqa: B023
+        await_live(control, *views)
         assert all(found(shop, consumer, name).clean for name, consumer in views.items())
         _meddle_everywhere(shop)
         seen = {name: found(shop, consumer, name) for name, consumer in views.items()}
@@ -585,7 +584,7 @@ def test_the_command_names_keys_and_exits_1(settings: Settings) -> None:
         assert off.returncode == 3
         assert "headrace run plain" in off.stderr
         with serving(settings, plain=Plain) as control:
-            eventually("the view is live", lambda: any(r.live for r in control.reports().get("plain", [])))
+            await_live(control, "plain")
             right = verify()
             assert right.returncode == 0, right.stderr
             meddle(settings, "DELETE FROM rows WHERE key = ?", '{"id":3}')
@@ -608,6 +607,35 @@ def test_what_is_not_exact_is_said(settings: Settings) -> None:
     assert seen.clean
     assert seen.rows == 1
     assert [note for note in seen.notes if "public.v is approximate" in note]
+
+
+def test_a_view_that_has_stopped_is_not_compared_and_that_is_said_at_once(settings: Settings) -> None:
+    """When it stops while it is scanned; and then before anything is read. Its process goes on for the consumer beside it."""
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 2000) i")
+    nowhere = replace(settings, dsn="postgresql://postgres@127.0.0.1:1/x")
+
+    class Poisoned(Mirror):
+        """Cannot apply a row that is written when it is scanned; the scan has no end."""
+
+        def apply(self, batch: Any) -> None:
+            if any(change.row and change.row["name"] == "poison" for change in batch.changes):
+                raise Poison("unlucky", "One row is poison.", "Mend it, then: headrace rebuild NAME")
+            super().apply(batch)
+
+        def scan(self, after: Cursor | None, limit: int) -> list[ViewRow]:
+            if after is None:
+                execute(settings, f"UPDATE {T} SET name = 'poison' WHERE id = 1")
+            return super().scan(None, limit) if after else super().scan(after, limit)
+
+    with capturing(settings) as capture, serving(settings, view=Poisoned, beside=Warehouse) as control:
+        capture.reach()
+        await_live(control, "view")
+        for asked in (settings, nowhere):
+            with pytest.raises(HeadraceError) as stopped:
+                found(asked, Poisoned)
+            assert stopped.value.code == "unlucky"
+            assert "headrace rebuild view" in stopped.value.remedy
+            eventually("that is reported", lambda: control.reports()["view"][0].phase == "stopped")
 
 
 def test_without_a_view_or_postgres_it_says_what_to_do(settings: Settings) -> None:

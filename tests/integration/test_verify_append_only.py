@@ -21,7 +21,7 @@ from headrace_verify.postgres import connect, moment
 from headrace_verify.verify import Verifier
 from headrace_verify.view import write
 from tests.fixtures.capture import Running, capturing, eventually, execute, rows
-from tests.fixtures.serving import serving
+from tests.fixtures.serving import await_live, serving
 from tests.integration.test_capture_append_only import EVENTS, SOME, T, prepare_append_only
 from tests.integration.test_resnapshot import ask, done
 from tests.integration.test_verify import Found, Mirror, closing_sync, found, kept, loaded, meddle
@@ -130,7 +130,7 @@ def test_rows_that_go_meanwhile_let_the_table_be_compared_again(
             eventually("the view has it", lambda: control.running("view")[0].version >= end.version)
 
         capture.reach()
-        eventually("the view is live", lambda: any(r.live for r in control.reports().get("view", [])))
+        await_live(control, "view")
         seen = Found(Between(settings, 60, happening), "view", Mirror)
         assert (seen.wrong, seen.undecided) == ([], [])
         assert seen.rows == rows(settings, "SELECT count(*) FROM events")[0][0]

@@ -131,6 +131,7 @@ class Verifier:
         if found[0].fingerprint != fingerprint(consumer):
             said = f"Generation {found[0].generation} of {name} was built by other code than is installed here."
             raise Misconfigured("stale-generation", said, f"Run: headrace rebuild {name}")
+        _check_running(found[0])
         return found[0]
 
     def _checkpoint(self) -> Checkpoint:
@@ -180,8 +181,10 @@ class Verifier:
             found = [r for r in self._control.running(view.name) if r.generation == view.generation]
             if found and found[0].version >= wanted:
                 return
-            if not found or found[0].phase in {"stopped", "stale"}:
-                raise _stopped(view, found)
+            if not found:
+                said = f"Generation {view.generation} of {view.name} is gone."
+                raise Misconfigured("no-live-generation", said, "Run verify again.")
+            _check_running(found[0])
             if time.monotonic() > deadline:
                 said = f"{view.name} is at {found[0].version}, Postgres at {wanted}, after {self._timeout:.0f} s."
                 raise Transient("view-behind", said, "See: headrace status")
@@ -245,13 +248,12 @@ def _postgres_errors() -> Iterator[None]:
         raise Transient("postgres-away", said, "Run verify again.") from error
 
 
-def _stopped(view: View, found: list[Report]) -> Misconfigured:
-    if not found:
-        said = f"Generation {view.generation} of {view.name} is gone."
-        return Misconfigured("no-live-generation", said, "Run verify again.")
-    report = found[0]
-    said = f"{view.name} has stopped at {report.version}: {report.reason or report.phase}"
-    return Misconfigured(report.code or "stale-generation", said, report.remedy or f"Run: headrace rebuild {view.name}")
+def _check_running(report: Report) -> None:
+    """Refuse a view that has stopped, with its reason."""
+    if report.phase in {"stopped", "stale"}:
+        said = f"{report.name} has stopped at {report.version}: {report.reason or report.phase}"
+        remedy = report.remedy or f"Run: headrace rebuild {report.name}"
+        raise Misconfigured(report.code or "stale-generation", said, remedy)
 
 
 def _inexact(checkpoint: Checkpoint, expected: Expectation) -> list[str]:
