@@ -155,7 +155,7 @@ class Debezium(Tool):
             "publication.autocreate.mode": "disabled",
             "snapshot.mode": "initial" if snapshot else "no_data",
             "decimal.handling.mode": "string",
-            "message.prefix.exclude.list": "headrace",  # our heartbeats would want a topic of their own
+            "message.prefix.exclude.list": ".*",  # our heartbeats, and what ends pg_recvlogical, would want a topic of their own
             **self.tuning["connector"],
         }
 

@@ -48,6 +48,41 @@ NOWHERE = Version(0, 0)
 """Before every state: the version of a generation that is loading."""
 
 
+_XIDS = 1 << 32
+_FAR = 4 * (_XIDS // 2)
+"""Bytes of WAL, within which half of all transaction ids cannot be used up: each leaves four in it at least, as a subtransaction."""
+
+
+class Snapshot(NamedTuple):
+    """What one statement of Postgres sees: ids of transactions, as `pg_current_snapshot()` prints them."""
+
+    xmin: int
+    xmax: int
+    running: frozenset[int]
+
+    @classmethod
+    def parsed(cls, text: str) -> Snapshot:
+        """Return the snapshot that Postgres prints so, e.g. ``100:110:100,105``."""
+        xmin, xmax, running = text.split(":")
+        return cls(int(xmin), int(xmax), frozenset(map(int, filter(None, running.split(",")))))
+
+    def sees(self, xid: int, since: int = 0) -> bool:
+        """Whether it sees the commit of `xid`, which the stream and the log name by its low 32 bits. 0 is no transaction.
+
+        Of the ids with those bits the one nearest to the snapshot's end is meant. Where more WAL than `_FAR` came since the commit
+        that may be another one: then only a transaction that is running by that name is not seen.
+
+        Args:
+            xid: The transaction.
+            since: Bytes of WAL from its commit to the snapshot.
+        """
+        if xid == 0:
+            return True
+        near = self.xmax - self.xmax % _XIDS + xid
+        full = min((near - _XIDS, near, near + _XIDS), key=lambda candidate: abs(candidate - self.xmax))
+        return full not in self.running and (full < self.xmax or since > _FAR)
+
+
 def format_lsn(lsn: int) -> str:
     """Return an LSN as Postgres prints it, e.g. ``0/17ABA90``."""
     return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"

@@ -249,3 +249,26 @@ def test_a_table_that_is_locked_when_the_snapshot_comes_to_it_is_read_last(
     if not stopped:
         for table in ("held", "items"):
             assert replay(settings, f"public.{table}") == selected(settings, table)
+
+
+def test_a_filtered_table_that_is_locked_when_the_snapshot_begins_is_waited_for(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its filter says is asked of Postgres under its lock; no slot can be made while a transaction has one already."""
+    monkeypatch.setattr(snapshot, "_LOCK_SECONDS", 0.2)
+    prepare(settings, "CREATE TABLE held (id int PRIMARY KEY, n int); INSERT INTO held VALUES (1, 1), (2, 2)")
+    execute(settings, f"ALTER PUBLICATION {settings.publication} SET TABLE held WHERE (id > 1)")
+    with ExitStack() as application:
+        released: list[Callable[[], None]] = []
+
+        def filters(*args: Any) -> dict[int, str]:
+            if not released:
+                released.append(application.enter_context(locked(settings, "held")))
+            return row_filters(*args)
+
+        monkeypatch.setattr(snapshot, "row_filters", filters)
+        with capturing(settings) as capture:
+            capture.hear("[table-locked]")
+            released[0]()
+            capture.reach()
+    assert replay(settings, "public.held") == {b'{"id":2}': {"id": 2, "n": 2}}

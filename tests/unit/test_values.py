@@ -8,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace import codec
-from headrace.change import Column, TableSchema
+from headrace.change import Column, Snapshot, TableSchema
 from headrace.codec import members
 from headrace.errors import Poison
 from headrace_capture.pgoutput import UNCHANGED
 from headrace_capture.tables import ColumnPlan, Table, copy_fields
-from headrace_capture.toast import sees
 from headrace_capture.values import converter, key_converter, template
 
 NESTED = b"[" * 2000 + b"]" * 2000
@@ -188,4 +187,14 @@ def test_members_of_a_record_stand_as_they_were_written(row: dict[str, object]) 
 )
 def test_a_snapshot_sees_what_committed_before_it(snapshot: str, xid: int, seen: bool) -> None:
     """Transaction ids of the stream are the low 32 bits; they wrap."""
-    assert sees(snapshot, xid) is seen
+    assert Snapshot.parsed(snapshot).sees(xid) is seen
+
+
+def test_a_commit_far_behind_is_seen_although_a_younger_transaction_has_its_bits() -> None:
+    """Half of all ids later the nearest id with the same bits is above the snapshot's end; only by name may it still run."""
+    snapshot = Snapshot.parsed("5000000000:5000000000:5000000007")
+    later, running = 5_000_000_005 % (1 << 32), 5_000_000_007 % (1 << 32)
+    assert not snapshot.sees(later)
+    assert not snapshot.sees(later, since=1 << 33)
+    assert snapshot.sees(later, since=(1 << 33) + 1)
+    assert not snapshot.sees(running, since=1 << 40)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from headrace import codec
+from headrace.change import Snapshot
 from headrace.runner.runner import _just_before
 from headrace_verify.compare import differing, same
 from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference, Excused, Expected, Ledger, Member
@@ -42,9 +43,9 @@ def test_a_column_that_a_row_was_written_without_is_null_but_a_document_lacks_a_
 
 
 def test_a_snapshot_sees_what_was_committed_before_it_and_nothing_else() -> None:
-    now = Moment(xmin=100, xmax=110, running=frozenset({100, 105}), lsn=5000)
-    assert [xid for xid in (1, 99, 100, 101, 105, 109, 110, 111) if not now.sees(xid)] == [100, 105, 110, 111]
-    assert now.sees(0), "rows of the initial snapshot have no transaction"
+    now = Moment(Snapshot(xmin=100, xmax=110, running=frozenset({100, 105})), lsn=5000)
+    assert [xid for xid in (1, 99, 100, 101, 105, 109, 110, 111) if not now.snapshot.sees(xid)] == [100, 105, 110, 111]
+    assert now.snapshot.sees(0), "rows of the initial snapshot have no transaction"
     assert now.unseen(xid=99, lsn=5000), "at X or beyond: committed after the snapshot"
     assert now.unseen(xid=105, lsn=4000), "logged before X, and not visible yet (S7)"
     assert not now.unseen(xid=99, lsn=4999)
@@ -52,12 +53,12 @@ def test_a_snapshot_sees_what_was_committed_before_it_and_nothing_else() -> None
 
 def test_transaction_ids_wrap_around() -> None:
     turn = 1 << 32
-    young = Moment(xmin=turn + 3, xmax=turn + 3, running=frozenset(), lsn=1)
-    assert young.sees(turn - 5), "the one before the turn is older"
-    assert young.sees(2)
-    assert not young.sees(3)
-    old = Moment(xmin=turn - 2, xmax=turn - 2, running=frozenset(), lsn=1)
-    assert not old.sees(5), "the one after the turn is newer"
+    young = Moment(Snapshot(xmin=turn + 3, xmax=turn + 3, running=frozenset()), lsn=1)
+    assert young.snapshot.sees(turn - 5), "the one before the turn is older"
+    assert young.snapshot.sees(2)
+    assert not young.snapshot.sees(3)
+    old = Moment(Snapshot(xmin=turn - 2, xmax=turn - 2, running=frozenset()), lsn=1)
+    assert not old.snapshot.sees(5), "the one after the turn is newer"
 
 
 def test_what_nothing_excuses_is_wrong_and_the_rest_waits(ledger: Ledger) -> None:

@@ -108,6 +108,7 @@ class Capture:
             try:
                 writer.open()  # fences every predecessor: only now is the newest checkpoint the newest (S3)
                 here = self._look(connection)
+                self._answered = True
                 checkpoint = self._resume(writer, here, slot)
                 if checkpoint is None or checkpoint.snapshot == "running":
                     checkpoint = self._snapshot(writer, checkpoint, here, slot, connection)
@@ -188,7 +189,6 @@ class Capture:
         return complete
 
     def _stream(self, writer: CutWriter, checkpoint: Checkpoint, connection: catalog.Connection) -> None:
-        self._answered = True
         loading = "chunked" if checkpoint.snapshot == "chunked" else None
         cut = Cut(writer, self._settings, replace(checkpoint, snapshot=loading), self._progress.sealed)
         self._progress.sealed(checkpoint)

@@ -8,10 +8,8 @@ written, what the log has gained since is read back.
 from __future__ import annotations
 
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from headrace.change import LSN_BITS, Version
@@ -41,9 +39,7 @@ class KnownKeys:
         self._topic = log.topic_of(table)
         self._next: dict[int, int] = {}
         self._tail: Tail | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="headrace-known-")
-        path = Path(self._folder.name) / "known.sqlite"
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # a file without a name
         self._db.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;"
             "CREATE TABLE known (key BLOB PRIMARY KEY, version INTEGER, xid INTEGER, live INTEGER) WITHOUT ROWID"
@@ -116,7 +112,6 @@ class KnownKeys:
         if self._tail is not None:
             self._tail.close()
         self._db.close()
-        self._folder.cleanup()
 
     def _opened(self, partitions: int) -> Tail:
         if self._tail is None:

@@ -9,9 +9,7 @@ had from the key's newest record (S7). Rows are not kept: one that is wanted is 
 from __future__ import annotations
 
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -31,8 +29,9 @@ class LiveKeys:
         topic = log.topic_of(table)
         self._next = {(topic, partition): BEGINNING for partition in range(log.partitions([topic])[topic])}
         self._topic = topic
-        self._folder = tempfile.TemporaryDirectory(prefix="headrace-keys-")
-        self._db = sqlite3.connect(Path(self._folder.name) / "keys.sqlite", isolation_level=None)
+        self._db = sqlite3.connect(
+            "", isolation_level=None
+        )  # a file without a name: nothing is left of it after a kill
         self._db.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;"
             "CREATE TABLE live (key BLOB PRIMARY KEY, version INTEGER, partition INTEGER, at INTEGER) WITHOUT ROWID"
@@ -91,7 +90,6 @@ class LiveKeys:
     def close(self) -> None:
         """Remove the file."""
         self._db.close()
-        self._folder.cleanup()
 
     def _take(self, records: list[Record]) -> None:
         self._db.execute("BEGIN")

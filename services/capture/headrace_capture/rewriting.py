@@ -22,21 +22,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
-from headrace.change import Version
+from headrace.change import Snapshot, Version
 from headrace.log import CutWriter
 from headrace_capture.append_only import position_key
 from headrace_capture.chunks import Chunk
 from headrace_capture.known import KnownKeys, Newest
 from headrace_capture.stream import DELETE, NULL
 from headrace_capture.tables import Stamp, Table
-from headrace_capture.watermarks import sees
 
 READ: Final = b"r"
 RESNAPSHOT: Final = b"resnapshot"
 """The header `read` of rows and deletes that are written here."""
 _LOOK_AROUND = 1_024
+_parsed = lru_cache(8)(Snapshot.parsed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,8 @@ class Rewriting:
         return newest is None or (newest.version <= self.version and not self._unseen(newest, snapshot))
 
     def _unseen(self, newest: Newest, snapshot: str) -> bool:
-        return newest.version.epoch == self.version.epoch and bool(newest.xid) and not sees(snapshot, newest.xid)
+        since = self.version.lsn - newest.version.lsn
+        return newest.version.epoch == self.version.epoch and not _parsed(snapshot).sees(newest.xid, since)
 
     def _stamp(self) -> tuple[Stamp, list[tuple[str, bytes]]]:
         stamp = Stamp(self.version, 0, (self.now, self.now), snapshot=True)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 from psycopg import errors, sql
 
+from headrace.change import Snapshot
 from headrace.errors import Transient
 from headrace.log import Log
 from headrace_capture import catalog
@@ -199,7 +200,7 @@ class Filler:
                     self._locked_until[table.name] = time.monotonic() + _LOCKED_SECONDS
                     raise
                 continue
-            if read is None or sees(read[0], xid):
+            if read is None or Snapshot.parsed(read[0]).sees(xid):
                 return read and read[1]
             if late:
                 raise _not_visible(table, xid)
@@ -250,18 +251,3 @@ def _reread_query(table: Table) -> sql.Composed:
     return sql.SQL(
         "SELECT pg_current_snapshot()::text, t.* FROM (SELECT) one LEFT JOIN (SELECT true, {} FROM {} WHERE {}) t ON true"
     ).format(sql.SQL(", ").join(columns), sql.Identifier(schema, name), where)
-
-
-def sees(snapshot: str, xid: int) -> bool:
-    """Whether a snapshot, as `pg_current_snapshot()` prints it, sees a committed transaction.
-
-    The stream names transactions by their low 32 bits: of the ids with those, the one nearest below the snapshot's end or just
-    above it is meant.
-    """
-    xmin, xmax, running = snapshot.split(":")
-    full = (int(xmax) & ~0xFFFFFFFF) | xid
-    if full - int(xmax) > 1 << 31:
-        full -= 1 << 32
-    elif int(xmax) - full > 1 << 31:
-        full += 1 << 32
-    return full < int(xmin) or (full < int(xmax) and str(full) not in running.split(","))

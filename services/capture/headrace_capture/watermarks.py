@@ -1,8 +1,8 @@
 """Watermarks: logical messages around each read outside of the stream; they tell where in the stream it belongs (S7).
 
 WAL order is not visibility order, so two watermarks alone prove nothing: what a snapshot sees is asked of the snapshot. Three questions
-are answered here about the text that `pg_current_snapshot()` prints: does it see a transaction (`sees`), does it see all that another
-one sees (`covers`), and from which snapshot on everything that runs now is over (`settled`).
+are asked about what `pg_current_snapshot()` prints: does it see a transaction (`Snapshot.sees`), does it see all that another one sees
+(`covers`), and from which snapshot on everything that runs now is over (`settled`).
 
 The messages are transactional, so each has a commit LSN, which is the version of what is read between them; they never wait for a
 standby, because nobody reads them but us.
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from headrace.change import Snapshot
 from headrace_capture.catalog import Connection
 from headrace_capture.pgoutput import Message
-from headrace_capture.toast import sees
-
-__all__ = ["HIGH", "LOW", "covers", "emit", "mark_of", "sees", "settled"]
 
 LOW: Final = "low"
 HIGH: Final = "high"
@@ -38,18 +36,12 @@ def mark_of(message: Message) -> tuple[str, str]:
 
 def covers(snapshot: str, floor: str) -> bool:
     """Whether `snapshot` sees every transaction that `floor` sees."""
-    _, end, running = _parsed(snapshot)
-    _, floor_end, floor_running = _parsed(floor)
-    unseen = [xid for xid in running if xid < floor_end]
-    return all(xid in floor_running for unseen_here in (unseen, range(end, floor_end)) for xid in unseen_here)
+    now, before = Snapshot.parsed(snapshot), Snapshot.parsed(floor)
+    unseen = [xid for xid in now.running if xid < before.xmax]
+    return all(xid in before.running for ids in (unseen, range(now.xmax, before.xmax)) for xid in ids)
 
 
 def settled(snapshot: str) -> str:
     """Return a floor that only snapshots cover in which everything that runs in `snapshot` is over."""
-    _, end, _ = _parsed(snapshot)
+    end = Snapshot.parsed(snapshot).xmax
     return f"{end}:{end}:"
-
-
-def _parsed(snapshot: str) -> tuple[int, int, frozenset[int]]:
-    begin, end, running = snapshot.split(":")
-    return int(begin), int(end), frozenset(int(xid) for xid in running.split(",") if xid)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from headrace import codec
@@ -63,16 +61,14 @@ class Ledger:
     """The expected rows of one view, and the rows of other tables that its documents hold."""
 
     def __init__(self) -> None:
-        """Make the file in a temporary folder, which `close` removes."""
-        self._folder = TemporaryDirectory(prefix="headrace-verify-")
-        self._db = sqlite3.connect(Path(self._folder.name) / "ledger.sqlite", isolation_level=None)
+        """Make a file without a name: nothing is left of it after a kill."""
+        self._db = sqlite3.connect("", isolation_level=None)
         self._db.executescript(_SCHEMA)
-        self._db.execute("BEGIN")  # never committed: nobody else reads it, and it goes with the folder
+        self._db.execute("BEGIN")  # never committed: nobody else reads it
 
     def close(self) -> None:
         """Remove it."""
         self._db.close()
-        self._folder.cleanup()
 
     def add(self, rows: Iterable[Expected], members: Iterable[Member]) -> None:
         """Expect rows, and know which joined rows are in them, or were or will be."""

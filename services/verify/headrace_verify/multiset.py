@@ -13,8 +13,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
 from hashlib import blake2b
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
@@ -31,9 +29,8 @@ class Multiset:
     """What Postgres has of the tables without a key, and what the view has."""
 
     def __init__(self) -> None:
-        """Make the file in a temporary folder, which `close` removes."""
-        self._folder = TemporaryDirectory(prefix="headrace-verify-")
-        self._db = sqlite3.connect(Path(self._folder.name) / "multiset.sqlite", isolation_level=None)
+        """Make a file without a name: nothing is left of it after a kill."""
+        self._db = sqlite3.connect("", isolation_level=None)
         self._db.executescript(_SCHEMA)
         self._db.execute("BEGIN")
         self._columns: dict[str, tuple[str, ...]] = {}
@@ -41,7 +38,6 @@ class Multiset:
     def close(self) -> None:
         """Remove it."""
         self._db.close()
-        self._folder.cleanup()
 
     def clear(self, tables: Iterable[str]) -> None:
         """Forget the rows of `tables`."""

@@ -16,7 +16,7 @@ import orjson
 import psycopg
 from psycopg import sql
 
-from headrace.change import Row, TableSchema, parse_lsn
+from headrace.change import Row, Snapshot, TableSchema, parse_lsn
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
 
@@ -27,35 +27,23 @@ _SESSION = (
 )
 """The settings of S14: values read here and by capture have one text."""
 
-_XIDS = 1 << 32
 _FETCH = 200
 
 
 class Moment(NamedTuple):
-    """One snapshot of Postgres: what it sees, and an LSN by which all of that was written."""
+    """One snapshot of Postgres, and an LSN by which all that it sees was written."""
 
-    xmin: int
-    xmax: int
-    running: frozenset[int]
+    snapshot: Snapshot
     lsn: int
 
     @classmethod
     def parsed(cls, snapshot: str, lsn: str) -> Moment:
         """Return the moment that Postgres names so."""
-        xmin, xmax, running = snapshot.split(":")
-        return cls(int(xmin), int(xmax), frozenset(map(int, filter(None, running.split(",")))), parse_lsn(lsn))
-
-    def sees(self, xid: int) -> bool:
-        """Whether the snapshot sees the commit of `xid`, as the log has it: its low 32 bits. 0 is no transaction."""
-        if xid == 0:
-            return True
-        near = self.xmax - self.xmax % _XIDS + xid
-        full = min((near - _XIDS, near, near + _XIDS), key=lambda candidate: abs(candidate - self.xmax))
-        return full < self.xmax and full not in self.running
+        return cls(Snapshot.parsed(snapshot), parse_lsn(lsn))
 
     def unseen(self, xid: int, lsn: int) -> bool:
         """Whether a change by `xid`, committed at `lsn`, may be in a view and not in this snapshot (S27)."""
-        return lsn >= self.lsn or not self.sees(xid)
+        return lsn >= self.lsn or not self.snapshot.sees(xid, self.lsn - lsn)
 
 
 @dataclass(frozen=True, slots=True)
