@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 DIR    ?= .stack
+# What is installed is compiled, as pip does it; a fresh clone is not, and where nobody may write bytecode never would be.
+COMPILED = $(BIN)/python -m compileall -q headrace services ops .venv/lib
 
 .PHONY: demo test compose-test soak bench-capture bench-big check format stack-up stack-down
 
@@ -16,10 +18,10 @@ soak: .venv/synced           ## KILLS=60 seeded kills of capture, broker and Pos
 	$(BIN)/python tests/soak.py $(or $(KILLS),60) $(or $(SEED),1)
 
 bench-capture: .venv/synced  ## capture and Debezium in turn, on the same rows; ARGS="--quick --ours --only single"; see bench/README.md
-	$(BIN)/python -m bench $(ARGS)
+	$(COMPILED) && $(BIN)/python -m bench $(ARGS)
 
 bench-big: .venv/synced      ## memory and time of capture over ten million rows and transactions of a million changes; ARGS="--quick"
-	$(BIN)/python -m bench.big $(ARGS)
+	$(COMPILED) && $(BIN)/python -m bench.big $(ARGS)
 
 check: .venv/synced          ## style, types, walls, budgets
 	$(BIN)/ruff check
