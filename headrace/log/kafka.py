@@ -35,8 +35,11 @@ def admin(settings: Settings) -> AdminClient:
     return AdminClient(_common(settings))
 
 
-def consumer(settings: Settings, group: str = "") -> Consumer:
-    """Return a reader of committed records that assigns and never subscribes; `group` may mirror its position [I6]."""
+def consumer(settings: Settings, group: str = "", *, wait_ms: int = 100) -> Consumer:
+    """Return a reader of committed records that assigns and never subscribes; `group` may mirror its position [I6].
+
+    Where there is nothing new, the broker answers after `wait_ms`.
+    """
     return Consumer(
         _common(settings)
         | {
@@ -46,7 +49,7 @@ def consumer(settings: Settings, group: str = "") -> Consumer:
             "enable.partition.eof": True,
             "isolation.level": "read_committed",
             "auto.offset.reset": "error",
-            "fetch.wait.max.ms": 100,
+            "fetch.wait.max.ms": wait_ms,
             # What is fetched is held unpacked, ten times as large, with some hundred bytes for each record more. More in advance
             # makes no reader of ours faster, as long as librdkafka does not wait for a second whenever this much is there.
             "fetch.message.max.bytes": 512 * 1024,

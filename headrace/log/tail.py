@@ -19,6 +19,9 @@ from headrace.settings import Settings
 BEGINNING = 0
 """The first offset. Compaction never moves it; where somebody deleted records, reading from zero is rightly an error. (Asking
 librdkafka for "the beginning" costs a look-up of half a second.)"""
+_BUNCH = 2_000
+"""Messages that are taken at once: beside what it holds, each is a kilobyte or more here."""
+_SHORT_MS = 5
 
 
 class Record(NamedTuple):
@@ -75,9 +78,11 @@ def end_of_partition(message: Message) -> bool:
 class Tail:
     """Follows the partitions of topics from given offsets."""
 
-    def __init__(self, settings: Settings, starts: dict[tuple[str, int], int], group: str = "") -> None:
-        """Begin at `starts`: (topic, partition) to offset, BEGINNING for the first one there is."""
-        self._consumer: Consumer = kafka.consumer(settings, group)
+    def __init__(
+        self, settings: Settings, starts: dict[tuple[str, int], int], group: str = "", *, wait_ms: int = 100
+    ) -> None:
+        """Begin at `starts`: (topic, partition) to offset, BEGINNING for the first one there is. `wait_ms`: see `kafka.consumer`."""
+        self._consumer: Consumer = kafka.consumer(settings, group, wait_ms=wait_ms)
         with kafka.kafka_errors("assigning partitions"):
             self._consumer.assign([TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()])
         self._starts = starts
@@ -105,7 +110,7 @@ class Tail:
         with kafka.kafka_errors("resuming partitions"):
             self._consumer.resume([TopicPartition(topic, partition) for topic, partition in places])
 
-    def poll(self, timeout: float, most: int = 10_000) -> list[Message]:
+    def poll(self, timeout: float, most: int = _BUNCH) -> list[Message]:
         """Return what is there within `timeout` seconds, markers of a partition's end among it.
 
         `poll` waits for the first message and `consume` takes what has come with it: `consume` alone would wait for `most`.
@@ -169,7 +174,8 @@ def read_to_end(settings: Settings, starts: dict[tuple[str, int], int]) -> Itera
     """Yield every committed record from `starts` to the end that each partition has now."""
     if not starts:
         return
-    tail = Tail(settings, starts)
+    # After the last record comes a marker, which no message shows: the end is known only when the broker has nothing more to give.
+    tail = Tail(settings, starts, wait_ms=_SHORT_MS)
     try:
         yield from tail.to_end()
     finally:

@@ -17,7 +17,7 @@ from headrace.change import Version
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, Record, read_to_end
 
-_BUNCH = 5_000
+_BUNCH = 2_000
 
 
 class LiveKeys:
