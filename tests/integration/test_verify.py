@@ -276,7 +276,7 @@ def test_a_commit_that_the_snapshot_does_not_see_excuses_although_it_is_logged_b
             eventually("the view has it", lambda: _named(settings) == "new")
             with connect(settings) as connection, moment(connection) as now:
                 assert connection.execute(f"SELECT name FROM {T}").fetchone() == ("old",)
-            assert not now.running, "its transaction is not even listed: it is beyond xmax"
+            assert not now.snapshot.running, "its transaction is not even listed: it is beyond xmax"
             seen = found(settings, Mirror, timeout=5)
             waiting.cancel()
             thread.join(30)
