@@ -10,7 +10,23 @@ A plugin declares what belongs together and renders it; this package finds the d
             return {"name": product["name"], "category": product.category and product.category["name"]}
 """
 
+from headrace.documents.aggregates import Avg, Count, Max, Min, Sum, count, mean, total
 from headrace.documents.consumer import DocumentConsumer
-from headrace.documents.declaration import Document, Many, Node, One, count, mean, total
+from headrace.documents.declaration import Aggregate, Document, Many, Node, One
 
-__all__ = ["Document", "DocumentConsumer", "Many", "Node", "One", "count", "mean", "total"]
+__all__ = [
+    "Aggregate",
+    "Avg",
+    "Count",
+    "Document",
+    "DocumentConsumer",
+    "Many",
+    "Max",
+    "Min",
+    "Node",
+    "One",
+    "Sum",
+    "count",
+    "mean",
+    "total",
+]

@@ -38,7 +38,8 @@ from typing import ClassVar
 from headrace import codec
 from headrace.change import Position, Row, TableSchema
 from headrace.consumer import Batch, Cursor, Generation, ViewRow, no_progress
-from headrace.documents.declaration import Document, Many, Node
+from headrace.documents.checks import check
+from headrace.documents.declaration import Document, Node
 from headrace.documents.local import LocalRows, Touched, discard
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
@@ -119,14 +120,15 @@ class DocumentConsumer:
             discard(path)
             local = LocalRows(path, self.documents, generation.fingerprint)
         self._local = local
+        self._checked.clear()
         return local.position
 
     def apply(self, batch: Batch) -> None:
         """Take the changes in; at a complete exact state render what they touched, write it, and only then commit
         locally."""
         local = self._opened()
-        self._check_schemas(batch.schemas)
         with _local_errors(local):
+            self._learn_schemas(local, batch.schemas)
             for change in batch.changes:
                 local.apply(change, loading=batch.loading)
             if batch.complete:
@@ -242,33 +244,15 @@ class DocumentConsumer:
             self._local.close()
             self._local = None
 
-    def _check_schemas(self, schemas: Mapping[tuple[str, int], TableSchema]) -> None:
-        """Hold the declaration against the newest schemas, once each."""
+    def _learn_schemas(self, local: LocalRows, schemas: Mapping[tuple[str, int], TableSchema]) -> None:
+        """Hold the declaration against the newest schemas, once each, and let the local rows know them."""
         if schemas.keys() <= self._checked:
             return
         newest = {schema.table: schema for _, schema in sorted(schemas.items())}
         for document in self.documents:
-            for join in document.joins.values():
-                many = isinstance(join, Many)
-                refers, referred = (join.table, document.table) if many else (document.table, join.table)
-                _check_join(join.columns, newest.get(refers), newest.get(referred))
+            check(document, newest)
+        local.learn(newest)
         self._checked |= schemas.keys()
-
-
-def _check_join(columns: Sequence[str], refers: TableSchema | None, referred: TableSchema | None) -> None:
-    remedy = "Change the declaration of the document."
-    if refers is not None:
-        missing = set(columns) - {column.name for column in refers.columns}
-        if missing:
-            raise Misconfigured(
-                "document-column", f"{refers.table} has no column {', '.join(sorted(missing))}.", remedy
-            )
-    if referred is not None and len(referred.key) != len(columns):
-        raise Misconfigured(
-            "document-key",
-            f"A join by {', '.join(columns)} does not fit the key of {referred.table}: {', '.join(referred.key)}.",
-            remedy,
-        )
 
 
 @contextmanager

@@ -1,75 +1,31 @@
-"""What a document is made of: a root row, and rows of other tables joined to it.
+"""What a document is made of: a root row, and rows of other tables joined to it, and to these.
 
     Document("public.products",
-             category=One("public.categories", on="category_id"),
-             reviews=Many("public.reviews", by="product_id"))
+             category=One("public.categories", on="category_id", parent=One("public.categories", on="parent_id")),
+             latest=Many("public.reviews", by="product_id", where={"hidden": False}, order="-created_at", limit=3),
+             tags=Many("public.product_tags", by="product_id", tag=One("public.tags", on="tag_id")),
+             rating=Aggregate("public.reviews", by="product_id", n=Count(), stars=Avg("stars")))
 
-A declaration is data. `headrace.documents.consumer` reads it to find the documents that a change touches; verify reads
-it to join the same rows in SQL. Both hand the rows to `Document.node`, so that `render` cannot tell which of them
-called.
+A declaration is data. `headrace.documents.paths` reads it to find the documents that a change touches, and
+`headrace.documents.local` to put them together; verify makes SQL of it. So a filter is a mapping and not a function:
+there is nothing in it that could not be said in SQL. All hand the rows to `render` as a `Node`, so that it cannot tell
+which of them called.
 
-Joins compare values in the codec's form, so the columns on both sides must be of the same type. One level only: what a
-joined row is joined to is not part of the document.
+Joins compare values in the codec's form, so the columns on both sides must be of the same type.
 """
 
 from __future__ import annotations
 
-import math
+import heapq
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TypeVar
 
-from headrace import codec
 from headrace.change import Row
+from headrace.documents.aggregates import Function, Min
+from headrace.documents.order import Shape, filtering, sorting
 from headrace.errors import Misconfigured
 
-
-class _Join:
-    """What `One` and `Many` share: a table and the columns that refer."""
-
-    def __init__(self, table: str, columns: str | Sequence[str], nested: Mapping[str, Any]) -> None:
-        self.table: Final = table
-        self.columns: Final = (columns,) if isinstance(columns, str) else tuple(columns)
-        if nested:
-            raise Misconfigured(
-                "document-nested",
-                f"{type(self).__name__}({table!r}) has joins of its own, {', '.join(sorted(nested))}: "
-                "documents join one level deep.",
-                "Join these tables to the root, or make a document of their own.",
-            )
-
-
-class One(_Join):
-    """At most one row of `table`: the one whose key is in the root's columns `on`, in the order of that key.
-
-    In `render` it is a `Node`, or None when the columns are NULL or the row is absent.
-    """
-
-    def __init__(self, table: str, on: str | Sequence[str], **nested: Any) -> None:
-        """Join the row of `table` that the root refers to by `on`. Raises Misconfigured: `document-nested`."""
-        super().__init__(table, on, nested)
-
-    @property
-    def on(self) -> tuple[str, ...]:
-        """Return the columns of the root."""
-        return self.columns
-
-
-class Many(_Join):
-    """The rows of `table` whose columns `by` hold the root's key, in the order of that key.
-
-    In `render` they are a list of `Node` in the order of their own keys; rows of an append-only table, which have none, in
-    an order that depends on nothing but what they hold.
-    """
-
-    def __init__(self, table: str, by: str | Sequence[str], **nested: Any) -> None:
-        """Join the rows of `table` that refer to the root by `by`. Raises Misconfigured: `document-nested`."""
-        super().__init__(table, by, nested)
-
-    @property
-    def by(self) -> tuple[str, ...]:
-        """Return the columns of the joined table."""
-        return self.columns
+_With = TypeVar("_With")
 
 
 class Node(Mapping[str, Any]):
@@ -82,7 +38,7 @@ class Node(Mapping[str, Any]):
     __slots__ = ("_columns", "_joins", "table")
 
     def __init__(self, table: str, columns: Row, joins: Mapping[str, Node | list[Node] | None] | None = None) -> None:
-        """Wrap a row; `Document.node` does it for a whole document."""
+        """Wrap a row, in the codec's form, and what is joined to it."""
         self.table = table
         self._columns = columns
         self._joins = joins or {}
@@ -109,103 +65,193 @@ class Node(Mapping[str, Any]):
 _TAKEN = frozenset(dir(Node)) | {"table"}
 
 
-class Document:
-    """One document for each row of `table`, with the rows that `joins` names.
+class Level:
+    """A table, and what is joined to each of its rows: a document's root, or a join.
 
     Attributes:
-        table: The root, ``schema.table``.
-        joins: The `One` and `Many` by their names in `render`.
+        table: ``schema.table``.
+        joins: `One`, `Many` and `Aggregate` by their names in `render`.
     """
 
-    def __init__(self, table: str, **joins: One | Many) -> None:
-        """Declare a document.
+    def __init__(self, table: str, **joins: Join) -> None:
+        """Join to the rows of `table`.
 
         Raises:
             Misconfigured: `document-name`, when a join has a name that `Node` needs; `document-join`, when it is no
             join.
         """
+        self.table: Final = table
+        self.joins: Final[Mapping[str, Join]] = joins
         for name, join in joins.items():
             if name in _TAKEN:
                 raise Misconfigured(
-                    "document-name",
-                    f"Document({table!r}) names a join {name!r}, which every row has.",
-                    "Rename the join.",
+                    "document-name", f"{self} names a join {name!r}, which every row has.", "Rename the join."
                 )
-            if not isinstance(join, One | Many):
-                raise Misconfigured(
-                    "document-join", f"Document({table!r}, {name}={join!r}) is no join.", "Use One(…) or Many(…)."
-                )
-        self.table: Final = table
-        self.joins: Final[Mapping[str, One | Many]] = joins
+            if not isinstance(join, One | Many | Aggregate):
+                self._refuse(f"{name}={join!r} is no join", "Use One(…), Many(…) or Aggregate(…).")
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.table!r})"
 
     @property
     def tables(self) -> Collection[str]:
-        """Return every table that it reads, the root first, each once."""
-        return tuple(dict.fromkeys((self.table, *(join.table for join in self.joins.values()))))
+        """Return every table that is read, this one first, each once."""
+        deeper = (table for join in self.joins.values() for table in join.tables)
+        return tuple(dict.fromkeys((self.table, *deeper)))
 
-    def node(self, row: Row, joined: Mapping[str, Any], keys: Mapping[str, Sequence[str]]) -> Node:
-        """Build what `render` gets from plain rows, in the codec's form.
+    def _refuse(self, what: str, remedy: str) -> NoReturn:
+        raise Misconfigured("document-join", f"{self}: {what}.", remedy)
+
+
+class Document(Level):
+    """One document for each row of `table`, with the rows that `joins` names."""
+
+
+class One(Level):
+    """At most one row of `table`: the one whose key is in the columns `on` of the row that it is joined to, in the
+    order of that key.
+
+    In `render` it is a `Node`, or None when the columns are NULL or the row is absent. A table may be joined to itself,
+    as many levels up as are declared.
+    """
+
+    def __init__(self, table: str, on: str | Sequence[str], **joins: Join) -> None:
+        """Join the row of `table` that `on` refers to. Raises Misconfigured: see `Level`."""
+        super().__init__(table, **joins)
+        self.on: Final = _names(on)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns that refer; of `One` they are of the row that it is joined to."""
+        return self.on
+
+
+class _Referring(Level):
+    """What `Many` and `Aggregate` share: the rows of `table` that refer to a row, and perhaps only some of them."""
+
+    def __init__(
+        self, table: str, by: str | Sequence[str], where: Mapping[str, Any] | None, joins: Mapping[str, Join]
+    ) -> None:
+        super().__init__(table, **joins)
+        self.by: Final = _names(by)
+        self.where: Final = {name: _listed(value) for name, value in (where or {}).items()}
+        for name, values in self.where.items():
+            if not all(value is None or isinstance(value, str | int | float) for value in values):
+                self._refuse(
+                    f"where {name!r} is {values!r}", "Use text, a number, a boolean, None, or a list of these."
+                )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns that refer, of the rows of `table`."""
+        return self.by
+
+    def filter(self, shape: Shape) -> Callable[[Row], bool]:
+        """Return whether a row is among those that `where` wants."""
+        return filtering(self.where, shape)
+
+
+class Many(_Referring):
+    """The rows of `table` whose columns `by` hold the key of the row that they are joined to, in the order of that key.
+
+    In `render` they are a list of `Node`, by `order` and then by their own keys; rows of an append-only table, which
+    have none, in an order that depends on nothing but what they hold.
+
+    Many to many is a `Many` of the table between, with a `One` of the other:
+    ``Many("public.product_tags", by="product_id", tag=One("public.tags", on="tag_id"))``.
+    """
+
+    def __init__(
+        self,
+        table: str,
+        by: str | Sequence[str],
+        *,
+        where: Mapping[str, Any] | None = None,
+        order: str | Sequence[str] = (),
+        limit: int | None = None,
+        **joins: Join,
+    ) -> None:
+        """Join the rows of `table` that refer by `by`.
 
         Args:
-            row: The root row.
-            joined: For each join by name: of a `One` the row or None, of a `Many` its rows in any order.
-            keys: The key's columns of each table that is joined by `Many`.
+            table: ``schema.table``.
+            by: Its columns, in the order of the key that they hold.
+            where: Only rows with these values, in the codec's form (of a `numeric` also another form of the number);
+                of a list any is right, and None is NULL.
+            order: Columns to sort by; a ``-`` before one means descending. NULLs come last.
+            limit: At most so many; no more are held in memory.
+            joins: What is joined to each.
+
+        Raises:
+            Misconfigured: see `Level`; `document-join` also for what `where`, `order` or `limit` cannot be.
         """
-        joins: dict[str, Node | list[Node] | None] = {}
-        for name, join in self.joins.items():
-            found = joined[name]
-            if isinstance(join, Many):
-                ordered = sorted(found, key=_by(keys[join.table])) if found else []
-                joins[name] = [Node(join.table, child) for child in ordered]
-            else:
-                joins[name] = Node(join.table, found) if found is not None else None
-        return Node(self.table, row, joins)
+        super().__init__(table, by, where, joins)
+        self.order: Final = tuple((name.removeprefix("-"), name.startswith("-")) for name in _names(order))
+        self.limit: Final = limit
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            self._refuse(f"limit={limit!r}", "Use a whole number above 0.")
+
+    def picked(self, found: Iterable[tuple[Row, _With]], shape: Shape) -> list[tuple[Row, _With]]:
+        """Return rows, each with whatever comes with it, in order and no more than `limit`."""
+        by = sorting(self.order, shape)
+        if self.limit is None:
+            rows = list(found)
+            return sorted(rows, key=lambda each: by(each[0])) if len(rows) > 1 else rows
+        return heapq.nsmallest(self.limit, found, key=lambda each: by(each[0]))
+
+    @property
+    def compared(self) -> Collection[str]:
+        """Return the columns of `table` whose values are compared with others."""
+        return {*self.where, *(name for name, _ in self.order)}
 
 
-def _by(columns: Sequence[str]) -> Callable[[Row], tuple[tuple[int, float, str], ...]]:
-    """Order rows by their keys; those of an append-only table, which have none in the row, by all that they hold."""
+class Aggregate(_Referring):
+    """Values over the rows of `table` whose columns `by` hold the key of the row that it is joined to.
 
-    def order(row: Row) -> tuple[tuple[int, float, str], ...]:
-        keyed = columns and all(column in row for column in columns)
-        return key_order(row[column] for column in columns) if keyed else key_order([sorted(row.items())])
+    In `render` it is one `Node` of them, by their names. However many rows there are, none is kept in memory.
+    """
 
-    return order
+    def __init__(
+        self, table: str, by: str | Sequence[str], *, where: Mapping[str, Any] | None = None, **values: Function
+    ) -> None:
+        """Aggregate the rows of `table` that refer by `by`, and that `where` wants (see `Many`).
 
+        Raises:
+            Misconfigured: `document-join`, when one of `values` is no `Count`, `Sum`, `Avg`, `Min` or `Max`.
+        """
+        super().__init__(table, by, where, {})
+        self.values: Final[Mapping[str, Function]] = values
+        for name, function in values.items():
+            if not isinstance(function, Function):
+                self._refuse(f"{name}={function!r}", "Use Count(), Sum(…), Avg(…), Min(…) or Max(…).")
 
-def key_order(values: Iterable[Any]) -> tuple[tuple[int, float, str], ...]:
-    """Return what rows are sorted by: numbers by value, text by its code points, anything else by its JSON."""
-    return tuple(_order(value) for value in values)
+    def over(self, rows: Iterable[Row], shape: Shape) -> Row:
+        """Return the values over some rows, which are looked at one by one."""
+        states: dict[str, Any] = dict.fromkeys(self.values)
+        folds = [(name, function, function.column in shape.numbers) for name, function in self.values.items()]
+        for row in rows:
+            for name, function, number in folds:
+                value = row.get(function.column) if function.column is not None else None
+                states[name] = function.add(states[name], value, number=number)
+        return {name: function.result(states[name]) for name, function in self.values.items()}
 
+    @property
+    def compared(self) -> Collection[str]:
+        """Return the columns of `table` whose values are compared with others."""
+        return {*self.where, *(each.column for each in self.values.values() if isinstance(each, Min))}
 
-def _order(value: Any) -> tuple[int, float, str]:
-    if isinstance(value, int | float):
-        return (0, value, "")
-    return (1, 0, value) if isinstance(value, str) else (2, 0, codec.dumps(value).decode())
-
-
-# Aggregates over the rows of a Many. As in SQL, NULL does not count.
-
-
-def count(rows: Iterable[Mapping[str, Any]], column: str | None = None) -> int:
-    """Return the number of rows, or of those with a value in `column`."""
-    return sum(1 for row in rows if column is None or row[column] is not None)
-
-
-def total(rows: Iterable[Mapping[str, Any]], column: str) -> int | float | str:
-    """Return the sum of `column` in the codec's form: of integers an integer, of floats a float, of `numeric` text. 0
-    of nothing."""
-    values = _numbers(rows, column)
-    if any(isinstance(value, Decimal) for value in values):
-        return format(sum(values, Decimal(0)), "f")
-    return math.fsum(values) if any(isinstance(value, float) for value in values) else sum(values)
-
-
-def mean(rows: Iterable[Mapping[str, Any]], column: str) -> float | None:
-    """Return the average of `column`, whose order does not matter; None of nothing."""
-    values = _numbers(rows, column)
-    return math.fsum(values) / len(values) if values else None
+    @property
+    def counted(self) -> Collection[str]:
+        """Return the other columns that the values are of."""
+        return {each.column for each in self.values.values() if each.column is not None and not isinstance(each, Min)}
 
 
-def _numbers(rows: Iterable[Mapping[str, Any]], column: str) -> list[Any]:
-    values = [row[column] for row in rows]
-    return [Decimal(value) if isinstance(value, str) else value for value in values if value is not None]
+Join = One | Many | Aggregate
+
+
+def _names(columns: str | Sequence[str]) -> tuple[str, ...]:
+    return (columns,) if isinstance(columns, str) else tuple(columns)
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple | set | frozenset) else (value,)

@@ -1,8 +1,9 @@
 """The local row store: what documents are put together from [I11].
 
 One SQLite file a generation. It holds the declared tables' rows as the codec's JSON by key, an index from each join's
-columns to the rows that have them, the list of documents that changes have touched, and the position it stands at.
-Everything, the touched list too, is on disk, so that memory does not grow with a table or a backlog [I10].
+columns to the rows that have them (`headrace.documents.paths`), the list of documents that changes have touched, and the
+position it stands at. Everything, the touched list too, is on disk, so that memory does not grow with a table or a
+backlog [I10]; nor does it with the rows of an aggregate or of a `Many` with a limit, which are streamed.
 
 One transaction is open at all times; `commit` ends it together with a position. What is not committed is read again
 from the log after a crash, so the file needs no durability of its own, only that it never holds half a transaction
@@ -14,36 +15,26 @@ A key is the JSON list of its values, ``[1]``, which is what the columns of a jo
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from headrace import codec
-from headrace.change import Change, Position, Row
-from headrace.documents.declaration import Document, Many, Node
+from headrace.change import Change, Position, Row, TableSchema
+from headrace.documents.declaration import Aggregate, Document, Join, Level, Many, Node, One
+from headrace.documents.order import Shape
+from headrace.documents.paths import Paths
 from headrace.errors import Transient
 
+_LAYOUT: Final = 2
+"""Of the tables below, and of what is in them: a file of another layout is thrown away."""
 _SCHEMA = """
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB);
     CREATE TABLE IF NOT EXISTS rows (tbl TEXT, key TEXT, row BLOB, PRIMARY KEY (tbl, key));
     CREATE TABLE IF NOT EXISTS links (link INT, value TEXT, key TEXT, PRIMARY KEY (link, value, key)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS back (link INT, key TEXT, value TEXT, PRIMARY KEY (link, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS touched (doc INT, key TEXT, PRIMARY KEY (doc, key)) WITHOUT ROWID;
 """
-
-
-class _Link(NamedTuple):
-    """A join as an index: the rows of `table` by the values of their `columns`.
-
-    For a `Many` the rows are the joined ones and the values a root's key; for a `One` the rows are roots and the values
-    the joined row's key.
-    """
-
-    number: int
-    document: int
-    table: str
-    columns: tuple[str, ...]
-    many: bool
-    other: str
 
 
 class Touched(NamedTuple):
@@ -63,44 +54,48 @@ class LocalRows:
     """
 
     def __init__(self, path: Path, documents: Sequence[Document], fingerprint: str) -> None:
-        """Open the file; one of another fingerprint, or one that is damaged, is thrown away.
+        """Open the file; one of another fingerprint or layout, or one that is damaged, is thrown away.
 
         Raises:
             Transient: `local-state`.
         """
         self.path = path
         self._documents = documents
-        self._links = _links(documents)
-        self._by_table = {
-            table: [link for link in self._links.values() if link.table == table]
-            for document in documents
-            for table in document.tables
-        }
+        self._paths = Paths(documents)
+        built_by = f"{_LAYOUT} {fingerprint}".encode()
         try:
-            self._open(fingerprint)
+            self._open(built_by)
         except sqlite3.OperationalError as error:
             raise Transient("local-state", f"{path}: {error}.", "See the folder of HEADRACE_STATE.") from error
         except sqlite3.DatabaseError:
             discard(path)
-            self._open(fingerprint)
+            self._open(built_by)
 
-    def _open(self, fingerprint: str) -> None:
+    def _open(self, built_by: bytes) -> None:
         self._db = sqlite3.connect(self.path, isolation_level=None)
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.executescript(_SCHEMA)
             kept = self._meta("fingerprint")
-            if kept not in (None, fingerprint.encode()):
+            if kept not in (None, built_by):
                 raise sqlite3.DatabaseError  # noqa: TRY301  thrown away like one that is damaged
             self._db.execute("BEGIN")
-            self._put("fingerprint", fingerprint.encode())
+            self._put("fingerprint", built_by)
             position = self._meta("position")
             self.position = codec.decode_position(position) if position else None
             self._keys: dict[str, list[str]] = codec.loads(self._meta("keys") or b"{}")
+            shapes = codec.loads(self._meta("shapes") or b"{}")
+            self._shapes = {table: Shape(tuple(key), frozenset(numbers)) for table, (key, numbers) in shapes.items()}
         except sqlite3.DatabaseError:
             self._db.close()
             raise
+
+    def learn(self, schemas: Mapping[str, TableSchema]) -> None:
+        """Take in the newest schemas of tables: how their values compare."""
+        self._shapes |= {table: Shape.of(schema) for table, schema in schemas.items() if table in self._paths.roots}
+        shapes = {table: (list(shape.key), sorted(shape.numbers)) for table, shape in self._shapes.items()}
+        self._put("shapes", codec.dumps(shapes))
 
     def apply(self, change: Change, *, loading: bool) -> None:
         """Take a change in and note the documents that it touches, by the old values of its joins and by the new ones.
@@ -115,9 +110,8 @@ class LocalRows:
         old = self._row(change.table, key)
         self._store(change.table, key, change.row)
         self._relink(change.table, key, old, change.row)
-        for number, document in enumerate(self._documents):
-            if document.table == change.table:
-                self._touch(number, key)
+        for number in self._paths.roots[change.table]:
+            self._db.execute("INSERT OR IGNORE INTO touched VALUES (?, ?)", (number, key))
         if not loading:
             self._touch_joined(change.table, key, old, change.row)
 
@@ -126,7 +120,9 @@ class LocalRows:
         for number, key in self._db.execute("SELECT doc, key FROM touched ORDER BY doc, key"):
             document = self._documents[number]
             names = self._keys[document.table]
-            yield Touched(document, dict(zip(names, codec.loads(key), strict=True)), self._node(number, document, key))
+            row = self._row(document.table, key)
+            node = self._node(document, row, key) if row is not None else None
+            yield Touched(document, dict(zip(names, codec.loads(key), strict=True)), node)
 
     def count_touched(self) -> int:
         """Return how many documents are touched."""
@@ -162,48 +158,59 @@ class LocalRows:
             self._db.execute("INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row", values)
 
     def _relink(self, table: str, key: str, old: Row | None, new: Row | None) -> None:
-        for link in self._by_table[table]:
-            before, after = _value(old, link.columns), _value(new, link.columns)
+        for number, columns, back in self._paths.links[table]:
+            before, after = _value(old, columns), _value(new, columns)
             if before == after:
                 continue
             if before is not None:
-                self._db.execute("DELETE FROM links WHERE (link, value, key) = (?, ?, ?)", (link.number, before, key))
+                self._db.execute("DELETE FROM links WHERE (link, value, key) = (?, ?, ?)", (number, before, key))
             if after is not None:
-                self._db.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", (link.number, after, key))
+                self._db.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", (number, after, key))
+            if back:
+                self._relink_back(number, key, after)
+
+    def _relink_back(self, link: int, key: str, value: str | None) -> None:
+        if value is None:
+            self._db.execute("DELETE FROM back WHERE link = ? AND key = ?", (link, key))
+        else:
+            self._db.execute("INSERT OR REPLACE INTO back VALUES (?, ?, ?)", (link, key, value))
 
     def _touch_joined(self, table: str, key: str, old: Row | None, new: Row | None) -> None:
-        for link in self._links.values():
-            if link.many and link.table == table and link.other in self._keys:  # else there is no root yet
-                for parent in {_value(old, link.columns), _value(new, link.columns)} - {None}:
-                    self._touch(link.document, str(parent))
-            elif not link.many and link.other == table:
-                self._db.execute(
-                    "INSERT OR IGNORE INTO touched SELECT ?, key FROM links WHERE link = ? AND value = ?",
-                    (link.document, link.number, key),
-                )
+        for root, by, sql in self._paths.climbs[table]:
+            if root in self._keys:  # else there is no root yet
+                for value in (key,) if by is None else {_value(old, by), _value(new, by)} - {None}:
+                    self._db.execute(sql, (value,))
 
-    def _touch(self, document: int, key: str) -> None:
-        self._db.execute("INSERT OR IGNORE INTO touched VALUES (?, ?)", (document, key))
+    # Documents
 
-    def _node(self, number: int, document: Document, key: str) -> Node | None:
-        row = self._row(document.table, key)
-        if row is None:
-            return None
-        joined: dict[str, Any] = {}
-        for name, join in document.joins.items():
-            if isinstance(join, Many):
-                joined[name] = self._children(self._links[number, name], key)
-            else:
-                value = _value(row, join.on)
-                joined[name] = self._row(join.table, value) if value is not None else None
-        return document.node(row, joined, self._keys)
+    def _node(self, level: Level, row: Row, key: str) -> Node:
+        if not level.joins:
+            return Node(level.table, row)
+        joins = {name: self._joined(level, join, row, key) for name, join in level.joins.items()}
+        return Node(level.table, row, joins)
 
-    def _children(self, link: _Link, key: str) -> list[Row]:
+    def _joined(self, level: Level, join: Join, row: Row, key: str) -> Node | list[Node] | None:
+        if isinstance(join, One):
+            value = _value(row, join.on)
+            found = self._row(join.table, value) if value is not None else None
+            return self._node(join, found, value) if found is not None and value is not None else None
+        shape = self._shapes.get(join.table, Shape())
+        children = self._referring(self._paths.link(level, join), join, key, shape)
+        if isinstance(join, Aggregate):
+            return Node(join.table, join.over((child for child, _ in children), shape))
+        return [self._node(join, child, its) for child, its in join.picked(children, shape)]
+
+    def _referring(self, link: int, join: Many | Aggregate, key: str, shape: Shape) -> Iterator[tuple[Row, str]]:
+        """Yield the rows that refer to `key` and that the join wants, each with its own key."""
+        wanted = join.filter(shape) if join.where else None
         found = self._db.execute(
-            "SELECT row FROM links JOIN rows ON tbl = ? AND rows.key = links.key WHERE link = ? AND value = ?",
-            (link.table, link.number, key),
+            "SELECT row, links.key FROM links JOIN rows ON tbl = ? AND rows.key = links.key WHERE link = ? AND value = ?",
+            (join.table, link, key),
         )
-        return [codec.loads(row) for (row,) in found]
+        for packed, its in found:
+            row = codec.loads(packed)
+            if wanted is None or wanted(row):
+                yield row, its
 
     # Small facts
 
@@ -223,16 +230,6 @@ def discard(path: Path) -> None:
     """Remove a local store with what SQLite keeps beside it."""
     for suffix in ("", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def _links(documents: Sequence[Document]) -> dict[tuple[int, str], _Link]:
-    links: dict[tuple[int, str], _Link] = {}
-    for number, document in enumerate(documents):
-        for name, join in document.joins.items():
-            many = isinstance(join, Many)
-            table, other = (join.table, document.table) if many else (document.table, join.table)
-            links[number, name] = _Link(len(links), number, table, join.columns, many, other)
-    return links
 
 
 def _text(values: Iterable[Any]) -> str:

@@ -1,8 +1,13 @@
 """Declarations of documents and the rows that render gets."""
 
+from fractions import Fraction
+from typing import Any
+
 import pytest
 
-from headrace.documents import Document, Many, Node, One, count, mean, total
+from headrace.change import Column, TableSchema
+from headrace.documents import Aggregate, Avg, Count, Document, Many, Max, Min, Node, One, Sum, count, mean, total
+from headrace.documents.order import Shape
 from headrace.errors import Misconfigured
 
 PRODUCT = Document(
@@ -12,9 +17,16 @@ PRODUCT = Document(
 )
 
 
+REVIEWS = [{"id": 10, "stars": 1}, {"id": 9, "stars": None}, {"id": 2, "stars": 4}]
+
+
 def _node() -> Node:
-    reviews = [{"id": 10, "stars": 1}, {"id": 9, "stars": None}, {"id": 2, "stars": 4}]
-    return PRODUCT.node({"id": 1, "name": "kettle"}, {"category": None, "reviews": reviews}, {"public.reviews": ["id"]})
+    reviews = [Node("public.reviews", review) for review in REVIEWS]
+    return Node("public.products", {"id": 1, "name": "kettle"}, {"category": None, "reviews": reviews})
+
+
+def _picked(many: Many, rows: list[dict[str, Any]], numbers: tuple[str, ...] = ("id",)) -> list[Any]:
+    return [row["id"] for row, _ in many.picked(((row, None) for row in rows), Shape(("id",), numbers))]
 
 
 def test_a_declaration_names_its_tables_the_root_first() -> None:
@@ -29,7 +41,7 @@ def test_columns_are_items_and_joins_are_attributes() -> None:
 
 
 def test_many_rows_come_in_the_order_of_their_keys() -> None:
-    assert [review["id"] for review in _node().reviews] == [2, 9, 10]
+    assert _picked(Many("public.reviews", by="product_id"), REVIEWS) == [2, 9, 10]
 
 
 def test_aggregates_leave_nulls_out() -> None:
@@ -42,12 +54,138 @@ def test_a_total_of_numerics_is_exact_and_in_their_form() -> None:
     assert total([{"price": "0.10"}, {"price": "0.20"}], "price") == "0.30"
 
 
-def test_a_nested_join_is_refused() -> None:
-    with pytest.raises(Misconfigured, match="one level deep") as error:
-        One("public.categories", on="category_id", parent=One("public.categories", on="parent_id"))
-    assert error.value.code == "document-nested"
+def test_a_long_total_is_not_rounded() -> None:
+    many = [{"price": "12345678901234567890123456789.01"}, {"price": "0.01"}]
+    assert total(many, "price") == "12345678901234567890123456789.02"
+
+
+def test_a_declaration_of_several_levels_names_the_tables_of_all() -> None:
+    tag = One("public.tags", on="tag_id", owner=One("public.users", on="user_id"))
+    document = Document(
+        "public.products",
+        tags=Many("public.product_tags", by="product_id", tag=tag),
+        rating=Aggregate("public.reviews", by="product_id", n=Count()),
+    )
+    assert document.tables == (
+        "public.products",
+        "public.product_tags",
+        "public.tags",
+        "public.users",
+        "public.reviews",
+    )
+
+
+ROWS = [
+    {"id": 1, "price": "9.90", "name": "b"},
+    {"id": 2, "price": "10.00", "name": None},
+    {"id": 3, "price": None, "name": "a"},
+    {"id": 4, "price": "NaN", "name": "b"},
+    {"id": 5, "price": "10.0", "name": "B"},
+    {"id": 6, "price": "-Infinity", "name": "ä"},
+]
+
+
+@pytest.mark.parametrize(
+    ("order", "ids"),
+    [
+        ("price", [6, 1, 2, 5, 4, 3]),
+        ("-price", [4, 2, 5, 1, 6, 3]),
+        ("name", [5, 3, 1, 4, 6, 2]),
+        (["-name", "-price"], [6, 4, 1, 3, 5, 2]),
+        ("-id", [6, 5, 4, 3, 2, 1]),
+    ],
+)
+def test_order_is_by_value_with_nulls_last_and_ties_by_the_key(order: Any, ids: list[int]) -> None:
+    many = Many("t", by="x", order=order)
+    assert _picked(many, ROWS, ("id", "price")) == ids
+    for limit in range(1, 7):
+        assert _picked(Many("t", by="x", order=order, limit=limit), ROWS, ("id", "price")) == ids[:limit]
+
+
+@pytest.mark.parametrize(
+    ("where", "ids"),
+    [
+        ({"price": "10"}, [2, 5]),
+        ({"price": 9.9}, [1]),
+        ({"price": ["NaN", None]}, [3, 4]),
+        ({"name": "b"}, [1, 4]),
+        ({"name": "b", "price": "9.9"}, [1]),
+        ({"name": None}, [2]),
+        ({"name": []}, []),
+        ({"id": True}, []),
+        ({"gone": None}, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_a_filter_compares_numbers_by_value_and_text_as_it_is(where: Any, ids: list[int]) -> None:
+    admits = Many("t", by="x", where=where).filter(Shape(("id",), ("id", "price")))
+    assert [row["id"] for row in ROWS if admits(row)] == ids
+
+
+def _over(values: list[Any], number: bool = True) -> list[Any]:
+    aggregate = Aggregate("t", by="x", n=Count(), v=Count("v"), s=Sum("v"), a=Avg("v"), low=Min("v"), high=Max("v"))
+    shape = Shape((), ("v",) if number else ())
+    return list(aggregate.over(({"v": value} for value in values), shape).values())
+
+
+@pytest.mark.parametrize(
+    ("values", "results"),
+    [
+        ([], [0, 0, None, None, None, None]),
+        ([None], [1, 0, None, None, None, None]),
+        ([3, None, 4], [3, 2, 7, 3.5, 3, 4]),
+        ([2**62, 2**62], [2, 2, float(2**63), float(2**62), 2**62, 2**62]),
+        ([0.1, 0.2], [2, 2, 0.3, 0.15, 0.1, 0.2]),
+        ([1e308, 1e308], [2, 2, "Infinity", 1e308, 1e308, 1e308]),
+        ([1.5, "NaN"], [2, 2, "NaN", "NaN", 1.5, "NaN"]),
+        (["9.90", "10.0", "10.00"], [3, 3, "29.90", float(Fraction("29.90") / 3), "9.90", "10.00"]),
+        (["Infinity", "-Infinity"], [2, 2, "NaN", "NaN", "-Infinity", "Infinity"]),
+    ],
+)
+def test_aggregates_are_exact_and_in_the_form_of_the_log(values: list[Any], results: list[Any]) -> None:
+    assert _over(values) == results
+    assert _over(values[::-1]) == _over(values), "in any order"
+
+
+def test_a_long_sum_is_not_rounded() -> None:
+    assert _over(["12345678901234567890123456789.01", "0.01"])[2] == "12345678901234567890123456789.02"
+
+
+def test_least_and_greatest_of_text_are_by_code_points() -> None:
+    aggregate = Aggregate("t", by="x", low=Min("v"), high=Max("v"))
+    assert aggregate.over(({"v": value} for value in ("b", "B", "ä", None)), Shape()) == {"low": "B", "high": "ä"}
+
+
+def test_which_columns_hold_numbers_is_known_below_domains() -> None:
+    columns = (
+        Column("id", "bigint"),
+        Column("price", "numeric(10,2)"),
+        Column("cost", "public.money_", base="numeric"),
+        Column("name", "text"),
+        Column("prices", "numeric[]"),
+    )
+    shape = Shape.of(TableSchema("t", 1, columns, ("id",)))
+    assert shape == Shape(("id",), frozenset({"id", "price", "cost"}))
+
+
+@pytest.mark.parametrize(
+    ("declare", "said"),
+    [
+        (lambda: Document("t", other="public.others"), "is no join"),
+        (lambda: One("t", on="x", stars=Avg("stars")), "is no join"),
+        (lambda: Many("t", by="x", filter={"a": 1}), "is no join"),
+        (lambda: Many("t", by="x", limit=0), "limit=0"),
+        (lambda: Many("t", by="x", where={"a": {"b": 1}}), "where 'a'"),
+        (lambda: Aggregate("t", by="x", stars="avg"), "stars='avg'"),
+    ],
+)
+def test_what_is_no_join_is_refused(declare: Any, said: str) -> None:
+    with pytest.raises(Misconfigured, match=said) as error:
+        declare()
+    assert error.value.code == "document-join"
 
 
 def test_a_join_cannot_hide_what_every_row_has() -> None:
     with pytest.raises(Misconfigured, match="'items'"):
         Document("public.orders", items=Many("public.order_items", by="order_id"))
+    with pytest.raises(Misconfigured, match="'keys'"):
+        Many("public.orders", by="customer_id", keys=One("public.keys", on="key_id"))

@@ -17,7 +17,6 @@ from headrace_search import ProductSearch
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 SETTINGS = replace(Settings(), templates=str(TEMPLATES))
-KEYS = {"public.reviews": ["id"], "public.products": ["id"]}
 FILM: Row = {
     "id": 7,
     "category_id": 2,
@@ -32,7 +31,7 @@ FILM: Row = {
 }
 
 
-def _film(reviews: int = 2, category: bool = True) -> dict[str, Row | list[Row] | None]:
+def _film(reviews: int = 2, category: bool = True) -> Node:
     said = [
         {
             "id": n,
@@ -44,11 +43,11 @@ def _film(reviews: int = 2, category: bool = True) -> dict[str, Row | list[Row] 
         }
         for n in range(reviews)
     ]
-    return {"category": {"id": 2, "name": "Drama"} if category else None, "reviews": said}
-
-
-def _product_node(**how: bool | int) -> Node:
-    return Pages.documents[0].node(FILM, _film(**how), KEYS)  # type: ignore[arg-type]
+    joined = {
+        "category": Node("public.categories", {"id": 2, "name": "Drama"}) if category else None,
+        "reviews": [Node("public.reviews", row) for row in said],
+    }
+    return Node("public.products", FILM, joined)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -58,14 +57,14 @@ def pages() -> Pages:
 
 def test_a_product_is_found_with_its_category_and_its_stars() -> None:
     search = ProductSearch(SETTINGS, "search")
-    document = search.render(search.document.node(FILM, _film(), KEYS))
+    document = search.render(_film())
     assert (document["category"], document["reviews"], document["stars"]) == ("Drama", 2, 4.5)
-    bare = search.render(search.document.node(FILM, _film(reviews=0, category=False), KEYS))
+    bare = search.render(_film(reviews=0, category=False))
     assert (bare["category"], bare["reviews"], bare["stars"]) == (None, 0, None)
 
 
 def test_a_product_page_is_escaped_and_offers_its_forms(pages: Pages) -> None:
-    html = pages.render(_product_node())["html"]
+    html = pages.render(_film())["html"]
     assert "The &lt;b&gt;Mill&lt;/b&gt;" in html
     assert "<script>" not in html
     for form in (
@@ -78,17 +77,18 @@ def test_a_product_page_is_escaped_and_offers_its_forms(pages: Pages) -> None:
 
 
 def test_a_page_is_a_function_of_its_rows_and_so_is_its_etag(pages: Pages) -> None:
-    assert pages.render(_product_node()) == pages.render(_product_node())
-    assert pages.render(_product_node())["etag"] != pages.render(_product_node(reviews=1))["etag"]
+    assert pages.render(_film()) == pages.render(_film())
+    assert pages.render(_film())["etag"] != pages.render(_film(reviews=1))["etag"]
 
 
 def test_a_page_of_a_product_without_category_or_reviews(pages: Pages) -> None:
-    assert "Nobody has written" in pages.render(_product_node(reviews=0, category=False))["html"]
+    assert "Nobody has written" in pages.render(_film(reviews=0, category=False))["html"]
 
 
 def test_a_category_page_shows_its_best_products(pages: Pages) -> None:
     products = [FILM | {"id": n, "name": f"Film {n}", "rating": None if n % 2 else f"{n / 10:.1f}"} for n in range(100)]
-    html = pages.render(pages.documents[1].node({"id": 2, "name": "Drama"}, {"products": products}, KEYS))["html"]
+    joined = {"products": [Node("public.products", product) for product in products]}
+    html = pages.render(Node("public.categories", {"id": 2, "name": "Drama"}, joined))["html"]  # type: ignore[arg-type]
     assert "100 films, the 60 best rated" in html
     assert 'href="/products/98"' in html
     assert 'href="/products/99"' not in html
@@ -114,7 +114,7 @@ def test_a_template_with_an_error_is_named_with_its_line(tmp_path: Path, line: s
     shutil.copytree(TEMPLATES, folder)
     (folder / "product.html").write_text(f"one\ntwo\n{line}\n")
     with pytest.raises(Misconfigured) as error:
-        Pages(replace(SETTINGS, templates=str(folder)), "pages").render(_product_node())
+        Pages(replace(SETTINGS, templates=str(folder)), "pages").render(_film())
     assert error.value.code == "template-error"
     assert said in error.value.message
 

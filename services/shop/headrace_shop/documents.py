@@ -1,7 +1,8 @@
 """Documents as an application makes them that writes its stores itself: rows by SQL, bodies by the plugins' own
 `render`.
 
-Only the dual writer needs this: it does in the request what consumers do from the log.
+Only the dual writer needs this: it does in the request what consumers do from the log, for what the shop's own plugins
+declare: one level of `One` and `Many`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from psycopg.rows import dict_row
 
 from headrace import codec
 from headrace.change import Row, Version
-from headrace.documents import Document, Many, Node, One
+from headrace.documents import Document, Many, Node
 from headrace.documents.consumer import DocumentConsumer
+from headrace.documents.declaration import Join
+from headrace.documents.order import Shape
 from headrace.stores import Doc
 from headrace_shop.database import KEYS, Connection
 
@@ -52,10 +55,15 @@ def nodes(connection: Connection, document: Document, roots: Sequence[int] | Non
         chunk = found[start : start + _CHUNK]
         joined = {name: _join(connection, join, chunk) for name, join in document.joins.items()}
         for row in chunk:
-            picked = {
-                name: joined[name].get(row[_column(join)], _nothing(join)) for name, join in document.joins.items()
-            }
-            yield document.node(row, picked, {join.table: ("id",) for join in document.joins.values()})
+            picked = {name: _nodes(join, joined[name].get(row[_column(join)])) for name, join in document.joins.items()}
+            yield Node(document.table, row, picked)
+
+
+def _nodes(join: Join, found: Any) -> Node | list[Node] | None:
+    if isinstance(join, Many):
+        picked = join.picked(((row, None) for row in found or ()), Shape(("id",)))
+        return [Node(join.table, row) for row, _ in picked]
+    return Node(join.table, found) if found is not None else None
 
 
 def rows(connection: Connection, table: str, column: str = "id", values: Sequence[Any] | None = None) -> list[Row]:
@@ -79,21 +87,18 @@ def natural(value: Any) -> Any:
     return value
 
 
-def _join(connection: Connection, join: One | Many, chunk: Sequence[Row]) -> dict[Any, Any]:
+def _join(connection: Connection, join: Join, chunk: Sequence[Row]) -> dict[Any, Any]:
+    (column,) = join.columns
     if isinstance(join, Many):
         grouped: dict[Any, list[Row]] = {}
-        for row in rows(connection, join.table, join.by[0], [root["id"] for root in chunk]):
-            grouped.setdefault(row[join.by[0]], []).append(row)
+        for row in rows(connection, join.table, column, [root["id"] for root in chunk]):
+            grouped.setdefault(row[column], []).append(row)
         return grouped
-    return {row["id"]: row for row in rows(connection, join.table, "id", [root[join.on[0]] for root in chunk])}
+    return {row["id"]: row for row in rows(connection, join.table, "id", [root[column] for root in chunk])}
 
 
-def _column(join: One | Many) -> str:
-    return "id" if isinstance(join, Many) else join.on[0]
-
-
-def _nothing(join: One | Many) -> list[Row] | None:
-    return [] if isinstance(join, Many) else None
+def _column(join: Join) -> str:
+    return "id" if isinstance(join, Many) else join.columns[0]
 
 
 def _roots(connection: Connection, document: Document, touched: Touched) -> set[int]:
@@ -107,12 +112,12 @@ def _roots(connection: Connection, document: Document, touched: Touched) -> set[
     return roots
 
 
-def _referring(connection: Connection, document: Document, join: One | Many, key: int) -> set[int]:
+def _referring(connection: Connection, document: Document, join: Join, key: int) -> set[int]:
     """Return the roots that show the row `key` of a joined table."""
     if isinstance(join, Many):
-        statement = f"SELECT {join.by[0]} FROM {join.table} WHERE id = %s"
+        statement = f"SELECT {join.columns[0]} FROM {join.table} WHERE id = %s"
     else:
-        statement = f"SELECT id FROM {document.table} WHERE {join.on[0]} = %s"
+        statement = f"SELECT id FROM {document.table} WHERE {join.columns[0]} = %s"
     return {root for (root,) in connection.execute(statement.encode(), (key,))}
 
 

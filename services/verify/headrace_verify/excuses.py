@@ -21,15 +21,21 @@ class Take(NamedTuple):
     def hear(self, change: Change, expected: Expectation, shown: Version | None) -> None:
         """Let a change excuse what it touches, if it is in one only of snapshot and view, or may be.
 
-        It touches what its row names, and the documents that hold the row: by a snapshot, or by what an earlier change named.
+        It touches what its row names, and the documents that hold the row, or one that it is joined to: by a snapshot, or by
+        what an earlier change named. Where a row was that has left since the view's state nobody may know, if it had come there
+        just before and only with others: see `Expectation.adrift`. Then it may have been in any.
         """
         unseen = self.moment.unseen(change.xid, change.version.lsn)
-        member, named = expected.member(change), list(expected.named(change))
+        member = expected.member(change)
+        held = [touched for row in (member, *expected.above(change)) for touched in self.ledger.holders(*row)]
+        touches = [*expected.named(change), *held]
         if unseen if shown is None else unseen == (change.version < shown):
-            for touched in (*named, *self.ledger.holders(*member)):
+            for touched in touches:
                 self.ledger.excuse(*touched)
+            if shown is not None and not unseen and change.table in expected.adrift:
+                self.ledger.excuse_all()
         if shown is not None:
-            self.ledger.add((), (Member(*member, collection, key) for collection, key, _ in named))
+            self.ledger.add((), (Member(*member, collection, key) for collection, key, _ in touches))
 
 
 def excuse(

@@ -1,21 +1,24 @@
 """What a view should hold, from SQL alone: the rows themselves, or a document's joins and then the plugin's own `render`.
 
-Nothing of `headrace.documents` but the declaration is used, so that a mistake in keeping documents in step is seen (S27).
+Nothing of `headrace.documents` but the declaration is used, so that a mistake in keeping documents in step is seen (S27);
+how it is SQL is said in `joins`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from psycopg import sql
 
 from headrace import codec
 from headrace.change import Change, Row, TableSchema
 from headrace.consumer import ALL, Consumer
-from headrace.documents import Document, DocumentConsumer, Many
+from headrace.documents import Document, DocumentConsumer, Many, Node, One
+from headrace.documents.declaration import Level
 from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.settings import Settings
+from headrace_verify.joins import Members, Select, key_of, node, places
 from headrace_verify.ledger import Expected, Member, Touched
 from headrace_verify.postgres import Connection, Table, stream
 from headrace_verify.postgres import table as read_table
@@ -52,11 +55,14 @@ class Expectation(Protocol):
         tables: Those whose changes can excuse a difference.
         notes: What a reader should know.
         keyless: Collections whose rows have no key: see `multiset`.
+        adrift: Tables of rows that come into a document without a change of their own and without being named by what
+            changed: with the joined row that they refer to, or because a limit left them out before.
     """
 
     tables: tuple[str, ...]
     notes: tuple[str, ...]
     keyless: frozenset[str]
+    adrift: frozenset[str]
 
     def queries(self, connection: Connection, roots: Sequence[Root] | None) -> Iterator[Query]:
         """Yield what reads the rows or documents of these roots, of all that there are when None."""
@@ -72,6 +78,9 @@ class Expectation(Protocol):
 
     def member(self, change: Change) -> tuple[str, str]:
         """Return the changed row as documents hold it, as (table, log's key)."""
+
+    def above(self, change: Change) -> Iterator[tuple[str, str]]:
+        """Yield the joined rows to which the changed row is joined by what it says itself, as (table, log's key)."""
 
 
 def everything(expectation: Expectation, connection: Connection) -> Iterator[Made]:
@@ -151,6 +160,7 @@ class Rows:
         self._keyless = {table.name: table for table in tables if not table.key}
         self.tables = tuple(table.name for table in self._tables)
         self.keyless = frozenset(self._keyless)
+        self.adrift = frozenset[str]()
         self.notes = notes
 
     def queries(self, connection: Connection, roots: Sequence[Root] | None) -> Iterator[Query]:
@@ -164,7 +174,7 @@ class Rows:
         """See `Expectation.made`."""
         table = self._tables[found.kind]
         row = table.plain(codec.loads(found.texts[0] or ""))
-        key = _key(table, row)
+        key = key_of(table, row)
         return Made(Expected(table.name, key, (table.name, key), row))
 
     def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:
@@ -181,6 +191,10 @@ class Rows:
         """See `Expectation.member`."""
         return change.table, change.key.decode()
 
+    def above(self, change: Change) -> Iterator[tuple[str, str]]:  # noqa: ARG002 -- see there
+        """See `Expectation.above`: a row is in no other."""
+        return iter(())
+
 
 class Documents:
     """Documents by their declarations; ids are unique in a consumer, and the collection is empty."""
@@ -193,23 +207,31 @@ class Documents:
         self.tables = tuple(tables)
         self.notes = notes
         self.keyless = frozenset[str]()
+        self._places = [(document, *place) for document in consumer.documents for place in places(document)]
+        self.adrift = frozenset(
+            join.table
+            for document, level, join in self._places
+            if (isinstance(join, Many) and join.limit) or (level is not document and not isinstance(join, One))
+        )
 
     def queries(self, connection: Connection, roots: Sequence[Root] | None) -> Iterator[Query]:
         """See `Expectation.queries`."""
         keys = _by_table(roots)
         for kind, document in enumerate(self._consumer.documents):
             if roots is None or document.table in keys:
-                query = _join(document, self._tables, keys.get(document.table))
+                some = keys.get(document.table)
+                select = Select(self._tables, few=some is not None)
+                query = select.documents(document, _any_of(self._tables[document.table], some))
                 yield Query(kind, query.as_bytes(connection), 1 + len(document.joins))
 
     def made(self, found: Found) -> Made:
         """See `Expectation.made`."""
         document = self._consumer.documents[found.kind]
         table = self._tables[document.table]
-        row = table.plain(codec.loads(found.texts[0] or ""))
-        joined, members = self._joined(document, row, found.texts[1:])
-        key = {name: row[name] for name in table.key}
-        made = Expected(*self._document(document, key), self._render(document, row, joined))
+        row, *joined = (codec.loads(text or "null") for text in found.texts)
+        members: Members = []
+        root = node(self._tables, document, table.plain(row), joined, members)
+        made = Expected(*self._document(document, {name: root[name] for name in table.key}), self._render(root))
         return Made(made, tuple(Member(*member, made.collection, made.key) for member in members))
 
     def named(self, change: Change) -> Iterator[Touched]:
@@ -217,15 +239,26 @@ class Documents:
         for document in self._consumer.documents:
             if document.table == change.table:
                 yield self._document(document, codec.decode_key(change.key))
-            for join in document.joins.values():
-                if isinstance(join, Many) and join.table == change.table and change.row is not None:
-                    names = self._keys[document.table]
-                    values = [change.row.get(column) for column in join.by]
-                    yield self._document(document, dict(zip(names, values, strict=True)))
+        for document, level, key in self._referred(change):
+            if level is document:
+                yield self._document(document, key)
 
     def member(self, change: Change) -> tuple[str, str]:
         """See `Expectation.member`: a row without a key (S10) may be in any document that holds one of its table."""
-        return change.table, change.key.decode() if self._keys[change.table] else _key(self._tables[change.table], {})
+        return change.table, change.key.decode() if self._keys[change.table] else key_of(self._tables[change.table], {})
+
+    def above(self, change: Change) -> Iterator[tuple[str, str]]:
+        """See `Expectation.above`."""
+        for document, level, key in self._referred(change):
+            if level is not document:
+                yield level.table, codec.encode_key(key).decode()
+
+    def _referred(self, change: Change) -> Iterator[tuple[Document, Level, Row]]:
+        """Yield what the changed row refers to, to be among what is joined there: the place and the key."""
+        for document, level, join in self._places:
+            if not isinstance(join, One) and join.table == change.table and change.row is not None:
+                values = [change.row.get(column) for column in join.by]
+                yield document, level, dict(zip(self._keys[level.table], values, strict=True))
 
     def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:  # noqa: ARG002  see there
         """See `Expectation.without_key`: a document has a key always."""
@@ -235,30 +268,14 @@ class Documents:
         root = (document.table, codec.encode_key(key).decode())
         return "", self._consumer.id(document.table, key), root
 
-    def _joined(self, document: Document, row: Row, texts: Sequence[str | None]) -> tuple[dict[str, Any], list[Root]]:
-        joined: dict[str, Any] = {}
-        members: list[Root] = []
-        for (name, join), text in zip(document.joins.items(), texts, strict=False):
-            table = self._tables[join.table]
-            many = isinstance(join, Many)
-            value = codec.loads(text) if text is not None else []
-            plain = [table.plain(each) for each in (value if isinstance(value, list) else [value])]
-            # What a root refers to counts also when it is not there: it may come.
-            keys = (
-                [_key(table, each) for each in plain] if many else [_encoded(table.key, [row[c] for c in join.columns])]
-            )
-            members += [(table.name, key) for key in keys]
-            joined[name] = plain if many else next(iter(plain), None)
-        return joined, members
-
-    def _render(self, document: Document, row: Row, joined: dict[str, Any]) -> Row | None:
+    def _render(self, root: Node) -> Row | None:
         try:
-            body = self._consumer.render(document.node(row, joined, self._keys))
+            body = self._consumer.render(root)
             plain: Row | None = codec.loads(codec.dumps(body))
         except HeadraceError:
             raise
         except Exception as error:
-            said = f"{type(self._consumer).__name__}.render failed for a row of {document.table}: {error!r}."
+            said = f"{type(self._consumer).__name__}.render failed for a row of {root.table}: {error!r}."
             raise Poison("render-failed", said, "Mend render.") from error
         return plain
 
@@ -266,51 +283,6 @@ class Documents:
 def _plain(table: Table, keys: Sequence[str] | None) -> sql.Composed:
     """Return the SQL of the rows of these keys as they are, of all rows when None."""
     return sql.SQL("SELECT {}::text FROM {} t WHERE {}").format(table.json("t"), table.identifier, _any_of(table, keys))
-
-
-def _join(document: Document, tables: dict[str, Table], keys: list[str] | None) -> sql.Composed:
-    """Return the SQL of whole documents: the root row, then each join in its order.
-
-    All children are grouped in one pass; for a few roots they are looked up one by one.
-    """
-    root = tables[document.table]
-    columns, joins = [root.json("t")], []
-    for number, join in enumerate(document.joins.values()):
-        other, alias = tables[join.table], f"j{number}"
-        if isinstance(join, Many):
-            columns.append(sql.SQL("{}").format(sql.Identifier(alias, "rows")))
-            joins.append((_looked_up if keys is not None else _grouped)(other, join.by, root.key, alias))
-        else:
-            columns.append(
-                sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(
-                    sql.Identifier(alias, other.key[0]), other.json(alias)
-                )
-            )
-            on = _on(alias, other.key, "t", join.on)
-            joins.append(sql.SQL("LEFT JOIN {} {} ON {}").format(other.identifier, sql.Identifier(alias), on))
-    texts = sql.SQL(", ").join(sql.SQL("{}::text").format(column) for column in columns)
-    return sql.SQL("SELECT {} FROM {} t {} WHERE {}").format(
-        texts, root.identifier, sql.SQL(" ").join(joins), _any_of(root, keys)
-    )
-
-
-def _grouped(other: Table, by: Sequence[str], key: Sequence[str], alias: str) -> sql.Composed:
-    groups = sql.SQL(", ").join(sql.Identifier("c", column) for column in by)
-    return sql.SQL("LEFT JOIN (SELECT {}, json_agg({}) AS rows FROM {} c GROUP BY {}) {} ON {}").format(
-        groups, other.json("c"), other.identifier, groups, sql.Identifier(alias), _on(alias, by, "t", key)
-    )
-
-
-def _looked_up(other: Table, by: Sequence[str], key: Sequence[str], alias: str) -> sql.Composed:
-    return sql.SQL("LEFT JOIN LATERAL (SELECT json_agg({}) AS rows FROM {} c WHERE {}) {} ON true").format(
-        other.json("c"), other.identifier, _on("c", by, "t", key), sql.Identifier(alias)
-    )
-
-
-def _on(left: str, left_columns: Sequence[str], right: str, right_columns: Sequence[str]) -> sql.Composed:
-    pairs = zip(left_columns, right_columns, strict=True)
-    equal = [sql.SQL("{} = {}").format(sql.Identifier(left, a), sql.Identifier(right, b)) for a, b in pairs]
-    return sql.SQL(" AND ").join(equal)
 
 
 def _any_of(table: Table, keys: Sequence[str] | None) -> sql.Composable:
@@ -326,11 +298,3 @@ def _by_table(roots: Sequence[Root] | None) -> dict[str, list[str]]:
     for table, key in roots or ():
         found.setdefault(table, []).append(key)
     return found
-
-
-def _key(table: Table, row: Row) -> str:
-    return _encoded(table.key, [row[name] for name in table.key])
-
-
-def _encoded(names: Sequence[str], values: Sequence[Any]) -> str:
-    return codec.encode_key(dict(zip(names, values, strict=True))).decode()

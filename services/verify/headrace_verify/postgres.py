@@ -78,6 +78,31 @@ class Table:
         by_name = {column.name: column for column in self.columns}
         return sql.SQL(" AND ").join(_equals(by_name[name], alias, key[name]) for name in self.key)
 
+    def column(self, name: str) -> _Column:
+        """Return a column by its name."""
+        return next(column for column in self.columns if column.name == name)
+
+    def coded(self, alias: str, name: str) -> sql.Composed:
+        """Return the SQL of a column's value as JSON, in the codec's form."""
+        return sql.SQL("to_json({})").format(_expression(self.column(name), alias))
+
+    def written(self, alias: str, name: str) -> sql.Composed:
+        """Return the SQL of that as text, compared by code points."""
+        return sql.SQL("({} #>> '{{}}') COLLATE \"C\"").format(self.coded(alias, name))
+
+    def meaning(self, alias: str, name: str) -> sql.Composed:
+        """Return the SQL of a column's value as JSON whose equality is the value's: a number however it is written."""
+        column = self.column(name)
+        value = sql.Identifier(alias, name) if column.number else _expression(column, alias)
+        return sql.SQL("to_jsonb({})").format(value)
+
+    def ordering(self, alias: str, name: str) -> sql.Composed:
+        """Return the SQL of what rows are sorted by, as `headrace.documents.order` does it."""
+        column = self.column(name)
+        if column.number or column.base in {"bool", "oid"}:
+            return sql.SQL("{}").format(sql.Identifier(alias, name))
+        return self.written(alias, name)
+
     def plain(self, row: Row) -> Row:
         """Finish a row that SQL has given."""
         for column in self.columns:
@@ -92,6 +117,16 @@ class _Column(NamedTuple):
     type: str
     base: str
     element: str
+
+    @property
+    def number(self) -> bool:
+        """Whether its values are numbers, as text or not."""
+        return self.base in {"int2", "int4", "int8", "float4", "float8", "numeric"}
+
+    @property
+    def ordered(self) -> bool:
+        """Whether SQL can put its values in the order that they have in the log."""
+        return not self.element and self.base not in {"json", "jsonb"}
 
 
 def connect(settings: Settings) -> Connection:

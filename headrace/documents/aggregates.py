@@ -1,0 +1,166 @@
+"""Values over many rows. As in SQL, NULL does not count.
+
+`Count`, `Sum`, `Avg`, `Min` and `Max` are data: an `Aggregate` declares them, the local rows are streamed through them,
+one at a time, and verify makes SQL of them. `count`, `total` and `mean` are for rows that `render` has in its hands.
+
+Numbers are added as the decimals that the log writes, without rounding, so that the order of the rows does not matter
+and SQL gets the same: floating point would depend on both.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Any, Final, NamedTuple
+
+from headrace.documents.order import comparable
+from headrace.errors import Misconfigured
+
+_EXACT: Final = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
+_WORD = 1 << 63
+
+
+class Summed(NamedTuple):
+    """The exact sum of some numbers; `text` when the log writes them as text (`numeric`)."""
+
+    total: Decimal
+    terms: int
+    text: bool
+
+
+class _Function:
+    """A function of one column, as a fold: `add` each value, and take the `result`. The state begins as None."""
+
+    def __init__(self, column: str) -> None:
+        """Take the values of `column`."""
+        self.column: Final = column
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.column!r})"
+
+
+class Count:
+    """The number of rows, or of those with a value in `column`."""
+
+    def __init__(self, column: str | None = None) -> None:
+        """Count rows, or the values of `column`."""
+        self.column: Final = column
+
+    def add(self, state: int | None, value: Any, *, number: bool) -> int:  # noqa: ARG002 -- as in the others
+        """Count a row."""
+        return (state or 0) + (self.column is None or value is not None)
+
+    def result(self, state: int | None) -> int:
+        """Return the number."""
+        return state or 0
+
+
+class _Adding(_Function):
+    def add(self, state: Summed | None, value: Any, *, number: bool) -> Summed | None:  # noqa: ARG002 -- as in the others
+        """Add a value. Raises Misconfigured: `document-column`, when it is no number."""
+        if value is None:
+            return state
+        term = self._decimal(value)
+        text = isinstance(value, str) and term.is_finite()
+        if state is None:
+            return Summed(term, 1, text)
+        return Summed(_EXACT.add(state.total, term), state.terms + 1, state.text or text)
+
+    def _decimal(self, value: Any) -> Decimal:
+        try:
+            return Decimal(str(value))  # true is no number
+        except InvalidOperation as error:
+            said = f"{self!r} of {value!r}, which is no number."
+            raise Misconfigured("document-column", said, "Change the declaration of the document.") from error
+
+
+class Sum(_Adding):
+    """The sum of `column`, exact, in the codec's form: of `numeric` text, else a number. None of nothing."""
+
+    def result(self, state: Summed | None) -> int | float | str | None:
+        """Return the sum."""
+        if state is None:
+            return None
+        if not state.total.is_finite():
+            return str(state.total)
+        if state.text:
+            return format(state.total, "f")
+        exact = Fraction(state.total)
+        return int(exact) if exact.denominator == 1 and -_WORD <= exact < _WORD else _nearest(exact)
+
+
+class Avg(_Adding):
+    """The average of `column`, rounded once, to the nearest float. None of nothing."""
+
+    def result(self, state: Summed | None) -> float | str | None:
+        """Return the average."""
+        if state is None:
+            return None
+        return _nearest(Fraction(state.total) / state.terms) if state.total.is_finite() else str(state.total)
+
+
+def _nearest(exact: Fraction) -> float | str:
+    try:
+        return float(exact)
+    except OverflowError:
+        return "Infinity" if exact > 0 else "-Infinity"
+
+
+class Min(_Function):
+    """The least value of `column`, as the log has it; text by code points. None of nothing."""
+
+    def add(self, state: Any, value: Any, *, number: bool) -> Any:
+        """Keep the lesser."""
+        return value if state is None else state if value is None else min(state, value, key=_rank(number))
+
+    def result(self, state: Any) -> Any:
+        """Return it."""
+        return state
+
+
+class Max(Min):
+    """The greatest value of `column`, as the log has it; text by code points. None of nothing."""
+
+    def add(self, state: Any, value: Any, *, number: bool) -> Any:
+        """Keep the greater."""
+        return value if state is None else state if value is None else max(state, value, key=_rank(number))
+
+
+def _rank(number: bool) -> Any:
+    """Compare values; equal numbers that are written otherwise (``1.0``, ``1.00``) by how they are written."""
+    return lambda value: (comparable(value, number=number), str(value))
+
+
+Function = Count | Sum | Avg | Min
+"""What an `Aggregate` may have."""
+
+
+# Over rows that are there: what a Many gave.
+
+
+def count(rows: Iterable[Mapping[str, Any]], column: str | None = None) -> int:
+    """Return the number of rows, or of those with a value in `column`."""
+    return sum(1 for row in rows if column is None or row[column] is not None)
+
+
+def total(rows: Iterable[Mapping[str, Any]], column: str) -> int | float | str:
+    """Return the sum of `column` in the codec's form: of integers an integer, of floats a float, of `numeric` text. 0
+    of nothing."""
+    values = _numbers(rows, column)
+    if any(isinstance(value, Decimal) for value in values):
+        return format(functools.reduce(_EXACT.add, values, Decimal(0)), "f")
+    return math.fsum(values) if any(isinstance(value, float) for value in values) else sum(values)
+
+
+def mean(rows: Iterable[Mapping[str, Any]], column: str) -> float | None:
+    """Return the average of `column`, whose order does not matter; None of nothing."""
+    values = _numbers(rows, column)
+    return math.fsum(values) / len(values) if values else None
+
+
+def _numbers(rows: Iterable[Mapping[str, Any]], column: str) -> list[Any]:
+    values = [row[column] for row in rows]
+    return [Decimal(value) if isinstance(value, str) else value for value in values if value is not None]

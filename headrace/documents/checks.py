@@ -1,0 +1,53 @@
+"""Whether a declaration fits the tables, as far as their schemas are known."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from headrace.change import TableSchema
+from headrace.documents.declaration import Aggregate, Join, Level, One
+from headrace.errors import Misconfigured
+
+_REMEDY = "Change the declaration of the document."
+_WITHOUT_ORDER = ("json", "jsonb")
+
+
+def check(level: Level, newest: Mapping[str, TableSchema]) -> None:
+    """Hold the joins of a level, and what is joined to those, against the newest schemas.
+
+    Raises:
+        Misconfigured: `document-column`, `document-key`.
+    """
+    for join in level.joins.values():
+        refers, referred = (level.table, join.table) if isinstance(join, One) else (join.table, level.table)
+        _check_columns(join.columns, newest.get(refers))
+        _check_key(join.columns, newest.get(referred))
+        if not isinstance(join, One):
+            _check_values(join, newest.get(join.table))
+        check(join, newest)
+
+
+def _check_columns(columns: Collection[str], schema: TableSchema | None) -> None:
+    missing = set(columns) - {column.name for column in schema.columns} if schema else None
+    if schema and missing:
+        raise Misconfigured("document-column", f"{schema.table} has no column {', '.join(sorted(missing))}.", _REMEDY)
+
+
+def _check_key(columns: Collection[str], schema: TableSchema | None) -> None:
+    if schema and len(schema.key) != len(columns):
+        raise Misconfigured(
+            "document-key",
+            f"A join by {', '.join(columns)} does not fit the key of {schema.table}: {', '.join(schema.key)}.",
+            _REMEDY,
+        )
+
+
+def _check_values(join: Join, schema: TableSchema | None) -> None:
+    if schema is None or isinstance(join, One):
+        return
+    _check_columns({*join.compared, *(join.counted if isinstance(join, Aggregate) else ())}, schema)
+    for column in schema.columns:
+        kind = column.base or column.type
+        if column.name in join.compared and (kind in _WITHOUT_ORDER or kind.endswith("[]")):
+            said = f"{schema.table}.{column.name} is {column.type}, whose values are not compared."
+            raise Misconfigured("document-column", said, _REMEDY)

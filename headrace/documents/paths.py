@@ -1,0 +1,92 @@
+"""From a row to the documents it is in: the joins between, walked up to the root in one statement of SQL.
+
+The local rows have two indexes of every join: `links`, from what a row's columns refer to (a key) to the row, and where a
+way up leads through a `Many`, `back`, from the row to what it refers to. Of the row that changed its old and its new
+values are known; of the rows above it the indexes know. So whichever of them changed when, each document that held the
+row, or holds it, is found: had a row above changed as well, that change found what *it* left.
+
+SQLite walks, level by level and each row of a level once; nothing of it is in our memory, however many documents share
+the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from headrace.documents.declaration import Document, Join, Level, One
+
+_Up = Callable[[str], str]
+"""From SQL that gives keys of one level's rows to SQL that gives the root's."""
+
+_Reference = tuple[str, tuple[str, ...]]
+
+
+class Link(NamedTuple):
+    """An index of a table's rows by what some columns hold; every join by these shares it."""
+
+    number: int
+    columns: tuple[str, ...]
+    back: bool
+
+
+class Climb(NamedTuple):
+    """The way from a changed row to documents.
+
+    Attributes:
+        root: The documents' table.
+        by: Columns of the row that name what it is joined to; None: the row's key is what the rows above it name.
+        sql: Touches the documents above a key.
+    """
+
+    root: str
+    by: tuple[str, ...] | None
+    sql: str
+
+
+class Paths:
+    """The indexes and ways of some documents.
+
+    Attributes:
+        roots: The numbers of the documents of each table.
+        links: The indexes of each table.
+        climbs: The ways up from each table, for each place that it has in a document; the same way once.
+    """
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        """Find all places of all tables."""
+        tables = [table for document in documents for table in document.tables]
+        self._numbers: dict[_Reference, int] = {}
+        self._back: set[int] = set()
+        self.roots: dict[str, list[int]] = {table: [] for table in tables}
+        self.climbs: dict[str, list[Climb]] = {table: [] for table in tables}
+        for number, document in enumerate(documents):
+            self.roots[document.table].append(number)
+            self._descend(document, document, f"INSERT OR IGNORE INTO touched SELECT {number}, * FROM ({{}})".format)
+        self.links: dict[str, list[Link]] = {table: [] for table in tables}
+        for (table, columns), link in self._numbers.items():
+            self.links[table].append(Link(link, columns, link in self._back))
+
+    def link(self, level: Level, join: Join) -> int:
+        """Return the number of a join's index."""
+        reference = (level.table if isinstance(join, One) else join.table, join.columns)
+        return self._numbers.setdefault(reference, len(self._numbers))
+
+    def _descend(self, document: Document, level: Level, up: _Up) -> None:
+        for join in level.joins.values():
+            link = self.link(level, join)
+            if isinstance(join, One):
+                climb = Climb(document.table, None, up(f"SELECT key FROM links WHERE link = {link} AND value = ?"))
+                further = _then(up, f"SELECT key FROM links WHERE link = {link} AND value IN ({{}})")
+            else:
+                climb = Climb(document.table, join.by, up("VALUES (?)"))
+                further = _then(up, f"SELECT value FROM back WHERE link = {link} AND key IN ({{}})")
+                if join.joins:
+                    self._back.add(link)
+            if climb not in self.climbs[join.table]:
+                self.climbs[join.table].append(climb)
+            self._descend(document, join, further)
+
+
+def _then(up: _Up, step: str) -> _Up:
+    return lambda keys: up(step.format(keys))

@@ -1,0 +1,257 @@
+"""A document's joins as SQL, and what that gives as `render` gets it.
+
+All of a document comes in one row: the root's row as JSON, then a text for each join of the root, in whose JSON all that
+is joined further down is nested. Filters, order, limits and aggregates are Postgres's; only children of which SQL cannot
+say the order (rows without a key, keys of a kind that has no order of its own in text) are put in order here.
+
+A joined row is its JSON, or where something is joined to it ``[row, join, …]``. An aggregate is ``[keys, value, …]``: the
+keys of the rows it is over, since whatever happens to one of them may change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+from psycopg import sql
+
+from headrace import codec
+from headrace.change import Row
+from headrace.documents import Aggregate, Avg, Count, Document, Many, Max, Node, One, Sum
+from headrace.documents.aggregates import Function, Summed
+from headrace.documents.declaration import Join, Level
+from headrace.documents.order import Shape
+from headrace_verify.postgres import Table
+
+Tables = Mapping[str, Table]
+Members = list[tuple[str, str]]
+"""Joined rows by table and log's key."""
+
+
+class Select:
+    """What reads documents: their roots', or for a few roots, each of which is looked up."""
+
+    def __init__(self, tables: Tables, *, few: bool) -> None:
+        """Read from `tables`. All children of a table are grouped in one pass; of a few roots they are looked up."""
+        self._tables = tables
+        self._few = few
+
+    def documents(self, document: Document, condition: sql.Composable) -> sql.Composed:
+        """Return the SQL of the documents whose roots, called ``t``, satisfy a condition."""
+        root = self._tables[document.table]
+        columns, sources = self._joined(document, "t")
+        texts = sql.SQL(", ").join(sql.SQL("{}::text").format(each) for each in (root.json("t"), *columns))
+        return sql.SQL("SELECT {} FROM {} t {} WHERE {}").format(
+            texts, root.identifier, sql.SQL(" ").join(sources), condition
+        )
+
+    def _joined(self, level: Level, alias: str) -> tuple[list[sql.Composed], list[sql.Composed]]:
+        """Return what is joined to the rows of `alias`, as values and as items of FROM."""
+        values: list[sql.Composed] = []
+        sources: list[sql.Composed] = []
+        for number, join in enumerate(level.joins.values()):
+            name, other = f"{alias}_{number}", self._tables[join.table]
+            if isinstance(join, One):
+                row, further = self._row(join, name)
+                there = sql.Identifier(name, other.key[0])
+                values.append(sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(there, row))
+                on = _on(name, other.key, alias, join.on)
+                sources.append(sql.SQL("LEFT JOIN {} {} ON {}").format(other.identifier, sql.Identifier(name), on))
+                sources += further
+            else:
+                values.append(sql.SQL("{}").format(sql.Identifier(name, "found")))
+                sources.append(self._referring(join, name, alias, self._tables[level.table].key))
+        return values, sources
+
+    def _row(self, level: Level, alias: str) -> tuple[sql.Composed, list[sql.Composed]]:
+        values, sources = self._joined(level, alias)
+        row = self._tables[level.table].json(alias)
+        if values:
+            row = sql.SQL("json_build_array({})").format(sql.SQL(", ").join([row, *values]))
+        return row, sources
+
+    def _referring(self, join: Many | Aggregate, name: str, above: str, key: Sequence[str]) -> sql.Composed:
+        """Return the item of FROM that has in ``found`` what of a table refers to the row of `above`."""
+        table, child = self._tables[join.table], f"{name}c"
+        by = [sql.Identifier(child, column) for column in join.by]
+        conditions = [_among(table, child, column, values) for column, values in join.where.items()]
+        conditions += [_on(child, join.by, above, key)] if self._few else []
+        condition: sql.Composable = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
+        if isinstance(join, Aggregate):
+            found, sources = _aggregated(join, table, child), list[sql.Composed]()
+        else:
+            row, sources = self._row(join, child)
+            found = sql.SQL("json_agg({})").format(row)
+        source = sql.SQL("{} {} {}").format(table.identifier, sql.Identifier(child), sql.SQL(" ").join(sources))
+        if isinstance(join, Many) and in_order(join, table):
+            source = _numbered(join, table, child, row, source, condition)
+            by = [sql.Identifier("q", f"k{number}") for number in range(len(by))]
+            found = sql.SQL("json_agg(q.element ORDER BY q.n)").format()
+            condition = sql.SQL("q.n <= {}").format(sql.Literal(join.limit)) if join.limit else sql.SQL("true")
+        return sql.SQL("LEFT JOIN {} (SELECT {}, {} AS found FROM {} WHERE {} GROUP BY {}) {} ON {}").format(
+            sql.SQL("LATERAL" if self._few else ""),
+            _keys(by),
+            found,
+            source,
+            condition,
+            sql.SQL(", ").join(by),
+            sql.Identifier(name),
+            sql.SQL("true") if self._few else _on(name, [f"k{number}" for number in range(len(by))], above, key),
+        )
+
+
+def in_order(join: Many, table: Table) -> bool:
+    """Whether SQL puts the rows in order, and leaves out those beyond the limit."""
+    return bool(join.order or join.limit) and bool(table.key) and all(table.column(each).ordered for each in table.key)
+
+
+def _numbered(
+    join: Many, table: Table, child: str, row: sql.Composed, source: sql.Composed, condition: sql.Composable
+) -> sql.Composed:
+    """Return rows as ``q.element`` with their places in the order as ``q.n``."""
+    order = [
+        sql.SQL("{} {} NULLS LAST").format(table.ordering(child, column), sql.SQL("DESC" if falling else "ASC"))
+        for column, falling in (*join.order, *((column, False) for column in table.key))
+    ]
+    by = [sql.Identifier(child, column) for column in join.by]
+    return sql.SQL(
+        "(SELECT {}, {} AS element, row_number() OVER (PARTITION BY {} ORDER BY {}) AS n FROM {} WHERE {}) q"
+    ).format(_keys(by), row, sql.SQL(", ").join(by), sql.SQL(", ").join(order), source, condition)
+
+
+def _keys(by: Sequence[sql.Composable]) -> sql.Composed:
+    named = [sql.SQL("{} AS {}").format(each, sql.Identifier(f"k{number}")) for number, each in enumerate(by)]
+    return sql.SQL(", ").join(named)
+
+
+def _on(left: str, left_columns: Sequence[str], right: str, right_columns: Sequence[str]) -> sql.Composed:
+    pairs = zip(left_columns, right_columns, strict=True)
+    equal = [sql.SQL("{} = {}").format(sql.Identifier(left, a), sql.Identifier(right, b)) for a, b in pairs]
+    return sql.SQL(" AND ").join(equal)
+
+
+def _among(table: Table, alias: str, column: str, values: Sequence[Any]) -> sql.Composed:
+    """Return the SQL that is true of rows with one of these values, as JSON means them."""
+    number = table.column(column).number
+    listed = [_literal(value, number=number) for value in values if value is not None]
+    anyone = sql.SQL("{} = ANY (ARRAY[{}]::jsonb[])").format(table.meaning(alias, column), sql.SQL(", ").join(listed))
+    if None not in values:
+        return anyone
+    return sql.SQL("({} OR {} IS NULL)").format(anyone, sql.Identifier(alias, column))
+
+
+def _literal(value: Any, *, number: bool) -> sql.Literal:
+    """Return a value as JSON; a number may be written as text, as the log writes some."""
+    if number and isinstance(value, str):
+        with suppress(ArithmeticError):
+            if Decimal(value).is_finite():
+                return sql.Literal(format(Decimal(value), "f"))
+    return sql.Literal(codec.dumps(value).decode())
+
+
+def _aggregated(join: Aggregate, table: Table, alias: str) -> sql.Composed:
+    keys = sql.SQL("json_agg({})").format(_keyed(table).json(alias)) if table.key else sql.SQL("NULL")
+    values = [_value(function, table, alias) for function in join.values.values()]
+    return sql.SQL("json_build_array({})").format(sql.SQL(", ").join([keys, *values]))
+
+
+def _value(function: Function, table: Table, alias: str) -> sql.Composed:
+    if function.column is None:
+        return sql.SQL("count(*)").format()
+    column = sql.Identifier(alias, function.column)
+    if isinstance(function, Count):
+        return sql.SQL("count({})").format(column)
+    if isinstance(function, Sum | Avg):
+        # The digits that are written: a cast of floating point to numeric rounds.
+        return sql.SQL("json_build_array(sum({0}::text::numeric)::text, count({0}))").format(column)
+    way = sql.SQL("DESC" if isinstance(function, Max) else "ASC")
+    return sql.SQL("(array_agg({0} ORDER BY {1} {2}, {3} {2}) FILTER (WHERE {4} IS NOT NULL))[1]").format(
+        table.coded(alias, function.column),
+        table.ordering(alias, function.column),
+        way,
+        table.written(alias, function.column),
+        column,
+    )
+
+
+def _keyed(table: Table) -> Table:
+    return replace(table, columns=tuple(table.column(name) for name in table.key))
+
+
+# What came
+
+
+def node(tables: Tables, level: Level, row: Row, found: Iterable[Any], members: Members) -> Node:
+    """Return a row with what is joined to it; `members` gains every row that is joined, or referred to."""
+    joins = {
+        name: _read(tables, join, row, value, members)
+        for (name, join), value in zip(level.joins.items(), found, strict=False)
+    }
+    return Node(level.table, row, joins)
+
+
+def _read(tables: Tables, join: Join, row: Row, value: Any, members: Members) -> Node | list[Node] | None:
+    table = tables[join.table]
+    if isinstance(join, Aggregate):
+        return _read_aggregate(join, table, value, members)
+    if isinstance(join, One):
+        # What a row refers to counts also when it is not there: it may come.
+        members.append((table.name, encoded(table.key, [row[column] for column in join.on])))
+        if value is None:
+            return None
+        child, further = _parted(table, join, value)
+        return node(tables, join, child, further, members)
+    children = [_parted(table, join, each) for each in value or ()]
+    members += [(table.name, key_of(table, child)) for child, _ in children]
+    if not in_order(join, table):
+        shape = Shape(table.key, frozenset(column.name for column in table.columns if column.number))
+        children = join.picked(children, shape)
+    return [node(tables, join, child, further, members) for child, further in children]
+
+
+def _parted(table: Table, join: Join, value: Any) -> tuple[Row, Sequence[Any]]:
+    row, *further = value if join.joins else (value,)
+    return table.plain(row), further
+
+
+def _read_aggregate(join: Aggregate, table: Table, value: Any, members: Members) -> Node:
+    keys, *values = value or ([], *(function.result(None) for function in join.values.values()))
+    keyed = _keyed(table)
+    members += [(table.name, key_of(table, keyed.plain(key))) for key in keys or ()]
+    if not table.key:
+        members.append((table.name, key_of(table, {})))
+    results = {
+        name: function.result(_summed(table, function.column, found)) if isinstance(function, Sum | Avg) else found
+        for (name, function), found in zip(join.values.items(), values, strict=True)
+    }
+    return Node(join.table, results)
+
+
+def _summed(table: Table, name: str, found: Any) -> Summed | None:
+    if not found or not found[1]:
+        return None
+    column = table.column(name)
+    return Summed(Decimal(found[0]), found[1], text=column.base == "numeric" or not column.number)
+
+
+def key_of(table: Table, row: Row) -> str:
+    """Return the log's key of a row."""
+    return encoded(table.key, [row[name] for name in table.key])
+
+
+def encoded(names: Sequence[str], values: Sequence[Any]) -> str:
+    """Return the log's key that has these values."""
+    return codec.encode_key(dict(zip(names, values, strict=True))).decode()
+
+
+# Which documents a change is of
+
+
+def places(level: Level) -> Iterator[tuple[Level, Join]]:
+    """Yield every join of a document, each with what it is joined to."""
+    for join in level.joins.values():
+        yield level, join
+        yield from places(join)

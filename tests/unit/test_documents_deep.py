@@ -1,0 +1,295 @@
+"""Documents of several levels against a join by brute force; what they keep in memory; files of another layout."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headrace import codec
+from headrace.change import Change, Row, Version
+from headrace.documents import Aggregate, Count, Document, Many, One, Sum
+from headrace.documents.local import LocalRows
+from headrace.errors import Misconfigured
+from headrace.settings import Settings
+from tests.fixtures.documents import CATEGORIES, GENERATION, PRODUCTS, REVIEWS, World
+from tests.fixtures.documents_deep import COLUMNS, COMMENTS, DEEP_SCHEMAS, TAGGED, TAGS, Deep, Join, plain
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(Settings(state=str(tmp_path / "state")), Deep, schemas=DEEP_SCHEMAS)
+
+
+def grown(world: World) -> World:
+    """Two products and three categories, one above the other; a review with a comment; a tag."""
+    put = world.log.put
+    put(COMMENTS, 1, {"id": 1, "review_id": 1, "said": "a"})
+    put(REVIEWS, 1, {"id": 1, "product_id": 1, "stars": 4, "hidden": False, "paid": "9.90"})
+    put(PRODUCTS, 1, {"id": 1, "category_id": 1, "name": "kettle"})
+    put(PRODUCTS, 2, {"id": 2, "category_id": None, "name": "cup"})
+    for key, parent in (1, 2), (2, 3), (3, None):
+        put(CATEGORIES, key, {"id": key, "parent_id": parent, "name": f"c{key}"})
+    put(TAGGED, 1, {"id": 1, "product_id": 1, "tag_id": 1})
+    put(TAGS, 1, {"id": 1, "name": "red"})
+    caught_up(world)
+    world.store.written.clear()
+    return world
+
+
+def caught_up(world: World, **how: Any) -> set[str]:
+    """Cut, catch up and compare; return the ids of what was written."""
+    world.log.cut()
+    world.store.written.clear()
+    world.run(**how)
+    assert world.store.bodies() == Join(world.log.rows).documents()
+    return {doc.id for doc in world.store.written}
+
+
+def test_what_is_two_levels_up_is_in_the_document_whatever_came_first(world: World) -> None:
+    grown(world)
+    assert world.store.bodies()["products-1"]["category"]["parent"]["parent"]["name"] == "c3"
+    assert world.store.bodies()["products-1"]["reviews"][0]["comments"][0]["said"] == "a"
+
+
+def test_a_change_two_levels_away_is_rendered_where_it_is_seen_and_nowhere_else(world: World) -> None:
+    grown(world)
+    world.log.put(CATEGORIES, 3, {"id": 3, "parent_id": None, "name": "renamed"})
+    assert caught_up(world) == {"products-1", "categories-3"}
+    world.log.put(COMMENTS, 1, {"id": 1, "review_id": 1, "said": "b"})
+    assert caught_up(world) == {"products-1"}
+    world.log.put(TAGS, 1, {"id": 1, "name": "blue"})
+    assert caught_up(world) == {"products-1", "tags-1"}
+
+
+def test_a_row_that_moves_takes_what_is_joined_to_it_along(world: World) -> None:
+    grown(world)
+    world.log.put(REVIEWS, 1, {"id": 1, "product_id": 2, "stars": 4, "hidden": False, "paid": "9.90"})
+    assert {"products-1", "products-2"} <= caught_up(world)
+    world.log.put(COMMENTS, 1, None)
+    assert caught_up(world) == {"products-2"}
+
+
+@pytest.mark.parametrize("at", ["before", "middle", "after"])
+def test_a_kill_while_both_a_row_and_the_row_above_it_move_leaves_nothing_behind(world: World, at: str) -> None:
+    """S20, a level further down: the replay must still know where both were."""
+    grown(world)
+    world.log.put(REVIEWS, 2, {"id": 2, "product_id": 2, "stars": 1, "hidden": None, "paid": None})
+    caught_up(world)
+    world.log.put(COMMENTS, 1, {"id": 1, "review_id": 2, "said": "a"})
+    world.log.put(REVIEWS, 2, {"id": 2, "product_id": 1, "stars": 1, "hidden": None, "paid": None})
+    world.log.put(REVIEWS, 1, {"id": 1, "product_id": 2, "stars": 4, "hidden": False, "paid": "9.90"})
+    world.log.cut()
+    world.run(kill=at)
+    caught_up(world)
+
+
+def test_a_row_that_refers_to_itself_ends_where_the_declaration_ends(world: World) -> None:
+    grown(world)
+    world.log.put(CATEGORIES, 1, {"id": 1, "parent_id": 1, "name": "loop"})
+    caught_up(world)
+    world.log.put(CATEGORIES, 1, {"id": 1, "parent_id": 2, "name": "no loop"})
+    caught_up(world)
+
+
+def test_a_filter_that_a_row_passes_or_not_and_a_limit_that_it_is_within_or_not(world: World) -> None:
+    grown(world)
+    for key, paid in (2, "10.00"), (3, "9.95"), (4, None):
+        world.log.put(REVIEWS, key, {"id": key, "product_id": 1, "stars": 1, "hidden": None, "paid": paid})
+    caught_up(world)
+    best = world.store.bodies()["products-1"]["best"]
+    assert [review["paid"] for review in best] == ["10.00", "9.95"], "by value, not by text"
+    world.log.put(REVIEWS, 2, {"id": 2, "product_id": 1, "stars": 1, "hidden": True, "paid": "10.00"})
+    caught_up(world)
+    assert [review["id"] for review in world.store.bodies()["products-1"]["best"]] == [3, 1]
+
+
+def test_a_file_of_another_layout_is_thrown_away_and_loaded_again(world: World) -> None:
+    """The version before this one wrote the fingerprint alone."""
+    grown(world)
+    with closing(sqlite3.connect(world.settings.path("products-g1.sqlite"), isolation_level=None)) as db:
+        db.execute("UPDATE meta SET value = ? WHERE name = 'fingerprint'", (GENERATION.fingerprint.encode(),))
+    assert world.opened_at() is None
+    world.log.put(CATEGORIES, 3, {"id": 3, "parent_id": None, "name": "renamed"})
+    caught_up(world)
+
+
+def test_types_are_known_again_after_a_start_without_a_change(world: World) -> None:
+    """The schemas come with changes; a build that was stopped before its last, empty batch has none to come."""
+    for key, paid in (1, "10"), (2, "9"), (3, "8"):
+        world.log.put(REVIEWS, key, {"id": key, "product_id": 1, "stars": 1, "hidden": None, "paid": paid})
+    world.log.put(PRODUCTS, 1, {"id": 1, "category_id": 1, "name": "kettle"})
+    world.log.cut()
+    world.run(piece=2, stop_after=1)
+    world.log.schemas = {}
+    world.run()
+    assert [review["paid"] for review in world.store.bodies()["products-1"]["best"]] == ["10", "9"]
+
+
+# What does not fit the tables
+
+
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        (Document(PRODUCTS, category=One(CATEGORIES, on="category_id", top=One(CATEGORIES, on="top_id"))), "top_id"),
+        (Document(PRODUCTS, reviews=Many(REVIEWS, by="product_id", order="-at")), "no column at"),
+        (Document(PRODUCTS, reviews=Many(REVIEWS, by="product_id", where={"seen": True})), "no column seen"),
+        (Document(PRODUCTS, rating=Aggregate(REVIEWS, by="product_id", n=Sum("price"))), "no column price"),
+        (Document(PRODUCTS, rating=Aggregate(REVIEWS, by=("id", "stars"), n=Count())), "does not fit the key"),
+    ],
+)
+def test_columns_are_looked_for_at_every_level(tmp_path: Path, declared: Document, said: str) -> None:
+    class Wrong(Deep):
+        document = declared
+
+    world = grown_alike(World(Settings(state=str(tmp_path / "state")), Wrong, schemas=DEEP_SCHEMAS))
+    with pytest.raises(Misconfigured, match=said):
+        world.run()
+
+
+def grown_alike(world: World) -> World:
+    for table, columns in COLUMNS.items():
+        world.log.put(table, 1, {**dict.fromkeys(columns), "id": 1})
+    world.log.cut()
+    return world
+
+
+def test_a_sum_of_what_is_no_number_is_refused(tmp_path: Path) -> None:
+    class Wrong(Deep):
+        document = Document(PRODUCTS, rating=Aggregate(CATEGORIES, by="parent_id", n=Sum("name")))
+
+    world = World(Settings(state=str(tmp_path / "state")), Wrong, schemas=DEEP_SCHEMAS)
+    world.log.put(PRODUCTS, 1, {"id": 1, "category_id": 1, "name": "kettle"})
+    world.log.put(CATEGORIES, 1, {"id": 1, "parent_id": 1, "name": "kitchen"})
+    world.log.cut()
+    with pytest.raises(Misconfigured, match="'kitchen', which is no number"):
+        world.run()
+
+
+# Memory
+
+_MANY = 100_000
+_BOUND = 2_000_000
+"""Bytes; the rows as Python has them would be twenty times as much."""
+
+
+def changes(table: str, rows: Iterator[Row]) -> Iterator[Change]:
+    for row in rows:
+        yield Change(table, "c", codec.encode_key({"id": row["id"]}), row, Version(1, 1), 1, 1, 1, 0, 0)
+
+
+def held(work: Any) -> tuple[Any, int]:
+    """Return what `work` gives, and the most bytes that it held at a time."""
+    tracemalloc.start()
+    try:
+        return work(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_root_with_100000_children_is_rendered_in_little_memory(tmp_path: Path) -> None:
+    document = Document(
+        PRODUCTS,
+        latest=Many(REVIEWS, by="product_id", order=["-stars", "-id"], limit=3),
+        rating=Aggregate(REVIEWS, by="product_id", n=Count(), paid=Sum("paid")),
+    )
+    local = LocalRows(tmp_path / "rows", [document], "abc")
+    local.learn({table: schema for (table, _), schema in DEEP_SCHEMAS.items()})
+    reviews = ({"id": n, "product_id": 1, "stars": n % 5, "hidden": False, "paid": "0.10"} for n in range(_MANY))
+    for change in changes(REVIEWS, reviews):
+        local.apply(change, loading=True)
+    (root,) = changes(PRODUCTS, iter([{"id": 1, "category_id": None, "name": "kettle"}]))
+    local.apply(root, loading=True)
+    (touched,), most = held(lambda: list(local.touched()))
+    local.close()
+    assert touched.node is not None
+    assert plain(touched.node)["rating"] == {"n": _MANY, "paid": "10000.00"}
+    assert [review["id"] for review in touched.node.latest] == [99_999, 99_994, 99_989]
+    assert most < _BOUND
+
+
+def test_a_row_that_100000_documents_share_is_changed_in_little_memory(tmp_path: Path) -> None:
+    document = Document(PRODUCTS, category=One(CATEGORIES, on="category_id", parent=One(CATEGORIES, on="parent_id")))
+    local = LocalRows(tmp_path / "rows", [document], "abc")
+    for change in changes(PRODUCTS, ({"id": n, "category_id": n % 10, "name": "x"} for n in range(_MANY))):
+        local.apply(change, loading=True)
+    for change in changes(CATEGORIES, ({"id": n, "parent_id": 99, "name": "x"} for n in range(10))):
+        local.apply(change, loading=True)
+    local.clear_touched()
+    (top,) = changes(CATEGORIES, iter([{"id": 99, "parent_id": None, "name": "top"}]))
+    _, most = held(lambda: local.apply(top, loading=False))
+    found = local.count_touched()
+    local.close()
+    assert found == _MANY
+    assert most < _BOUND
+
+
+# Any history
+
+KEYS = (1, 2, 3)
+VALUES = {
+    "name": st.sampled_from("ab"),
+    "stars": st.none() | st.integers(1, 5),
+    "hidden": st.sampled_from([False, False, True, None]),
+    "paid": st.none() | st.sampled_from(["9.90", "10.00", "-1.00", "9.91"]),
+    "said": st.none() | st.sampled_from("abc"),
+}
+REFERENCE = st.sampled_from([*KEYS, *KEYS, None])
+
+
+def _rows(table: str) -> st.SearchStrategy[Row]:
+    return st.fixed_dictionaries({name: VALUES.get(name, REFERENCE) for name in COLUMNS[table] if name != "id"})
+
+
+def _changed(table: str) -> st.SearchStrategy[tuple[str, int, Row | None]]:
+    row = _rows(table)
+    return st.tuples(st.just(table), st.sampled_from(KEYS), st.one_of(row, row, row, st.none()))
+
+
+CHANGE = st.one_of(*map(_changed, COLUMNS))
+CAUGHT_UP = st.tuples(st.just("caught up"), st.integers(1, 5))
+KILLED = st.tuples(st.just("killed"), st.sampled_from(["before", "middle", "after", None]), st.integers(1, 3))
+STEP = st.one_of(*[CHANGE] * 5, *[CAUGHT_UP] * 4, KILLED, st.sampled_from([("lose",), ("wipe",)]))
+FULL = st.fixed_dictionaries({table: st.tuples(*[_rows(table)] * len(KEYS)) for table in COLUMNS})
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(FULL, st.permutations(list(COLUMNS)), st.lists(STEP, min_size=10, max_size=60))
+def test_any_history_of_documents_of_several_levels_equals_the_join(
+    full: dict[str, tuple[Row, ...]], order: list[str], steps: list[tuple[Any, ...]]
+) -> None:
+    """Rows come, go and move at each level in any order, in cuts and halves of them, with kills, and loading anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Settings(state=f"{folder}/state"), Deep, schemas=DEEP_SCHEMAS)
+        for table in order:
+            for key, row in zip(KEYS, full[table], strict=True):
+                world.log.put(table, key, {"id": key, **row})
+        caught_up(world)
+        for step in steps:
+            _take(world, step)
+        caught_up(world)
+
+
+def _take(world: World, step: tuple[Any, ...]) -> None:
+    if step[0] == "caught up":
+        caught_up(world, piece=step[1])
+    elif step[0] == "killed":
+        world.log.cut()
+        world.run(kill=step[1], piece=step[2], stop_after=step[2])
+    elif step[0] == "lose":
+        if Path(world.settings.state).exists():
+            world.lose_local()
+    elif step[0] == "wipe":
+        world.store.wipe()
+    else:
+        table, key, row = step
+        world.log.put(table, key, row and {"id": key, **row})
