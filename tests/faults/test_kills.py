@@ -48,6 +48,8 @@ def test_the_log_is_exact_after_each_kill_of_capture_broker_and_postgres(
     system.run("shop", "load", *SMALL)
     system.up("warehouse")
     load = itertools.count(1000 * seed)
+    with _working(system, next(load)):
+        system.busy(100)  # `check` wants something to be there
     for step, victim in enumerate([*chance.sample(LOG, len(LOG)), *chance.choices(LOG, k=ROUND - len(LOG))], 1):
         late = 0
         while not late:
