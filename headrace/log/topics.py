@@ -190,13 +190,16 @@ class Topics:
             )
         return [f"{name}: {key} is now {value}" for name, config in news.items() for key, value in config.items()]
 
-    def delete(self, names: Collection[str]) -> None:
-        """Delete topics; those that are gone already are no error."""
+    def delete(self, names: Collection[str], *, wait: bool = False) -> None:
+        """Delete topics; those that are gone already are no error. `wait` until brokers know, so that they can be made again."""
         gone = [name for name in names if name in self.names()]
         if gone:
             for name, future in self._client.delete_topics(gone, operation_timeout=TIMEOUT).items():
                 with kafka_errors(f"deleting topic {name}"):
                     future.result(TIMEOUT)
+        deadline = time.monotonic() + TIMEOUT
+        while wait and self.names() & set(gone) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def describe(self, names: Collection[str]) -> dict[str, tuple[str, int]]:
         """Return topic id and partition count of each topic. Raises Misconfigured (`topic-missing`)."""

@@ -1,0 +1,253 @@
+"""Documents in a compacted topic: a derived stream, for people's own consumers and for further ones of headrace's kind.
+
+| topic                | key       | value                                                             |
+|----------------------|-----------|-------------------------------------------------------------------|
+| `<name>.g<N>`        | the id    | a document of generation N as JSON; a tombstone when it is gone    |
+| `<name>.generations` | `g<N>`    | of generation N: consumer, fingerprint, topic id, position         |
+| `<name>.generations` | `live`    | the number of the generation that readers should read, its topic  |
+
+*Writing.* The documents of a state and the position are one Kafka transaction: a `read_committed` reader sees whole states only, and
+they are never there without their position [I7]. While a generation is loading nobody reads it, and pieces are committed as they come.
+One process writes a generation: opening it fences the one before (S21).
+
+*Versions.* Each record has the headers `epoch` and `lsn`, the state that the document shows. A state that is older than the position
+was written whole already; it is passed over, so that the stream never goes back.
+
+*Reading.* `live_topic` names the topic to read; after a promotion it is another one, which is read from its beginning. Verify reads a
+topic as a whole: there is no index.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from headrace import codec
+from headrace.change import NOWHERE, Position, Version
+from headrace.consumer import Cursor, Generation, ViewRow
+from headrace.errors import Misconfigured, Wiped
+from headrace.log import Log
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.transaction import TransactionWriter
+from headrace.settings import Settings
+from headrace.stores import Doc
+
+_LIVE = b"live"
+_CLEARED = 1000
+_KEPT = {"cleanup.policy": "compact", "message.timestamp.type": "LogAppendTime"}
+
+
+class KafkaTopic:
+    """A document store that is a stream. Bodies are mappings of JSON values.
+
+    Args:
+        name: Begins the topics' names; the consumer's name by default.
+        partitions: Of the topic of a new generation; ids are placed as every Java client places them.
+    """
+
+    def __init__(self, name: str = "", *, partitions: int = 1) -> None:
+        """Say where documents go; connects to nothing."""
+        self.name = name
+        self._partitions = partitions
+        self._writer: TransactionWriter | None = None
+        self._facts: dict[str, Any] = {}
+        self._version = NOWHERE
+        self._rows: _Rows | None = None
+
+    def bind(self, settings: Settings, consumer: str) -> None:
+        """Use the Kafka of `settings`."""
+        self._settings = settings
+        self._consumer = consumer
+        self.name = self.name or consumer
+        self._topics = Log(settings).topics
+
+    def generations(self) -> list[Generation]:
+        """Return the generations that Kafka holds."""
+        known = _known(self._settings, self.name)
+        live = known.get(_LIVE, {}).get("generation")
+        made = [
+            Generation(facts["consumer"], facts["generation"], facts["fingerprint"], facts["generation"] == live)
+            for key, facts in known.items()
+            if key != _LIVE and facts["consumer"] == self._consumer
+        ]
+        return sorted(made, key=lambda generation: generation.number)
+
+    def open(self, generation: Generation) -> Position | None:
+        """Take the topic of `generation` if it is whole, else make it anew, empty.
+
+        Raises:
+            Transient: `kafka-away`. Misconfigured: `view-of-another`.
+        """
+        self.close()
+        self._topics.make({self._pointers: (1, _KEPT), self._topic(generation): (self._partitions, _KEPT)})
+        self._writer = TransactionWriter(self._settings, f"headrace-view-{self.name}-g{generation.number}")
+        facts = _known(self._settings, self.name).get(_key(generation.number), {})
+        ours = {"consumer": generation.consumer, "fingerprint": generation.fingerprint}
+        if facts and facts | ours != facts:
+            raise Misconfigured(
+                "view-of-another",
+                f"{self._topic(generation)} is of {facts['consumer']}, not of {generation.consumer} {generation.fingerprint}.",
+                "Give the consumer's store another name.",
+            )
+        topic_id = self._topic_id(generation.number)
+        self._facts = ours | {"generation": generation.number, "topic_id": topic_id}
+        if facts.get("position") and facts["topic_id"] == topic_id:
+            position = codec.decode_position(facts["position"])
+            self._version = position.version
+            return position
+        self._version = NOWHERE
+        self._clear()
+        return None
+
+    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:  # noqa: ARG002
+        """Write documents, and with the last of them the position.
+
+        Raises:
+            Transient: `kafka-away`; Wiped: `view-wiped`. Misconfigured: `writer-taken-over`.
+        """
+        topic = self._topic_of(self._facts["generation"])
+        try:
+            for doc in docs:
+                if doc.version >= self._version:
+                    body = codec.dumps(doc.body) if doc.body is not None else None
+                    self._opened.write(topic, doc.id.encode(), body, _headers(doc.version))
+            if position is not None and position.version >= self._version:
+                self._point(position)
+                self._version = position.version
+            elif self._version == NOWHERE:
+                self._opened.commit()
+        except Misconfigured as error:
+            if error.code == "topic-missing":
+                raise Wiped("view-wiped", f"The topic {topic} is gone; it is made anew.") from error
+            raise
+
+    def promote(self) -> None:
+        """Move the pointer to this generation."""
+        number = self._facts["generation"]
+        live = {"generation": number, "topic": self._topic_of(number)}
+        self._opened.write(self._pointers, _LIVE, codec.dumps(live))
+        self._opened.commit()
+
+    def drop(self) -> None:
+        """Forget this generation, then delete its topic."""
+        number = self._facts["generation"]
+        known = _known(self._settings, self.name)
+        self._opened.write(self._pointers, _key(number), None)
+        if known.get(_LIVE, {}).get("generation") == number:
+            self._opened.write(self._pointers, _LIVE, None)
+        self._opened.commit()
+        self._topics.delete([self._topic_of(number)], wait=True)
+
+    def close(self) -> None:
+        """Leave."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
+        """Return some documents as readers see them."""
+        return _Rows(self._documents()).named(ids)
+
+    def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
+        """Return documents as readers see them, by id. A scan reads the topic when it begins."""
+        if self._rows is None or after is None or self._rows.last != after[1]:
+            self._rows = _Rows(self._documents())
+        return self._rows.next(after[1] if after else None, limit)
+
+    # How
+
+    @property
+    def _pointers(self) -> str:
+        return f"{self.name}.generations"
+
+    @property
+    def _opened(self) -> TransactionWriter:
+        if self._writer is None:
+            raise Misconfigured("not-open", f"{self.name} is not open.", "Call open(generation) first.")
+        return self._writer
+
+    def _topic(self, generation: Generation) -> str:
+        return self._topic_of(generation.number)
+
+    def _topic_of(self, number: int) -> str:
+        return f"{self.name}.g{number}"
+
+    def _topic_id(self, number: int) -> str:
+        topic = self._topic_of(number)
+        return self._topics.describe([topic])[topic][0]
+
+    def _clear(self) -> None:
+        """Begin from zero: tombstones for what an earlier attempt has left."""
+        rows, after = _Rows(self._documents()), None
+        while found := rows.next(after, _CLEARED):
+            for row in found:
+                self._opened.write(self._topic_of(self._facts["generation"]), row.key.encode(), None, _headers(NOWHERE))
+            self._opened.commit()
+            after = found[-1].key
+        self._point(None)
+
+    def _point(self, position: Position | None) -> None:
+        """Commit what was written together with the position."""
+        facts = self._facts | {"position": codec.encode_position(position).decode() if position else None}
+        self._opened.write(self._pointers, _key(facts["generation"]), codec.dumps(facts))
+        self._opened.commit()
+
+    def _documents(self) -> Iterator[tuple[str, bytes | None, int]]:
+        topic = self._topic_of(self._facts["generation"])
+        count = self._topics.describe([topic])[topic][1]
+        for record in read_to_end(self._settings, {(topic, partition): BEGINNING for partition in range(count)}):
+            headers = dict(record.headers)
+            yield record.key.decode(), record.value, Version(int(headers["epoch"]), int(headers["lsn"])).packed()
+
+
+class _Rows:
+    """The newest document of each id at one moment, on disk in SQLite's temporary database [I10]."""
+
+    def __init__(self, documents: Iterator[tuple[str, bytes | None, int]]) -> None:
+        self.last = ""
+        self._db = sqlite3.connect("", check_same_thread=False)
+        self._db.execute("CREATE TABLE docs (id TEXT PRIMARY KEY, body BLOB, version INT) WITHOUT ROWID")
+        self._db.executemany("INSERT OR REPLACE INTO docs VALUES (?, ?, ?)", documents)
+
+    def named(self, ids: Sequence[str]) -> list[ViewRow]:
+        query = "SELECT id, body, version FROM docs WHERE id = ? AND body IS NOT NULL"
+        return [_row(found) for id_ in ids for found in self._db.execute(query, (id_,))]
+
+    def next(self, after: str | None, limit: int) -> list[ViewRow]:
+        query = "SELECT id, body, version FROM docs WHERE id > ? AND body IS NOT NULL ORDER BY id LIMIT ?"
+        rows = [_row(found) for found in self._db.execute(query, (after or "", limit))]
+        self.last = rows[-1].key if rows else ""
+        return rows
+
+
+def live_topic(settings: Settings, name: str) -> str | None:
+    """Return the topic of the live generation of a stream, None when there is none."""
+    topic: str | None = _known(settings, name).get(_LIVE, {}).get("topic")
+    return topic
+
+
+def _known(settings: Settings, name: str) -> dict[bytes, dict[str, Any]]:
+    """Return the newest value of each key of a stream's generations."""
+    topic = f"{name}.generations"
+    if topic not in Log(settings).topics.names():
+        return {}
+    found: dict[bytes, dict[str, Any]] = {}
+    for record in read_to_end(settings, {(topic, 0): BEGINNING}):
+        found.pop(record.key, None)
+        if record.value is not None:
+            found[record.key] = codec.loads(record.value)
+    return found
+
+
+def _key(number: int) -> bytes:
+    return f"g{number}".encode()
+
+
+def _headers(version: Version) -> list[tuple[str, bytes]]:
+    return [("epoch", str(version.epoch).encode()), ("lsn", str(version.lsn).encode())]
+
+
+def _row(found: tuple[str, bytes, int]) -> ViewRow:
+    id_, body, version = found
+    return ViewRow("", id_, codec.loads(body), Version.unpacked(version))

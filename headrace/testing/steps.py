@@ -1,0 +1,123 @@
+"""Steps: the calls by which a process changes something outside of itself, and what can go wrong between two of them.
+
+Nothing is known of a store or of its client. Whatever the client is, what it does to a server or to a file ends in a call of a C
+function with one of a few names (`STEPS`), and Python tells a profiler of each: before it, and after. So a process can be ended between
+any two of them, and the answer to any one can be lost after the server has what was sent.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import Any, Final, Self
+
+SENT: Final = frozenset({"send", "sendall", "sendmsg"})
+"""To a server by a socket: Elasticsearch, Redis, HTTP."""
+STEPS: Final = SENT | frozenset(
+    {
+        *("execute", "executemany", "executescript", "begin", "commit"),  # SQLite, DuckDB
+        *("write", "fsync", "rename", "replace", "unlink", "truncate"),  # files
+        *("commit_transaction", "flush"),  # Kafka
+        *("exec_params", "exec_", "send_query", "send_query_params"),  # Postgres
+    }
+)
+_DIED = 77
+_SECONDS = 120
+
+
+class Steps:
+    """Counts the steps of this thread while it is entered; `between` is called before each.
+
+    Attributes:
+        count: How many times it was called.
+    """
+
+    def __init__(
+        self,
+        between: Callable[[int], None] = lambda _count: None,
+        names: Collection[str] = STEPS,
+        modules: tuple[str, ...] = (),
+    ) -> None:
+        """Call `between(count)`, count from 1, before every C function of one of these names.
+
+        Args:
+            between: What happens there.
+            names: Of C functions.
+            modules: Those whose Python functions are steps too. Python does not see the C functions of some clients, as DuckDB's.
+        """
+        self.count = 0
+        self._between = between
+        self._names = names
+        self._modules = modules
+
+    def __enter__(self) -> Self:
+        """Begin to count."""
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """End it."""
+        sys.setprofile(None)
+
+    def _profile(self, frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call":
+            counts = function.__name__ in self._names
+        else:
+            counts = event == "call" and frame.f_globals.get("__name__", "").startswith(self._modules or ("-",))
+        if counts:
+            self.count += 1
+            self._between(self.count)
+
+
+class FailAfterWrite(Steps):
+    """Loses the answer to the n-th thing that is sent: the server has it, and whoever sent it sees a broken connection.
+
+        with FailAfterWrite(3):
+            consumer.apply(batch)
+
+    Attributes:
+        failed: Whether so many were sent.
+    """
+
+    def __init__(self, number: int, names: Collection[str] = SENT) -> None:
+        """Fail once, after the `number`-th is sent, counted from 1."""
+        super().__init__(names=names)
+        self._number = number
+        self.failed = False
+
+    def _profile(self, _frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_return" and function.__name__ in self._names:
+            self.count += 1
+            if self.count == self._number:
+                self.failed = True
+                raise ConnectionResetError(f"what was sent as number {self.count} is lost with its answer")
+
+
+def dies_before(step: int, work: Callable[[], None], modules: tuple[str, ...] = ()) -> bool:
+    """Do `work` in a process of its own that dies, without a word to anybody, before its `step`-th step; tell whether it died.
+
+    `modules`: see `Steps`.
+
+    Raises:
+        AssertionError: it ended in another way.
+    """
+
+    def between(count: int) -> None:
+        if count == step:
+            os._exit(_DIED)
+
+    def mortal() -> None:
+        with Steps(between, modules=modules):
+            work()
+
+    # A fork: the work is whatever the caller has at hand, and it opens its connections itself.
+    process = multiprocessing.get_context("fork").Process(target=mortal)
+    process.start()
+    process.join(_SECONDS)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode in {0, _DIED}, f"it ended with {process.exitcode} before step {step}"
+    return process.exitcode == _DIED

@@ -1,0 +1,36 @@
+"""What `headrace new consumer` writes runs, and passes the test that is written with it, for every store."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headrace.cli.scaffold import Store
+from headrace_ops import Stack
+
+
+@pytest.mark.parametrize("store", list(Store))
+def test_a_new_consumer_passes_its_own_test(store: Store, stack: Stack, tmp_path: Path) -> None:
+    wanted = {Store.elasticsearch: "elasticsearch", Store.redis: "redis", Store.kafka: "kafka"}.get(store)
+    if wanted:
+        stack.server(wanted).start()
+    made = [sys.executable, "-m", "headrace", "new", "consumer", "a_view", "--store", store, "--dir", str(tmp_path)]
+    subprocess.run(made, check=True)
+    root = tmp_path / "headrace-a_view"
+    # The stores that come with headrace pass all of it in test_builtin.
+    some = [] if store == Store.custom else ["-k", "tell or twice or position or more or pointed"]
+    servers = {f"HEADRACE_{wanted.upper()}": stack.server(wanted).address()} if wanted else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:pytest_timeout", *some, "tests"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "HEADRACE_STATE": str(tmp_path / "state"), **servers},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
