@@ -20,6 +20,7 @@ Headers = list[tuple[str, bytes]]
 
 dumps = orjson.dumps
 loads = orjson.loads
+SORTED: Final = orjson.OPT_SORT_KEYS
 
 
 def encode_key(columns: Mapping[str, Any]) -> bytes:

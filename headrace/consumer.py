@@ -85,6 +85,7 @@ class Consumer(Protocol):
         mirrors_rows: True when the view holds each table's rows as they are; verify then expects `SELECT * FROM table`.
         get: Optional: ``get(keys: Sequence[Cursor]) -> Sequence[ViewRow]``, the rows of some keys as readers see them. Without it
             verify's second look at a row is a scan from just before its key.
+        count: Optional: ``count() -> Mapping[str, int]``, how many rows readers see of each collection. Without it counting is a scan.
         progress: Set by the runner; call ``progress(done, total)`` in long work so that status can show it.
     """
 
@@ -97,7 +98,10 @@ class Consumer(Protocol):
         """Connect to nothing yet."""
 
     def generations(self) -> list[Generation]:
-        """Return the generations that the store holds. May be called before `open`. Empty for a view that was wiped [I6]."""
+        """Return the generations of this consumer's name that the store holds. May be called before `open`.
+
+        Empty for a view that was wiped [I6].
+        """
 
     def open(self, generation: Generation) -> Position | None:
         """Make or open the store of `generation`; return its durable position, None for from zero.

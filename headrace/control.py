@@ -5,7 +5,8 @@ One compacted topic, `headrace.control`. Keys are ``{"source","name","kind","id"
 - ``report``, id = generation (or 0 for a service): what the runner says of it every second;
 - ``request``, id = a unique text: what somebody asks of the runner of `name`; tombstoned by the runner when it has answered;
 - ``answer``, id = the request's: what the runner says to it;
-- anything else is a service's own memory, kept beside them (capture's ``resnapshot`` and ``catalogue``, written in its cuts).
+- anything else is a service's own memory, kept beside them (capture's ``resnapshot`` and ``catalogue``, written in its cuts; a
+  runner's ``standing``: whether its view is to stay paused or dropped).
 
 Kafka has no compare-and-set, so there is one writer of reports and answers for each name: its runner (S30). A report older than
 `DEAD_SECONDS` is of a process that died. Rows go to `headrace.answers`, in pages keyed by the request's id: a page has as many rows as
@@ -57,7 +58,8 @@ class Report:
 
     Attributes:
         phase: ``loading``, ``catching up``, ``live``, ``following`` (up to date, not live), ``paused``, ``waiting`` (a server
-            is away), ``stopped`` (with reason), ``stale`` (built by other code); for capture also ``snapshot`` and ``streaming``.
+            is away), ``stopped`` (with reason), ``stale`` (built by other code), ``dropped`` (generation 0: there is none, and none is
+            begun before it is asked for); for capture also ``snapshot`` and ``streaming``.
             Readers of reports see ``dead`` when it is old.
         lag: records, wal (bytes), seconds: what `headrace.log.Lag` says.
         rate: Changes applied a second, over the last seconds.
@@ -107,6 +109,10 @@ class Control:
             if who == name:
                 found[kind][id_] = value
         return list(found.values())
+
+    def keep(self, name: str, kind: str, value: dict[str, Any] | None, id_: str = "") -> None:
+        """Keep a record of the service `name` for itself, None to take it away. Raises Transient: `kafka-away`."""
+        self._writer.write(CONTROL, self._key(name, kind, id_), codec.dumps(value) if value is not None else None)
 
     # What a runner does
 
@@ -243,6 +249,11 @@ class Control:
         """
         with self._rows(name, "rows", {"generation": generation, "keys": list(keys)}, timeout) as (answer, rows):
             return Version(*answer["version"]), {(row.collection, row.key): row for row in rows}
+
+    def counts(self, name: str, generation: int, timeout: float = 150.0) -> tuple[Version, dict[str, int]]:
+        """Return how many rows each collection of a generation has, and the version of the state that was counted, as `rows` does."""
+        answer = self.ask(name, "count", {"generation": generation}, timeout)
+        return Version(*answer["version"]), answer["counts"]
 
     @contextmanager
     def _rows(

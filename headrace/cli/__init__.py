@@ -31,6 +31,8 @@ app.command("rebuild")(views.rebuild)
 app.command("promote")(views.promote)
 app.command("rollback")(views.rollback)
 app.command("drop")(views.drop)
+app.command("pause")(views.pause)
+app.command("resume")(views.resume)
 app.add_typer(scaffold.app, name="new")
 
 

@@ -31,6 +31,8 @@ _COLOURS = {
     "stopped": "red",
     "waiting": "yellow",
     "stale": "yellow",
+    "paused": "yellow",
+    "dropped": "yellow",
 }
 
 Facts = dict[str, Any]
@@ -51,7 +53,7 @@ def status(
 
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
-    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale or too far behind, or Kafka
+    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused or too far behind, or Kafka
     does not answer; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
 
     Examples:
@@ -106,7 +108,7 @@ def _said(report: Report, source: Report | None) -> Facts:
     records, wal, behind = report.lag
     if source is not None and source.version.epoch == report.version.epoch:
         # Counted to what is captured now: a process that died still says what was missing when it last spoke.
-        wal = max(wal, source.version.lsn - report.version.lsn) if report.dead else wal
+        wal = max(wal, source.version.lsn - report.version.lsn) if report.dead or report.phase == "paused" else wal
     return {
         "generation": report.generation,
         "fingerprint": report.fingerprint,
@@ -219,7 +221,7 @@ def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> N
 def _check_one(name: str, report: Report, most: float) -> None:
     if report.dead or report.phase == "off":
         _wrong(f"{name}: no process reports (last {seconds(report.age)} ago); run: {_command(name)}")
-    if report.phase in {"stopped", "stale", "waiting"}:
+    if report.phase in {"stopped", "stale", "waiting", "paused", "dropped"}:
         _wrong(f"{name}: {report.phase}: {report.reason} {report.remedy}")
     if failing := report.facts.get("failing"):
         _wrong(f"{name}: UPDATE and DELETE of a captured table fail in the source (S8); run: {failing}")

@@ -1,91 +1,121 @@
-"""`headrace rebuild`, `promote`, `rollback`, `drop`: everything is asked of the process that runs the view [I13]."""
+"""`headrace rebuild`, `promote`, `rollback`, `drop`, `pause`, `resume`: all is asked of the process that runs the view [I13]."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
-from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from headrace.cli.show import err, out, print_json, seconds
-from headrace.control import Control, Report
-from headrace.errors import CHECK_FAILED, Misconfigured
+from headrace.cli import building, together
+from headrace.cli.building import Gate
+from headrace.cli.show import out, print_json
+from headrace.control import Control
+from headrace.errors import USAGE
 from headrace.log import Log
 from headrace.settings import load
 
 Name = Annotated[str, typer.Argument(help="The consumer.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="One consumer, or several.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts; with several NAMEs a list.")]
+
+
+Wait = Annotated[
+    bool, typer.Option("--wait", help="Wait until it has caught up, let it pass the gate, and promote it.")
+]
+Gates = Annotated[
+    Gate,
+    typer.Option(
+        "--gate",
+        help="With --wait: promote only what equals Postgres row by row (verify), or has as many rows (counts), or anything (none).",
+    ),
+]
+Files = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--consumer",
+        metavar="FILE.py:CLASS",
+        help="Where a consumer is, if it was run from a file: the gate asks it. May be repeated.",
+    ),
+]
 
 
 def rebuild(
-    name: Name,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Wait until it has caught up, verify it, and promote it.")
-    ] = False,
-    verify: Annotated[bool, typer.Option(help="With --wait: promote only if it equals Postgres, row by row.")] = True,
-    consumer: Annotated[
-        str | None,
-        typer.Option(
-            "--consumer",
-            metavar="FILE.py:CLASS",
-            help="Where the consumer is, if it was run from a file: verify asks it.",
-        ),
-    ] = None,
-    json: AsJson = False,
+    names: Names, wait: Wait = False, gate: Gates = Gate.VERIFY, consumer: Files = None, json: AsJson = False
 ) -> None:
-    """Build the view anew from offset 0, beside the live one.
+    """Build views anew from offset 0, beside the live ones.
 
-    Readers see nothing of it until it is promoted. Run again, it goes on with the generation that is being built.
+    Readers see nothing of a build until it is promoted. Run again, also after this command or the view's process was stopped or killed, it
+    goes on with the generation that is being built; on a host where the view's local rows are lost, these are loaded again first.
 
-    Exit codes: 0 it is being built, with --wait: it is live; 1 it differs from Postgres and was not promoted; 3 something must be
-    changed first, or no process runs it; 5 a server or that process does not answer. With --wait 3 and 5 are verify's too: it could
-    not be compared, and was not promoted.
+    With --wait and several views they are promoted at the same LSN, one after the other: all live ones stop, all new ones reach where the
+    furthest of them stopped, and each store's pointer moves. That is not atomic over all stores: for a moment some views are new and some
+    old, at the same LSN. If one cannot be promoted the error says where each stands, and none stays stopped.
+
+    Exit codes: 0 they are being built, with --wait: they are live; 1 one differs from Postgres and nothing was promoted; 3 something must
+    be changed first, or no process runs a view; 5 a server or that process does not answer. With --wait 3 and 5 are the gate's too: one
+    could not be compared, and nothing was promoted.
 
     Examples:
 
         headrace rebuild search --wait
 
+        headrace rebuild search pages --wait --gate counts
+
         headrace rebuild search && headrace status --watch
 
         headrace rebuild my_view --wait --consumer ./my_view.py:MyView
     """
-    if wait and verify:
-        Log(load()).require_checkpoints()
-    control = _control()
-    generation = int(control.ask(name, "rebuild")["generation"])
+    log = Log(load())
+    if wait and (gate is not Gate.NONE or len(names) > 1):
+        log.require_checkpoints()
+    control = Control(log)
+    began = {name: int(control.ask(name, "rebuild")["generation"]) for name in names}
     if not wait:
-        _say(
-            json,
-            {"generation": generation},
-            f"building generation {generation} of {name}; then: headrace promote {name}",
-        )
+        lines = [
+            f"building generation {number} of {name}; then: headrace promote {name}" for name, number in began.items()
+        ]
+        _say(json, [{"name": name, "generation": number} for name, number in began.items()], lines)
         return
-    _wait(control, name, generation, quiet=json)
-    if verify:
-        _verify(name, generation, consumer, quiet=json)
-    answer = control.ask(name, "promote", {"generation": generation}, timeout=120)
-    _say(json, answer, f"generation {generation} of {name} is live; the one before stays until: headrace drop {name}")
+    building.wait(control, began, quiet=json)
+    building.check(began, gate, consumer or [], quiet=json)
+    _promoted(json, together.promote(control, began))
 
 
 def promote(
-    name: Name,
-    generation: Annotated[int | None, typer.Argument(help="Which; the newest when left out.")] = None,
+    names: Names,
+    generation: Annotated[int | None, typer.Option("--generation", help="Which, of one view; else the newest.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Let readers see another generation: the live one stops, the new one reaches it, the pointer moves.
+    """Let readers see newer generations: the live one stops, the new one reaches it, the pointer moves.
 
-    Exit codes: 0 it is live; 3 it cannot be, or no process runs it; 5 a server or that process does not answer.
+    Several views are promoted at the same LSN, one after the other, as `headrace rebuild` tells; not atomically.
 
-    Example:
+    Exit codes: 0 they are live; 2 --generation is given for several; 3 one cannot be promoted, or no process runs it; 5 a server or that
+    process does not answer. With several, 3 and 5 say which are live and which are not.
+
+    Examples:
 
         headrace promote search
+
+        headrace promote search pages warehouse
+
+        headrace promote search --generation 4
     """
-    answer = _control().ask(name, "promote", {"generation": generation}, timeout=120)
-    _say(json, answer, f"generation {answer['generation']} of {name} is live")
+    if generation is not None and len(names) > 1:
+        typer.echo("--generation names a generation of one view.", err=True)
+        raise typer.Exit(USAGE)
+    log = Log(load())
+    if len(names) > 1:
+        log.require_checkpoints()
+    _promoted(json, together.promote(Control(log), dict.fromkeys(names, generation)))
+
+
+def _promoted(json: bool, answers: list[dict[str, Any]]) -> None:
+    lines = [
+        f"generation {each['generation']} of {each['name']} is live; the one before stays until: headrace drop {each['name']}"
+        for each in answers
+    ]
+    _say(json, answers, lines)
 
 
 def rollback(
@@ -105,78 +135,79 @@ def rollback(
         headrace rollback search
     """
     answer = _control().ask(name, "rollback", {"stale": stale}, timeout=120)
-    _say(json, answer, f"generation {answer['generation']} of {name} is live again")
+    _say(json, [answer], [f"generation {answer['generation']} of {name} is live again"])
 
 
 def drop(
     name: Name,
     generation: Annotated[int | None, typer.Argument(help="Which; all before the live one when left out.")] = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Remove the view: every generation, the live one too. Readers find nothing then."),
+    ] = False,
     json: AsJson = False,
 ) -> None:
-    """Remove generations that are not live.
+    """Remove generations that are not live; with --all the whole view.
 
-    Exit codes: 0 they are gone; 3 it is the live one, or no process runs it; 5 a server or that process does not answer.
+    After --all its process stays and does nothing, and says `dropped`, also when it is started again, until `headrace rebuild NAME` begins
+    the view anew.
+
+    Exit codes: 0 they are gone; 2 a generation and --all are given; 3 it is the live one, or no process runs the view; 5 a server or that
+    process does not answer.
 
     Examples:
 
         headrace drop search
 
         headrace drop search 3
+
+        headrace drop search --all
     """
-    answer = _control().ask(name, "drop", {"generation": generation}, timeout=120)
+    if everything and generation is not None:
+        typer.echo("Name a generation, or give --all.", err=True)
+        raise typer.Exit(USAGE)
+    answer = _control().ask(name, "drop", {"generation": generation, "all": everything}, timeout=120)
     dropped = ", ".join(str(number) for number in answer["dropped"]) or "nothing"
-    _say(json, answer, f"{name}: dropped {dropped}")
+    _say(json, [answer], [f"{name}: dropped {dropped}"])
+
+
+def pause(name: Name, json: AsJson = False) -> None:
+    """Let a view stand still: readers keep the state that it shows, and nothing is applied, until `headrace resume`.
+
+    All of its generations stand, also one that is being built. It stays so when its process is started again; `headrace status` says
+    `paused`, and `--check` fails. A view that is paused for longer than HEADRACE_DELETE_RETENTION_MS (7 days) is refused when it goes on,
+    for it would keep rows whose deletes are forgotten: rebuild it then. A build begins again from zero.
+
+    Exit codes: 0 it stands; 3 it is dropped, or no process runs it; 5 a server or that process does not answer.
+
+    Example:
+
+        headrace pause search
+    """
+    answer = _control().ask(name, "pause")
+    _say(json, [answer], [f"{name} is paused; then: headrace resume {name}"])
+
+
+def resume(name: Name, json: AsJson = False) -> None:
+    """Let a paused view go on from where it stands.
+
+    Exit codes: 0 it goes on; 3 it is dropped, or no process runs it; 5 a server or that process does not answer.
+
+    Example:
+
+        headrace resume search
+    """
+    answer = _control().ask(name, "resume")
+    _say(json, [answer], [f"{name} goes on"])
 
 
 def _control() -> Control:
     return Control(Log(load()))
 
 
-def _say(json: bool, facts: dict[str, object], line: str) -> None:
+def _say(json: bool, facts: list[dict[str, Any]], lines: list[str]) -> None:
+    """Print what was done: with one view its facts, with several a list of them."""
     if json:
-        print_json(facts)
-    else:
+        print_json(facts[0] if len(facts) == 1 else facts)
+    for line in [] if json else lines:
         out.print(line)
-
-
-def _wait(control: Control, name: str, generation: int, *, quiet: bool) -> None:
-    """Wait until a generation has caught up; show how far it is."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
-    with Progress(*columns, console=out, disable=quiet or not out.is_terminal) as progress:
-        bar = progress.add_task(f"{name} g{generation}", total=None, left="")
-        most = 1
-        while True:
-            report = next((r for r in control.running(name) if r.generation == generation), None)
-            if report is not None and _ready(report):
-                progress.update(bar, total=1, completed=1, left="caught up")
-                return
-            if report is not None:
-                most = max(most, report.lag[0])
-                done, total = report.progress if report.progress[1] else (most - report.lag[0], most)
-                left = f"{report.phase}, {report.lag[0]} records" + (
-                    f", {seconds(report.eta)} left" if report.eta >= 0 else ""
-                )
-                progress.update(bar, total=total, completed=done, left=left)
-            time.sleep(0.5)
-
-
-def _ready(report: Report) -> bool:
-    if report.phase == "stopped":
-        raise Misconfigured(report.code, f"The build has stopped: {report.reason}", report.remedy)
-    return report.phase in {"following", "live"}
-
-
-def _verify(name: str, generation: int, consumer: str | None, *, quiet: bool) -> None:
-    """Have the generation compared with Postgres; exit when it differs, or when that could not be found out."""
-    if not entry_points(group="headrace.commands", name="verify"):
-        raise Misconfigured(
-            "no-verify", "The command `verify` is not installed here.", "Install headrace-verify, or use --no-verify."
-        )
-    command = [sys.executable, "-m", "headrace", "verify", name, "--generation", str(generation)]
-    from_file = ["--consumer", consumer] if consumer else []
-    # Its table is for people: with --json this command's stdout is one document.
-    code = subprocess.run([*command, *from_file], check=False, stdout=sys.stderr if quiet else None).returncode
-    if code:
-        why = "differs from Postgres" if code == CHECK_FAILED else "could not be compared with Postgres"
-        err.print(f"[red]generation {generation} of {name} {why}; it was not promoted[/red]")
-        raise typer.Exit(code)

@@ -156,6 +156,10 @@ class DocumentConsumer:
         """Return some documents as readers see them."""
         return self.store.get([key for _, key in keys])
 
+    def count(self) -> Mapping[str, int]:
+        """Return how many documents readers see."""
+        return self.store.count()
+
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them."""
         return self.store.scan(after, limit)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from functools import cached_property
 
 from headrace import codec
-from headrace.change import Change, Checkpoint, Position, TableSchema
+from headrace.change import Change, Checkpoint, Position, TableSchema, Version
 from headrace.errors import Misconfigured
 from headrace.log import kafka
 from headrace.log.feed import FeedReader
@@ -141,14 +141,15 @@ class Log:
             if checkpoint is not None:
                 yield checkpoint
 
-    def newest_checkpoint(self, *, complete: bool = False) -> Checkpoint | None:
-        """Return the newest committed checkpoint, or the newest complete one; None when there is none."""
+    def newest_checkpoint(self, *, complete: bool = False, until: Version | None = None) -> Checkpoint | None:
+        """Return the newest committed checkpoint, or the newest complete one, up to `until`; None when there is none."""
         self.require_checkpoints()
         topic = checkpoints_topic(self.settings.source)
         if topic not in self.topics.names():
             return None
         for start in _back_from(self.topics.ends({topic: 1})[topic][0]):
-            found = [c for c in self.checkpoints(start) if c.complete or not complete]
+            within = (c for c in self.checkpoints(start) if until is None or c.version <= until)
+            found = [c for c in within if c.complete or not complete]
             if found:
                 return found[-1]
         return None
@@ -236,13 +237,16 @@ class Log:
         ends: Ends = self.topics.ends(self.partitions([topic]))
         return ends[topic]
 
-    def reader(self, tables: Collection[str], position: Position | None, group: str = "") -> Reader | FeedReader:
+    def reader(
+        self, tables: Collection[str], position: Position | None, group: str = "", until: Version | None = None
+    ) -> Reader | FeedReader:
         """Return a reader that goes on from `position`, from zero when None; `group` mirrors it.
 
-        It is cut-aligned, but for a Debezium feed.
+        It is cut-aligned, but for a Debezium feed, and stops at the checkpoint at `until`.
         """
-        made = FeedReader if self.fed_by_debezium else Reader
-        return made(self, tables, position, group)
+        if self.fed_by_debezium:
+            return FeedReader(self, tables, position, group)
+        return Reader(self, tables, position, group, until)
 
 
 def _back_from(end: int) -> Iterator[int]:

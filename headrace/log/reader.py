@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from confluent_kafka import Message
 
 from headrace import codec
-from headrace.change import DELETE, Change, Checkpoint, Position, TableSchema
+from headrace.change import DELETE, Change, Checkpoint, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured, Refused, Transient
 from headrace.log.spine import Spine
@@ -53,8 +53,12 @@ class Lag(NamedTuple):
 class Reader:
     """Reads the log of one source for one generation."""
 
-    def __init__(self, log: Log, tables: Collection[str], position: Position | None, group: str) -> None:
+    def __init__(
+        self, log: Log, tables: Collection[str], position: Position | None, group: str, until: Version | None = None
+    ) -> None:
         """Go on from `position`, from zero when None; `group` is the consumer group that mirrors it [I6].
+
+        No checkpoint after `until` is a target: there it stops, at the state that another view shows.
 
         Raises:
             Refused: the position makes no sense for this log [I12]: `position-of-another-source`, `topic-replaced`,
@@ -63,7 +67,8 @@ class Reader:
         self._log = log
         self._all = tuple(tables) == ALL
         self._wanted = {topic_of(log.settings.source, table) for table in tables}
-        self._newest = log.newest_checkpoint(complete=True)
+        self._until = until
+        self._newest = log.newest_checkpoint(complete=True, until=until)
         self._spine = Spine(self._newest)
         self._target: Checkpoint | None = None
         self._behind_since: float | None = None
@@ -146,7 +151,11 @@ class Reader:
 
     def _take_checkpoint(self, message: Message) -> None:
         checkpoint = self._spine.take(message.value(), message.offset() or 0, message.timestamp()[1])
-        if checkpoint is not None and checkpoint.complete:
+        if (
+            checkpoint is not None
+            and checkpoint.complete
+            and (self._until is None or checkpoint.version <= self._until)
+        ):
             self._newest = checkpoint
             self._behind_since = self._behind_since or time.time()
             self._add_topics(checkpoint)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from headrace.runner.poison import placed
 _POLL_SECONDS = 0.25
 _BACKOFF_SECONDS = (0.5, 30.0)
 _ANSWER_SECONDS = 0.1
+_STEP_SECONDS = 0.005
 _BEHIND_SECONDS = 5.0
 _RATE_SECONDS = 5.0
 
@@ -70,20 +72,25 @@ class Worker(threading.Thread):
     Attributes:
         state: How it stands.
         still: It only answers calls and applies nothing: the generation is of other code than the process's.
+        paused: So it is for now, because somebody asked for it. Afterwards the view is opened anew, so that a position that has grown
+            too old meanwhile is refused (S19).
     """
 
-    def __init__(self, log: Log, make: Make, generation: Generation, *, still: bool = False) -> None:
-        """Prepare; `start` begins."""
+    def __init__(
+        self, log: Log, make: Make, generation: Generation, *, still: bool = False, until: Version | None = None
+    ) -> None:
+        """Prepare; `start` begins. It reads no further than the checkpoint at `until`."""
         super().__init__(name=f"{generation.consumer}-g{generation.number}", daemon=True)
         self.generation = generation
         self.still = still
+        self.paused = False
         self.state = State(phase="stale" if still else "starting")
         self._log = log
         self._make = make
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self._hold = threading.Event()
-        self._held = threading.Event()
+        self._until = until
+        self._hold_until = 0.0
         self._whole = True
         self._rate = _Rate()
 
@@ -95,24 +102,35 @@ class Worker(threading.Thread):
         self._calls.put((function, future))
         return future
 
-    def hold(self, timeout: float) -> Version:
-        """Stop at the end of a complete state; return its version. `release` goes on.
+    def hold(self, seconds: float, patience: float) -> Version:
+        """Stop at the end of a complete state; return its version. It goes on after `seconds`, or when released.
+
+        Asked again while it stands, it stands for so long from then on.
 
         Raises:
-            Transient: `does-not-hold`.
+            Transient: `does-not-hold`, within `patience` seconds; or why it waits.
         """
-        self._hold.set()
-        if not self._held.wait(timeout):
+        deadline = time.monotonic() + patience
+        try:
+            while True:
+                self._hold_until = time.monotonic() + patience + seconds
+                version = self.call(lambda _: self._stands()).result(max(0.0, deadline - time.monotonic()))
+                if version is not None:
+                    self._hold_until = time.monotonic() + seconds
+                    return version
+                time.sleep(_STEP_SECONDS)
+        except NoAnswer as error:
             self.release()
-            raise Transient(
-                "does-not-hold", f"{self.name} did not reach a complete state in {timeout:.0f} s.", "Try again."
-            )
-        return self.state.version
+            said = f"{self.name} did not reach a complete state in {patience:.0f} s."
+            raise Transient("does-not-hold", said, "Try again.") from error
+
+    def _stands(self) -> Version | None:
+        """Return the version of the state that is kept while it is held; None within a state, which is ended first."""
+        return self.state.version if self._whole or self._resting else None
 
     def release(self) -> None:
         """Go on after `hold`."""
-        self._hold.clear()
-        self._held.clear()
+        self._hold_until = 0.0
 
     def stop(self) -> None:
         """Ask the thread to end after the batch in work."""
@@ -142,8 +160,9 @@ class Worker(threading.Thread):
             position = consumer.open(self.generation)
             known = position or Position()
             self._set(version=known.version, inexact=known.inexact)
-            if self.still:
-                self._rest(consumer)
+            if self._resting:
+                self._set(phase="stale" if self.still else "paused", error=None)
+                self._rest(consumer, lambda: self._resting)
                 return
             reader = self._reader(consumer, position)
             newest = reader.newest if isinstance(reader, Reader) else None
@@ -158,7 +177,7 @@ class Worker(threading.Thread):
     def _reader(self, consumer: Consumer, position: Position | None) -> Reader | FeedReader:
         group = f"{self.generation.consumer}.g{self.generation.number}"
         try:
-            return self._log.reader(consumer.tables, position, group)
+            return self._log.reader(consumer.tables, position, group, self._until)
         except Refused as error:
             if position is None or not position.loading or self.generation.live:
                 raise
@@ -171,9 +190,10 @@ class Worker(threading.Thread):
         mirrored = 0.0
         while not self._stopping.is_set():
             self._answer(consumer)
-            if self._hold.is_set() and self._whole:
-                self._held.set()
-                time.sleep(0.005)
+            if self._resting:
+                return
+            if self._whole and time.monotonic() < self._hold_until:
+                time.sleep(_STEP_SECONDS)
                 continue
             batch = reader.poll(_POLL_SECONDS if self._calls.empty() else 0.0)
             if batch is not None:
@@ -188,9 +208,12 @@ class Worker(threading.Thread):
                 reader.mirror()
                 mirrored = time.monotonic()
 
-    def _rest(self, consumer: Consumer) -> None:
-        while not self._stopping.wait(0.05 if self._calls.empty() else 0.0):
-            self._held.set()
+    @property
+    def _resting(self) -> bool:
+        return self.still or self.paused
+
+    def _rest(self, consumer: Consumer, resting: Callable[[], bool] = lambda: True) -> None:
+        while resting() and not self._stopping.wait(0.05 if self._calls.empty() else 0.0):
             self._answer(consumer)
 
     def _answer(self, consumer: Consumer) -> None:

@@ -88,7 +88,7 @@ def test_a_view_runs_is_killed_catches_up_and_is_rebuilt(
     (report,) = facts["consumers"]["plain"]
     assert (report["generation"], report["live"], report["lag"]["records"]) == (1, True, 0)
 
-    built = json.loads(headrace("rebuild", "plain", "--wait", "--no-verify", "--json").stdout)
+    built = json.loads(headrace("rebuild", "plain", "--wait", "--gate", "none", "--json").stdout)
     assert built["generation"] == 2
     assert [generation.live for generation in view.generations()] == [False, True]
     assert "live again" in headrace("rollback", "plain").stdout
@@ -114,13 +114,13 @@ def test_a_rebuild_that_is_killed_half_way_goes_on_where_it_was(
     await_live(settings, "halting")
     halt = settings.path("halt")
     halt.touch()
-    assert json.loads(headrace("rebuild", "halting", "--json").stdout) == {"generation": 2}
+    assert json.loads(headrace("rebuild", "halting", "--json").stdout) == {"name": "halting", "generation": 2}
     half = offsets_of_second(settings)
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     halt.unlink()
     runner(HALTING, **small)
-    assert json.loads(headrace("rebuild", "halting", "--wait", "--no-verify", "--json").stdout)["generation"] == 2
+    assert json.loads(headrace("rebuild", "halting", "--wait", "--gate", "none", "--json").stdout)["generation"] == 2
     whole = offsets_of_second(settings)
     assert 0 < len(half) < MANY
     assert whole == sorted(set(whole)), "nothing was read twice"

@@ -460,7 +460,7 @@ def test_new_code_leaves_the_live_view_readable_and_still(
     served = serve()
     feed.cut((ITEMS, 1, 11))
     report = served.await_phase(1, "stale")
-    assert "rebuild plain" in report.reason
+    assert report.reason == f"stale since 0/{first.version.lsn:X}, built by other code: run headrace rebuild plain"
     assert view.version(1) == first.version
     control = Control(Log(settings))
     assert control.ask("plain", "rebuild") == {"generation": 2}
@@ -592,7 +592,7 @@ def test_rows_that_may_be_newer_than_the_position_are_of_no_version(
     control, key = Control(Log(settings)), (ITEMS, '{"id":1}')
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(control.rows, "torn", 1, [key])
-        wait_for(lambda: not served.runner._workers[1]._calls.empty())
+        wait_for(lambda: not served.runner.generations.workers[1]._calls.empty())
         Torn.may.set()
         version, rows = asked.result()
     assert (version, rows[key].value["n"]) == (NOWHERE, 11)

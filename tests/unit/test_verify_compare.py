@@ -8,7 +8,7 @@ import pytest
 
 from headrace import codec
 from headrace.change import Snapshot
-from headrace.runner.runner import _just_before
+from headrace.runner.rows import _just_before
 from headrace_verify.compare import differing, same
 from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference, Excused, Expected, Ledger, Member
 from headrace_verify.postgres import Moment

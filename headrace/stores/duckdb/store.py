@@ -141,6 +141,12 @@ class DuckDBStore:
             ]
         return [row for rows in found for row in rows]
 
+    def count(self) -> dict[str, int]:
+        """Return how many rows each table of this generation has; nothing before its first state."""
+        with self._reading() as build:
+            known = build.tables if build.version != NOWHERE else {}
+            return {source: tables.count(self._cursor, table) for source, table in known.items()}
+
     @contextmanager
     def _writing(self) -> Iterator[Build]:
         with self._opened().writing(self._cursor):

@@ -181,6 +181,12 @@ def read(cursor: duckdb.DuckDBPyConnection, table: Table, after: str | None, lim
     return _select(cursor, table, f"WHERE {KEY} > $1 ORDER BY {KEY} LIMIT $2", [after or "", limit])
 
 
+def count(cursor: duckdb.DuckDBPyConnection, table: Table) -> int:
+    """Return how many rows it has."""
+    found = cursor.execute(f"SELECT count(*) FROM {table.path}").fetchall()
+    return int(found[0][0])
+
+
 def pick(cursor: duckdb.DuckDBPyConnection, table: Table, keys: Sequence[str]) -> list[ViewRow]:
     """Return those of the rows `keys` that there are, by key, in the log's form."""
     return _select(cursor, table, f"WHERE {KEY} IN (SELECT unnest($1::VARCHAR[]))", [list(keys)])

@@ -152,6 +152,11 @@ class ElasticsearchIndex:
         with errors():
             return self._search({"bool": {"must_not": [_INTERNAL], "filter": [{"ids": {"values": ids}}]}}, len(ids))
 
+    def count(self) -> dict[str, int]:
+        """Return how many documents readers see."""
+        with errors():
+            return {"": self._client.count(index=self._index, query=_VISIBLE)["count"]}
+
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id.
 

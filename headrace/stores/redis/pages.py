@@ -153,6 +153,11 @@ class RedisPages:
         with errors():
             return self._read(ids)
 
+    def count(self) -> dict[str, int]:
+        """Return how many pages readers see."""
+        with errors():
+            return {"": _Ids(self._page_ids()).count()}
+
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return pages as readers see them, by id. A scan lists the ids when it begins: Redis has no order."""
         start = after[1] if after else None
@@ -232,6 +237,10 @@ class _Ids:
         self._db = sqlite3.connect("", check_same_thread=False)
         self._db.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
         self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((id_,) for id_ in ids))
+
+    def count(self) -> int:
+        (found,) = self._db.execute("SELECT count(*) FROM ids").fetchone()
+        return int(found)
 
     def next(self, after: str | None, limit: int) -> list[str]:
         query = "SELECT id FROM ids WHERE id > ? ORDER BY id LIMIT ?"

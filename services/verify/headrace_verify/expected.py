@@ -70,6 +70,9 @@ class Expectation(Protocol):
     def made(self, found: Found) -> Made:
         """Return what the view should hold of it."""
 
+    def counted(self) -> dict[str, list[Table]]:
+        """Return the tables of which the view has a row or document for each row, by collection."""
+
     def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:
         """Return the columns and all rows of one of `keyless`, as the open snapshot has them."""
 
@@ -81,6 +84,17 @@ class Expectation(Protocol):
 
     def above(self, change: Change) -> Iterator[tuple[str, str]]:
         """Yield the joined rows to which the changed row is joined by what it says itself, as (table, log's key)."""
+
+
+def count(expectation: Expectation, connection: Connection) -> dict[str, int]:
+    """Return how many rows or documents a view should hold, by collection, as the open snapshot has it."""
+    found: dict[str, int] = {}
+    for collection, tables in expectation.counted().items():
+        for table in tables:
+            query = sql.SQL("SELECT count(*) FROM {}").format(table.identifier)
+            row = connection.execute(query).fetchone()
+            found[collection] = found.get(collection, 0) + (row[0] if row else 0)
+    return found
 
 
 def everything(expectation: Expectation, connection: Connection) -> Iterator[Made]:
@@ -177,6 +191,10 @@ class Rows:
         key = key_of(table, row)
         return Made(Expected(table.name, key, (table.name, key), row))
 
+    def counted(self) -> dict[str, list[Table]]:
+        """See `Expectation.counted`."""
+        return {table.name: [table] for table in (*self._tables, *self._keyless.values())}
+
     def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:
         """See `Expectation.without_key`."""
         table = self._keyless[collection]
@@ -259,6 +277,10 @@ class Documents:
             if not isinstance(join, One) and join.table == change.table and change.row is not None:
                 values = [change.row.get(column) for column in join.by]
                 yield document, level, dict(zip(self._keys[level.table], values, strict=True))
+
+    def counted(self) -> dict[str, list[Table]]:
+        """See `Expectation.counted`: a root row for which `render` returns no document is not known here."""
+        return {"": [self._tables[document.table] for document in self._consumer.documents]}
 
     def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:  # noqa: ARG002  see there
         """See `Expectation.without_key`: a document has a key always."""

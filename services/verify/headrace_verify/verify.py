@@ -21,15 +21,16 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from headrace.change import Checkpoint, Version, format_lsn
+from headrace.change import NOWHERE, Checkpoint, Version, format_lsn
 from headrace.consumer import Consumer
 from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
+from headrace_verify.counts import Counted, drift
 from headrace_verify.deciding import Deciding, Progress
 from headrace_verify.excuses import Take, excuse
-from headrace_verify.expected import Expectation, Shapes, everything, expectation
+from headrace_verify.expected import Expectation, Shapes, count, everything, expectation
 from headrace_verify.ledger import Difference, Ledger
 from headrace_verify.multiset import Multiset
 from headrace_verify.postgres import Connection, Moment, connect, moment, published
@@ -110,6 +111,34 @@ class Verifier:
                     view.close()
                 raise
 
+    def count(self, consumers: dict[str, type[Consumer]], generation: int | None = None) -> Iterator[Counted]:
+        """Yield how many rows each view has, and should have by the same snapshot. Arguments and errors are those of `verify`."""
+        views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
+        with closing(connect(self._log.settings)) as connection, _postgres_errors():
+            before = self._checkpoint()
+            with moment(connection) as now:
+                made = {name: self._expectation(connection, consumer, name) for name, consumer in consumers.items()}
+                counts = {name: count(expected, connection) for name, expected in made.items()}
+            for name, expected in made.items():
+                yield self._counted(views[name], expected, counts[name], now, before)
+
+    def _counted(
+        self, view: Report, expected: Expectation, rows: dict[str, int], now: Moment, before: Checkpoint
+    ) -> Counted:
+        """Count a view; what was logged since the snapshot is looked at first, and all that was logged only if that is not enough (S7)."""
+        version, found = NOWHERE, dict[str, int]()
+        while version == NOWHERE:  # it is not certain which state it is
+            self._await(view.name, view.generation, Version(before.version.epoch, now.lsn))
+            version, found = self._control.counts(view.name, view.generation)
+        tables = {collection: [table.name for table in of] for collection, of in expected.counted().items()}
+        for since in (before.ends, {}):
+            more = drift(self._log, tables, now, since, version)
+            wanted = {collection: count + more[collection] for collection, count in rows.items()}
+            counted = Counted(view.name, view.generation, version, wanted, found)
+            if not counted.differing:
+                break
+        return counted
+
     def _outcome(self, connection: Connection, view: View, now: Moment, before: Checkpoint) -> Outcome:
         self._compare(view, now, before)
         deciding = Deciding(self._log, self._control, connection, view, self._progress, self._timeout)
@@ -160,7 +189,7 @@ class Verifier:
     # Comparing
 
     def _compare(self, view: View, now: Moment, before: Checkpoint) -> None:
-        self._await(view, Version(before.version.epoch, now.lsn))
+        self._await(view.name, view.generation, Version(before.version.epoch, now.lsn))
         ledger = view.ledger
         total = ledger.count() + view.multiset.count()
         for done, row in enumerate(self._control.scan(view.name, view.generation, self._timeout)):
@@ -174,21 +203,21 @@ class Verifier:
             ledger.note(difference)
         excuse(self._log, view.expected, [Take(now, ledger)], before)
 
-    def _await(self, view: View, wanted: Version) -> None:
+    def _await(self, name: str, generation: int, wanted: Version) -> None:
         """Wait until readers of the view see everything up to X."""
         deadline = time.monotonic() + self._timeout
         while True:
-            found = [r for r in self._control.running(view.name) if r.generation == view.generation]
+            found = [r for r in self._control.running(name) if r.generation == generation]
             if found and found[0].version >= wanted:
                 return
             if not found:
-                said = f"Generation {view.generation} of {view.name} is gone."
+                said = f"Generation {generation} of {name} is gone."
                 raise Misconfigured("no-live-generation", said, "Run verify again.")
             _check_running(found[0])
             if time.monotonic() > deadline:
-                said = f"{view.name} is at {found[0].version}, Postgres at {wanted}, after {self._timeout:.0f} s."
+                said = f"{name} is at {found[0].version}, Postgres at {wanted}, after {self._timeout:.0f} s."
                 raise Transient("view-behind", said, "See: headrace status")
-            self._progress(f"{view.name}: waiting for {format_lsn(wanted.lsn)}", 0, 0)
+            self._progress(f"{name}: waiting for {format_lsn(wanted.lsn)}", 0, 0)
             time.sleep(_POLL_SECONDS)
 
     # Rows without a key
@@ -202,7 +231,7 @@ class Verifier:
             view.multiset.clear(unsure)
             with moment(connection) as later:
                 self._expect(connection, view, unsure)
-            self._await(view, Version(before.version.epoch, later.lsn))
+            self._await(view.name, view.generation, Version(before.version.epoch, later.lsn))
             for row in self._control.scan(view.name, view.generation, self._timeout):
                 if row.collection in unsure:
                     view.multiset.hold(row.collection, row.key, row.value)

@@ -1,0 +1,105 @@
+"""What `rebuild --wait` does between the first word and the promotion: it waits, and holds the build against Postgres."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from importlib.metadata import entry_points
+
+import typer
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from headrace import plugins
+from headrace.cli.show import err, out, seconds
+from headrace.control import Control, Report
+from headrace.errors import CHECK_FAILED, Misconfigured
+
+_LOOK_SECONDS = 0.5
+
+
+class Gate(StrEnum):
+    """What a build must pass before readers get it."""
+
+    VERIFY = "verify"
+    COUNTS = "counts"
+    NONE = "none"
+
+
+def wait(control: Control, building: Mapping[str, int], *, quiet: bool) -> None:
+    """Wait until the generations have caught up; show how far each is, and how long it will take.
+
+    Raises:
+        Misconfigured: `consumer-not-running`, `view-paused`, and what stopped a build.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
+    with Progress(*columns, console=out, disable=quiet or not out.is_terminal) as progress:
+        bars = {name: _Bar(progress, name, number) for name, number in building.items()}
+        while True:
+            caught_up = [bar.show(control.running(name)) for name, bar in bars.items()]
+            if all(caught_up):
+                return
+            time.sleep(_LOOK_SECONDS)
+
+
+class _Bar:
+    """One build's line."""
+
+    def __init__(self, progress: Progress, name: str, number: int) -> None:
+        self._progress = progress
+        self._number = number
+        self._task: TaskID = progress.add_task(f"{name} g{number}", total=None, left="")
+        self._most = 1
+
+    def show(self, reports: Sequence[Report]) -> bool:
+        """Show how far the build is; return whether it has caught up."""
+        report = next((report for report in reports if report.generation == self._number), None)
+        if report is None:
+            return False
+        if _ready(report):
+            self._progress.update(self._task, total=1, completed=1, left="caught up")
+            return True
+        records = report.lag[0]
+        self._most = max(self._most, records)
+        done, total = report.progress if report.progress[1] else (self._most - records, self._most)
+        estimate = f", {seconds(report.eta)} left" if report.eta >= 0 else ""
+        self._progress.update(
+            self._task, total=total, completed=done, left=f"{report.phase}, {records} records{estimate}"
+        )
+        return False
+
+
+def _ready(report: Report) -> bool:
+    if report.phase == "stopped":
+        raise Misconfigured(report.code, f"The build has stopped: {report.reason}", report.remedy)
+    if report.phase == "paused":
+        raise Misconfigured("view-paused", f"{report.name} is paused.", f"Run: headrace resume {report.name}")
+    return report.phase in {"following", "live"}
+
+
+def check(building: Mapping[str, int], gate: Gate, files: Sequence[str], *, quiet: bool) -> None:
+    """Have each generation compared with Postgres; exit when one differs, or when that could not be found out.
+
+    Raises:
+        Misconfigured: `no-verify`.
+    """
+    if gate is Gate.NONE:
+        return
+    if not entry_points(group="headrace.commands", name="verify"):
+        raise Misconfigured(
+            "no-verify", "The command `verify` is not installed here.", "Install headrace-verify, or use --gate none."
+        )
+    of_name = {plugins.load_file(file)[0]: ["--consumer", file] for file in files}
+    counts = ["--counts"] if gate is Gate.COUNTS else []
+    for name, number in building.items():
+        command = [sys.executable, "-m", "headrace", "verify", name, "--generation", str(number)]
+        # Its table is for people: with --json this command's stdout is one document.
+        code = subprocess.run(
+            [*command, *counts, *of_name.get(name, [])], check=False, stdout=sys.stderr if quiet else None
+        ).returncode
+        if code:
+            why = "differs from Postgres" if code == CHECK_FAILED else "could not be compared with Postgres"
+            err.print(f"[red]generation {number} of {name} {why}; nothing was promoted[/red]")
+            raise typer.Exit(code)

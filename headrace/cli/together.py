@@ -1,0 +1,55 @@
+"""Several views promoted at one L, one after the other (S24).
+
+Each runner is asked twice. First all live generations are held, and L is the highest state at which one of them stands; then each new
+generation reaches L and its store's pointer moves. So no view's old generation has shown anything beyond L, and no new one shows anything
+before it. Whoever fails or dies between leaves nothing held: a hold ends by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from headrace.change import Version
+from headrace.control import Control
+from headrace.errors import HeadraceError
+
+_SECONDS = 120.0
+
+
+def promote(control: Control, wanted: Mapping[str, int | None]) -> list[dict[str, Any]]:
+    """Promote one generation of each view, the newest when None; return for each its name, generation and version.
+
+    Raises:
+        HeadraceError: what a runner refuses it with; with several views it says which of them stands where.
+    """
+    if len(wanted) == 1:
+        ((name, number),) = wanted.items()
+        return [{"name": name} | control.ask(name, "promote", {"generation": number}, _SECONDS)]
+    held: dict[str, dict[str, Any]] = {}
+    done: list[dict[str, Any]] = []
+    try:
+        for name, number in wanted.items():
+            held[name] = control.ask(name, "hold", {"generation": number}, _SECONDS)
+        at = max(Version(*each["version"]) for each in held.values())
+        for name in wanted:
+            args = {"generation": held[name]["generation"], "at": list(at)}
+            done.append({"name": name} | control.ask(name, "promote", args, _SECONDS))
+    except HeadraceError as error:
+        left = list(wanted)[len(done) :]
+        for name in left:
+            with suppress(HeadraceError):
+                control.ask(name, "release")
+        raise _half_way(error, done, left) from error
+    return done
+
+
+def _half_way(error: HeadraceError, done: list[dict[str, Any]], left: list[str]) -> HeadraceError:
+    """Return the error with where each view stands."""
+    stand = [f"{each['name']}: generation {each['generation']} is live." for each in done]
+    stand += [f"{name}: not promoted." for name in left]
+    if error.code in {"no-answer", "worker-busy"}:  # who did not answer may yet have done it
+        stand[len(done)] = f"{left[0]}: see headrace status {left[0]}."
+    again = f"{error.remedy} Then: headrace promote {' '.join(left)}".strip()
+    return type(error)(error.code, " ".join([error.message, *stand]), again)

@@ -1,0 +1,182 @@
+"""The generations of one consumer: which the store holds, which is live, and the worker that serves each."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoAnswer
+from typing import Any
+
+from headrace.change import Version
+from headrace.consumer import Consumer, Generation, no_progress
+from headrace.control import Control
+from headrace.errors import Misconfigured, Transient
+from headrace.fingerprint import fingerprint
+from headrace.log import Log
+from headrace.runner.worker import Worker
+
+PAUSED, DROPPED = "paused", "dropped"
+CALL_SECONDS = 120.0
+_STANDING = "standing"
+
+
+class Generations:
+    """What one process has of a view.
+
+    Attributes:
+        workers: By number; all that the store holds, and those that are being begun.
+        standing: What somebody asked the view to stay: PAUSED or DROPPED, until asked otherwise; else empty. It is a record of
+            control, so that it outlives this process.
+        reporting: Held while what the workers say is written, so that nothing is said of a generation that is gone.
+    """
+
+    def __init__(self, log: Log, control: Control, name: str, consumer: type[Consumer]) -> None:
+        """Prepare; the first `look` begins."""
+        self.name = name
+        self.workers: dict[int, Worker] = {}
+        self.standing = ""
+        self.make: Callable[[], Consumer] = lambda: _made(consumer, log, name)
+        self.fingerprint = fingerprint(consumer)
+        self._log = log
+        self._control = control
+        self.reporting = threading.Lock()
+        self._store = self.make()
+        self._remembers = False
+        self._first: Future[None] | None = None
+
+    def look(self) -> None:
+        """Look at the store, and begin what is missing: the first build too, unless the view is to stay dropped."""
+        if not self._remembers:
+            (kept,) = self._control.kept(self.name, _STANDING)
+            self.standing = kept.get("", {}).get("phase", "")
+            self._remembers = True
+        held = {generation.number: generation for generation in self._store.generations()}
+        if self.standing == DROPPED:
+            self.drop_all()
+            return
+        if not held and not self.workers:
+            number = self.next()
+            held = {number: Generation(self.name, number, self.fingerprint)}
+        for number, generation in held.items():
+            if number in self.workers:
+                self.workers[number].generation = generation
+            else:
+                self.begin(generation)
+        if held and not any(generation.live for generation in held.values()):
+            self._promote_first()
+
+    def _promote_first(self) -> None:
+        """Promote the newest generation that shows a state, when none is live: the first build, or after a wipe."""
+        ready = [worker for worker in self.workers.values() if worker.state.exact and not worker.still]
+        if ready and (self._first is None or self._first.done()):
+            newest = max(ready, key=lambda worker: worker.generation.number)
+            self._first = newest.call(lambda consumer: consumer.promote())
+
+    def stay(self, phase: str) -> None:
+        """Let the view stay so, also after a restart; empty: let it go on. A paused one stands when this returns.
+
+        Raises:
+            Transient: `kafka-away`, `worker-busy`.
+        """
+        self._control.keep(self.name, _STANDING, {"phase": phase} if phase else None)
+        self.standing = phase
+        for worker in self.workers.values():
+            worker.paused = phase == PAUSED
+            if worker.paused and worker.state.phase not in {"stopped", "waiting"}:
+                self.wait_for(worker, lambda _consumer: None)
+
+    # Which
+
+    def next(self) -> int:
+        """Return the number of a new generation; when there is none, the one after what was reported last."""
+        reported = [report.generation for report in self._control.reports().get(self.name, [])]
+        return 1 + max(self.workers or reported, default=0)
+
+    def live(self) -> Worker | None:
+        """Return the worker of the generation that readers see."""
+        return next((worker for worker in self.workers.values() if worker.generation.live), None)
+
+    def worker(self, number: int | None) -> Worker:
+        """Return the worker of a generation, of the live one when None. Raises Misconfigured: `no-such-generation`."""
+        worker = self.live() if number is None else self.workers.get(number)
+        if worker is None:
+            wanted = "no live generation" if number is None else f"no generation {number}"
+            raise Misconfigured("no-such-generation", f"{self.name} has {wanted}.", "See: headrace status")
+        return worker
+
+    # Beginning and ending
+
+    def begin(self, generation: Generation) -> Worker:
+        """Serve a generation; one of other code stays still."""
+        worker = Worker(self._log, self.make, generation, still=generation.fingerprint != self.fingerprint)
+        worker.paused = self.standing == PAUSED
+        self.workers[generation.number] = worker
+        worker.start()
+        return worker
+
+    def end(self, worker: Worker) -> None:
+        """Serve a generation no more."""
+        worker.stop()
+        worker.join(CALL_SECONDS)
+
+    def drop(self, number: int) -> None:
+        """Drop a generation by its worker; one that has stopped answers nothing any more, so its store is opened anew."""
+        worker = self.worker(number)
+        if worker.state.phase != "stopped":
+            self.wait_for(worker, lambda consumer: consumer.drop())
+            self.end(worker)
+        else:
+            self.end(worker)
+            for generation in self._store.generations():
+                if generation.number == number:
+                    self._drop_unserved(generation)
+        self.forget(number)
+
+    def drop_all(self) -> None:
+        """Drop what there is, the live one last: killed half way it leaves readers what they had."""
+        for number in sorted(self.workers, key=lambda number: self.workers[number].generation.live):
+            self.drop(number)
+        for generation in sorted(self._store.generations(), key=lambda generation: generation.live):
+            self._drop_unserved(generation)
+            self.forget(generation.number)
+
+    def _drop_unserved(self, generation: Generation) -> None:
+        consumer = self.make()
+        try:
+            consumer.open(generation)
+            consumer.drop()
+        finally:
+            consumer.close()
+
+    def forget(self, number: int) -> None:
+        """Take away what was said of a generation."""
+        with self.reporting:
+            self.workers.pop(number, None)
+            self._control.forget(self.name, number)
+
+    def wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
+        """Return what `function(consumer)` returns in the worker's thread. Raises Transient: `worker-busy`."""
+        try:
+            return worker.call(function).result(CALL_SECONDS)
+        except NoAnswer as error:
+            raise Transient(
+                "worker-busy", f"{worker.name} is busy ({worker.state.phase}).", "Try again; see headrace status"
+            ) from error
+
+
+def reach(worker: Worker, version: Version, seconds: float) -> bool:
+    """Wait until a generation shows a state; return whether it does. One that stands still is not waited for."""
+    deadline = time.monotonic() + seconds
+    while worker.state.version < version:
+        if worker.still or worker.paused or time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def _made(consumer: type[Consumer], log: Log, name: str) -> Consumer:
+    made = consumer(log.settings, name)
+    made.progress = no_progress
+    return made

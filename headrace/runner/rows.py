@@ -1,0 +1,96 @@
+"""Rows of a view for who asks: a scan page by page, or single rows; the worker reads on between them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+from headrace.consumer import Consumer, Cursor, ViewRow
+from headrace.control import PAGE_BYTES, Control, Request
+from headrace.runner.generations import Generations
+from headrace.runner.worker import Worker, as_ours
+
+_FIRST_ROWS, _MOST_ROWS = 10, 500
+_COUNTED_ROWS = 5000
+
+
+class Rows:
+    """Answers `scan`, `rows` and `count` for one consumer."""
+
+    def __init__(self, generations: Generations, control: Control) -> None:
+        """Send rows of these generations."""
+        self._generations = generations
+        self._control = control
+
+    def scan(self, request: Request) -> dict[str, Any]:
+        """Begin to send every row of a generation."""
+        worker = self._generations.worker(request.args.get("generation"))
+        self._send_page(worker, request, None, _FIRST_ROWS)
+        return {"rows": request.id, "generation": worker.generation.number}
+
+    def some(self, request: Request) -> dict[str, Any]:
+        """Send single rows by their keys, and answer the version of the state that they are, NOWHERE when that is not certain."""
+        worker = self._generations.worker(request.args.get("generation"))
+        keys = request.args["keys"]
+        rows, version = self._generations.wait_for(
+            worker, lambda consumer: (_named(consumer, keys), worker.state.shown)
+        )
+        self._control.send_rows(request, rows, last=True)
+        return {"rows": request.id, "version": list(version)}
+
+    def count(self, request: Request) -> dict[str, Any]:
+        """Answer how many rows each collection has, and the version of the state that was counted, as `some` does."""
+        worker = self._generations.worker(request.args.get("generation"))
+        counts, version = self._generations.wait_for(worker, lambda consumer: (_counted(consumer), worker.state.shown))
+        return {"counts": counts, "version": list(version)}
+
+    def _send_page(self, worker: Worker, request: Request, after: Cursor | None, limit: int) -> None:
+        """Queue the next rows of a scan; whatever becomes of them is told to who reads them."""
+        sent = worker.call(lambda consumer: self._page(worker, consumer, request, after, limit))
+        sent.add_done_callback(lambda done: self._tell_failure(request, done))
+
+    def _page(self, worker: Worker, consumer: Consumer, request: Request, after: Cursor | None, limit: int) -> None:
+        """Send some rows and queue the next, so that the worker reads on between them: fewer at once where rows are large."""
+        rows = consumer.scan(after, limit)
+        size = self._control.send_rows(request, rows, last=len(rows) < limit)
+        if len(rows) == limit:
+            fit = PAGE_BYTES * limit // max(size, 1)
+            last = (rows[-1].collection, rows[-1].key)
+            self._send_page(worker, request, last, min(max(fit, 1), _MOST_ROWS))
+
+    def _tell_failure(self, request: Request, done: Future[None]) -> None:
+        error = done.exception()
+        if error is not None:
+            self._control.break_off(request, as_ours(error, self._generations.name))
+
+
+def _named(consumer: Consumer, keys: list[tuple[str, str]]) -> list[ViewRow]:
+    """Return the rows of some keys: by the consumer's own `get`, else by a scan from just before each."""
+    if get := getattr(consumer, "get", None):
+        return list(get(keys))
+    found = [row for collection, key in keys for row in consumer.scan((collection, _just_before(key)), 1)]
+    wanted = {(collection, key) for collection, key in keys}
+    return [row for row in found if (row.collection, row.key) in wanted]
+
+
+def _counted(consumer: Consumer) -> dict[str, int]:
+    """Return how many rows each collection has: by the consumer's own `count`, else by a scan."""
+    if count := getattr(consumer, "count", None):
+        return dict(count())
+    counts: dict[str, int] = {}
+    rows = consumer.scan(None, _COUNTED_ROWS)
+    while rows:
+        for row in rows:
+            counts[row.collection] = counts.get(row.collection, 0) + 1
+        rows = consumer.scan((rows[-1].collection, rows[-1].key), _COUNTED_ROWS)
+    return counts
+
+
+def _just_before(key: str) -> str:
+    """Return a text that sorts before `key`, and after every key that does."""
+    last = max(ord(key[-1:] or "\0") - 1, 0)
+    last = _LAST_BEFORE_SURROGATES if _LAST_BEFORE_SURROGATES < last < _FIRST_AFTER_SURROGATES else last
+    return f"{key[:-1]}{chr(last)}\U0010ffff" if key else key
+
+
+_LAST_BEFORE_SURROGATES, _FIRST_AFTER_SURROGATES = 0xD7FF, 0xE000

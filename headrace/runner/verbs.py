@@ -1,0 +1,197 @@
+"""What may be asked of the generations of one consumer: rebuild, promote, roll back, drop, pause.
+
+Several views meet at one L by two requests each, of whoever promotes them (`headrace.cli.together`): ``hold`` stops the live generation and
+answers where it stands, and with the highest of these as L ``promote`` lets the new one reach L before the pointer moves. A hold ends by
+itself, so that nothing stays held when the asker dies; who promotes after that is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from headrace.change import NOWHERE, Version
+from headrace.consumer import Generation
+from headrace.control import Request
+from headrace.errors import Misconfigured, Refused, Transient
+from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, reach
+from headrace.runner.worker import Worker
+
+_PATIENCE_SECONDS = 30.0
+HOLD_SECONDS = 60.0
+"""How long a view stands when it is held for somebody, who may ask again meanwhile."""
+
+Answer = dict[str, Any]
+
+
+class Verbs:
+    """Carries out what is asked of one consumer's generations."""
+
+    def __init__(self, generations: Generations, told: Callable[[], None]) -> None:
+        """Call `told` when readers see another generation."""
+        self._generations = generations
+        self._told = told
+        self.verbs: dict[str, Callable[[Request], Answer]] = {
+            "rebuild": self._rebuild,
+            "hold": self._hold,
+            "release": self._release,
+            "promote": self._promote,
+            "rollback": self._rollback,
+            "drop": self._drop,
+            "pause": lambda _request: self._stay(PAUSED),
+            "resume": self._resume,
+        }
+
+    @property
+    def _name(self) -> str:
+        return self._generations.name
+
+    # Building
+
+    def _rebuild(self, _request: Request) -> Answer:
+        """Begin the next generation, or go on with the one that is being built, also when it has stopped.
+
+        Only one that may not go on, because its position makes no sense, is left as it is.
+        """
+        made = self._generations
+        if made.standing == PAUSED:
+            raise Misconfigured("view-paused", f"{self._name} is paused.", f"Run: headrace resume {self._name}")
+        if made.standing == DROPPED:
+            made.stay("")
+        live = made.live()
+        newest = max(made.workers, default=0)
+        building = made.workers.get(newest)
+        if building is None or building is live or building.still or (live and newest < live.generation.number):
+            building = made.begin(Generation(self._name, made.next(), made.fingerprint))
+        elif building.state.phase == "stopped":
+            made.end(building)
+            refused = isinstance(building.state.error, Refused)
+            building = made.begin(replace(building.generation, number=made.next() if refused else newest))
+        return {"generation": building.generation.number}
+
+    # Which one readers see
+
+    def _hold(self, request: Request) -> Answer:
+        """Stop the live generation, for a promotion of the one that is asked for, or at where readers of it are compared."""
+        live = self._generations.live()
+        target = live if request.args.get("compare") else self._newer(request)
+        if target is None:
+            raise Misconfigured("no-such-generation", f"{self._name} has no live generation.", "See: headrace status")
+        if target is not live:
+            _check_caught_up(target)
+        return {"generation": target.generation.number, "version": list(_held(live, HOLD_SECONDS))}
+
+    def _release(self, _request: Request) -> Answer:
+        live = self._generations.live()
+        if live is not None:
+            live.release()
+        return {}
+
+    def _promote(self, request: Request) -> Answer:
+        at = Version(*request.args.get("at") or NOWHERE)
+        return self._switch(self._newer(request), at)
+
+    def _newer(self, request: Request) -> Worker:
+        live = self._generations.live()
+        number = request.args.get("generation")
+        newer = [n for n in self._generations.workers if live is None or n > live.generation.number]
+        if number is None and not newer:
+            raise Misconfigured(
+                "nothing-to-promote", f"{self._name} has no newer generation.", f"Run: headrace rebuild {self._name}"
+            )
+        return self._generations.worker(number or max(newer))
+
+    def _rollback(self, request: Request) -> Answer:
+        live = self._generations.worker(None)
+        older = [n for n in self._generations.workers if n < live.generation.number]
+        if not older:
+            raise Misconfigured(
+                "nothing-to-roll-back-to",
+                f"{self._name} has no generation before {live.generation.number}.",
+                "See: headrace status",
+            )
+        return self._switch(self._generations.workers[max(older)], stale=bool(request.args.get("stale")))
+
+    def _switch(self, target: Worker, at: Version = NOWHERE, *, stale: bool = False) -> Answer:
+        """Move the store's pointer so that no reader goes back in time: the old one stops at L, the new one reaches L (S24).
+
+        With several views L is `at`, the highest of those where they stopped: no old one has shown more, no new one shows less.
+        """
+        live = self._generations.live()
+        try:
+            if live is not target:
+                _check_caught_up(target)
+                if not stale:
+                    self._meet(live, target, at)
+                self._generations.wait_for(target, lambda consumer: consumer.promote())
+        finally:
+            if live is not None:
+                live.release()
+        self._told()
+        return {"generation": target.generation.number, "version": list(target.state.version)}
+
+    def _meet(self, live: Worker | None, target: Worker, at: Version) -> None:
+        held = _held(live, 2 * CALL_SECONDS)
+        if at != NOWHERE and held > at:
+            said = (
+                f"{self._name} went on to {held}: it was held for {HOLD_SECONDS:.0f} s, or its process started again."
+            )
+            raise Transient("hold-ended", said, "Promote them again.")
+        wanted = max(held, at)
+        if not reach(target, wanted, _PATIENCE_SECONDS):
+            raise Misconfigured(
+                "generation-behind",
+                f"{target.name} is at {target.state.version}, readers have seen {wanted}: they would go back in time.",
+                f"Run: headrace resume {self._name}"
+                if target.paused
+                else "Use rollback --stale to accept that, or rebuild.",
+            )
+
+    # Standing still, and going
+
+    def _stay(self, phase: str) -> Answer:
+        if self._generations.standing == DROPPED:
+            raise Misconfigured(
+                "no-such-generation", f"{self._name} is dropped.", f"Run: headrace rebuild {self._name}"
+            )
+        self._generations.stay(phase)
+        return {"name": self._name, "paused": phase == PAUSED}
+
+    def _resume(self, _request: Request) -> Answer:
+        return self._stay("")
+
+    def _drop(self, request: Request) -> Answer:
+        made = self._generations
+        if request.args.get("all"):
+            dropped = sorted(made.workers)
+            made.stay(DROPPED)
+            made.drop_all()
+            return {"dropped": dropped}
+        live = made.live()
+        number = request.args.get("generation")
+        if live is not None and number == live.generation.number:
+            said = f"Generation {number} of {self._name} is live."
+            raise Misconfigured("drops-the-live-one", said, "Promote another first, or drop the view: --all.")
+        if number is None and live is None:
+            said = f"{self._name} has no live generation to keep."
+            raise Misconfigured("no-such-generation", said, "Name the generation to drop.")
+        wanted = [number] if number is not None else [n for n in made.workers if live and n < live.generation.number]
+        for each in wanted:
+            made.drop(each)
+        return {"dropped": wanted}
+
+
+def _check_caught_up(target: Worker) -> None:
+    if not target.state.exact:
+        said = f"{target.name} is still {target.state.phase}."
+        raise Misconfigured("not-caught-up", said, "Wait; headrace status --watch shows it.")
+
+
+def _held(live: Worker | None, seconds: float) -> Version:
+    """Stop the live generation for so long; return where it stands, NOWHERE when there is none."""
+    if live is None:
+        return NOWHERE
+    if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
+        return live.hold(seconds, _PATIENCE_SECONDS)
+    return live.state.version

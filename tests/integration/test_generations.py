@@ -1,0 +1,333 @@
+"""Several views promoted at one L; views that stand still, or are gone; gates; new code held against what runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import orjson
+import pytest
+from typer.testing import CliRunner, Result
+
+from headrace.change import Version
+from headrace.cli import app, together
+from headrace.control import Control, Report
+from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.log import Log
+from headrace.runner import verbs
+from headrace.settings import Settings, environment
+from tests.fixtures import ticks
+from tests.fixtures.capture import capturing, eventually, prepare
+from tests.fixtures.feed import ITEMS, Feed
+from tests.fixtures.plain import Loses, Plain
+from tests.fixtures.serving import await_live, serving
+
+KEY = '{"id":1}'
+PLAIN = Path(__file__).parents[1] / "fixtures" / "plain.py"
+
+
+class Switch(NamedTuple):
+    """A promotion: what readers had seen of the view at most, and what they see at least afterwards."""
+
+    name: str
+    before: Version
+    after: Version
+
+
+class Noted(Plain):
+    """A view in a file of its own, that notes its promotions; `refuses` are those of whose store the pointer does not move."""
+
+    switches: ClassVar[list[Switch]] = []
+    refuses: ClassVar[set[str]] = set()
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        super().__init__(settings, name)
+        self._path = settings.path(f"{name}.sqlite")
+
+    def promote(self) -> None:
+        if self._number > 1:
+            if self.name in self.refuses:
+                raise Misconfigured("stuck", "The pointer is stuck.", "Free it.")
+            live = next(generation.number for generation in self.generations() if generation.live)
+            self.switches.append(Switch(self.name, self.version(live), self.version(self._number)))
+        super().promote()
+
+
+@pytest.fixture
+def feed(settings: Settings) -> Feed:
+    return Feed(settings)
+
+
+@pytest.fixture
+def two(feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Control]:
+    """Two views, each in a process of its own, with a second generation each that follows."""
+    monkeypatch.setattr(Noted, "switches", [])
+    monkeypatch.setattr(Noted, "refuses", set())
+    feed.cut((ITEMS, 1, 0))
+    with ExitStack() as processes:
+        controls = [processes.enter_context(serving(settings, **{name: Noted})) for name in ("one", "other")]
+        await_live(controls[0], "one", "other")
+        for name in ("one", "other"):
+            assert controls[0].ask(name, "rebuild") == {"generation": 2}
+            await_phase(controls[0], name, 2, "following")
+        yield controls[0]
+
+
+def report(control: Control, name: str, number: int) -> Report:
+    found = [report for report in control.reports().get(name, []) if report.generation == number]
+    return found[0] if found else Report(name, number, phase="none")
+
+
+def await_phase(control: Control, name: str, number: int, phase: str) -> Report:
+    eventually(f"{name} g{number} is {phase}", lambda: report(control, name, number).phase == phase)
+    return report(control, name, number)
+
+
+def await_version(control: Control, name: str, version: Version) -> None:
+    """Wait until both generations of a view have gone on to a state."""
+    eventually(f"{name} goes on", lambda: all(report(control, name, number).version == version for number in (1, 2)))
+
+
+@contextmanager
+def writing(feed: Feed) -> Iterator[None]:
+    """Count row 1 up until the end."""
+    stopping = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stopping.is_set():
+            number += 1
+            feed.cut((ITEMS, 1, number))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join(60)
+
+
+def command(settings: Settings, *words: str) -> Result:
+    return CliRunner().invoke(app, words, env=environment(settings) | {"COLUMNS": "200"})
+
+
+def test_two_views_are_promoted_at_one_lsn(two: Control, feed: Feed, settings: Settings) -> None:
+    """There is an L beyond which no old generation was shown, and before which no new one is."""
+    with writing(feed):
+        eventually(
+            "both have moved", lambda: all(report(two, name, 1).version > Version(1, 200) for name in ("one", "other"))
+        )
+        ended = command(settings, "promote", "one", "other", "--json")
+    assert ended.exit_code == 0, ended.output
+    assert [(each["name"], each["generation"]) for each in orjson.loads(ended.stdout)] == [("one", 2), ("other", 2)]
+    assert [switch.name for switch in Noted.switches] == ["one", "other"]
+    assert max(switch.before for switch in Noted.switches) <= min(switch.after for switch in Noted.switches)
+    last = feed.cut((ITEMS, 1, -1))
+    for name in ("one", "other"):
+        await_version(two, name, last.version)
+
+
+def test_a_failure_half_way_says_where_each_view_stands_and_leaves_nothing_held(
+    two: Control, feed: Feed, settings: Settings
+) -> None:
+    Noted.refuses.add("other")
+    with pytest.raises(Misconfigured, match="one: generation 2 is live") as failed:
+        together.promote(two, {"one": None, "other": None})
+    assert failed.value.message.endswith("other: not promoted.")
+    assert (failed.value.code, failed.value.remedy) == ("stuck", "Free it. Then: headrace promote other")
+    Noted.refuses.clear()
+    last = feed.cut((ITEMS, 1, 7))
+    for name in ("one", "other"):
+        await_version(two, name, last.version)
+    assert [generation.live for generation in Noted(settings, "one").generations()] == [False, True]
+    assert [generation.live for generation in Noted(settings, "other").generations()] == [True, False]
+    assert command(settings, "promote", "other").exit_code == 0
+
+
+def test_one_that_cannot_be_promoted_is_found_before_any_pointer_moves(two: Control, feed: Feed) -> None:
+    two.ask("other", "drop", {"generation": 2})
+    with pytest.raises(Misconfigured, match="one: not promoted") as failed:
+        together.promote(two, {"one": None, "other": None})
+    assert failed.value.code == "nothing-to-promote"
+    assert Noted.switches == []
+    last = feed.cut((ITEMS, 1, 7))
+    await_version(two, "one", last.version)
+
+
+def test_who_dies_between_hold_and_promote_leaves_nothing_held(
+    two: Control, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verbs, "HOLD_SECONDS", 1.0)
+    stood = Version(*two.ask("one", "hold")["version"])
+    last = feed.cut((ITEMS, 1, 7))
+    eventually("the new generation goes on", lambda: report(two, "one", 2).version == last.version)
+    assert stood < last.version
+    eventually("the old one too, by itself", lambda: report(two, "one", 1).version == last.version)
+    with pytest.raises(Transient) as late:
+        two.ask("one", "promote", {"at": list(stood)})
+    assert late.value.code == "hold-ended"
+    assert two.ask("one", "promote")["generation"] == 2
+
+
+def test_a_held_view_shows_nothing_newer_until_it_is_released(two: Control, feed: Feed, settings: Settings) -> None:
+    stood = two.ask("one", "hold")["version"]
+    last = feed.cut((ITEMS, 1, 7))
+    eventually("the new generation goes on", lambda: report(two, "one", 2).version == last.version)
+    assert Noted(settings, "one").rows() == {KEY: 0}
+    assert two.ask("one", "hold")["version"] == stood
+    two.ask("one", "release")
+    eventually("it goes on", lambda: Noted(settings, "one").rows() == {KEY: 7})
+
+
+# Standing still, and gone
+
+
+def test_a_paused_view_is_readable_and_still_also_after_a_restart(feed: Feed, settings: Settings) -> None:
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        assert command(settings, "pause", "plain").exit_code == 0
+        feed.cut((ITEMS, 1, 2))
+        await_phase(control, "plain", 1, "paused")
+        assert [row.value["n"] for row in control.scan("plain")] == [1]
+        assert "headrace resume plain" in command(settings, "rebuild", "plain").exception.remedy
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 1, "paused")
+        checked = command(settings, "status", "plain", "--check")
+        assert checked.exit_code == 1
+        assert "paused for 168 hours" in checked.stdout
+        assert view.rows() == {KEY: 1}
+        assert command(settings, "resume", "plain").exit_code == 0
+        eventually("it goes on", lambda: view.rows() == {KEY: 2})
+        await_phase(control, "plain", 1, "live")
+    with serving(settings, plain=Plain) as control:
+        feed.cut((ITEMS, 1, 3))
+        eventually("it still goes on", lambda: view.rows() == {KEY: 3})
+
+
+def test_a_view_that_was_paused_for_longer_than_tombstones_stay_is_refused(feed: Feed, settings: Settings) -> None:
+    """S19."""
+    settings = replace(settings, delete_retention_ms=2000)
+    cut = feed.cut((ITEMS, 1, 1))
+    began = time.time()
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        control.ask("plain", "pause")
+        feed.cut((ITEMS, 1, None))
+        eventually("its last state is that old", lambda: time.time() > began + 2.5)
+        control.ask("plain", "resume")
+        assert await_phase(control, "plain", 1, "stopped").code == "away-too-long"
+        assert report(control, "plain", 1).version == cut.version
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+
+
+def test_a_dropped_view_stays_so_until_it_is_rebuilt(feed: Feed, settings: Settings) -> None:
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        control.ask("plain", "rebuild")
+        await_phase(control, "plain", 2, "following")
+        refused = command(settings, "drop", "plain", "1").exception
+        assert isinstance(refused, HeadraceError)
+        assert refused.code == "drops-the-live-one"
+        assert command(settings, "drop", "plain", "1", "--all").exit_code == 2
+        assert orjson.loads(command(settings, "drop", "plain", "--all", "--json").stdout) == {"dropped": [1, 2]}
+        assert view.generations() == []
+        await_phase(control, "plain", 0, "dropped")
+        assert [each.generation for each in control.reports()["plain"]] == [0]
+        with pytest.raises(Misconfigured, match="dropped"):
+            control.ask("plain", "pause")
+    with serving(settings, plain=Plain) as control:
+        eventually("the new process has said so", lambda: not report(control, "plain", 0).ended)
+        await_phase(control, "plain", 0, "dropped")
+        assert "headrace rebuild plain" in command(settings, "status", "plain", "--check").stdout
+        assert view.generations() == []
+        assert control.ask("plain", "rebuild") == {"generation": 1}
+        eventually("it is there again", lambda: view.rows() == {KEY: 1})
+        assert [each.generation for each in control.reports()["plain"] if each.phase != "dropped"] == [1]
+
+
+def test_a_drop_of_everything_that_was_killed_half_way_is_ended_by_the_next_process(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+    Control(Log(settings)).keep("plain", "standing", {"phase": "dropped"})
+    with serving(settings, plain=Plain):
+        eventually("it is gone", lambda: view.generations() == [])
+
+
+# Gates
+
+
+@contextmanager
+def captured(settings: Settings, **views: type[Any]) -> Iterator[Control]:
+    with capturing(settings) as capture, serving(settings, **views) as control:
+        capture.reach()
+        await_live(control, *views)
+        yield control
+
+
+@pytest.mark.parametrize("gate", ["verify", "counts"])
+def test_a_build_that_differs_is_refused_and_stays_beside_the_live_one(settings: Settings, gate: str) -> None:
+    prepare(
+        settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1), (2, 2), (3, 3)"
+    )
+    view = Plain(settings, "plain")
+    with captured(settings, plain=Loses) as control:
+        spec = ("--consumer", f"{PLAIN}:Loses")
+        ended = headrace(settings, "rebuild", "plain", "--wait", "--gate", gate, *spec)
+        assert ended.returncode == 1, ended.stdout + ended.stderr
+        assert "generation 2 of plain differs from Postgres" in ended.stderr
+        assert [generation.live for generation in view.generations()] == [True, False]
+        ended = headrace(settings, "rebuild", "plain", "--wait", "--gate", "none", "--json")
+        assert ended.returncode == 0, ended.stderr
+        eventually("it is live", lambda: control.running("plain")[-1].live)
+
+
+def test_counts_are_exact_while_rows_come_and_go(settings: Settings) -> None:
+    prepare(
+        settings,
+        "CREATE TABLE items (id int PRIMARY KEY, n int)",
+        "INSERT INTO items SELECT i FROM generate_series(1, 50) i",
+    )
+    with captured(settings, plain=Plain), ticks.repeating(settings, *COMING_AND_GOING, every=0.01):
+        counts: list[int] = []
+        for _ in range(3):
+            counted = headrace(settings, "verify", "--consumer", f"{PLAIN}:Plain", "--counts", "--json")
+            assert counted.returncode == 0, counted.stdout + counted.stderr
+            (fact,) = orjson.loads(counted.stdout)
+            counts.append(fact["rows"])
+        assert counts == sorted(set(counts)), "there were more each time"
+
+
+COMING_AND_GOING = (
+    "INSERT INTO items SELECT top + i FROM (SELECT max(id) AS top FROM items) t, generate_series(1, 3) i",
+    "UPDATE items SET id = -id WHERE id = (SELECT max(id) FROM items)",
+    "DELETE FROM items WHERE id = (SELECT min(id) FROM items)",
+)
+
+
+def headrace(settings: Settings, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "headrace", *words],
+        env=os.environ | environment(settings) | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
