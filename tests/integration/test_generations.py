@@ -19,11 +19,15 @@ from typer.testing import CliRunner, Result
 
 from headrace.change import Version
 from headrace.cli import app, together
+from headrace.consumer import Generation
 from headrace.control import Control, Report
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import Log
 from headrace.runner import verbs
+from headrace.runner.scratch import NUMBER
 from headrace.settings import Settings, environment
+from headrace_ops.elasticsearch import Elasticsearch
+from headrace_warehouse import Warehouse
 from tests.fixtures import ticks
 from tests.fixtures.capture import capturing, eventually, prepare
 from tests.fixtures.feed import ITEMS, Feed
@@ -331,3 +335,79 @@ def headrace(settings: Settings, *words: str) -> subprocess.CompletedProcess[str
         timeout=120,
         check=False,
     )
+
+
+# New code against what runs
+
+
+def test_a_replay_shows_what_new_code_would_add_remove_and_change(feed: Feed, settings: Settings) -> None:
+    last = feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20), (ITEMS, 3, 30))
+    spec = f"{PLAIN}:Doubled"
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        ended = command(settings, "replay", "doubled", "--consumer", spec, "--against", "plain", "--diff", "--json")
+        assert ended.exit_code == 1, ended.output
+        said = orjson.loads(ended.stdout)
+        assert (said["against"], said["generation"], said["lsn"]) == ("plain", 1, f"0/{last.version.lsn:X}")
+        assert {kind: said[kind] for kind in ("added", "removed", "changed", "same")} == {
+            "added": 1,
+            "removed": 1,
+            "changed": 1,
+            "same": 1,
+        }
+        assert [(each["kind"], each["key"]) for each in said["documents"]] == [
+            ("changed", KEY),
+            ("removed", '{"id":2}'),
+            ("added", '{"id":9}'),
+        ]
+        assert (said["documents"][0]["before"], said["documents"][0]["after"]) == ({"n": 10}, {"n": 100})
+        shown = command(
+            settings, "replay", "doubled", "--consumer", spec, "--against", "plain", "--diff", "--limit", "1"
+        )
+        assert "n: 10 → 100" in shown.stdout
+        assert "1 added, 1 removed, 1 changed, 1 same" in shown.stdout
+        assert "~" not in command(settings, "replay", "doubled", "--consumer", spec, "--against", "plain").stdout
+        last = feed.cut((ITEMS, 3, 31))
+        eventually("the live one goes on", lambda: report(control, "plain", 1).version == last.version)
+    assert [generation.number for generation in Plain(settings, "plain").generations()] == [1]
+    assert sorted(control.reports()) == ["plain"], "nobody heard of the scratch generation"
+
+
+@pytest.mark.usefixtures("redis_server")
+def test_the_same_code_changes_nothing_in_any_store_while_all_rows_change(
+    settings: Settings, elasticsearch: Elasticsearch
+) -> None:
+    """Both sides are compared at one LSN; the alias and the prefix of the live views are fixed in their classes."""
+    prepare(settings, *ticks.MAKE)
+    views = {"found": ticks.TicksFound, "pages": ticks.TicksPages, "warehouse": Warehouse}
+    with captured(settings, **views) as control, ticks.repeating(settings, ticks.TICK):
+        for name, new in (("found", "TicksFound"), ("pages", "TicksPages"), ("warehouse", None)):
+            spec = ("--consumer", f"{ticks.FILE}:{new}") if new else ()
+            ended = headrace(settings, "replay", name, *spec, "--diff", "--json")
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+            assert orjson.loads(ended.stdout)["same"] == ticks.ROWS
+        spec = ("--consumer", f"{ticks.FILE}:NewFound")
+        ended = headrace(settings, "replay", "found", *spec, "--diff", "--json")
+        said = orjson.loads(ended.stdout)
+        assert {kind: said[kind] for kind in ("added", "removed", "changed")} == {
+            "added": 0,
+            "removed": 1,
+            "changed": 1,
+        }
+        assert said["documents"][-1]["after"] == {"word": "two"}
+        for name, consumer in views.items():
+            assert [generation.number for generation in consumer(settings, name).generations()] == [1]
+            assert leftovers(settings, name, consumer) == []
+        assert {each.generation for name in views for each in control.reports()[name]} == {1}
+
+
+def leftovers(settings: Settings, name: str, consumer: type[Any]) -> list[Generation]:
+    scratch = consumer(settings, f"{name}--replay")
+    return [generation for generation in scratch.generations() if generation.number == NUMBER]
+
+
+def test_a_replay_against_a_view_that_nobody_runs_says_so(feed: Feed, settings: Settings) -> None:
+    feed.cut((ITEMS, 1, 1))
+    ended = command(settings, "replay", "doubled", "--consumer", f"{PLAIN}:Doubled", "--against", "plain").exception
+    assert isinstance(ended, Misconfigured)
+    assert ended.code == "consumer-not-running"
