@@ -1,4 +1,4 @@
-"""`make soak KILLS=N`: more of tests/faults/test_kills.py, by hand, for as long as one likes.
+"""`make soak KILLS=N`: more of tests/faults/test_kills.py, by hand, for as long as one likes, and ten rebuilds of test_generations.py.
 
 Rounds of eight kills of capture, the broker and Postgres, drawn at random, each round with a seed of its own, a new source and the
 same servers, those of the tests in a folder of their own. A kill counts only when changes were committed before it that the log had not,
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 ROUND = 8
+REBUILDS = 10
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,9 +45,12 @@ def main(kills: int, first: int) -> int:
     rounds = -(-kills // ROUND)
     os.environ["SOAK_SEEDS"] = ",".join(str(first + number) for number in range(rounds))
     os.environ["SOAK_ROUND"] = str(ROUND)
+    os.environ["SOAK_REBUILDS"] = str(REBUILDS)
     os.chdir(ROOT)
     tally = Tally()
-    code = pytest.main(["-x", "-v", "-s", "tests/faults/test_kills.py"], plugins=[tally])
+    code = pytest.main(
+        ["-x", "-v", "-s", "tests/faults/test_generations.py", "tests/faults/test_kills.py"], plugins=[tally]
+    )
     sys.stdout.write(f"{tally.told()}{', until a round did not hold' if code else ''}\n")
     return int(code)
 

@@ -1,0 +1,168 @@
+"""Rebuilds under load and kills: readers of all three stores never see an empty, half-built, mixed or older view."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+from elasticsearch import Elasticsearch as Client
+
+from headrace.errors import Misconfigured
+from headrace.settings import Settings
+from headrace.stores.redis.reader import PageReader
+from headrace_ops.elasticsearch import Elasticsearch
+from headrace_warehouse.cli import ask
+from tests.fixtures.capture import execute, rows
+from tests.fixtures.processes import System
+from tests.fixtures.ticks import FILE, MAKE, ROWS, TICK, repeating
+
+REBUILDS = int(os.environ.get("SOAK_REBUILDS", "3"))
+"""`make soak` makes ten."""
+GATES = ("verify", "counts", "none")
+SPECS = {"ticks_found": f"{FILE}:TicksFound", "ticks_pages": f"{FILE}:TicksPages"}
+FILES = tuple(part for spec in SPECS.values() for part in ("--consumer", spec))
+RUN = {name: ("--consumer", spec) for name, spec in SPECS.items()}
+VIEWS = (*SPECS, "warehouse")
+
+
+class Reader(threading.Thread):
+    """Polls a view until stopped, as an application would; `wrong` is what it must not have seen."""
+
+    def __init__(self, poll: Callable[[], Iterator[int]]) -> None:
+        super().__init__(daemon=True)
+        self.wrong: list[str] = []
+        self.polls = 0
+        self.newest = 0
+        self._poll = poll
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopping.is_set() and not self.wrong:
+            try:
+                for n in self._poll():
+                    if n < self.newest:
+                        self.wrong.append(f"{n} after {self.newest}")
+                    self.newest = n
+                self.polls += 1
+            except Exception as error:  # noqa: BLE001  told by the test
+                self.wrong.append(repr(error))
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join(60)
+
+
+def of_search(address: str, generations: set[str]) -> Callable[[], Iterator[int]]:
+    client = Client(address, max_retries=0)
+
+    def poll() -> Iterator[int]:
+        hits = client.search(index="found", size=1000)["hits"]["hits"]
+        seen = {hit["_source"]["n"] for hit in hits}
+        indices = {hit["_index"] for hit in hits}
+        assert (len(hits), len(seen), len(indices)) == (ROWS, 1, 1), hits
+        generations.update(indices)
+        yield from seen
+
+    return poll
+
+
+def of_pages(settings: Settings) -> Callable[[], Iterator[int]]:
+    reader = PageReader(settings, "ticking")
+
+    def poll() -> Iterator[int]:
+        for id_ in range(1, ROWS + 1):
+            page = reader.get(str(id_))
+            assert page, f"there is no page {id_}"
+            yield int(page.html)
+
+    return poll
+
+
+def of_warehouse(settings: Settings) -> Callable[[], Iterator[int]]:
+    def poll() -> Iterator[int]:
+        with suppress(Misconfigured, HTTPException):  # its process is dead, and with it who answers
+            ((count, least, most),) = ask(settings.warehouse_listen, "SELECT count(*), min(n), max(n) FROM ticks")[
+                "rows"
+            ]
+            assert (count, least) == (ROWS, most), "an answer is not one state"
+            yield most
+
+    return poll
+
+
+def pass_ticks(system: System, count: int) -> None:
+    """Wait until so many more transactions are committed."""
+
+    def now() -> int:
+        ((n,),) = rows(system.settings, "SELECT max(n) FROM ticks")
+        return int(n)
+
+    until = now() + count
+    system.wait(f"{count} more ticks", lambda: now() >= until)
+
+
+@pytest.mark.timeout(120 + 90 * REBUILDS)
+@pytest.mark.usefixtures("redis_server")
+def test_readers_of_every_store_see_whole_and_newer_states_only_over_rebuilds_with_kills(
+    system: System, elasticsearch: Elasticsearch
+) -> None:
+    chance = random.Random(REBUILDS)
+    settings, generations = system.settings, set[str]()
+    execute(settings, *MAKE)
+    system.up(*VIEWS, options=RUN)
+    polls = {
+        "ticks_found": of_search(elasticsearch.address(), generations),
+        "ticks_pages": of_pages(settings),
+        "warehouse": of_warehouse(settings),
+    }
+    readers = {name: Reader(poll) for name, poll in polls.items()}
+    for reader in readers.values():
+        reader.start()
+    with repeating(settings, TICK):
+        for number, gate in zip(range(REBUILDS), itertools.cycle(GATES), strict=False):
+            system.run("rebuild", *VIEWS)
+            victim = chance.choice(VIEWS)
+            pass_ticks(system, chance.randint(1, 30))
+            system.kill(victim)
+            pass_ticks(system, chance.randint(1, 30))
+            system.start(victim, "run", *RUN.get(victim, (victim,)))
+            ended = system.ask("rebuild", *VIEWS, "--wait", "--gate", gate, *FILES)
+            assert ended.code == 0, (number, gate, victim, ended)
+            for name in VIEWS:
+                system.run("drop", name)
+    system.settle(*VIEWS)
+    for reader in readers.values():
+        reader.stop()
+    assert {name: reader.wrong for name, reader in readers.items() if reader.wrong} == {}
+    assert min(reader.polls for reader in readers.values()) > REBUILDS
+    assert len(generations) == REBUILDS + 1, "readers saw every generation"
+    system.verify("warehouse", options=FILES)
+
+
+@pytest.mark.usefixtures("redis_server")
+def test_a_rebuild_goes_on_on_another_host_where_nothing_is_kept_locally(system: System, tmp_path: Path) -> None:
+    settings, halt = system.settings, tmp_path / "halt"
+    run = ("run", "--consumer", f"{FILE}:HaltingPages")
+    system.environment |= {"HALT": str(halt), "HEADRACE_BATCH_RECORDS": "50"}
+    execute(settings, *MAKE, *[TICK] * 30)
+    system.up("halting_pages", options={"halting_pages": run[1:]})
+    execute(settings, *[TICK] * 30)
+    system.settle("halting_pages")
+    halt.touch()
+    system.run("rebuild", "halting_pages")
+    system.wait("the build to be half way", halt.with_suffix(".reached").exists)
+    system.kill("halting_pages")
+    halt.unlink()
+    system.environment["HEADRACE_STATE"] = str(tmp_path / "another-host")
+    system.start("halting_pages", *run)
+    options = ("--consumer", run[2])
+    assert system.facts("rebuild", "halting_pages", "--wait", *options)["generation"] == 2
+    assert system.verify(options=options)["halting_pages"]["generation"] == 2
+    assert (tmp_path / "another-host" / "halting_pages-g2.sqlite").exists()
