@@ -17,7 +17,7 @@ from headrace import codec, plugins
 from headrace.change import format_lsn
 from headrace.cli.show import out, print_json
 from headrace.control import Control
-from headrace.errors import CHECK_FAILED, USAGE, HeadraceError
+from headrace.errors import CHECK_FAILED, USAGE, HeadraceError, Misconfigured
 from headrace.log import Log
 from headrace.runner.comparing import Changed, Comparison, Held, compare
 from headrace.runner.scratch import Scratch
@@ -65,7 +65,9 @@ def replay(
     log.require_checkpoints()
     live = against or name
     control = Control(log)
-    control.running(live)
+    if not any(report.live for report in control.running(live)):
+        said = f"{live} has no live generation yet."
+        raise Misconfigured("no-live-generation", said, "Wait for its first build: headrace status --watch")
     found = _compared(log, Held(control, live), name, made, limit if diff else 0)
     _show(name, live, found, json=json)
     if found.differs:

@@ -22,7 +22,7 @@ from headrace.runner.worker import State, Worker
 NUMBER = 1_000_000
 _PAGE = 500
 _LOOK_SECONDS = 0.2
-_REACH_SECONDS = 60.0
+_PATIENCE_SECONDS = 60.0
 _CALL_SECONDS = 120.0
 
 
@@ -44,12 +44,21 @@ class Scratch:
         self._worker: Worker | None = None
 
     def build(self, told: Callable[[State], None]) -> Version:
-        """Build it from zero until it has caught up, then stop; return where. `told` hears how it stands, now and then."""
+        """Build it from zero until it has caught up, then stop; return where. `told` hears how it stands, now and then.
+
+        Raises:
+            HeadraceError: what stops it; Transient, when it has waited for a server for a minute.
+        """
         self.drop()
         worker = self._begin(None)
+        answered = time.monotonic()
         while worker.state.phase != "following":
             _check(worker)
             told(worker.state)
+            if worker.state.phase != "waiting":
+                answered = time.monotonic()
+            elif worker.state.error and time.monotonic() - answered > _PATIENCE_SECONDS:
+                raise worker.state.error
             time.sleep(_LOOK_SECONDS)
         self._end()
         return worker.state.version
@@ -57,11 +66,11 @@ class Scratch:
     def reach(self, version: Version) -> None:
         """Go on to the state at `version` exactly, and stay there. Raises Transient: `view-behind`."""
         worker = self._begin(version)
-        deadline = time.monotonic() + _REACH_SECONDS
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         while worker.state.version != version:
             _check(worker)
             if time.monotonic() > deadline:
-                said = f"{self.name} is at {worker.state.version}, not at {version}, after {_REACH_SECONDS:.0f} s."
+                said = f"{self.name} is at {worker.state.version}, not at {version}, after {_PATIENCE_SECONDS:.0f} s."
                 raise Transient("view-behind", said, "Run it again.")
             time.sleep(_LOOK_SECONDS)
 

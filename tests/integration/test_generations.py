@@ -26,6 +26,8 @@ from headrace.log import Log
 from headrace.runner import verbs
 from headrace.runner.scratch import NUMBER
 from headrace.settings import Settings, environment
+from headrace.stores.elasticsearch import SearchReader
+from headrace.stores.redis.reader import PageReader
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_warehouse import Warehouse
 from tests.fixtures import ticks
@@ -274,6 +276,39 @@ def test_a_drop_of_everything_that_was_killed_half_way_is_ended_by_the_next_proc
         eventually("it is gone", lambda: view.generations() == [])
 
 
+class Newer(Plain):
+    """Other code, for all that a fingerprint knows."""
+
+
+def test_each_code_goes_on_with_its_own_generation_and_leaves_the_other_as_it_is(
+    feed: Feed, settings: Settings
+) -> None:
+    view = Plain(settings, "plain")
+    first = feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+    with serving(settings, plain=Newer) as control:
+        assert "headrace rebuild plain" in await_phase(control, "plain", 1, "stale").reason
+        second = feed.cut((ITEMS, 1, 2))
+        assert headrace(settings, "rebuild", "plain", "--wait", "--gate", "none").returncode == 0
+        assert view.rows() == {KEY: 2}
+        assert report(control, "plain", 1).version == first.version, "its LSN is shown"
+        refused = command(settings, "rollback", "plain").exception
+        assert isinstance(refused, HeadraceError)
+        assert refused.code == "generation-behind"
+        assert command(settings, "rollback", "plain", "--stale").exit_code == 0
+        assert view.rows() == {KEY: 1}
+        assert command(settings, "promote", "plain").exit_code == 0
+    third = feed.cut((ITEMS, 1, 3))
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 2, "stale")
+        eventually("its own goes on", lambda: report(control, "plain", 1).version == third.version)
+        assert view.rows() == {KEY: 2}
+        assert report(control, "plain", 2).version == second.version
+        assert command(settings, "rollback", "plain").exit_code == 0, "it is ahead: at once"
+        assert view.rows() == {KEY: 3}
+
+
 # Gates
 
 
@@ -399,6 +434,29 @@ def test_the_same_code_changes_nothing_in_any_store_while_all_rows_change(
             assert [generation.number for generation in consumer(settings, name).generations()] == [1]
             assert leftovers(settings, name, consumer) == []
         assert {each.generation for name in views for each in control.reports()[name]} == {1}
+
+
+@pytest.mark.usefixtures("redis_server")
+def test_a_view_is_dropped_whole_from_every_store_and_built_anew(
+    settings: Settings, elasticsearch: Elasticsearch
+) -> None:
+    prepare(settings, *ticks.MAKE)
+    views = {"found": ticks.TicksFound, "pages": ticks.TicksPages, "warehouse": Warehouse}
+    with captured(settings, **views) as control:
+        for name, consumer in views.items():
+            assert command(settings, "drop", name, "--all").exit_code == 0
+            assert consumer(settings, name).generations() == []
+            await_phase(control, name, 0, "dropped")
+        with pytest.raises(Transient, match="No generation of ticking is live"):
+            PageReader(settings, "ticking").get("1")
+        with pytest.raises(Transient, match="No generation of found is live"):
+            SearchReader(settings, "found").search("1")
+        ended = headrace(settings, "rebuild", "found", "pages", "warehouse", "--wait", "--gate", "none", "--json")
+        assert ended.returncode == 0, ended.stderr
+        assert [each["generation"] for each in orjson.loads(ended.stdout)] == [1, 1, 1]
+        for name in views:
+            rows = [row for row in control.scan(name) if row.collection in {"", "public.ticks"}]
+            assert len(rows) == ticks.ROWS
 
 
 def leftovers(settings: Settings, name: str, consumer: type[Any]) -> list[Generation]:
