@@ -184,7 +184,7 @@ def pause(name: Name, json: AsJson = False) -> None:
 
         headrace pause search
     """
-    answer = _control().ask(name, "pause")
+    answer = _control().ask(name, "pause", timeout=120)
     _say(json, [answer], [f"{name} is paused; then: headrace resume {name}"])
 
 
@@ -197,7 +197,7 @@ def resume(name: Name, json: AsJson = False) -> None:
 
         headrace resume search
     """
-    answer = _control().ask(name, "resume")
+    answer = _control().ask(name, "resume", timeout=120)
     _say(json, [answer], [f"{name} goes on"])
 
 
