@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from headrace.change import Version
 from headrace.cli import app, together
-from headrace.consumer import Generation
+from headrace.consumer import Batch, Generation
 from headrace.control import Control, Report
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import Log
@@ -49,14 +50,25 @@ class Switch(NamedTuple):
 
 
 class Noted(Plain):
-    """A view in a file of its own, that notes its promotions; `refuses` are those of whose store the pointer does not move."""
+    """A view in a file of its own, that notes its promotions.
+
+    `refuses` are the views whose pointer does not move. A new generation applies nothing while `may` is not set, and sets `waits`.
+    """
 
     switches: ClassVar[list[Switch]] = []
     refuses: ClassVar[set[str]] = set()
+    may: ClassVar[threading.Event] = threading.Event()
+    waits: ClassVar[threading.Event] = threading.Event()
 
     def __init__(self, settings: Settings, name: str) -> None:
         super().__init__(settings, name)
         self._path = settings.path(f"{name}.sqlite")
+
+    def apply(self, batch: Batch) -> None:
+        if self._number > 1 and not self.may.is_set():
+            self.waits.set()
+            self.may.wait(60)
+        super().apply(batch)
 
     def promote(self) -> None:
         if self._number > 1:
@@ -77,6 +89,8 @@ def two(feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iter
     """Two views, each in a process of its own, with a second generation each that follows."""
     monkeypatch.setattr(Noted, "switches", [])
     monkeypatch.setattr(Noted, "refuses", set())
+    Noted.may.set()
+    Noted.waits.clear()
     feed.cut((ITEMS, 1, 0))
     with ExitStack() as processes:
         controls = [processes.enter_context(serving(settings, **{name: Noted})) for name in ("one", "other")]
@@ -122,6 +136,19 @@ def writing(feed: Feed) -> Iterator[None]:
         thread.join(60)
 
 
+class Listening(Control):
+    """Keeps what was asked and answered."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(log)
+        self.heard: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+
+    def ask(self, name: str, verb: str, args: dict[str, Any] | None = None, timeout: float = 30.0) -> dict[str, Any]:
+        answer = super().ask(name, verb, args, timeout)
+        self.heard.append((verb, args or {}, answer))
+        return answer
+
+
 def command(settings: Settings, *words: str) -> Result:
     return CliRunner().invoke(app, words, env=environment(settings) | {"COLUMNS": "200"})
 
@@ -132,14 +159,50 @@ def test_two_views_are_promoted_at_one_lsn(two: Control, feed: Feed, settings: S
         eventually(
             "both have moved", lambda: all(report(two, name, 1).version > Version(1, 200) for name in ("one", "other"))
         )
-        ended = command(settings, "promote", "one", "other", "--json")
-    assert ended.exit_code == 0, ended.output
-    assert [(each["name"], each["generation"]) for each in orjson.loads(ended.stdout)] == [("one", 2), ("other", 2)]
+        control = Listening(feed.log)
+        done = together.promote(control, {"one": None, "other": None})
+    assert [(each["name"], each["generation"]) for each in done] == [("one", 2), ("other", 2)]
+    stood = [answer["version"] for verb, _, answer in control.heard if verb == "hold"]
+    assert [args["at"] for verb, args, _ in control.heard if verb == "promote"] == [max(stood), max(stood)]
     assert [switch.name for switch in Noted.switches] == ["one", "other"]
     assert max(switch.before for switch in Noted.switches) <= min(switch.after for switch in Noted.switches)
     last = feed.cut((ITEMS, 1, -1))
     for name in ("one", "other"):
         await_version(two, name, last.version)
+
+
+def test_a_pointer_moves_only_when_the_new_generation_has_reached_the_old_one(two: Control, feed: Feed) -> None:
+    Noted.may.clear()
+    feed.cut((ITEMS, 1, 1))
+    assert Noted.waits.wait(30)
+    last = feed.cut((ITEMS, 1, 2))
+    eventually("readers see it", lambda: report(two, "one", 1).version == last.version)
+    with ThreadPoolExecutor(1) as pool:
+        promoted = pool.submit(two.ask, "one", "promote")
+        newer = feed.cut((ITEMS, 1, 3))  # readers may see this before they are held, or never from the old one
+        Noted.may.set()
+        promoted.result()
+    (switch,) = Noted.switches
+    assert last.version <= switch.before <= switch.after <= newer.version
+
+
+def test_a_new_generation_that_does_not_come_to_the_common_lsn_is_not_promoted(
+    two: Control, feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verbs, "_PATIENCE_SECONDS", 1.0)
+    ahead = Version(1, feed.lsn + 10)
+    with pytest.raises(Misconfigured) as behind:
+        two.ask("one", "promote", {"at": list(ahead)})
+    assert behind.value.code == "generation-behind"
+    assert feed.cut((ITEMS, 1, 1)).version == ahead
+    eventually("the old one goes on", lambda: report(two, "one", 1).version == ahead)
+    assert Version(*two.ask("one", "promote", {"at": list(ahead)})["version"]) == ahead
+
+
+def test_several_are_promoted_by_the_command(two: Control, settings: Settings) -> None:
+    said = orjson.loads(command(settings, "promote", "one", "other", "--json").stdout)
+    assert [(each["name"], each["generation"]) for each in said] == [("one", 2), ("other", 2)]
+    assert command(settings, "promote", "one", "other", "--generation", "2").exit_code == 2
 
 
 def test_a_failure_half_way_says_where_each_view_stands_and_leaves_nothing_held(
