@@ -44,8 +44,8 @@ def replay(
     """Build a view with the code at hand, and show what differs from the one that runs: for use in a pull request.
 
     It is built from the log into a scratch generation of the same store, which never becomes live and is dropped at the end. Both are
-    compared at one LSN: so the live view stands still, readable, while it is read (some minutes for a million documents), and goes on
-    afterwards, also when this command is killed. One replay of a NAME at a time.
+    compared at one LSN: so the live view stands still, readable, while it is read, and goes on afterwards; within a minute also when this
+    command is killed. What a killed one leaves behind the next one drops: one replay of a NAME at a time.
 
     Exit codes: 0 nothing would change; 1 something would; 2 no consumer is named; 3 something must be changed first, or no process runs
     the live view; 4 the new code cannot apply a record; 5 a server or that process does not answer.

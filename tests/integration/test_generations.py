@@ -500,6 +500,22 @@ def test_the_same_code_changes_nothing_in_any_store_while_all_rows_change(
 
 
 @pytest.mark.usefixtures("redis_server")
+def test_what_a_killed_replay_leaves_behind_the_next_one_drops(settings: Settings) -> None:
+    prepare(settings, *ticks.MAKE)
+    words = ("replay", "pages", "--consumer", f"{ticks.FILE}:TicksPages")
+    with captured(settings, pages=ticks.TicksPages) as control:
+        process = subprocess.Popen([sys.executable, "-m", "headrace", *words], env=os.environ | environment(settings))
+        eventually("it has begun to build", lambda: leftovers(settings, "pages", ticks.TicksPages))
+        process.kill()
+        process.wait()
+        assert leftovers(settings, "pages", ticks.TicksPages), "killed before its end"
+        control.ask("pages", "release")
+        assert headrace(settings, *words).returncode == 0
+        assert leftovers(settings, "pages", ticks.TicksPages) == []
+        assert [generation.live for generation in ticks.TicksPages(settings, "pages").generations()] == [True]
+
+
+@pytest.mark.usefixtures("redis_server")
 def test_a_view_is_dropped_whole_from_every_store_and_built_anew(
     settings: Settings, elasticsearch: Elasticsearch
 ) -> None:
