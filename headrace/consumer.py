@@ -85,7 +85,8 @@ class Consumer(Protocol):
         mirrors_rows: True when the view holds each table's rows as they are; verify then expects `SELECT * FROM table`.
         get: Optional: ``get(keys: Sequence[Cursor]) -> Sequence[ViewRow]``, the rows of some keys as readers see them. Without it
             verify's second look at a row is a scan from just before its key.
-        count: Optional: ``count() -> Mapping[str, int]``, how many rows readers see of each collection. Without it counting is a scan.
+        count: Optional: ``count() -> Mapping[str, int]``, how many rows readers see of each collection. Without it, or where it
+            returns None, counting is a scan.
         progress: Set by the runner; call ``progress(done, total)`` in long work so that status can show it.
     """
 

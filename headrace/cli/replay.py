@@ -17,6 +17,7 @@ from headrace import codec, plugins
 from headrace.change import format_lsn
 from headrace.cli.show import out, print_json
 from headrace.control import Control
+from headrace.effects import EffectConsumer
 from headrace.errors import CHECK_FAILED, USAGE, HeadraceError, Misconfigured
 from headrace.log import Log
 from headrace.runner.comparing import Changed, Comparison, Held, compare
@@ -61,6 +62,9 @@ def replay(
         raise typer.Exit(USAGE)
     named, made = plugins.load_file(consumer) if consumer else (name or "", plugins.load(name or ""))
     name = name or named
+    if issubclass(made, EffectConsumer):
+        said = f"{name} keeps no view that could be compared, and what it does would be done twice."
+        raise Misconfigured("replay-no-view", said, "Test its code by headrace.testing.")
     log = Log(load())
     log.require_checkpoints()
     live = against or name

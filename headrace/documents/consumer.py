@@ -156,9 +156,11 @@ class DocumentConsumer:
         """Return some documents as readers see them."""
         return self.store.get([key for _, key in keys])
 
-    def count(self) -> Mapping[str, int]:
-        """Return how many documents readers see."""
-        return self.store.count()
+    def count(self) -> Mapping[str, int] | None:
+        """Return how many documents readers see, None where the store does not count by itself."""
+        count = getattr(self.store, "count", None)
+        found: Mapping[str, int] | None = count() if count else None
+        return found
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them."""

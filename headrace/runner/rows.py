@@ -75,8 +75,10 @@ def _named(consumer: Consumer, keys: list[tuple[str, str]]) -> list[ViewRow]:
 
 def _counted(consumer: Consumer) -> dict[str, int]:
     """Return how many rows each collection has: by the consumer's own `count`, else by a scan."""
-    if count := getattr(consumer, "count", None):
-        return dict(count())
+    count = getattr(consumer, "count", None)
+    by_itself = count() if count else None
+    if by_itself is not None:
+        return dict(by_itself)
     counts: dict[str, int] = {}
     rows = consumer.scan(None, _COUNTED_ROWS)
     while rows:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from headrace.change import Position, Row, Version
@@ -54,9 +54,6 @@ class DocumentStore(Protocol):
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
         """Return the documents of these ids that readers see, in any order."""
-
-    def count(self) -> Mapping[str, int]:
-        """Return how many documents readers see, under the empty text."""
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id; `ViewRow.collection` is the empty text."""

@@ -543,6 +543,14 @@ def leftovers(settings: Settings, name: str, consumer: type[Any]) -> list[Genera
     return [generation for generation in scratch.generations() if generation.number == NUMBER]
 
 
+def test_what_has_effects_is_not_replayed(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "purge.py"
+    file.write_text("from headrace.effects import EffectConsumer\n\nclass Purge(EffectConsumer):\n    tables = ()\n")
+    refused = command(settings, "replay", "--consumer", f"{file}:Purge").exception
+    assert isinstance(refused, Misconfigured)
+    assert refused.code == "replay-no-view"
+
+
 def test_a_replay_against_a_view_that_nobody_runs_says_so(feed: Feed, settings: Settings) -> None:
     feed.cut((ITEMS, 1, 1))
     ended = command(settings, "replay", "doubled", "--consumer", f"{PLAIN}:Doubled", "--against", "plain").exception
