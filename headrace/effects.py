@@ -3,30 +3,40 @@
 What they do may be done again after a crash, so it must be harmless to repeat: a purge is; for a webhook there is `idempotency_key`. The
 position is the only thing that is kept, in a file of SQLite; where the file is lost the consumer begins anew.
 
-A consumer begins with the first state that it meets: what was there before is history, and nobody is told of it. So a rebuild does
-nothing but begin again from now.
+The first generation begins with the first state that it meets: what was there before is history, and nobody is told of it. A generation
+that is promoted goes on where the one before has stopped, so that nothing is left out and nothing is told twice by a rebuild.
+
+A batch is done as a whole: where one effect fails, all of the batch comes again.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Collection, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
 from typing import ClassVar
 
 from headrace import codec
 from headrace.change import Change, Position
 from headrace.consumer import Batch, Cursor, Generation, ViewRow, no_progress
+from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
 
 _TABLES = """
 PRAGMA journal_mode = WAL;
-CREATE TABLE IF NOT EXISTS generations (number INTEGER PRIMARY KEY, fingerprint TEXT, live INTEGER DEFAULT 0, position BLOB);
+CREATE TABLE IF NOT EXISTS generations (number INTEGER PRIMARY KEY, fingerprint TEXT, live INTEGER DEFAULT 0, owner TEXT, position BLOB);
 """
 
 
 def idempotency_key(change: Change) -> str:
-    """Return what names a change for ever, however often it is told: epoch, commit LSN, ordinal, table."""
-    return f"{change.version.epoch}-{change.version.lsn:X}-{change.ordinal}-{change.table}"
+    """Return what names a change for ever, however often it is told: plain ASCII of its version, its ordinal, its table and key.
+
+    Several changes have one ordinal: the delete and the create of a key that changed, the rows of a TRUNCATE.
+    """
+    row = blake2b(change.table.encode() + b"\0" + change.key, digest_size=8).hexdigest()
+    return f"{change.version.epoch}-{change.version.lsn:X}-{change.ordinal}-{row}"
 
 
 class EffectConsumer:
@@ -43,14 +53,13 @@ class EffectConsumer:
     progress: Callable[[int, int], None]
 
     def __init__(self, settings: Settings, name: str) -> None:
-        """Open the file of the position."""
+        """Open nothing yet."""
         self.settings = settings
         self.name = name
         self.progress = no_progress
         self._number = 0
-        path = settings.path(f"{name}-effects.sqlite")
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
-        self._db.executescript(_TABLES)
+        self._owner = uuid.uuid4().hex
+        self._connection: sqlite3.Connection | None = None
 
     def effect(self, changes: Sequence[Change]) -> None:
         """Do what is to be done for some changes, in their order; all of it is done when this returns.
@@ -62,42 +71,84 @@ class EffectConsumer:
 
     def generations(self) -> list[Generation]:
         """Return those that the file holds."""
-        found = self._db.execute("SELECT number, fingerprint, live FROM generations ORDER BY number")
+        with self._file() as db:
+            found = db.execute("SELECT number, fingerprint, live FROM generations ORDER BY number").fetchall()
         return [Generation(self.name, number, fingerprint, bool(live)) for number, fingerprint, live in found]
 
     def open(self, generation: Generation) -> Position | None:
-        """Return where the generation stands."""
+        """Become the one that does it for this generation; return where it stands."""
         self._number = generation.number
-        made = (generation.number, generation.fingerprint)
-        self._db.execute("INSERT OR IGNORE INTO generations (number, fingerprint) VALUES (?, ?)", made)
-        query = "SELECT position FROM generations WHERE number = ?"
-        (position,) = self._db.execute(query, (self._number,)).fetchone()
+        with self._file() as db:
+            made = (generation.number, generation.fingerprint)
+            db.execute("INSERT OR IGNORE INTO generations (number, fingerprint) VALUES (?, ?)", made)
+            db.execute("UPDATE generations SET owner = ? WHERE number = ?", (self._owner, self._number))
+            query = "SELECT position FROM generations WHERE number = ?"
+            (position,) = db.execute(query, (self._number,)).fetchone()
         return codec.decode_position(position) if position else None
 
     def apply(self, batch: Batch) -> None:
-        """Do it for each change, if this generation is the live one; then keep the position."""
-        if not batch.loading and self._is_live():
+        """Do it for each change, if it is this generation's turn: it is live, or none is yet. Then keep the position.
+
+        Raises:
+            Wiped: the generation is gone. Misconfigured: `view-taken-over`.
+        """
+        with self._file() as db:
+            held = {
+                number: (live, owner)
+                for number, live, owner in db.execute("SELECT number, live, owner FROM generations")
+            }
+        live, owner = held.get(self._number, (False, None))
+        if owner is None:
+            raise Wiped(
+                "view-wiped",
+                f"Generation {self._number} of {self.name} is gone, or goes on elsewhere: it is opened anew.",
+            )
+        if owner != self._owner:
+            raise Misconfigured("view-taken-over", f"Another process runs {self.name}.", "Stop one of the two.")
+        if not batch.loading and (live or not any(live for live, _ in held.values())):
             self.effect(batch.changes)
-        position = (codec.encode_position(batch.position), self._number)
-        self._db.execute("UPDATE generations SET position = ? WHERE number = ?", position)
+        position = (codec.encode_position(batch.position), self._number, self._owner)
+        with self._file() as db:
+            db.execute("UPDATE generations SET position = ? WHERE number = ? AND owner = ?", position)
 
     def promote(self) -> None:
-        """Let this generation do it from now on, and the others no longer."""
-        self._db.execute("UPDATE generations SET live = (number = ?)", (self._number,))
+        """Let this generation do it from now on, from where the one before has stopped; it is opened anew for that."""
+        with self._file() as db:
+            db.execute("BEGIN IMMEDIATE")
+            before = db.execute(
+                "SELECT position FROM generations WHERE live AND number <> ? AND position IS NOT NULL", (self._number,)
+            ).fetchone()
+            db.execute("UPDATE generations SET live = (number = ?)", (self._number,))
+            if before:
+                query = "UPDATE generations SET position = ?, owner = NULL WHERE number = ?"
+                db.execute(query, (*before, self._number))
+            db.execute("COMMIT")
 
     def drop(self) -> None:
         """Forget this generation."""
-        self._db.execute("DELETE FROM generations WHERE number = ?", (self._number,))
+        with self._file() as db:
+            db.execute("DELETE FROM generations WHERE number = ?", (self._number,))
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:  # noqa: ARG002  see there
         """See `Consumer.scan`: there is nothing to read."""
         return []
 
-    def _is_live(self) -> bool:
-        """Whether it is this generation's turn: it is live, or none is yet."""
-        live = [number for (number,) in self._db.execute("SELECT number FROM generations WHERE live")]
-        return live in ([], [self._number])
+    @contextmanager
+    def _file(self) -> Iterator[sqlite3.Connection]:
+        """Give the file of the positions. Raises Transient: `local-state`."""
+        path = self.settings.path(f"{self.name}-effects.sqlite")
+        try:
+            if self._connection is None:
+                self._connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
+                self._connection.executescript(_TABLES)
+            yield self._connection
+        except sqlite3.Error as error:
+            if self._connection is not None and self._connection.in_transaction:
+                self._connection.rollback()
+            raise Transient("local-state", f"{path}: {error}.", "See the folder of HEADRACE_STATE.") from error

@@ -5,7 +5,9 @@ Its name fences: whoever opens a writer of the same name ends every earlier one,
 
 from __future__ import annotations
 
-from confluent_kafka import KafkaException, Producer
+import time
+
+from confluent_kafka import KafkaError, KafkaException, Producer
 
 from headrace.codec import Headers
 from headrace.errors import HeadraceError, Misconfigured, Transient
@@ -13,36 +15,39 @@ from headrace.log import kafka
 from headrace.settings import Settings
 
 _COMMIT_SECONDS = 60.0
-_LONGEST_MS = 900_000
+_LONGEST_SECONDS = 900
 """The most that a broker allows by default: one large state is written in one transaction."""
 
 
 class TransactionWriter:
-    """Writes one transaction after another, from one thread."""
+    """Writes one transaction after another, from one thread. After any error it is of no use: open another."""
 
     def __init__(self, settings: Settings, name: str) -> None:
         """End every earlier writer of this name, with what it had not committed.
 
         Raises:
-            Transient: `kafka-away`.
+            Transient: `kafka-away`. Misconfigured: `transaction-timeout`.
         """
         self._name = name
-        self._open = False
-        options = {"transactional.id": name, "transaction.timeout.ms": _LONGEST_MS}
+        self._began = 0.0
+        options = {"transactional.id": name, "transaction.timeout.ms": 1000 * _LONGEST_SECONDS}
         self._producer: Producer = kafka.producer(settings, **options)
-        with kafka.kafka_errors(f"opening the writer {name}"):
+        try:
             self._producer.init_transactions(_COMMIT_SECONDS)
+        except KafkaException as error:
+            raise self._explained(error.args[0], f"opening the writer {name}") from error
 
     def write(self, topic: str, key: bytes, value: bytes | None, headers: Headers | None = None) -> None:
         """Add a record to the transaction, which begins with the first one.
 
         Raises:
-            Transient: `kafka-away`. Misconfigured: `writer-taken-over`, `topic-missing`.
+            Transient: `kafka-away`, `transaction-too-long`.
+            Misconfigured: `writer-taken-over`, `topic-missing`, `document-too-large`.
         """
         try:
-            if not self._open:
+            if not self._began:
                 self._producer.begin_transaction()
-                self._open = True
+                self._began = time.time()
             while True:
                 try:
                     self._producer.produce(topic, value, key, headers=list(headers or []))
@@ -50,31 +55,69 @@ class TransactionWriter:
                     self._producer.poll(0.1)
                 else:
                     return
-        except KafkaException as error:
-            raise self._explained(error, f"writing to {topic}") from error
+        except (KafkaException, SystemError) as error:
+            raise self._explained(_cause(error), f"writing {key.decode(errors='replace')[:200]} to {topic}") from error
 
     def commit(self) -> None:
-        """End the transaction; what it holds can be read when this returns.
+        """End the transaction, if one is open. Readers see it a moment after this returns, when its markers are written.
 
         Raises:
-            Transient: it is not known whether it was committed. Misconfigured: `writer-taken-over`, `topic-missing`.
+            Transient: it is not known whether it was committed. Misconfigured: as `write`.
         """
-        if not self._open:
+        if not self._began:
             return
         try:
             self._producer.commit_transaction(_COMMIT_SECONDS)
-        except KafkaException as error:
-            raise self._explained(error, "committing") from error
-        self._open = False
+        except (KafkaException, SystemError) as error:
+            raise self._explained(_cause(error), "committing") from error
+        self._began = 0.0
 
     def close(self) -> None:
         """Leave; a transaction that is open is ended by the next writer of this name."""
         self._producer.purge()
 
-    def _explained(self, error: KafkaException, doing: str) -> HeadraceError:
-        found = kafka.translate(error.args[0], doing)
-        if isinstance(found, Transient) and found.code == "fenced":
+    def _explained(self, said: KafkaError | None, doing: str) -> HeadraceError:
+        error = self._reason() or said
+        if error is None:
+            return Transient("kafka-away", f"Kafka failed while {doing}.", "Check HEADRACE_KAFKA and the broker.")
+        if error.name() == "MSG_SIZE_TOO_LARGE":
             return Misconfigured(
-                "writer-taken-over", f"Another process has opened {self._name} since.", "Stop one of the two."
+                "document-too-large",
+                f"Kafka does not take a record that large while {doing}.",
+                "Render less, or raise HEADRACE_MESSAGE_MAX_BYTES and the topic's max.message.bytes.",
             )
-        return found
+        if error.name() == "INVALID_TRANSACTION_TIMEOUT":
+            return Misconfigured(
+                "transaction-timeout",
+                f"The broker allows no transaction of {_LONGEST_SECONDS} s.",
+                f"Set transaction.max.timeout.ms={1000 * _LONGEST_SECONDS} on the broker.",
+            )
+        found = kafka.translate(error, doing)
+        if found.code != "fenced":
+            return found
+        if self._began and time.time() - self._began > _LONGEST_SECONDS:
+            return Transient(
+                "transaction-too-long",
+                f"A state was not written within {_LONGEST_SECONDS} s, and Kafka has ended its transaction.",
+                "It is tried again. If it is too large for that: headrace rebuild NAME, which writes in pieces.",
+            )
+        return Misconfigured(
+            "writer-taken-over", f"Another process has opened {self._name} since.", "Stop one of the two."
+        )
+
+    def _reason(self) -> KafkaError | None:
+        """Return why the transaction is broken: librdkafka tells it to whoever begins another one within it."""
+        if not self._began:
+            return None
+        try:
+            self._producer.begin_transaction()
+        except KafkaException as error:
+            found: KafkaError = error.args[0]
+            return found if found.name() != "_STATE" else None
+        return None
+
+
+def _cause(error: Exception) -> KafkaError | None:
+    """Return what Kafka said; a fatal error comes out of a callback of the binding as a SystemError."""
+    said = error if isinstance(error, KafkaException) else error.__cause__
+    return said.args[0] if isinstance(said, KafkaException) else None

@@ -213,6 +213,8 @@ class ConsumerConformance(Harness):
             except Transient:  # anything else would stop the consumer for good
                 self._catch_up(log)
             assert self._shown() == self._expected(log), f"the answer to {number} was lost"
+            if not fault.count:
+                pytest.skip("Python does not see what this store sends, if it sends anything")
             if not fault.failed:
                 return
 

@@ -6,9 +6,9 @@
 | `<name>.generations` | `g<N>`    | of generation N: consumer, fingerprint, topic id, position         |
 | `<name>.generations` | `live`    | the number of the generation that readers should read, its topic  |
 
-*Writing.* The documents of a state and the position are one Kafka transaction: a `read_committed` reader sees whole states only, and
-they are never there without their position [I7]. While a generation is loading nobody reads it, and pieces are committed as they come.
-One process writes a generation: opening it fences the one before (S21).
+*Writing.* The documents of a state and the position are one Kafka transaction: they are never there without their position [I7], and a
+`read_committed` reader of a partition sees whole states only; the commit reaches partition by partition. While a generation is loading
+it is not the live one, and pieces are committed as they come. One process writes a generation: opening it fences the one before (S21).
 
 *Versions.* Each record has the headers `epoch` and `lsn`, the state that the document shows. A state that is older than the position
 was written whole already; it is passed over, so that the stream never goes back.
@@ -20,22 +20,25 @@ topic as a whole: there is no index.
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from headrace import codec
 from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Cursor, Generation, ViewRow
-from headrace.errors import Misconfigured, Wiped
+from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
 from headrace.settings import Settings
 from headrace.stores import Doc
 
 _LIVE = b"live"
 _CLEARED = 1000
-_KEPT = {"cleanup.policy": "compact", "message.timestamp.type": "LogAppendTime"}
+_CHECK_SECONDS = 1.0
+_VISIBLE_SECONDS = 15.0
 
 
 class KafkaTopic:
@@ -53,6 +56,8 @@ class KafkaTopic:
         self._writer: TransactionWriter | None = None
         self._facts: dict[str, Any] = {}
         self._version = NOWHERE
+        self._checked = 0.0
+        self._count = partitions
         self._rows: _Rows | None = None
 
     def bind(self, settings: Settings, consumer: str) -> None:
@@ -61,10 +66,11 @@ class KafkaTopic:
         self._consumer = consumer
         self.name = self.name or consumer
         self._topics = Log(settings).topics
+        self._known = _Known(settings, self._topics, self._pointers)
 
     def generations(self) -> list[Generation]:
         """Return the generations that Kafka holds."""
-        known = _known(self._settings, self.name)
+        known = self._known.read()
         live = known.get(_LIVE, {}).get("generation")
         made = [
             Generation(facts["consumer"], facts["generation"], facts["fingerprint"], facts["generation"] == live)
@@ -80,18 +86,18 @@ class KafkaTopic:
             Transient: `kafka-away`. Misconfigured: `view-of-another`.
         """
         self.close()
-        self._topics.make({self._pointers: (1, _KEPT), self._topic(generation): (self._partitions, _KEPT)})
-        self._writer = TransactionWriter(self._settings, f"headrace-view-{self.name}-g{generation.number}")
-        facts = _known(self._settings, self.name).get(_key(generation.number), {})
+        number, topic = generation.number, self._topic_of(generation.number)
         ours = {"consumer": generation.consumer, "fingerprint": generation.fingerprint}
-        if facts and facts | ours != facts:
-            raise Misconfigured(
-                "view-of-another",
-                f"{self._topic(generation)} is of {facts['consumer']}, not of {generation.consumer} {generation.fingerprint}.",
-                "Give the consumer's store another name.",
-            )
-        topic_id = self._topic_id(generation.number)
-        self._facts = ours | {"generation": generation.number, "topic_id": topic_id}
+        self._check(ours, number)
+        kept = {"cleanup.policy": "compact", "message.timestamp.type": "LogAppendTime"}
+        kept["max.message.bytes"] = str(self._settings.message_max_bytes + 1024 * 1024)
+        often = {"segment.ms": "600000", "segment.bytes": str(16 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.1"}
+        self._topics.make({self._pointers: (1, kept | often), topic: (self._partitions, kept)})
+        self._topics.configure({self._pointers: kept | often, topic: kept})
+        self._writer = TransactionWriter(self._settings, f"headrace-view-{self.name}-g{number}")
+        facts = self._check(ours, number)
+        topic_id, self._count = self._topics.describe([topic])[topic]
+        self._facts = ours | {"generation": number, "topic_id": topic_id}
         if facts.get("position") and facts["topic_id"] == topic_id:
             position = codec.decode_position(facts["position"])
             self._version = position.version
@@ -100,11 +106,23 @@ class KafkaTopic:
         self._clear()
         return None
 
+    def _check(self, ours: dict[str, str], number: int) -> dict[str, Any]:
+        """Return what is known of a generation; refuse one of other code before its writer is ended."""
+        facts = self._known.read().get(_key(number), {})
+        if facts and facts | ours != facts:
+            raise Misconfigured(
+                "view-of-another",
+                f"{self._topic_of(number)} is of {facts['consumer']}, not of {ours['consumer']} {ours['fingerprint']}.",
+                "Give the consumer's store another name.",
+            )
+        return facts
+
     def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:  # noqa: ARG002
         """Write documents, and with the last of them the position.
 
         Raises:
-            Transient: `kafka-away`; Wiped: `view-wiped`. Misconfigured: `writer-taken-over`.
+            Transient: `kafka-away`, `transaction-too-long`; Wiped: `view-wiped`.
+            Misconfigured: `writer-taken-over`, `document-too-large`.
         """
         topic = self._topic_of(self._facts["generation"])
         try:
@@ -127,23 +145,24 @@ class KafkaTopic:
         number = self._facts["generation"]
         live = {"generation": number, "topic": self._topic_of(number)}
         self._opened.write(self._pointers, _LIVE, codec.dumps(live))
-        self._opened.commit()
+        self._commit()
 
     def drop(self) -> None:
-        """Forget this generation, then delete its topic."""
+        """Delete the topic, then forget it; readers that are pointed at it are pointed at nothing first."""
         number = self._facts["generation"]
-        known = _known(self._settings, self.name)
-        self._opened.write(self._pointers, _key(number), None)
-        if known.get(_LIVE, {}).get("generation") == number:
+        if self._is_live(number):
             self._opened.write(self._pointers, _LIVE, None)
-        self._opened.commit()
+            self._opened.commit()
         self._topics.delete([self._topic_of(number)], wait=True)
+        self._opened.write(self._pointers, _key(number), None)
+        self._commit()
 
     def close(self) -> None:
         """Leave."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        self._rows = None
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
         """Return some documents as readers see them."""
@@ -167,18 +186,19 @@ class KafkaTopic:
             raise Misconfigured("not-open", f"{self.name} is not open.", "Call open(generation) first.")
         return self._writer
 
-    def _topic(self, generation: Generation) -> str:
-        return self._topic_of(generation.number)
-
     def _topic_of(self, number: int) -> str:
         return f"{self.name}.g{number}"
 
-    def _topic_id(self, number: int) -> str:
-        topic = self._topic_of(number)
-        return self._topics.describe([topic])[topic][0]
+    def _is_live(self, number: int) -> bool:
+        return bool(self._known.read().get(_LIVE, {}).get("generation") == number)
 
     def _clear(self) -> None:
         """Begin from zero: tombstones for what an earlier attempt has left."""
+        if self._is_live(
+            self._facts["generation"]
+        ):  # somebody deleted the topic: readers see nothing before they see a half
+            self._opened.write(self._pointers, _LIVE, None)
+            self._opened.commit()
         rows, after = _Rows(self._documents()), None
         while found := rows.next(after, _CLEARED):
             for row in found:
@@ -189,14 +209,41 @@ class KafkaTopic:
 
     def _point(self, position: Position | None) -> None:
         """Commit what was written together with the position."""
+        self._check_topic()
         facts = self._facts | {"position": codec.encode_position(position).decode() if position else None}
         self._opened.write(self._pointers, _key(facts["generation"]), codec.dumps(facts))
+        self._commit()
+
+    def _check_topic(self) -> None:
+        """Look now and then whether the topic is still the one that was opened: who deletes it may make another."""
+        if time.monotonic() - self._checked < _CHECK_SECONDS:
+            return
+        topic = self._topic_of(self._facts["generation"])
+        if self._topics.describe([topic])[topic][0] != self._facts["topic_id"]:
+            raise Wiped("view-wiped", f"The topic {topic} is another one than was opened; it is made anew.")
+        self._checked = time.monotonic()
+
+    def _commit(self) -> None:
+        """Commit, and wait until readers see it (S25): the broker answers before it has written the markers."""
         self._opened.commit()
+        counts = {topic: count for topic, count in self._places().items() if topic in self._topics.names()}
+        written, deadline = self._topics.ends(counts, committed=False), time.monotonic() + _VISIBLE_SECONDS
+        while any(
+            seen < end
+            for topic, ends in self._topics.ends(counts).items()
+            for seen, end in zip(ends, written[topic], strict=True)
+        ):
+            if time.monotonic() > deadline:
+                raise Transient(
+                    "kafka-away", f"Kafka does not finish a transaction of {self.name}.", "Look at the broker."
+                )
+
+    def _places(self) -> dict[str, int]:
+        return {self._pointers: 1, self._topic_of(self._facts["generation"]): self._count}
 
     def _documents(self) -> Iterator[tuple[str, bytes | None, int]]:
         topic = self._topic_of(self._facts["generation"])
-        count = self._topics.describe([topic])[topic][1]
-        for record in read_to_end(self._settings, {(topic, partition): BEGINNING for partition in range(count)}):
+        for record in read_to_end(self._settings, {(topic, partition): BEGINNING for partition in range(self._count)}):
             headers = dict(record.headers)
             yield record.key.decode(), record.value, Version(int(headers["epoch"]), int(headers["lsn"])).packed()
 
@@ -221,23 +268,34 @@ class _Rows:
         return rows
 
 
+class _Known:
+    """The newest value of each key of a stream's generations; what was read once is not read again."""
+
+    def __init__(self, settings: Settings, topics: Topics, topic: str) -> None:
+        self._settings, self._topics, self._topic = settings, topics, topic
+        self._id = ""
+        self._next = BEGINNING
+        self._values: dict[bytes, bytes] = {}
+
+    def read(self) -> dict[bytes, dict[str, Any]]:
+        if self._topic not in self._topics.names():
+            return {}
+        id_ = self._topics.describe([self._topic])[self._topic][0]
+        if id_ != self._id:
+            self._id, self._next, self._values = id_, BEGINNING, {}
+        for record in read_to_end(self._settings, {(self._topic, 0): self._next}):
+            self._next = record.offset + 1
+            self._values.pop(record.key, None)
+            if record.value is not None:
+                self._values[record.key] = record.value
+        return {key: codec.loads(value) for key, value in self._values.items()}
+
+
 def live_topic(settings: Settings, name: str) -> str | None:
     """Return the topic of the live generation of a stream, None when there is none."""
-    topic: str | None = _known(settings, name).get(_LIVE, {}).get("topic")
+    known = _Known(settings, Log(settings).topics, f"{name}.generations").read()
+    topic: str | None = known.get(_LIVE, {}).get("topic")
     return topic
-
-
-def _known(settings: Settings, name: str) -> dict[bytes, dict[str, Any]]:
-    """Return the newest value of each key of a stream's generations."""
-    topic = f"{name}.generations"
-    if topic not in Log(settings).topics.names():
-        return {}
-    found: dict[bytes, dict[str, Any]] = {}
-    for record in read_to_end(settings, {(topic, 0): BEGINNING}):
-        found.pop(record.key, None)
-        if record.value is not None:
-            found[record.key] = codec.loads(record.value)
-    return found
 
 
 def _key(number: int) -> bytes:

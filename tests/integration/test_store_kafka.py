@@ -1,0 +1,129 @@
+"""A view that is a topic: what its readers never see, whatever is done to the topics behind its back."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headrace import codec
+from headrace.change import Position, Row
+from headrace.consumer import Generation
+from headrace.documents import Document, DocumentConsumer, Node
+from headrace.errors import Misconfigured, Wiped
+from headrace.log import Log
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.settings import Settings
+from headrace.stores.kafka import KafkaTopic, live_topic
+from headrace.testing import History, shape
+from headrace_ops.kafka import Kafka
+
+PRODUCTS = shape("public.products", id="integer", name="text")
+
+
+class Titles(DocumentConsumer):
+    document = Document("public.products")
+    store = KafkaTopic("titles", partitions=3)
+
+    def render(self, row: Node) -> Row:
+        return {"name": row["name"]}
+
+
+class Stream:
+    """A view `titles`, its log, and what a reader of committed records sees."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.log = History([PRODUCTS])
+        self.generation = Generation("titles", 1, "abc")
+
+    def commit(self, *names: str) -> None:
+        for id_, name in enumerate(names):
+            self.log.put("public.products", {"id": id_, "name": name})
+        self.log.cut()
+
+    def open(self) -> tuple[Titles, Position | None]:
+        consumer = Titles(self.settings, "titles")
+        return consumer, consumer.open(self.generation)
+
+    def catch_up(self, *, promote: bool = False) -> None:
+        consumer, position = self.open()
+        with closing(consumer):
+            for batch in self.log.batches(position):
+                consumer.apply(batch)
+            if promote:
+                consumer.promote()
+
+    def read(self) -> dict[str, str] | None:
+        topic = live_topic(self.settings, "titles")
+        if topic is None:
+            return None
+        newest = {r.key: r.value for r in read_to_end(self.settings, {(topic, p): BEGINNING for p in range(3)})}
+        return {key.decode(): codec.loads(value)["name"] for key, value in newest.items() if value is not None}
+
+
+@pytest.fixture
+def stream(kafka: Kafka, tmp_path: Path) -> Stream:
+    return Stream(replace(Settings(), kafka=kafka.address(), state=str(tmp_path), message_max_bytes=200_000))
+
+
+def test_what_is_written_can_be_read_at_once(stream: Stream) -> None:
+    stream.commit("kettle", "cup")
+    stream.catch_up(promote=True)
+    consumer, position = stream.open()
+    for turn in range(30):
+        stream.commit(f"kettle {turn}", f"cup {turn}")
+        for batch in stream.log.batches(position):
+            consumer.apply(batch)
+            position = batch.position
+        assert stream.read() == {"0": f"kettle {turn}", "1": f"cup {turn}"}
+    consumer.close()
+
+
+def test_a_live_topic_that_somebody_deletes_is_pointed_at_again_when_it_is_whole(stream: Stream) -> None:
+    stream.commit("kettle", "cup")
+    stream.catch_up(promote=True)
+    consumer, position = stream.open()
+    topics = Log(stream.settings).topics
+    topics.delete(["titles.g1"], wait=True)
+    topics.make({"titles.g1": (3, {"cleanup.policy": "delete"})})  # a client of somebody's makes it again
+    stream.commit("pot")
+    (batch,) = stream.log.batches(position)
+    with pytest.raises(Wiped):
+        consumer.apply(batch)
+    consumer.close()
+    consumer, position = stream.open()
+    assert position is None
+    assert stream.read() is None, "readers see nothing before they see a half"
+    for batch in stream.log.batches(position, piece=1):
+        consumer.apply(batch)
+    consumer.promote()
+    consumer.close()
+    assert stream.read() == {"0": "pot", "1": "cup"}
+    kept = topics.configure({"titles.g1": {"cleanup.policy": "compact"}})
+    assert kept == [], "it is compacted, as it was"
+
+
+def test_a_document_that_is_too_large_is_told_by_its_id_and_mended_by_a_setting(stream: Stream) -> None:
+    stream.commit("kettle", "cup" * 1_000_000)
+    with pytest.raises(Misconfigured, match="writing 1 to titles.g1"):
+        stream.catch_up()
+    stream.settings = replace(stream.settings, message_max_bytes=4_000_000)
+    stream.catch_up(promote=True)
+    assert stream.read() == {"0": "kettle", "1": "cup" * 1_000_000}
+
+
+def test_who_takes_a_name_that_is_taken_does_not_disturb_who_has_it(stream: Stream) -> None:
+    stream.commit("kettle", "cup")
+    stream.catch_up(promote=True)
+    consumer, position = stream.open()
+    other = Titles(replace(stream.settings, state=f"{stream.settings.state}/other"), "other")
+    with pytest.raises(Misconfigured, match="another name"):
+        other.open(Generation("other", 1, "abc"))
+    stream.commit("pot")
+    (batch,) = stream.log.batches(position)
+    consumer.apply(batch)
+    consumer.close()
+    assert stream.read() == {"0": "pot", "1": "cup"}

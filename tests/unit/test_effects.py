@@ -1,0 +1,173 @@
+"""Effects: each change is told once or more, by one process and one generation, and none is left out by a promotion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headrace.change import Change, Position, Version
+from headrace.consumer import Generation
+from headrace.effects import EffectConsumer, idempotency_key
+from headrace.errors import Misconfigured, Transient, Wiped
+from headrace.settings import Settings
+from headrace.testing import History, shape
+
+ORDERS = shape("public.orders", id="integer", status="text")
+
+
+class Told(EffectConsumer):
+    """Tells a list."""
+
+    tables = ("public.orders",)
+    told: list[tuple[int, str | None]]
+    away = False
+
+    def effect(self, changes: Sequence[Change]) -> None:
+        if self.away:
+            raise Transient("away", "Nobody listens.")
+        self.told += [(change.version.lsn, change.row and change.row["status"]) for change in changes]
+
+
+class World:
+    def __init__(self, path: Path) -> None:
+        self.settings = replace(Settings(), state=str(path))
+        self.log = History([ORDERS])
+        self.told: list[tuple[int, str | None]] = []
+
+    def commit(self, *statuses: str) -> None:
+        for status in statuses:
+            self.log.put("public.orders", {"id": 1, "status": status})
+            self.log.cut()
+
+    def open(self, number: int = 1) -> tuple[Told, Position | None]:
+        consumer = Told(self.settings, "told")
+        consumer.told = self.told
+        return consumer, consumer.open(Generation("told", number, "abc"))
+
+    def catch_up(self, number: int = 1) -> None:
+        consumer, position = self.open(number)
+        for batch in self.log.batches(position):
+            consumer.apply(batch)
+        consumer.close()
+
+    def promote(self, number: int) -> None:
+        consumer, _ = self.open(number)
+        consumer.promote()
+        consumer.close()
+
+    def statuses(self) -> list[str | None]:
+        return [status for _, status in self.told]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_what_was_there_before_is_not_told_and_what_comes_is_before_anybody_promotes(world: World) -> None:
+    world.commit("old", "older")
+    world.catch_up()
+    assert world.statuses() == []
+    world.commit("new")
+    world.catch_up()
+    world.promote(1)
+    world.commit("paid")
+    world.catch_up()
+    assert world.statuses() == ["new", "paid"]
+
+
+def test_nothing_is_left_out_and_nothing_told_twice_by_a_promotion_or_a_rollback(world: World) -> None:
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    world.commit("a")
+    world.catch_up()
+    world.commit("b", "c")
+    world.catch_up(2)
+    world.commit("d")
+    world.catch_up(2)  # the first stands still, as one of other code does
+    assert world.statuses() == ["a"]
+    world.promote(2)
+    world.catch_up(2)
+    assert world.statuses() == ["a", "b", "c", "d"]
+    world.commit("e")
+    world.catch_up(1)
+    world.catch_up(2)
+    world.promote(1)
+    world.commit("f")
+    world.catch_up(1)
+    assert world.statuses() == ["a", "b", "c", "d", "e", "f"]
+
+
+def test_a_generation_that_is_promoted_while_it_runs_is_opened_anew(world: World) -> None:
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    consumer, position = world.open(2)
+    for batch in world.log.batches(position):
+        consumer.apply(batch)
+    consumer.promote()
+    world.commit("a")
+    (batch,) = world.log.batches(world.open(3)[1], piece=100)
+    with pytest.raises(Wiped):
+        consumer.apply(batch)
+    world.catch_up(2)
+    assert world.statuses() == ["a"]
+
+
+def test_what_fails_comes_again(world: World) -> None:
+    world.commit("old")
+    world.catch_up()
+    world.commit("a")
+    consumer, position = world.open()
+    consumer.away = True
+    (batch,) = world.log.batches(position)
+    with pytest.raises(Transient):
+        consumer.apply(batch)
+    consumer.close()
+    world.catch_up()
+    assert world.statuses() == ["a"]
+
+
+def test_a_process_that_was_replaced_tells_nobody(world: World) -> None:
+    world.commit("old")
+    world.catch_up()
+    before, position = world.open()
+    world.commit("a")
+    world.catch_up()
+    (batch,) = world.log.batches(position)
+    with pytest.raises(Misconfigured, match="Another process"):
+        before.apply(batch)
+    assert world.statuses() == ["a"]
+
+
+def test_a_dropped_generation_tells_nobody(world: World) -> None:
+    world.commit("old")
+    consumer, position = world.open()
+    for batch in world.log.batches(position):
+        consumer.apply(batch)
+        at = batch.position
+    world.commit("a")
+    (batch,) = world.log.batches(at)
+    world.open()[0].drop()
+    with pytest.raises(Wiped):
+        consumer.apply(batch)
+    assert world.statuses() == []
+
+
+def test_a_damaged_file_is_told_by_its_name(world: World) -> None:
+    (Path(world.settings.state) / "told-effects.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(Transient, match=r"told-effects\.sqlite"):
+        world.open()
+
+
+def test_each_change_has_a_key_of_its_own() -> None:
+    """A changed key is a delete and a create of one ordinal, a TRUNCATE has one for all of its rows."""
+    one = Change("public.orders", "d", b'{"id":1}', None, Version(1, 5), 3, 1, 1, 0, 0)
+    others = [one._replace(key=b'{"id":9}'), one._replace(table="public.заказы"), one._replace(ordinal=4)]
+    keys = {idempotency_key(change) for change in [one, *others]}
+    assert len(keys) == 4
+    assert all(key.isascii() for key in keys)
