@@ -108,7 +108,7 @@ def test_a_live_topic_that_somebody_deletes_is_pointed_at_again_when_it_is_whole
 
 def test_a_document_that_is_too_large_is_told_by_its_id_and_mended_by_a_setting(stream: Stream) -> None:
     stream.commit("kettle", "cup" * 1_000_000)
-    with pytest.raises(Misconfigured, match="writing 1 to titles.g1"):
+    with pytest.raises(Misconfigured, match=r"writing 1 to titles\.g1"):
         stream.catch_up()
     stream.settings = replace(stream.settings, message_max_bytes=4_000_000)
     stream.catch_up(promote=True)
