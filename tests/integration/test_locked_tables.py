@@ -95,6 +95,26 @@ def locked(settings: Settings, *tables: str) -> Iterator[Callable[[], None]]:
         yield application.commit
 
 
+@contextmanager
+def locked_late(settings: Settings, table: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Hold a table from when the initial snapshot is there and nothing has been read, until what is yielded is called."""
+    monkeypatch.setattr(snapshot, "_LOCK_SECONDS", 0.2)
+    with ExitStack() as application:
+        released: list[Callable[[], None]] = []
+
+        def filters(*args: Any) -> dict[int, str]:
+            if not released:
+                released.append(application.enter_context(locked(settings, table)))
+            return row_filters(*args)
+
+        monkeypatch.setattr(snapshot, "row_filters", filters)
+
+        def release() -> None:
+            released[0]()
+
+        yield release
+
+
 def read_again(capture: Running) -> list[str]:
     """Return what capture said each time that `free` was read again."""
     return [line for line in capture.said if "public.free was read again" in line]
@@ -220,28 +240,18 @@ def test_a_table_that_is_locked_when_the_snapshot_comes_to_it_is_read_last(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, *, stopped: bool
 ) -> None:
     """The others are read meanwhile, and capture can be stopped."""
-    monkeypatch.setattr(snapshot, "_LOCK_SECONDS", 0.2)
     prepare(
         settings,
         "CREATE TABLE held (id int PRIMARY KEY, n int); INSERT INTO held VALUES (1, 1)",
         "CREATE TABLE items (id int PRIMARY KEY, n int); INSERT INTO items SELECT i, i FROM generate_series(1, 9000) i",
     )
-    with ExitStack() as application:
-        released: list[Callable[[], None]] = []
-
-        def filters(*args: Any) -> dict[int, str]:
-            """The snapshot is there by now, and nothing has been read."""
-            if not released:
-                released.append(application.enter_context(locked(settings, "held")))
-            return row_filters(*args)
-
-        monkeypatch.setattr(snapshot, "row_filters", filters)
+    with locked_late(settings, "held", monkeypatch) as release:
         running = Running(settings)
         try:
             running.hear("snapshot of public.items: 9000 rows")
             running.hear("snapshot of public.held waits")
             if not stopped:
-                released[0]()
+                release()
                 running.reach()
         finally:
             running.stop()
@@ -255,20 +265,10 @@ def test_a_filtered_table_that_is_locked_when_the_snapshot_begins_is_waited_for(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its filter says is asked of Postgres under its lock; no slot can be made while a transaction has one already."""
-    monkeypatch.setattr(snapshot, "_LOCK_SECONDS", 0.2)
     prepare(settings, "CREATE TABLE held (id int PRIMARY KEY, n int); INSERT INTO held VALUES (1, 1), (2, 2)")
     execute(settings, f"ALTER PUBLICATION {settings.publication} SET TABLE held WHERE (id > 1)")
-    with ExitStack() as application:
-        released: list[Callable[[], None]] = []
-
-        def filters(*args: Any) -> dict[int, str]:
-            if not released:
-                released.append(application.enter_context(locked(settings, "held")))
-            return row_filters(*args)
-
-        monkeypatch.setattr(snapshot, "row_filters", filters)
-        with capturing(settings) as capture:
-            capture.hear("[table-locked]")
-            released[0]()
-            capture.reach()
+    with locked_late(settings, "held", monkeypatch) as release, capturing(settings) as capture:
+        capture.hear("[table-locked]")
+        release()
+        capture.reach()
     assert replay(settings, "public.held") == {b'{"id":2}': {"id": 2, "n": 2}}
