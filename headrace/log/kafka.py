@@ -81,6 +81,19 @@ def producer(settings: Settings, **more: Any) -> Producer:
     )
 
 
+def broken(producer: Producer) -> KafkaError | None:
+    """Return why nothing more can be sent in the open transaction of `producer`, None when it is whole.
+
+    librdkafka tells it to whoever asks for something that is never valid within a transaction: to begin one.
+    """
+    try:
+        producer.begin_transaction()
+    except KafkaException as error:
+        found: KafkaError = error.args[0]
+        return found if found.name() != "_STATE" else None
+    return None
+
+
 def translate(error: KafkaError, doing: str) -> HeadraceError:
     """Return the error of ours for one of Kafka's."""
     name = error.name()

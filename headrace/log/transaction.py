@@ -77,7 +77,7 @@ class TransactionWriter:
         self._producer.purge()
 
     def _explained(self, said: KafkaError | None, doing: str) -> HeadraceError:
-        error = self._reason() or said
+        error = (kafka.broken(self._producer) if self._began else None) or said
         if error is None:
             return Transient("kafka-away", f"Kafka failed while {doing}.", "Check HEADRACE_KAFKA and the broker.")
         if error.name() == "MSG_SIZE_TOO_LARGE":
@@ -104,17 +104,6 @@ class TransactionWriter:
         return Misconfigured(
             "writer-taken-over", f"Another process has opened {self._name} since.", "Stop one of the two."
         )
-
-    def _reason(self) -> KafkaError | None:
-        """Return why the transaction is broken: librdkafka tells it to whoever begins another one within it."""
-        if not self._began:
-            return None
-        try:
-            self._producer.begin_transaction()
-        except KafkaException as error:
-            found: KafkaError = error.args[0]
-            return found if found.name() != "_STATE" else None
-        return None
 
 
 def _cause(error: Exception) -> KafkaError | None:

@@ -314,15 +314,10 @@ class CutWriter:
         )
 
     def _raise_broken(self) -> None:
-        """Raise why nothing more of this cut can be sent, if so: a record was refused, perhaps one without a report of its own.
-
-        librdkafka tells it to whoever asks for something that is never valid within a transaction: to begin one.
-        """
-        try:
-            self._client.begin_transaction()
-        except KafkaException as error:
-            if error.args[0].name() != "_STATE":
-                raise self._explain(error.args[0], "delivering the records of a cut") from error
+        """Raise why nothing more of this cut can be sent, if so: a record was refused, perhaps one without a report of its own."""
+        error = kafka.broken(self._client)
+        if error is not None:
+            raise self._explain(error, "delivering the records of a cut")
 
     def _flush(self) -> None:
         deadline = time.monotonic() + _COMMIT_SECONDS

@@ -155,7 +155,7 @@ class KafkaTopic:
             self._opened.commit()
         self._topics.delete([self._topic_of(number)], wait=True)
         self._opened.write(self._pointers, _key(number), None)
-        self._commit()
+        self._commit({self._pointers: 1})
 
     def close(self) -> None:
         """Leave."""
@@ -223,10 +223,13 @@ class KafkaTopic:
             raise Wiped("view-wiped", f"The topic {topic} is another one than was opened; it is made anew.")
         self._checked = time.monotonic()
 
-    def _commit(self) -> None:
-        """Commit, and wait until readers see it (S25): the broker answers before it has written the markers."""
+    def _commit(self, places: dict[str, int] | None = None) -> None:
+        """Commit, and wait until readers see it (S25): the broker answers before it has written the markers.
+
+        `places` are the topics that were written, with their partitions: by default this generation's and that of the pointers.
+        """
         self._opened.commit()
-        counts = {topic: count for topic, count in self._places().items() if topic in self._topics.names()}
+        counts = places or {self._pointers: 1, self._topic_of(self._facts["generation"]): self._count}
         written, deadline = self._topics.ends(counts, committed=False), time.monotonic() + _VISIBLE_SECONDS
         while any(
             seen < end
@@ -237,9 +240,6 @@ class KafkaTopic:
                 raise Transient(
                     "kafka-away", f"Kafka does not finish a transaction of {self.name}.", "Look at the broker."
                 )
-
-    def _places(self) -> dict[str, int]:
-        return {self._pointers: 1, self._topic_of(self._facts["generation"]): self._count}
 
     def _documents(self) -> Iterator[tuple[str, bytes | None, int]]:
         topic = self._topic_of(self._facts["generation"])
