@@ -33,7 +33,7 @@ from headrace_ops.elasticsearch import Elasticsearch
 from headrace_warehouse import Warehouse
 from tests.fixtures import ticks
 from tests.fixtures.capture import capturing, eventually, prepare
-from tests.fixtures.feed import ITEMS, Feed
+from tests.fixtures.feed import ITEMS, Feed, writing
 from tests.fixtures.plain import Loses, Plain
 from tests.fixtures.serving import await_live, serving
 
@@ -114,26 +114,6 @@ def await_phase(control: Control, name: str, number: int, phase: str) -> Report:
 def await_version(control: Control, name: str, version: Version) -> None:
     """Wait until both generations of a view have gone on to a state."""
     eventually(f"{name} goes on", lambda: all(report(control, name, number).version == version for number in (1, 2)))
-
-
-@contextmanager
-def writing(feed: Feed) -> Iterator[None]:
-    """Count row 1 up until the end."""
-    stopping = threading.Event()
-
-    def write() -> None:
-        number = 0
-        while not stopping.is_set():
-            number += 1
-            feed.cut((ITEMS, 1, number))
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join(60)
 
 
 class Listening(Control):

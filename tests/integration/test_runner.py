@@ -23,7 +23,7 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL
 from headrace.runner import Runner
 from headrace.settings import Settings
-from tests.fixtures.feed import ITEMS, Feed
+from tests.fixtures.feed import ITEMS, Feed, writing
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, drive, serving
 
@@ -159,30 +159,23 @@ def test_readers_never_go_back_in_time_over_promotions(
     seen: list[int] = []
     stopping = threading.Event()
 
-    def write() -> None:
-        number = 0
-        while not stopping.is_set():
-            number += 1
-            feed.cut((ITEMS, 1, number))
-
     def read() -> None:
         while not stopping.is_set():
             seen.append(view.rows()['{"id":1}'])
 
-    threads = [threading.Thread(target=write), threading.Thread(target=read)]
-    for thread in threads:
-        thread.start()
+    reader = threading.Thread(target=read)
+    reader.start()
     try:
         control = Control(Log(settings))
-        for generation in (2, 3):
-            control.ask("plain", "rebuild")
-            served.await_phase(generation, "following")
-            control.ask("plain", "promote", {"generation": generation})
-        control.ask("plain", "rollback")
+        with writing(feed):
+            for generation in (2, 3):
+                control.ask("plain", "rebuild")
+                served.await_phase(generation, "following")
+                control.ask("plain", "promote", {"generation": generation})
+            control.ask("plain", "rollback")
     finally:
         stopping.set()
-        for thread in threads:
-            thread.join(30)
+        reader.join(30)
     assert seen == sorted(seen)
     assert seen[-1] > 0
 
