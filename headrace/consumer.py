@@ -73,6 +73,28 @@ Cursor = tuple[str, str]
 """(collection, key) of the last row that a scan returned."""
 
 
+class Origin(NamedTuple):
+    """What a row of a view was made from: a row that the consumer has read, or, with a number of `rows`, a join of them.
+
+    Attributes:
+        place: The names of the joins that lead to it; none for what the view's row is itself.
+        table: Whose rows these are.
+        change: The change that brought the row, as the consumer keeps it.
+        applied: When it was applied here, ms since the Unix epoch.
+        rows: How many a join has; of these only the first follow.
+        values: What the rows of an aggregate come to.
+        waits: Whether the view's row does not show it all yet.
+    """
+
+    place: tuple[str, ...]
+    table: str
+    change: Change | None = None
+    applied: int = 0
+    rows: int | None = None
+    values: Row | None = None
+    waits: bool = False
+
+
 class Consumer(Protocol):
     """A view and how it is kept.
 
@@ -87,6 +109,8 @@ class Consumer(Protocol):
             verify's second look at a row is a scan from just before its key.
         count: Optional: ``count() -> Mapping[str, int]``, how many rows readers see of each collection. Without it, or where it
             returns None, counting is a scan.
+        why: Optional: ``why(key: Cursor, limit: int) -> Sequence[Origin]``, what one row was made from, of each join the first `limit`
+            rows, for `headrace why`. A row comes before what is joined to it. Nothing for a key that is not known.
         progress: Set by the runner; call ``progress(done, total)`` in long work so that status can show it.
     """
 

@@ -237,7 +237,7 @@ class Control:
             generation: Which one.
             timeout: Longest wait for a page, seconds.
         """
-        with self._rows(name, "scan", {"generation": generation}, timeout) as (_, rows):
+        with self.stream(name, "scan", {"generation": generation}, timeout) as (_, rows):
             yield from rows
 
     def rows(
@@ -247,7 +247,7 @@ class Control:
 
         That is NOWHERE while it is not certain, shortly after an error. They are in memory at once here and there: ask for few.
         """
-        with self._rows(name, "rows", {"generation": generation, "keys": list(keys)}, timeout) as (answer, rows):
+        with self.stream(name, "rows", {"generation": generation, "keys": list(keys)}, timeout) as (answer, rows):
             return Version(*answer["version"]), {(row.collection, row.key): row for row in rows}
 
     def counts(self, name: str, generation: int, timeout: float = 150.0) -> tuple[Version, dict[str, int]]:
@@ -256,10 +256,10 @@ class Control:
         return Version(*answer["version"]), answer["counts"]
 
     @contextmanager
-    def _rows(
+    def stream(
         self, name: str, verb: str, args: dict[str, Any], timeout: float
     ) -> Iterator[tuple[dict[str, Any], Iterator[ViewRow]]]:
-        """Ask for rows: the answer, and the rows as they come after it."""
+        """Ask for what is answered by rows: give the answer, and the rows as they come after it. Errors are those of `ask`."""
         tail = Tail(self._log.settings, {(ANSWERS, 0): self._end(ANSWERS)})
         try:
             answer = self.ask(name, verb, args, timeout)

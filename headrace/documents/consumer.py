@@ -33,14 +33,16 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import ClassVar
 
 from headrace import codec
 from headrace.change import Position, Row, TableSchema
-from headrace.consumer import Batch, Cursor, Generation, ViewRow, no_progress
+from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check
 from headrace.documents.declaration import Document, Node
 from headrace.documents.local import LocalRows, Touched, discard
+from headrace.documents.origins import find, origins
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
@@ -165,6 +167,15 @@ class DocumentConsumer:
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them."""
         return self.store.scan(after, limit)
+
+    def why(self, key: Cursor, limit: int) -> Sequence[Origin]:
+        """Return what a document is made from, as the local rows are now."""
+        local = self._opened()
+        for number, document in enumerate(self.documents):
+            root = find(local, number, key[1], partial(self.id, document.table))
+            if root is not None:
+                return list(origins(local, number, document, root, limit))
+        return []
 
     # Where to go on
 

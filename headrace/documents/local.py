@@ -1,9 +1,10 @@
 """The local row store: what documents are put together from [I11].
 
-One SQLite file a generation. It holds the declared tables' rows as the codec's JSON by key, an index from each join's
-columns to the rows that have them (`headrace.documents.paths`), the list of documents that changes have touched, and the
-position it stands at. Everything, the touched list too, is on disk, so that memory does not grow with a table or a
-backlog [I10]; nor does it with the rows of an aggregate or of a `Many` with a limit, which are streamed.
+One SQLite file a generation. It holds the declared tables' rows as the codec's JSON by key, each with where in the log
+it came from (`headrace.documents.origins` tells it), an index from each join's columns to the rows that have them
+(`headrace.documents.paths`), the list of documents that changes have touched, and the position it stands at.
+Everything, the touched list too, is on disk, so that memory does not grow with a table or a backlog [I10]; nor does it
+with the rows of an aggregate or of a `Many` with a limit, which are streamed.
 
 One transaction is open at all times; `commit` ends it together with a position. What is not committed is read again
 from the log after a crash, so the file needs no durability of its own, only that it never holds half a transaction
@@ -15,25 +16,32 @@ A key is the JSON list of its values, ``[1]``, which is what the columns of a jo
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from headrace import codec
-from headrace.change import Change, Position, Row, TableSchema
+from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.documents.declaration import Aggregate, Document, Join, Level, Many, Node, One
 from headrace.documents.order import Shape
 from headrace.documents.paths import Paths
 from headrace.errors import Transient
 
-_LAYOUT: Final = 2
+_LAYOUT: Final = 3
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
 _SCHEMA = """
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB);
-    CREATE TABLE IF NOT EXISTS rows (tbl TEXT, key TEXT, row BLOB, PRIMARY KEY (tbl, key));
+    CREATE TABLE IF NOT EXISTS rows (tbl TEXT, key TEXT, row BLOB, version INT, ordinal INT, xid INT, schema INT,
+                                     part INT, at INT, came TEXT, applied INT, PRIMARY KEY (tbl, key));
     CREATE TABLE IF NOT EXISTS links (link INT, value TEXT, key TEXT, PRIMARY KEY (link, value, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS back (link INT, key TEXT, value TEXT, PRIMARY KEY (link, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS touched (doc INT, key TEXT, PRIMARY KEY (doc, key)) WITHOUT ROWID;
+"""
+_STORE = """
+    INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row,
+    version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
+    part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
 """
 
 
@@ -106,9 +114,9 @@ class LocalRows:
         """
         if change.table not in self._keys:
             self._learn_key(change)
-        key = _text(codec.decode_key(change.key).values())
+        key = text_of(codec.decode_key(change.key).values())
         old = self._row(change.table, key)
-        self._store(change.table, key, change.row)
+        self._store(change, key)
         self._relink(change.table, key, old, change.row)
         for number in self._paths.roots[change.table]:
             self._db.execute("INSERT OR IGNORE INTO touched VALUES (?, ?)", (number, key))
@@ -119,10 +127,9 @@ class LocalRows:
         """Yield each touched document once, with what to render."""
         for number, key in self._db.execute("SELECT doc, key FROM touched ORDER BY doc, key"):
             document = self._documents[number]
-            names = self._keys[document.table]
             row = self._row(document.table, key)
             node = self._node(document, row, key) if row is not None else None
-            yield Touched(document, dict(zip(names, codec.loads(key), strict=True)), node)
+            yield Touched(document, _named(self._keys[document.table], key), node)
 
     def count_touched(self) -> int:
         """Return how many documents are touched."""
@@ -144,22 +151,61 @@ class LocalRows:
         """Leave; what is not committed is gone."""
         self._db.close()
 
+    # What rows are and where they came from
+
+    def find(self, number: int, wanted: Callable[[Row], bool], guesses: Iterable[str]) -> str | None:
+        """Return the key of the first of a document's roots whose columns are `wanted`; `guesses` are looked at before the others."""
+        document = self._documents[number]
+        names = self._keys.get(document.table, [])
+        known = "SELECT key FROM rows WHERE tbl = ?1{} UNION ALL SELECT key FROM touched WHERE doc = ?2{}"
+        for guess in guesses:
+            found = self._db.execute(known.format(" AND key = ?3", " AND key = ?3"), (document.table, number, guess))
+            if found.fetchone() and wanted(_named(names, guess)):
+                return guess
+        every = self._db.execute(known.format("", ""), (document.table, number))
+        return next((key for (key,) in every if wanted(_named(names, key))), None)
+
+    def came(self, table: str, key: str) -> tuple[Change, int] | None:
+        """Return the change that brought a row, and when it was applied here (ms since the Unix epoch)."""
+        found = self._db.execute("SELECT * FROM rows WHERE tbl = ? AND key = ?", (table, key)).fetchone()
+        if found is None:
+            return None
+        _, _, row, version, ordinal, xid, schema, partition, offset, came, applied = found
+        of_log = codec.encode_key(_named(self._keys[table], key))
+        place = (Version.unpacked(version), ordinal, xid, schema, partition, offset)
+        return Change(table, came[0], of_log, codec.loads(row), *place, came[1:] or None), applied
+
+    def waits(self, number: int, key: str) -> bool:
+        """Whether a document is touched and not shown yet."""
+        query = "SELECT 1 FROM touched WHERE doc = ? AND key = ?"
+        return self._db.execute(query, (number, key)).fetchone() is not None
+
+    def shape(self, table: str) -> Shape:
+        """Return how the values of a table compare."""
+        return self._shapes.get(table, Shape())
+
+    def referring(self, level: Level, join: Many | Aggregate, key: str) -> Iterator[tuple[Row, str]]:
+        """Yield the rows that a join of the row `key` of `level` is over, each with its own key."""
+        return self._referring(self._paths.link(level, join), join, key, self.shape(join.table))
+
     # Rows and links
 
     def _row(self, table: str, key: str) -> Row | None:
         found = self._db.execute("SELECT row FROM rows WHERE tbl = ? AND key = ?", (table, key)).fetchone()
         return codec.loads(found[0]) if found else None
 
-    def _store(self, table: str, key: str, row: Row | None) -> None:
-        if row is None:
-            self._db.execute("DELETE FROM rows WHERE tbl = ? AND key = ?", (table, key))
-        else:
-            values = (table, key, codec.dumps(row))
-            self._db.execute("INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row", values)
+    def _store(self, change: Change, key: str) -> None:
+        if change.row is None:
+            self._db.execute("DELETE FROM rows WHERE tbl = ? AND key = ?", (change.table, key))
+            return
+        _, _, _, row, version, ordinal, xid, schema, partition, offset, read = change
+        place = (version.packed(), ordinal, xid, schema, partition, offset)
+        came, now = change.op + (read or ""), time.time_ns() // 1_000_000
+        self._db.execute(_STORE, (change.table, key, codec.dumps(row), *place, came, now))
 
     def _relink(self, table: str, key: str, old: Row | None, new: Row | None) -> None:
         for number, columns, back in self._paths.links[table]:
-            before, after = _value(old, columns), _value(new, columns)
+            before, after = value_of(old, columns), value_of(new, columns)
             if before == after:
                 continue
             if before is not None:
@@ -178,7 +224,7 @@ class LocalRows:
     def _touch_joined(self, table: str, key: str, old: Row | None, new: Row | None) -> None:
         for root, by, sql in self._paths.climbs[table]:
             if root in self._keys:  # else there is no root yet
-                for value in (key,) if by is None else {_value(old, by), _value(new, by)} - {None}:
+                for value in (key,) if by is None else {value_of(old, by), value_of(new, by)} - {None}:
                     self._db.execute(sql, (value,))
 
     # Documents
@@ -191,10 +237,10 @@ class LocalRows:
 
     def _joined(self, level: Level, join: Join, row: Row, key: str) -> Node | list[Node] | None:
         if isinstance(join, One):
-            value = _value(row, join.on)
+            value = value_of(row, join.on)
             found = self._row(join.table, value) if value is not None else None
             return self._node(join, found, value) if found is not None and value is not None else None
-        shape = self._shapes.get(join.table, Shape())
+        shape = self.shape(join.table)
         children = self._referring(self._paths.link(level, join), join, key, shape)
         if isinstance(join, Aggregate):
             return Node(join.table, join.over((child for child, _ in children), shape))
@@ -232,14 +278,19 @@ def discard(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def _text(values: Iterable[Any]) -> str:
+def _named(names: Sequence[str], key: str) -> Row:
+    return dict(zip(names, codec.loads(key), strict=True))
+
+
+def text_of(values: Iterable[Any]) -> str:
+    """Return a key that has these values."""
     return codec.dumps(list(values)).decode()
 
 
-def _value(row: Row | None, columns: tuple[str, ...]) -> str | None:
+def value_of(row: Row | None, columns: tuple[str, ...]) -> str | None:
     """Return what a row's `columns` refer to, None when one of them is NULL (or not there yet: an older schema's
     row)."""
     if row is None:
         return None
     values = [row.get(column) for column in columns]
-    return None if None in values else _text(values)
+    return None if None in values else text_of(values)

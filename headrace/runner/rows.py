@@ -5,7 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
-from headrace.consumer import Consumer, Cursor, ViewRow
+from headrace.change import NOWHERE, Version
+from headrace.consumer import Consumer, Cursor, Origin, ViewRow
 from headrace.control import PAGE_BYTES, Control, Request
 from headrace.runner.generations import Generations
 from headrace.runner.worker import Worker, as_ours
@@ -15,7 +16,7 @@ _COUNTED_ROWS = 5000
 
 
 class Rows:
-    """Answers `scan`, `rows` and `count` for one consumer."""
+    """Answers `scan`, `rows`, `count` and `why` for one consumer."""
 
     def __init__(self, generations: Generations, control: Control) -> None:
         """Send rows of these generations."""
@@ -44,6 +45,20 @@ class Rows:
         counts, version = self._generations.wait_for(worker, lambda consumer: (_counted(consumer), worker.state.shown))
         return {"counts": counts, "version": list(version)}
 
+    def why(self, request: Request) -> dict[str, Any]:
+        """Send a row, if readers see it, and then what it was made from, as far as the consumer tells; answer how the view stands."""
+        worker = self._generations.worker(request.args.get("generation"))
+        key, limit = request.args["key"], request.args["limit"]
+
+        def look(consumer: Consumer) -> tuple[list[ViewRow], list[Origin], Version]:
+            why = getattr(consumer, "why", None)
+            return _named(consumer, [key]), list(why(tuple(key), limit)) if why else [], worker.state.version
+
+        found, origins, version = self._generations.wait_for(worker, look)
+        self._control.send_rows(request, [*found, *map(_sent, origins)], last=True)
+        number = worker.generation.number
+        return {"rows": request.id, "found": len(found), "generation": number, "version": list(version)}
+
     def _send_page(self, worker: Worker, request: Request, after: Cursor | None, limit: int) -> None:
         """Queue the next rows of a scan; whatever becomes of them is told to who reads them."""
         sent = worker.call(lambda consumer: self._page(worker, consumer, request, after, limit))
@@ -62,6 +77,15 @@ class Rows:
         error = done.exception()
         if error is not None:
             self._control.break_off(request, as_ours(error, self._generations.name))
+
+
+def _sent(origin: Origin) -> ViewRow:
+    """Return an origin as it is sent to who asked."""
+    facts = origin._asdict()
+    change = origin.change
+    if change is not None:
+        facts["change"] = change._asdict() | {"key": change.key.decode(), "version": list(change.version)}
+    return ViewRow("", "", facts, NOWHERE)
 
 
 def _named(consumer: Consumer, keys: list[tuple[str, str]]) -> list[ViewRow]:

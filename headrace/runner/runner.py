@@ -39,7 +39,7 @@ class Runner:
         self._ended = False
         rows = Rows(self.generations, control)
         verbs = Verbs(self.generations, self._tell)
-        self._verbs = verbs.verbs | {"scan": rows.scan, "rows": rows.some, "count": rows.count}
+        self._verbs = verbs.verbs | {"scan": rows.scan, "rows": rows.some, "count": rows.count, "why": rows.why}
 
     def look(self) -> None:
         """Look at the store, and begin what is missing. Called about once a second; what it fails by is in the report."""

@@ -44,7 +44,7 @@ def test_a_command_has_an_example_and_its_exit_codes(words: str) -> None:
 
 def test_the_commands_of_every_service_are_there() -> None:
     expected = (
-        "run plugins settings status rebuild promote rollback drop pause resume replay "
+        "run plugins settings status rebuild promote rollback drop pause resume replay why "
         "setup teardown capture resnapshot verify sql demo"
     )
     groups = ["new consumer", *(f"stack {name}" for name in ("up", "down", "status", "logs", "env"))]
