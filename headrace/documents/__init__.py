@@ -8,11 +8,14 @@ A plugin declares what belongs together and renders it; this package finds the d
 
         def render(self, product):
             return {"name": product["name"], "category": product.category and product.category["name"]}
+
+A `Window` is a document for each minute, hour or day of a table's rows.
 """
 
 from headrace.documents.aggregates import Avg, Count, Max, Min, Sum, count, mean, total
 from headrace.documents.consumer import DocumentConsumer
 from headrace.documents.declaration import Aggregate, Document, Many, Node, One
+from headrace.documents.windows import Window
 
 __all__ = [
     "Aggregate",
@@ -26,6 +29,7 @@ __all__ = [
     "Node",
     "One",
     "Sum",
+    "Window",
     "count",
     "mean",
     "total",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from headrace.change import TableSchema
-from headrace.documents.declaration import Aggregate, Join, Level, One
+from headrace.documents.declaration import Folding, Level, Many, One
+from headrace.documents.windows import Window
 from headrace.errors import Misconfigured
 
 _REMEDY = "Change the declaration of the document."
@@ -27,6 +28,19 @@ def check(level: Level, newest: Mapping[str, TableSchema]) -> None:
         check(join, newest)
 
 
+def check_window(window: Window, newest: Mapping[str, TableSchema]) -> None:
+    """Hold a window against the newest schema of its table. Raises Misconfigured: `document-column`."""
+    schema = newest.get(window.table)
+    _check_columns((window.on,), schema)
+    _check_values(window, schema)
+    for column in schema.columns if schema else ():
+        kind = column.base or column.type
+        timestamp = kind == "date" or (kind.startswith("timestamp") and not kind.endswith("[]"))
+        if column.name == window.on and not timestamp:
+            said = f"{window.table}.{column.name} is {column.type}, no timestamp, and is in no window."
+            raise Misconfigured("document-column", said, _REMEDY)
+
+
 def _check_columns(columns: Collection[str], schema: TableSchema | None) -> None:
     missing = set(columns) - {column.name for column in schema.columns} if schema else None
     if schema and missing:
@@ -42,10 +56,10 @@ def _check_key(columns: Collection[str], schema: TableSchema | None) -> None:
         )
 
 
-def _check_values(join: Join, schema: TableSchema | None) -> None:
-    if schema is None or isinstance(join, One):
+def _check_values(join: Many | Folding, schema: TableSchema | None) -> None:
+    if schema is None:
         return
-    _check_columns({*join.compared, *(join.counted if isinstance(join, Aggregate) else ())}, schema)
+    _check_columns({*join.compared, *(join.counted if isinstance(join, Folding) else ())}, schema)
     for column in schema.columns:
         kind = column.base or column.type
         if column.name in join.compared and (kind in _WITHOUT_ORDER or kind.endswith("[]")):

@@ -21,7 +21,8 @@ which the local rows still have.
 
 A *reload* ends like a load: at the first complete exact state every root key that the log knows is rendered once. Keys
 that it knows only by their tombstones are deleted from the view: that is right for as long as tombstones last, so a
-view that was last fed longer ago than `delete.retention.ms` is refused, like one whose log was replaced.
+view that was last fed longer ago than `delete.retention.ms` is refused, like one whose log was replaced. A tombstone does not
+say in which window its row was: so where there are windows, what the view has and the log does not say goes.
 
 Between complete states nothing is rendered: the changes wait in the open local transaction, which SQLite keeps on disk.
 """
@@ -39,10 +40,11 @@ from typing import ClassVar
 from headrace import codec
 from headrace.change import Position, Row, TableSchema
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
-from headrace.documents.checks import check
-from headrace.documents.declaration import Document, Node
+from headrace.documents.checks import check, check_window
+from headrace.documents.declaration import Node
 from headrace.documents.local import LocalRows, Touched, discard
 from headrace.documents.origins import find, origins
+from headrace.documents.windows import Root, Window
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
@@ -54,7 +56,7 @@ class DocumentConsumer:
     """A consumer that keeps one document for each row of a root table. Subclass it and write `render`.
 
     Class attributes:
-        document, documents: What belongs together; one `Document`, or several with roots of their own.
+        document, documents: What belongs together; one `Document` or `Window`, or several with roots of their own.
         store: Where the documents are kept, e.g. `ElasticsearchIndex` or `RedisPages`.
         name: Names the view; by default the entry point's name.
 
@@ -62,8 +64,8 @@ class DocumentConsumer:
     expects the same document.
     """
 
-    document: ClassVar[Document]
-    documents: ClassVar[Sequence[Document]] = ()
+    document: ClassVar[Root]
+    documents: ClassVar[Sequence[Root]] = ()
     store: DocumentStore
     name: str = ""
     tables: Collection[str] = ()
@@ -204,24 +206,42 @@ class DocumentConsumer:
     # Rendering
 
     def _publish(self, local: LocalRows, batch: Batch) -> None:
-        fresh = batch.loading and self._view is None
         if batch.loading and self._view is not None:
             self._check_reload(self._view, batch.position)
         done, total = 0, local.count_touched() if batch.loading else 0
         chunk: list[Doc] = []
-        for touched in local.touched():
+        for doc in self._docs(local, batch):
             if len(chunk) == _CHUNK:
                 self.store.write(chunk, None, bulk=True)
                 done += len(chunk)
                 self.progress(done, total)
                 chunk = []
-            doc = self._doc(touched, batch)
-            if doc.body is not None or not fresh:
-                chunk.append(doc)
+            chunk.append(doc)
         self.store.write(chunk, batch.position)
         local.clear_touched()
         local.commit(batch.position)
         self._view = batch.position
+
+    def _docs(self, local: LocalRows, batch: Batch) -> Iterator[Doc]:
+        """Yield what to write. After a reload a window that lost its rows meanwhile is known by nothing but its document."""
+        fresh = batch.loading and self._view is None
+        by_view = batch.loading and not fresh and any(isinstance(each, Window) for each in self.documents)
+        if by_view:
+            local.remember_shown(self._ids())
+        for touched in local.touched():
+            doc = self._doc(touched, batch)
+            if by_view:
+                local.is_rendered(doc.id)
+            if doc.body is not None or not fresh:
+                yield doc
+        for id_ in local.not_rendered() if by_view else ():
+            yield Doc(id_, None, batch.position.version)
+
+    def _ids(self) -> Iterator[str]:
+        rows = self.store.scan(None, _CHUNK)
+        while rows:
+            yield from (row.key for row in rows)
+            rows = self.store.scan((rows[-1].collection, rows[-1].key), _CHUNK)
 
     def _doc(self, touched: Touched, batch: Batch) -> Doc:
         table = touched.document.table
@@ -267,7 +287,10 @@ class DocumentConsumer:
             return
         newest = {schema.table: schema for _, schema in sorted(schemas.items())}
         for document in self.documents:
-            check(document, newest)
+            if isinstance(document, Window):
+                check_window(document, newest)
+            else:
+                check(document, newest)
         local.learn(newest)
         self._checked |= schemas.keys()
 

@@ -205,22 +205,15 @@ class Many(_Referring):
         return {*self.where, *(name for name, _ in self.order)}
 
 
-class Aggregate(_Referring):
-    """Values over the rows of `table` whose columns `by` hold the key of the row that it is joined to.
-
-    In `render` it is one `Node` of them, by their names. However many rows there are, none is kept in memory.
-    """
+class Folding(_Referring):
+    """What `Aggregate` and `Window` share: values over rows, by their names."""
 
     def __init__(
-        self, table: str, by: str | Sequence[str], *, where: Mapping[str, Any] | None = None, **values: Function
+        self, table: str, by: str | Sequence[str], where: Mapping[str, Any] | None, values: Mapping[str, Function]
     ) -> None:
-        """Aggregate the rows of `table` that refer by `by`, and that `where` wants (see `Many`).
-
-        Raises:
-            Misconfigured: `document-join`, when one of `values` is no `Count`, `Sum`, `Avg`, `Min` or `Max`.
-        """
+        """Take rows together by `by`, those that `where` wants. Raises Misconfigured: `document-join`."""
         super().__init__(table, by, where, {})
-        self.values: Final[Mapping[str, Function]] = values
+        self.values: Final = values
         for name, function in values.items():
             if not isinstance(function, Function):
                 self._refuse(f"{name}={function!r}", "Use Count(), Sum(…), Avg(…), Min(…) or Max(…).")
@@ -244,6 +237,23 @@ class Aggregate(_Referring):
     def counted(self) -> Collection[str]:
         """Return the other columns that the values are of."""
         return {each.column for each in self.values.values() if each.column is not None and not isinstance(each, Min)}
+
+
+class Aggregate(Folding):
+    """Values over the rows of `table` whose columns `by` hold the key of the row that it is joined to.
+
+    In `render` it is one `Node` of them, by their names. However many rows there are, none is kept in memory.
+    """
+
+    def __init__(
+        self, table: str, by: str | Sequence[str], *, where: Mapping[str, Any] | None = None, **values: Function
+    ) -> None:
+        """Aggregate the rows of `table` that refer by `by`, and that `where` wants (see `Many`).
+
+        Raises:
+            Misconfigured: `document-join`, when one of `values` is no `Count`, `Sum`, `Avg`, `Min` or `Max`.
+        """
+        super().__init__(table, by, where, values)
 
 
 Join = One | Many | Aggregate

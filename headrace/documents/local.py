@@ -18,14 +18,16 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from headrace import codec
 from headrace.change import Change, Position, Row, TableSchema, Version
-from headrace.documents.declaration import Aggregate, Document, Join, Level, Many, Node, One
+from headrace.documents.declaration import Aggregate, Folding, Join, Level, Many, Node, One
 from headrace.documents.order import Shape
-from headrace.documents.paths import Paths
+from headrace.documents.paths import Link, Paths, text_of, value_of
+from headrace.documents.windows import Root, Window
 from headrace.errors import Transient
 
 _LAYOUT: Final = 3
@@ -37,6 +39,7 @@ _SCHEMA = """
     CREATE TABLE IF NOT EXISTS links (link INT, value TEXT, key TEXT, PRIMARY KEY (link, value, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS back (link INT, key TEXT, value TEXT, PRIMARY KEY (link, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS touched (doc INT, key TEXT, PRIMARY KEY (doc, key)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS shown (id TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 _STORE = """
     INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row,
@@ -48,10 +51,10 @@ _STORE = """
 class Touched(NamedTuple):
     """A document that a change has touched: its declaration and the root's key."""
 
-    document: Document
+    document: Root
     key: Row
     node: Node | None
-    """What to render; None when the root row is gone."""
+    """What to render; None when the root row is gone, or no row is in the window."""
 
 
 class LocalRows:
@@ -61,7 +64,7 @@ class LocalRows:
         position: Where the committed rows stand; None for an empty store.
     """
 
-    def __init__(self, path: Path, documents: Sequence[Document], fingerprint: str) -> None:
+    def __init__(self, path: Path, documents: Sequence[Root], fingerprint: str) -> None:
         """Open the file; one of another fingerprint or layout, or one that is damaged, is thrown away.
 
         Raises:
@@ -119,7 +122,7 @@ class LocalRows:
         self._store(change, key)
         self._relink(change.table, key, old, change.row)
         for number in self._paths.roots[change.table]:
-            self._db.execute("INSERT OR IGNORE INTO touched VALUES (?, ?)", (number, key))
+            self._touch(number, key)
         if not loading:
             self._touch_joined(change.table, key, old, change.row)
 
@@ -127,9 +130,7 @@ class LocalRows:
         """Yield each touched document once, with what to render."""
         for number, key in self._db.execute("SELECT doc, key FROM touched ORDER BY doc, key"):
             document = self._documents[number]
-            row = self._row(document.table, key)
-            node = self._node(document, row, key) if row is not None else None
-            yield Touched(document, _named(self._keys[document.table], key), node)
+            yield Touched(document, self._key(document, key), self._root(number, document, key))
 
     def count_touched(self) -> int:
         """Return how many documents are touched."""
@@ -139,6 +140,20 @@ class LocalRows:
     def clear_touched(self) -> None:
         """Forget the touched documents: they are in the view."""
         self._db.execute("DELETE FROM touched")
+
+    def remember_shown(self, ids: Iterable[str]) -> None:
+        """Remember which documents readers see before all are rendered anew."""
+        self._db.execute("DELETE FROM shown")
+        self._db.executemany("INSERT OR IGNORE INTO shown VALUES (?)", ((id_,) for id_ in ids))
+
+    def is_rendered(self, id_: str) -> None:
+        """Say that one of them was rendered."""
+        self._db.execute("DELETE FROM shown WHERE id = ?", (id_,))
+
+    def not_rendered(self) -> Iterator[str]:
+        """Yield those of them that were not."""
+        for (id_,) in self._db.execute("SELECT id FROM shown"):
+            yield id_
 
     def commit(self, position: Position) -> None:
         """Make what was applied durable, as the state at `position`."""
@@ -156,14 +171,16 @@ class LocalRows:
     def find(self, number: int, wanted: Callable[[Row], bool], guesses: Iterable[str]) -> str | None:
         """Return the key of the first of a document's roots whose columns are `wanted`; `guesses` are looked at before the others."""
         document = self._documents[number]
-        names = self._keys.get(document.table, [])
-        known = "SELECT key FROM rows WHERE tbl = ?1{} UNION ALL SELECT key FROM touched WHERE doc = ?2{}"
+        known, of = "SELECT key FROM rows WHERE tbl = ?", document.table
+        if isinstance(document, Window):
+            known, of = "SELECT DISTINCT value AS key FROM links WHERE link = ?", str(self._paths.windows[number])
+        known = f"SELECT key FROM ({known}) {{0}} UNION ALL SELECT key FROM touched WHERE doc = ? {{1}}"
         for guess in guesses:
-            found = self._db.execute(known.format(" AND key = ?3", " AND key = ?3"), (document.table, number, guess))
-            if found.fetchone() and wanted(_named(names, guess)):
+            found = self._db.execute(known.format("WHERE key = ?", "AND key = ?"), (of, guess, number, guess))
+            if found.fetchone() and wanted(self._key(document, guess)):
                 return guess
-        every = self._db.execute(known.format("", ""), (document.table, number))
-        return next((key for (key,) in every if wanted(_named(names, key))), None)
+        every = self._db.execute(known.format("", ""), (of, number))
+        return next((key for (key,) in every if wanted(self._key(document, key))), None)
 
     def came(self, table: str, key: str) -> tuple[Change, int] | None:
         """Return the change that brought a row, and when it was applied here (ms since the Unix epoch)."""
@@ -186,7 +203,11 @@ class LocalRows:
 
     def referring(self, level: Level, join: Many | Aggregate, key: str) -> Iterator[tuple[Row, str]]:
         """Yield the rows that a join of the row `key` of `level` is over, each with its own key."""
-        return self._referring(self._paths.link(level, join), join, key, self.shape(join.table))
+        return self._referring(self._paths.link(level, join), join, key)
+
+    def within(self, number: int, window: Window, key: str) -> Iterator[tuple[Row, str]]:
+        """Yield the rows that the document `number` of one window is over, each with its own key."""
+        return self._referring(self._paths.windows[number], window, key)
 
     # Rows and links
 
@@ -204,16 +225,21 @@ class LocalRows:
         self._db.execute(_STORE, (change.table, key, codec.dumps(row), *place, came, now))
 
     def _relink(self, table: str, key: str, old: Row | None, new: Row | None) -> None:
-        for number, columns, back in self._paths.links[table]:
-            before, after = value_of(old, columns), value_of(new, columns)
-            if before == after:
-                continue
-            if before is not None:
-                self._db.execute("DELETE FROM links WHERE (link, value, key) = (?, ?, ?)", (number, before, key))
-            if after is not None:
-                self._db.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", (number, after, key))
-            if back:
-                self._relink_back(number, key, after)
+        for link in self._paths.links[table]:
+            before, after = (link.value(row) if row is not None else None for row in (old, new))
+            for value in {before, after} - {None} if link.windows else ():
+                for number in link.windows:
+                    self._touch(number, value)
+            if before != after:
+                self._move(link, key, before, after)
+
+    def _move(self, link: Link, key: str, before: str | None, after: str | None) -> None:
+        if before is not None:
+            self._db.execute("DELETE FROM links WHERE (link, value, key) = (?, ?, ?)", (link.number, before, key))
+        if after is not None:
+            self._db.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", (link.number, after, key))
+        if link.back:
+            self._relink_back(link.number, key, after)
 
     def _relink_back(self, link: int, key: str, value: str | None) -> None:
         if value is None:
@@ -221,13 +247,33 @@ class LocalRows:
         else:
             self._db.execute("INSERT OR REPLACE INTO back VALUES (?, ?, ?)", (link, key, value))
 
+    def _touch(self, number: int, key: str | None) -> None:
+        self._db.execute("INSERT OR IGNORE INTO touched VALUES (?, ?)", (number, key))
+
     def _touch_joined(self, table: str, key: str, old: Row | None, new: Row | None) -> None:
         for root, by, sql in self._paths.climbs[table]:
             if root in self._keys:  # else there is no root yet
-                for value in (key,) if by is None else {value_of(old, by), value_of(new, by)} - {None}:
+                named = {value_of(row, by) for row in (old, new) if row is not None} if by else {key}
+                for value in named - {None}:
                     self._db.execute(sql, (value,))
 
     # Documents
+
+    def _key(self, document: Root, key: str) -> Row:
+        names = (document.start,) if isinstance(document, Window) else self._keys[document.table]
+        return _named(names, key)
+
+    def _root(self, number: int, document: Root, key: str) -> Node | None:
+        """Return what is rendered, None for no document."""
+        if isinstance(document, Window):
+            rows = (row for row, _ in self.within(number, document, key))
+            first = next(rows, None)
+            if first is None:
+                return None
+            values = document.over(chain([first], rows), self.shape(document.table))
+            return Node(document.table, self._key(document, key) | values)
+        row = self._row(document.table, key)
+        return self._node(document, row, key) if row is not None else None
 
     def _node(self, level: Level, row: Row, key: str) -> Node:
         if not level.joins:
@@ -241,14 +287,14 @@ class LocalRows:
             found = self._row(join.table, value) if value is not None else None
             return self._node(join, found, value) if found is not None and value is not None else None
         shape = self.shape(join.table)
-        children = self._referring(self._paths.link(level, join), join, key, shape)
+        children = self.referring(level, join, key)
         if isinstance(join, Aggregate):
             return Node(join.table, join.over((child for child, _ in children), shape))
         return [self._node(join, child, its) for child, its in join.picked(children, shape)]
 
-    def _referring(self, link: int, join: Many | Aggregate, key: str, shape: Shape) -> Iterator[tuple[Row, str]]:
-        """Yield the rows that refer to `key` and that the join wants, each with its own key."""
-        wanted = join.filter(shape) if join.where else None
+    def _referring(self, link: int, join: Many | Folding, key: str) -> Iterator[tuple[Row, str]]:
+        """Yield the rows that an index has under `key` and that the join wants, each with its own key."""
+        wanted = join.filter(self.shape(join.table)) if join.where else None
         found = self._db.execute(
             "SELECT row, links.key FROM links JOIN rows ON tbl = ? AND rows.key = links.key WHERE link = ? AND value = ?",
             (join.table, link, key),
@@ -280,17 +326,3 @@ def discard(path: Path) -> None:
 
 def _named(names: Sequence[str], key: str) -> Row:
     return dict(zip(names, codec.loads(key), strict=True))
-
-
-def text_of(values: Iterable[Any]) -> str:
-    """Return a key that has these values."""
-    return codec.dumps(list(values)).decode()
-
-
-def value_of(row: Row | None, columns: tuple[str, ...]) -> str | None:
-    """Return what a row's `columns` refer to, None when one of them is NULL (or not there yet: an older schema's
-    row)."""
-    if row is None:
-        return None
-    values = [row.get(column) for column in columns]
-    return None if None in values else text_of(values)

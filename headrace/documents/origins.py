@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import product
+from typing import Any
 
 from headrace import codec
 from headrace.change import Row
 from headrace.consumer import Origin
 from headrace.documents.declaration import Aggregate, Level, Many, One
-from headrace.documents.local import LocalRows, text_of, value_of
+from headrace.documents.local import LocalRows
 from headrace.documents.order import sorting
+from headrace.documents.paths import text_of, value_of
+from headrace.documents.windows import Root, Window
 
 Place = tuple[str, ...]
 
@@ -25,15 +29,26 @@ def find(local: LocalRows, number: int, id_: str, id_of: Callable[[Row], str]) -
     return local.find(number, lambda key: id_of(key) == id_, _guesses(id_))
 
 
-def origins(local: LocalRows, number: int, level: Level, key: str, limit: int) -> Iterator[Origin]:
-    """Yield what the document `number` of the root `key` is made from: the root, then each join and the first rows of it."""
+def origins(local: LocalRows, number: int, document: Root, key: str, limit: int) -> Iterator[Origin]:
+    """Yield what the document `number` of the root `key` is made from: the root, then each join and the first rows of it.
+
+    A window has no row of its own: it is a join of those that are in it.
+    """
     waits = local.waits(number, key)
-    root = _row(local, level, key, ())
+    if isinstance(document, Window):
+        rows, shape = partial(local.within, number, document, key), local.shape(document.table)
+        keys, count = _first(rows(), sorting((), shape), limit)
+        yield Origin(
+            (), document.table, rows=count, values=document.over((row for row, _ in rows()), shape), waits=waits
+        )
+        yield from filter(None, (_row(local, document, each, ()) for each in keys))
+        return
+    root = _row(local, document, key, ())
     if root is None:
-        yield Origin((), level.table, rows=0, waits=waits)
+        yield Origin((), document.table, rows=0, waits=waits)
         return
     yield root._replace(waits=waits)
-    yield from _joined(local, level, root, key, limit)
+    yield from _joined(local, document, root, key, limit)
 
 
 def _joined(local: LocalRows, level: Level, origin: Origin, key: str, limit: int) -> Iterator[Origin]:
@@ -47,7 +62,7 @@ def _joined(local: LocalRows, level: Level, origin: Origin, key: str, limit: int
             keys = [value] if value is not None and local.came(join.table, value) else []
             count = len(keys)
         else:
-            keys, count = _first(local, level, join, key, limit)
+            keys, count = _picked(local, level, join, key, limit)
             if isinstance(join, Aggregate):
                 values = join.over((each for each, _ in local.referring(level, join, key)), local.shape(join.table))
         yield Origin(place, join.table, rows=count, values=values)
@@ -63,13 +78,19 @@ def _row(local: LocalRows, level: Level, key: str, place: Place) -> Origin | Non
     return found and Origin(place, level.table, *found)
 
 
-def _first(local: LocalRows, level: Level, join: Many | Aggregate, key: str, limit: int) -> tuple[list[str], int]:
-    """Return the keys of the first rows of a join, and how many it has; in memory are no more than `limit`."""
+def _picked(local: LocalRows, level: Level, join: Many | Aggregate, key: str, limit: int) -> tuple[list[str], int]:
+    """Return the keys of the first rows of a join, and how many are in the document."""
     order, most = (join.order, join.limit) if isinstance(join, Many) else ((), None)
     by = sorting(order, local.shape(join.table))
-    rows = _Counted(local.referring(level, join, key))
-    first = heapq.nsmallest(min(limit, most or limit), rows, key=lambda each: by(each[0]))
-    return [its for _, its in first], min(rows.count, most or rows.count)
+    keys, count = _first(local.referring(level, join, key), by, min(limit, most or limit))
+    return keys, min(count, most or count)
+
+
+def _first(rows: Iterator[tuple[Row, str]], by: Callable[[Row], Any], limit: int) -> tuple[list[str], int]:
+    """Return the keys of the first rows, and how many there are; in memory are no more than `limit`."""
+    counted = _Counted(rows)
+    first = heapq.nsmallest(limit, counted, key=lambda each: by(each[0]))
+    return [its for _, its in first], counted.count
 
 
 class _Counted:

@@ -11,10 +11,14 @@ the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
+from headrace import codec
+from headrace.change import Row
 from headrace.documents.declaration import Document, Join, Level, One
+from headrace.documents.windows import Root, Window
 
 _Up = Callable[[str], str]
 """From SQL that gives keys of one level's rows to SQL that gives the root's."""
@@ -23,11 +27,18 @@ _Reference = tuple[str, tuple[str, ...]]
 
 
 class Link(NamedTuple):
-    """An index of a table's rows by what some columns hold; every join by these shares it."""
+    """An index of a table's rows by what some columns hold, or by the windows they are in; all that are by the same share it.
+
+    Attributes:
+        value: What a row is found by.
+        back: Whether it is known of a row without asking it.
+        windows: The numbers of the documents of these windows.
+    """
 
     number: int
-    columns: tuple[str, ...]
-    back: bool
+    value: Callable[[Row], str | None]
+    back: bool = False
+    windows: tuple[int, ...] = ()
 
 
 class Climb(NamedTuple):
@@ -48,12 +59,13 @@ class Paths:
     """The indexes and ways of some documents.
 
     Attributes:
-        roots: The numbers of the documents of each table.
+        roots: The numbers of the documents that each row of a table has.
         links: The indexes of each table.
+        windows: The number of the index by windows that each document of a window is made by.
         climbs: The ways up from each table, for each place that it has in a document; the same way once.
     """
 
-    def __init__(self, documents: Sequence[Document]) -> None:
+    def __init__(self, documents: Sequence[Root]) -> None:
         """Find all places of all tables."""
         tables = [table for document in documents for table in document.tables]
         self._numbers: dict[_Reference, int] = {}
@@ -61,16 +73,31 @@ class Paths:
         self.roots: dict[str, list[int]] = {table: [] for table in tables}
         self.climbs: dict[str, list[Climb]] = {table: [] for table in tables}
         for number, document in enumerate(documents):
-            self.roots[document.table].append(number)
-            self._descend(document, document, f"INSERT OR IGNORE INTO touched SELECT {number}, * FROM ({{}})".format)
+            if isinstance(document, Document):
+                self.roots[document.table].append(number)
+                self._descend(
+                    document, document, f"INSERT OR IGNORE INTO touched SELECT {number}, * FROM ({{}})".format
+                )
         self.links: dict[str, list[Link]] = {table: [] for table in tables}
         for (table, columns), link in self._numbers.items():
-            self.links[table].append(Link(link, columns, link in self._back))
+            self.links[table].append(Link(link, partial(value_of, columns=columns), link in self._back))
+        self.windows = self._index({n: each for n, each in enumerate(documents) if isinstance(each, Window)})
 
     def link(self, level: Level, join: Join) -> int:
         """Return the number of a join's index."""
         reference = (level.table if isinstance(join, One) else join.table, join.columns)
         return self._numbers.setdefault(reference, len(self._numbers))
+
+    def _index(self, windows: Mapping[int, Window]) -> dict[int, int]:
+        """Add the indexes by windows, and return their numbers."""
+        found: dict[int, int] = {}
+        for number, window in windows.items():
+            same = [n for n, other in windows.items() if _by(other) == _by(window)]
+            found[number] = len(self._numbers) + same[0]
+            if number == same[0]:
+                link = Link(found[number], partial(_start, window), windows=tuple(same))
+                self.links[window.table].append(link)
+        return found
 
     def _descend(self, document: Document, level: Level, up: _Up) -> None:
         for join in level.joins.values():
@@ -90,3 +117,23 @@ class Paths:
 
 def _then(up: _Up, step: str) -> _Up:
     return lambda keys: up(step.format(keys))
+
+
+def _by(window: Window) -> tuple[str, str, int]:
+    return window.table, window.on, window.seconds
+
+
+def _start(window: Window, row: Row) -> str | None:
+    start = window.start_of(row)
+    return text_of([start]) if start is not None else None
+
+
+def text_of(values: Iterable[Any]) -> str:
+    """Return a key that has these values."""
+    return codec.dumps(list(values)).decode()
+
+
+def value_of(row: Row, columns: Sequence[str]) -> str | None:
+    """Return what a row's `columns` refer to, None when one of them is NULL (or not there yet: an older schema's row)."""
+    values = [row.get(column) for column in columns]
+    return None if None in values else text_of(values)

@@ -12,23 +12,67 @@ from pathlib import Path
 from headrace_ops.elasticsearch import Elasticsearch
 
 PAGE = Path(__file__).parents[2] / "docs/writing-a-consumer.md"
+SALES = """
+from headrace.testing import ConsumerConformance, shape
+from sales import SalesByTheMinute
+
+ORDERS = shape("public.orders", id="integer", created_at="timestamp with time zone", state="text", total="numeric")
 
 
-def test_the_code_of_the_page_runs_and_its_test_passes(elasticsearch: Elasticsearch, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert [name for name, _ in blocks] == ["cards.py", "test_cards.py"]
-    for name, code in blocks:
-        (tmp_path / name).write_text(code)
+class TestSales(ConsumerConformance):
+    consumer = SalesByTheMinute
+    name = "sales"
+    history = {
+        ORDERS: [
+            {"id": 1, "created_at": "2026-01-01T10:07:30+00:00", "state": "paid", "total": "9.90"},
+            {"id": 2, "created_at": "2026-01-01T10:07:59.5+00:00", "state": "paid", "total": "0.10"},
+            {"id": 1, "created_at": "2026-01-01T10:08:00+00:00", "state": "paid", "total": "9.90"},
+        ]
+    }
+"""
+
+
+def run(address: str, folder: Path, test: str, *options: str) -> None:
+    """Run a test beside the code of the page."""
+    for name, code in re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        (folder / name).write_text(code)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:pytest_timeout",
+        test,
+        *options,
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:pytest_timeout", "test_cards.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "HEADRACE_ELASTICSEARCH": elasticsearch.address()},
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "HEADRACE_ELASTICSEARCH": address},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert re.search(r"\d+ passed", done.stdout)
+
+
+def test_the_code_of_the_page_runs_and_its_test_passes(elasticsearch: Elasticsearch, tmp_path: Path) -> None:
+    run(elasticsearch.address(), tmp_path, "test_cards.py")
+
+
+def test_the_windows_of_the_page_pass_where_rows_move(elasticsearch: Elasticsearch, tmp_path: Path) -> None:
+    (tmp_path / "test_sales.py").write_text(SALES)
+    run(
+        elasticsearch.address(),
+        tmp_path,
+        "test_sales.py",
+        "-k",
+        "can_tell or twice or deletes or steps_of_apply or replay",
+    )
 
 
 def test_every_name_of_the_public_api_is_there() -> None:

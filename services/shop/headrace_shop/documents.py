@@ -32,7 +32,7 @@ _CHUNK = 500
 def render(connection: Connection, consumer: DocumentConsumer, touched: Touched, version: Version) -> list[Doc]:
     """Return the documents of `consumer` that show any of the touched rows, as Postgres has them now."""
     docs = []
-    for document in consumer.documents:
+    for document in _declared(consumer):
         roots = sorted(_roots(connection, document, touched))
         bodies = {node["id"]: consumer.render(node) for node in nodes(connection, document, roots)}
         docs += [Doc(consumer.id(document.table, {"id": root}), _plain(bodies.get(root)), version) for root in roots]
@@ -41,11 +41,15 @@ def render(connection: Connection, consumer: DocumentConsumer, touched: Touched,
 
 def render_all(connection: Connection, consumer: DocumentConsumer, version: Version) -> Iterator[Doc]:
     """Yield every document of `consumer`, as Postgres has them now."""
-    for document in consumer.documents:
+    for document in _declared(consumer):
         for node in nodes(connection, document):
             body = _plain(consumer.render(node))
             if body is not None:
                 yield Doc(consumer.id(document.table, {"id": node["id"]}), body, version)
+
+
+def _declared(consumer: DocumentConsumer) -> list[Document]:
+    return [document for document in consumer.documents if isinstance(document, Document)]
 
 
 def nodes(connection: Connection, document: Document, roots: Sequence[int] | None = None) -> Iterator[Node]:

@@ -1,7 +1,8 @@
 """What a view should hold, from SQL alone: the rows themselves, or a document's joins and then the plugin's own `render`.
 
 Nothing of `headrace.documents` but the declaration is used, so that a mistake in keeping documents in step is seen (S27);
-how it is SQL is said in `joins`.
+how it is SQL is said in `joins`. (In which window a changed row is, is asked of the declaration: that decides only what is compared
+again.)
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from psycopg import sql
 from headrace import codec
 from headrace.change import Change, Row, TableSchema
 from headrace.consumer import ALL, Consumer
-from headrace.documents import Document, DocumentConsumer, Many, Node, One
+from headrace.documents import Document, DocumentConsumer, Many, Node, One, Window
 from headrace.documents.declaration import Level
+from headrace.documents.windows import Root
 from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.settings import Settings
-from headrace_verify.joins import Members, Select, key_of, node, places
+from headrace_verify.joins import Members, Select, key_of, node, places, window
 from headrace_verify.ledger import Expected, Member, Touched
 from headrace_verify.postgres import Connection, Table, stream
 from headrace_verify.postgres import table as read_table
 
-Root = tuple[str, str]
+RootKey = tuple[str, str]
 
 
 class Query(NamedTuple):
@@ -64,7 +66,7 @@ class Expectation(Protocol):
     keyless: frozenset[str]
     adrift: frozenset[str]
 
-    def queries(self, connection: Connection, roots: Sequence[Root] | None) -> Iterator[Query]:
+    def queries(self, connection: Connection, roots: Sequence[RootKey] | None) -> Iterator[Query]:
         """Yield what reads the rows or documents of these roots, of all that there are when None."""
 
     def made(self, found: Found) -> Made:
@@ -137,7 +139,7 @@ def expectation(
 
 def _check_roots(consumer: type[DocumentConsumer], name: str, tables: dict[str, Table]) -> None:
     for document in consumer.documents:
-        if not tables[document.table].key:
+        if isinstance(document, Document) and not tables[document.table].key:
             said = f"{name} has a document for each row of {document.table}, which is append-only: {_KEYLESS}."
             raise Misconfigured("verify-no-expectation", said, "Give the table a primary key and capture it by that.")
 
@@ -177,7 +179,7 @@ class Rows:
         self.adrift = frozenset[str]()
         self.notes = notes
 
-    def queries(self, connection: Connection, roots: Sequence[Root] | None) -> Iterator[Query]:
+    def queries(self, connection: Connection, roots: Sequence[RootKey] | None) -> Iterator[Query]:
         """See `Expectation.queries`."""
         keys = _by_table(roots)
         for kind, table in enumerate(self._tables):
@@ -225,38 +227,52 @@ class Documents:
         self.tables = tuple(tables)
         self.notes = notes
         self.keyless = frozenset[str]()
-        self._places = [(document, *place) for document in consumer.documents for place in places(document)]
+        roots = [document for document in consumer.documents if isinstance(document, Document)]
+        self._places = [(document, *place) for document in roots for place in places(document)]
         self.adrift = frozenset(
             join.table
             for document, level, join in self._places
             if (isinstance(join, Many) and join.limit) or (level is not document and not isinstance(join, One))
         )
 
-    def queries(self, connection: Connection, roots: Sequence[Root] | None) -> Iterator[Query]:
+    def queries(self, connection: Connection, roots: Sequence[RootKey] | None) -> Iterator[Query]:
         """See `Expectation.queries`."""
         keys = _by_table(roots)
         for kind, document in enumerate(self._consumer.documents):
-            if roots is None or document.table in keys:
-                some = keys.get(document.table)
-                select = Select(self._tables, few=some is not None)
+            some = keys.get(self._root(document))
+            if roots is not None and some is None:
+                continue
+            select = Select(self._tables, few=some is not None)
+            if isinstance(document, Window):
+                starts = [codec.decode_key(key.encode())[document.start] for key in some] if some is not None else None
+                yield Query(kind, select.windows(document, starts).as_bytes(connection), 2)
+            else:
                 query = select.documents(document, _any_of(self._tables[document.table], some))
                 yield Query(kind, query.as_bytes(connection), 1 + len(document.joins))
 
     def made(self, found: Found) -> Made:
         """See `Expectation.made`."""
         document = self._consumer.documents[found.kind]
-        table = self._tables[document.table]
         row, *joined = (codec.loads(text or "null") for text in found.texts)
         members: Members = []
-        root = node(self._tables, document, table.plain(row), joined, members)
-        made = Expected(*self._document(document, {name: root[name] for name in table.key}), self._render(root))
+        if isinstance(document, Window):
+            key, root = {document.start: row}, window(self._tables, document, row, joined[0], members)
+        else:
+            table = self._tables[document.table]
+            root = node(self._tables, document, table.plain(row), joined, members)
+            key = {name: root[name] for name in table.key}
+        made = Expected(*self._document(document, key), self._render(root))
         return Made(made, tuple(Member(*member, made.collection, made.key) for member in members))
 
     def named(self, change: Change) -> Iterator[Touched]:
         """See `Expectation.named`."""
         for document in self._consumer.documents:
-            if document.table == change.table:
+            if document.table != change.table:
+                continue
+            if isinstance(document, Document):
                 yield self._document(document, codec.decode_key(change.key))
+            elif change.row is not None and (start := document.start_of(change.row)) is not None:
+                yield self._document(document, {document.start: start})
         for document, level, key in self._referred(change):
             if level is document:
                 yield self._document(document, key)
@@ -279,16 +295,31 @@ class Documents:
                 yield document, level, dict(zip(self._keys[level.table], values, strict=True))
 
     def counted(self) -> dict[str, list[Table]]:
-        """See `Expectation.counted`: a root row for which `render` returns no document is not known here."""
+        """See `Expectation.counted`: a root row for which `render` returns no document is not known here.
+
+        Raises:
+            Misconfigured: `verify-no-expectation`, for windows: how many there are is not how many rows.
+        """
+        if any(isinstance(document, Window) for document in self._consumer.documents):
+            said = f"{self._consumer.name} has a document for each window of time, and these are not counted by rows."
+            raise Misconfigured(
+                "verify-no-expectation", said, "Compare every row: leave out --counts, use --gate verify."
+            )
         return {"": [self._tables[document.table] for document in self._consumer.documents]}
 
     def without_key(self, connection: Connection, collection: str) -> tuple[tuple[str, ...], Iterator[Row]]:  # noqa: ARG002  see there
         """See `Expectation.without_key`: a document has a key always."""
         raise KeyError(collection)
 
-    def _document(self, document: Document, key: Row) -> Touched:
-        root = (document.table, codec.encode_key(key).decode())
+    def _document(self, document: Root, key: Row) -> Touched:
+        root = (self._root(document), codec.encode_key(key).decode())
         return "", self._consumer.id(document.table, key), root
+
+    def _root(self, document: Root) -> str:
+        """Return what roots of a document are told apart by: several documents of one table may have windows."""
+        if isinstance(document, Document):
+            return document.table
+        return f"{document.table} {self._consumer.documents.index(document)}"
 
     def _render(self, root: Node) -> Row | None:
         try:
@@ -315,7 +346,7 @@ def _any_of(table: Table, keys: Sequence[str] | None) -> sql.Composable:
     return sql.SQL(" OR ").join(conditions)
 
 
-def _by_table(roots: Sequence[Root] | None) -> dict[str, list[str]]:
+def _by_table(roots: Sequence[RootKey] | None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for table, key in roots or ():
         found.setdefault(table, []).append(key)

@@ -20,9 +20,9 @@ from psycopg import sql
 
 from headrace import codec
 from headrace.change import Row
-from headrace.documents import Aggregate, Avg, Count, Document, Many, Max, Node, One, Sum
+from headrace.documents import Aggregate, Avg, Count, Document, Many, Max, Node, One, Sum, Window
 from headrace.documents.aggregates import Function, Summed
-from headrace.documents.declaration import Join, Level
+from headrace.documents.declaration import Folding, Join, Level
 from headrace.documents.order import Shape
 from headrace_verify.postgres import Table
 
@@ -46,6 +46,33 @@ class Select:
         texts = sql.SQL(", ").join(sql.SQL("{}::text").format(each) for each in (root.json("t"), *columns))
         return sql.SQL("SELECT {} FROM {} t {} WHERE {}").format(
             texts, root.identifier, sql.SQL(" ").join(sources), condition
+        )
+
+    def windows(self, window: Window, starts: Sequence[str] | None) -> sql.Composed:
+        """Return the SQL of the windows of a table in which there are rows, of those that begin then, or of all when None.
+
+        The arithmetic is Postgres's own, and so is the text of a window's start.
+        """
+        table, alias = self._tables[window.table], "c"
+        column = table.column(window.on)
+        kind = sql.SQL("timestamptz" if column.base == "timestamptz" else "timestamp")
+        at = sql.SQL("CAST({} AS {})").format(sql.Identifier(alias, window.on), kind)
+        # As date_bin does it; that one has no interval long enough from 1970 to the last years that Postgres has.
+        past = sql.SQL("mod(mod(extract(epoch FROM {0}), {1}) + {1}, {1})").format(at, sql.Literal(window.seconds))
+        start = sql.SQL("{} - make_interval(secs => CAST({} AS double precision))").format(at, past)
+        conditions = [sql.SQL("isfinite({})").format(at)]
+        conditions += [_among(table, alias, name, values) for name, values in window.where.items()]
+        if starts is not None:
+            within = sql.SQL("{0} BETWEEN CAST({1} AS {2}) AND CAST({1} AS {2}) + make_interval(secs => {3})")
+            last = sql.Literal(window.seconds - 0.000001)
+            some = [within.format(at, sql.Literal(each), kind, last) for each in starts]
+            conditions.append(sql.SQL("({})").format(sql.SQL(" OR ").join(some)))
+        return sql.SQL("SELECT to_json({0})::text, {1}::text FROM {2} {3} WHERE {4} GROUP BY {0}").format(
+            start,
+            _aggregated(window, table, alias),
+            table.identifier,
+            sql.Identifier(alias),
+            sql.SQL(" AND ").join(conditions),
         )
 
     def _joined(self, level: Level, alias: str) -> tuple[list[sql.Composed], list[sql.Composed]]:
@@ -152,7 +179,7 @@ def _literal(value: Any, *, number: bool) -> sql.Literal:
     return sql.Literal(codec.dumps(value).decode())
 
 
-def _aggregated(join: Aggregate, table: Table, alias: str) -> sql.Composed:
+def _aggregated(join: Folding, table: Table, alias: str) -> sql.Composed:
     keys = sql.SQL("json_agg({})").format(_keyed(table).json(alias)) if table.key else sql.SQL("NULL")
     values = [_value(function, table, alias) for function in join.values.values()]
     return sql.SQL("json_build_array({})").format(sql.SQL(", ").join([keys, *values]))
@@ -217,7 +244,13 @@ def _parted(table: Table, join: Join, value: Any) -> tuple[Row, Sequence[Any]]:
     return table.plain(row), further
 
 
-def _read_aggregate(join: Aggregate, table: Table, value: Any, members: Members) -> Node:
+def window(tables: Tables, declared: Window, start: str, value: Any, members: Members) -> Node:
+    """Return a window as `render` gets it; `members` gains every row that is in it."""
+    values = _read_aggregate(declared, tables[declared.table], value, members)
+    return Node(declared.table, {declared.start: start, **values})
+
+
+def _read_aggregate(join: Folding, table: Table, value: Any, members: Members) -> Node:
     keys, *values = value or ([], *(function.result(None) for function in join.values.values()))
     keyed = _keyed(table)
     members += [(table.name, key_of(table, keyed.plain(key))) for key in keys or ()]
