@@ -42,6 +42,7 @@ class Batch:
         loading: Whether the generation has not yet reached its first exact checkpoint: it shows readers nothing.
         schemas: The schema version of every (table, version) that occurs in `changes`, and the newest one of each table
             that the reader knows.
+        hurry: Show also what is delayed (see `Consumer.pending`): readers are about to be pointed here, or the view is compared.
     """
 
     changes: list[Change]
@@ -49,6 +50,7 @@ class Batch:
     checkpoint: Checkpoint | None
     loading: bool
     schemas: dict[tuple[str, int], TableSchema] = field(default_factory=dict)
+    hurry: bool = False
 
     @property
     def complete(self) -> bool:
@@ -111,6 +113,10 @@ class Consumer(Protocol):
             returns None, counting is a scan.
         why: Optional: ``why(key: Cursor, limit: int) -> Sequence[Origin]``, what one row was made from, of each join the first `limit`
             rows, for `headrace why`. A row comes before what is joined to it. Nothing for a key that is not known.
+        pending: Optional: ``pending() -> Version | None``, the version of the oldest change that was taken in and is not shown yet; None
+            when nothing waits. Tokens are not answered beyond it (S25). What waits must be durable with the position.
+        due: Optional, with `pending`: ``due() -> bool``, whether some of that may be shown now. Then, while no changes come, `apply` is
+            called with a batch without changes that ends where the view stands.
         progress: Set by the runner; call ``progress(done, total)`` in long work so that status can show it.
     """
 

@@ -25,24 +25,27 @@ view that was last fed longer ago than `delete.retention.ms` is refused, like on
 say in which window its row was: so where there are windows, what the view has and the log does not say goes.
 
 Between complete states nothing is rendered: the changes wait in the open local transaction, which SQLite keeps on disk.
+
+A document that is debounced stays in the list of those that are touched, which is committed with the position: so it is
+rendered after a kill too, at the next complete state or, when no change comes, at the one where the view stands.
 """
 
 from __future__ import annotations
 
 import copy
 import sqlite3
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 from headrace import codec
-from headrace.change import Position, Row, TableSchema
+from headrace.change import Position, Row, TableSchema, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check, check_window
 from headrace.documents.declaration import Node
-from headrace.documents.local import LocalRows, Touched, discard
+from headrace.documents.local import EVER, Left, LocalRows, Touched, When, discard, now
 from headrace.documents.origins import find, origins
 from headrace.documents.windows import Root, Window
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
@@ -58,6 +61,7 @@ class DocumentConsumer:
     Class attributes:
         document, documents: What belongs together; one `Document` or `Window`, or several with roots of their own.
         store: Where the documents are kept, e.g. `ElasticsearchIndex` or `RedisPages`.
+        debounce_seconds: A document that changes all the time is rendered once in so many seconds at most, and waits in between as it is.
         name: Names the view; by default the entry point's name.
 
     `render` must be a function of the row alone: no clock, no counter, no look elsewhere. Verify calls it too, and
@@ -67,6 +71,7 @@ class DocumentConsumer:
     document: ClassVar[Root]
     documents: ClassVar[Sequence[Root]] = ()
     store: DocumentStore
+    debounce_seconds: ClassVar[float] = 0
     name: str = ""
     tables: Collection[str] = ()
     mirrors_rows: bool = False
@@ -94,6 +99,7 @@ class DocumentConsumer:
         self.store.bind(settings, name)
         self._local: LocalRows | None = None
         self._view: Position | None = None
+        self._left: Left | None = None
         self._checked: set[tuple[str, int]] = set()
 
     # What a plugin writes
@@ -124,6 +130,7 @@ class DocumentConsumer:
             discard(path)
             local = LocalRows(path, self.documents, generation.fingerprint)
         self._local = local
+        self._left = local.left() if local.position is not None and not local.position.loading else None
         self._checked.clear()
         return local.position
 
@@ -136,7 +143,7 @@ class DocumentConsumer:
             for change in batch.changes:
                 local.apply(change, loading=batch.loading)
             if batch.complete:
-                self._publish(local, batch)
+                self._publish(local, batch, self._when(batch))
             elif batch.loading:
                 local.commit(batch.position)
 
@@ -179,6 +186,14 @@ class DocumentConsumer:
                 return list(origins(local, number, document, root, limit))
         return []
 
+    def pending(self) -> Version | None:
+        """Return the version of the oldest change that a document waits to show, None when none waits."""
+        return self._left.since if self._left else None
+
+    def due(self) -> bool:
+        """Whether the wait of a document is over."""
+        return self._left is not None and self._left.is_due(self._interval)
+
     # Where to go on
 
     def _fits(self, local: Position, view: Position | None) -> bool:
@@ -189,46 +204,57 @@ class DocumentConsumer:
             return False
         if local.loading:
             # Tombstones that the load has not read yet may be gone (S19).
-            return _now() - local.appended <= self.settings.delete_retention_ms
+            return now() - local.appended <= self.settings.delete_retention_ms
         return view is not None and local.version <= view.version and _behind(local, view)
 
-    def _check_reload(self, view: Position, now: Position) -> None:
+    def _check_reload(self, view: Position, state: Position) -> None:
         """Refuse to go on with a view's old documents from a state that does not continue them."""
-        if not view.continued_by(now.version, now.source) or not view.topics.items() <= now.topics.items():
+        if not view.continued_by(state.version, state.source) or not view.topics.items() <= state.topics.items():
             raise _refused(
-                "position-of-another-source", f"The view was built from {view.source}, the log is of {now.source}."
+                "position-of-another-source", f"The view was built from {view.source}, the log is of {state.source}."
             )
-        if view.version > now.version:
-            raise _refused("position-ahead", f"The view is at {view.version}, the log ends at {now.version}.")
-        if now.appended - view.appended > self.settings.delete_retention_ms:
+        if view.version > state.version:
+            raise _refused("position-ahead", f"The view is at {view.version}, the log ends at {state.version}.")
+        if state.appended - view.appended > self.settings.delete_retention_ms:
             raise _refused("away-too-long", "The view was last fed longer ago than delete.retention.ms.")
 
     # Rendering
 
-    def _publish(self, local: LocalRows, batch: Batch) -> None:
+    def _when(self, batch: Batch) -> When:
+        """Return which documents are shown now: all of a load, which is then as if none was shown before."""
+        if batch.loading or not self.debounce_seconds:
+            return When(EVER, 0)
+        return When(EVER if batch.hurry else now(), self._interval)
+
+    @property
+    def _interval(self) -> int:
+        return int(1000 * self.debounce_seconds)
+
+    def _publish(self, local: LocalRows, batch: Batch, when: When) -> None:
         if batch.loading and self._view is not None:
             self._check_reload(self._view, batch.position)
         done, total = 0, local.count_touched() if batch.loading else 0
         chunk: list[Doc] = []
-        for doc in self._docs(local, batch):
+        for doc in self._docs(local, batch, when):
             if len(chunk) == _CHUNK:
                 self.store.write(chunk, None, bulk=True)
                 done += len(chunk)
                 self.progress(done, total)
                 chunk = []
             chunk.append(doc)
-        self.store.write(chunk, batch.position)
-        local.clear_touched()
+        left = local.left(when) if when.interval else None
+        self.store.write(chunk, _held(batch.position, left))
+        local.clear_touched(when)
         local.commit(batch.position)
-        self._view = batch.position
+        self._view, self._left = batch.position, left
 
-    def _docs(self, local: LocalRows, batch: Batch) -> Iterator[Doc]:
+    def _docs(self, local: LocalRows, batch: Batch, when: When) -> Iterator[Doc]:
         """Yield what to write. After a reload a window that lost its rows meanwhile is known by nothing but its document."""
         fresh = batch.loading and self._view is None
         by_view = batch.loading and not fresh and any(isinstance(each, Window) for each in self.documents)
         if by_view:
             local.remember_shown(self._ids())
-        for touched in local.touched():
+        for touched in local.touched(when):
             doc = self._doc(touched, batch)
             if by_view:
                 local.is_rendered(doc.id)
@@ -313,6 +339,14 @@ def _local_errors(local: LocalRows) -> Iterator[None]:
         ) from error
 
 
+def _held(position: Position, left: Left | None) -> Position:
+    """Return the position as the view keeps it: tokens are not answered beyond what waits to be shown (S25)."""
+    if left is None:
+        return position
+    before = Version(left.since.epoch, max(left.since.lsn - 1, 0))
+    return replace(position, held=min(position.held or before, before))
+
+
 def _behind(local: Position, view: Position) -> bool:
     """Whether `local` is at `view` or before it, partition by partition."""
     return all(
@@ -331,7 +365,3 @@ def _refused(code: str, seen: str) -> Refused:
 
 def _escaped(value: str) -> str:
     return value.replace("\\", "\\\\").replace(",", "\\,")
-
-
-def _now() -> float:
-    return time.time() * 1000

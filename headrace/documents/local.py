@@ -26,7 +26,7 @@ from headrace import codec
 from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.documents.declaration import Aggregate, Folding, Join, Level, Many, Node, One
 from headrace.documents.order import Shape
-from headrace.documents.paths import Link, Paths, text_of, value_of
+from headrace.documents.paths import TOUCHED, Link, Paths, text_of, value_of
 from headrace.documents.windows import Root, Window
 from headrace.errors import Transient
 
@@ -38,14 +38,45 @@ _SCHEMA = """
                                      part INT, at INT, came TEXT, applied INT, PRIMARY KEY (tbl, key));
     CREATE TABLE IF NOT EXISTS links (link INT, value TEXT, key TEXT, PRIMARY KEY (link, value, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS back (link INT, key TEXT, value TEXT, PRIMARY KEY (link, key)) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS touched (doc INT, key TEXT, PRIMARY KEY (doc, key)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS touched (doc INT, key TEXT, since INT, due INT, PRIMARY KEY (doc, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS shown (id TEXT PRIMARY KEY) WITHOUT ROWID;
 """
+_WAITS = "since IS NOT NULL"
+_IS_DUE = "(due <= :now OR due > :now + :interval)"
+"""A time further away than the interval is of a clock that has been put back."""
+_TOUCH = f"INSERT INTO touched VALUES (?, ?, ?, 0) {TOUCHED}"
 _STORE = """
     INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row,
     version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
     part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
 """
+
+EVER: Final = 1 << 62
+
+
+class When(NamedTuple):
+    """Which of the touched documents are shown: those that may be at `now`, ms since the Unix epoch; all when that is EVER.
+
+    `interval` is how long a document that was shown waits until it may be again, ms.
+    """
+
+    now: int
+    interval: int
+
+
+_ALL = When(EVER, 0)
+
+
+class Left(NamedTuple):
+    """Documents that wait: since the oldest change of any, and when the first and the last will be due, ms."""
+
+    since: Version
+    first: int
+    last: int
+
+    def is_due(self, interval: int) -> bool:
+        """Whether one is, also when the clock has been put back."""
+        return self.first <= now() or self.last > now() + interval
 
 
 class Touched(NamedTuple):
@@ -119,27 +150,42 @@ class LocalRows:
             self._learn_key(change)
         key = text_of(codec.decode_key(change.key).values())
         old = self._row(change.table, key)
-        self._store(change, key)
-        self._relink(change.table, key, old, change.row)
+        since = change.version.packed()
+        self._store(change, key, since)
+        self._relink(change.table, key, old, change.row, since)
         for number in self._paths.roots[change.table]:
-            self._touch(number, key)
+            self._touch(number, key, since)
         if not loading:
-            self._touch_joined(change.table, key, old, change.row)
+            self._touch_joined(change.table, key, old, change.row, since)
 
-    def touched(self) -> Iterator[Touched]:
-        """Yield each touched document once, with what to render."""
-        for number, key in self._db.execute("SELECT doc, key FROM touched ORDER BY doc, key"):
+    def touched(self, when: When = _ALL) -> Iterator[Touched]:
+        """Yield each touched document that is due once, with what to render."""
+        query = f"SELECT doc, key FROM touched WHERE {_WAITS} AND {_IS_DUE} ORDER BY doc, key"
+        for number, key in self._db.execute(query, when._asdict()):
             document = self._documents[number]
             yield Touched(document, self._key(document, key), self._root(number, document, key))
 
     def count_touched(self) -> int:
         """Return how many documents are touched."""
-        count: int = self._db.execute("SELECT count(*) FROM touched").fetchone()[0]
+        count: int = self._db.execute(f"SELECT count(*) FROM touched WHERE {_WAITS}").fetchone()[0]
         return count
 
-    def clear_touched(self) -> None:
-        """Forget the touched documents: they are in the view."""
-        self._db.execute("DELETE FROM touched")
+    def left(self, when: When | None = None) -> Left | None:
+        """Return what is touched and not due, of all that is touched when None; None when there is nothing."""
+        which = f"{_WAITS} AND NOT {_IS_DUE}" if when else _WAITS
+        query = f"SELECT min(since), min(due), max(due) FROM touched WHERE {which}"
+        since, *dues = self._db.execute(query, when._asdict() if when else {}).fetchone()
+        return Left(Version.unpacked(since), *dues) if since is not None else None
+
+    def clear_touched(self, when: When = _ALL) -> None:
+        """Forget the touched documents that were due: they are in the view. When they may be shown again is kept until then."""
+        if not when.interval:
+            self._db.execute("DELETE FROM touched")
+            return
+        over, again = when._replace(now=now()), {"again": now() + when.interval}
+        self._db.execute(f"DELETE FROM touched WHERE NOT {_WAITS} AND {_IS_DUE}", over._asdict())
+        update = f"UPDATE touched SET since = NULL, due = :again WHERE {_WAITS} AND {_IS_DUE}"
+        self._db.execute(update, when._asdict() | again)
 
     def remember_shown(self, ids: Iterable[str]) -> None:
         """Remember which documents readers see before all are rendered anew."""
@@ -174,7 +220,7 @@ class LocalRows:
         known, of = "SELECT key FROM rows WHERE tbl = ?", document.table
         if isinstance(document, Window):
             known, of = "SELECT DISTINCT value AS key FROM links WHERE link = ?", str(self._paths.windows[number])
-        known = f"SELECT key FROM ({known}) {{0}} UNION ALL SELECT key FROM touched WHERE doc = ? {{1}}"
+        known = f"SELECT key FROM ({known}) {{0}} UNION ALL SELECT key FROM touched WHERE {_WAITS} AND doc = ? {{1}}"
         for guess in guesses:
             found = self._db.execute(known.format("WHERE key = ?", "AND key = ?"), (of, guess, number, guess))
             if found.fetchone() and wanted(self._key(document, guess)):
@@ -194,7 +240,7 @@ class LocalRows:
 
     def waits(self, number: int, key: str) -> bool:
         """Whether a document is touched and not shown yet."""
-        query = "SELECT 1 FROM touched WHERE doc = ? AND key = ?"
+        query = f"SELECT 1 FROM touched WHERE {_WAITS} AND doc = ? AND key = ?"
         return self._db.execute(query, (number, key)).fetchone() is not None
 
     def shape(self, table: str) -> Shape:
@@ -215,21 +261,22 @@ class LocalRows:
         found = self._db.execute("SELECT row FROM rows WHERE tbl = ? AND key = ?", (table, key)).fetchone()
         return codec.loads(found[0]) if found else None
 
-    def _store(self, change: Change, key: str) -> None:
+    def _store(self, change: Change, key: str, version: int) -> None:
         if change.row is None:
             self._db.execute("DELETE FROM rows WHERE tbl = ? AND key = ?", (change.table, key))
             return
-        _, _, _, row, version, ordinal, xid, schema, partition, offset, read = change
-        place = (version.packed(), ordinal, xid, schema, partition, offset)
-        came, now = change.op + (read or ""), time.time_ns() // 1_000_000
-        self._db.execute(_STORE, (change.table, key, codec.dumps(row), *place, came, now))
+        table, op, _, row, _, ordinal, xid, schema, partition, offset, read = change
+        came = op + read if read else op
+        origin = (version, ordinal, xid, schema, partition, offset, came, now())
+        self._db.execute(_STORE, (table, key, codec.dumps(row), *origin))
 
-    def _relink(self, table: str, key: str, old: Row | None, new: Row | None) -> None:
+    def _relink(self, table: str, key: str, old: Row | None, new: Row | None, since: int) -> None:
         for link in self._paths.links[table]:
-            before, after = (link.value(row) if row is not None else None for row in (old, new))
+            before = link.value(old) if old is not None else None
+            after = link.value(new) if new is not None else None
             for value in {before, after} - {None} if link.windows else ():
                 for number in link.windows:
-                    self._touch(number, value)
+                    self._touch(number, value, since)
             if before != after:
                 self._move(link, key, before, after)
 
@@ -247,15 +294,15 @@ class LocalRows:
         else:
             self._db.execute("INSERT OR REPLACE INTO back VALUES (?, ?, ?)", (link, key, value))
 
-    def _touch(self, number: int, key: str | None) -> None:
-        self._db.execute("INSERT OR IGNORE INTO touched VALUES (?, ?)", (number, key))
+    def _touch(self, number: int, key: str | None, since: int) -> None:
+        self._db.execute(_TOUCH, (number, key, since))
 
-    def _touch_joined(self, table: str, key: str, old: Row | None, new: Row | None) -> None:
+    def _touch_joined(self, table: str, key: str, old: Row | None, new: Row | None, since: int) -> None:
         for root, by, sql in self._paths.climbs[table]:
             if root in self._keys:  # else there is no root yet
                 named = {value_of(row, by) for row in (old, new) if row is not None} if by else {key}
                 for value in named - {None}:
-                    self._db.execute(sql, (value,))
+                    self._db.execute(sql, (value, since))
 
     # Documents
 
@@ -326,3 +373,8 @@ def discard(path: Path) -> None:
 
 def _named(names: Sequence[str], key: str) -> Row:
     return dict(zip(names, codec.loads(key), strict=True))
+
+
+def now() -> int:
+    """Return the time, ms since the Unix epoch."""
+    return time.time_ns() // 1_000_000

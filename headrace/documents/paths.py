@@ -47,7 +47,7 @@ class Climb(NamedTuple):
     Attributes:
         root: The documents' table.
         by: Columns of the row that name what it is joined to; None: the row's key is what the rows above it name.
-        sql: Touches the documents above a key.
+        sql: Touches the documents above a key, by a change of a version.
     """
 
     root: str
@@ -75,9 +75,7 @@ class Paths:
         for number, document in enumerate(documents):
             if isinstance(document, Document):
                 self.roots[document.table].append(number)
-                self._descend(
-                    document, document, f"INSERT OR IGNORE INTO touched SELECT {number}, * FROM ({{}})".format
-                )
+                self._descend(document, document, _touching(number))
         self.links: dict[str, list[Link]] = {table: [] for table in tables}
         for (table, columns), link in self._numbers.items():
             self.links[table].append(Link(link, partial(value_of, columns=columns), link in self._back))
@@ -103,16 +101,25 @@ class Paths:
         for join in level.joins.values():
             link = self.link(level, join)
             if isinstance(join, One):
-                climb = Climb(document.table, None, up(f"SELECT key FROM links WHERE link = {link} AND value = ?"))
+                climb = Climb(document.table, None, up(f"SELECT key FROM links WHERE link = {link} AND value = ?1"))
                 further = _then(up, f"SELECT key FROM links WHERE link = {link} AND value IN ({{}})")
             else:
-                climb = Climb(document.table, join.by, up("VALUES (?)"))
+                climb = Climb(document.table, join.by, up("VALUES (?1)"))
                 further = _then(up, f"SELECT value FROM back WHERE link = {link} AND key IN ({{}})")
                 if join.joins:
                     self._back.add(link)
             if climb not in self.climbs[join.table]:
                 self.climbs[join.table].append(climb)
             self._descend(document, join, further)
+
+
+TOUCHED = """ON CONFLICT DO UPDATE SET since = min(coalesce(since, excluded.since), excluded.since)
+    WHERE since IS NULL OR since > excluded.since"""
+"""A document that is touched already waits since its oldest change."""
+
+
+def _touching(number: int) -> _Up:
+    return f"INSERT INTO touched SELECT {number}, *, ?2, 0 FROM ({{}}) WHERE true {TOUCHED}".format
 
 
 def _then(up: _Up, step: str) -> _Up:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
+from contextlib import suppress
 from typing import Any
 
 from headrace.change import Version
 from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
-from headrace.errors import Misconfigured, Transient
+from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.runner.worker import Worker
@@ -167,11 +168,14 @@ class Generations:
 
 
 def reach(worker: Worker, version: Version, seconds: float) -> bool:
-    """Wait until a generation shows a state; return whether it does. One that stands still is not waited for."""
+    """Wait until a generation shows a state, also what it delays; return whether it does. One that stands still is not waited for."""
     deadline = time.monotonic() + seconds
-    while worker.state.version < version:
+    while worker.state.reached < version:
         if worker.still or worker.paused or time.monotonic() > deadline:
             return False
+        if worker.state.version >= version:
+            with suppress(NoAnswer, HeadraceError):  # it says itself what it lacks
+                worker.call(worker.hurry).result(max(0.0, deadline - time.monotonic()))
         time.sleep(0.005)
     return True
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Consumer, Cursor, Origin, ViewRow
@@ -13,6 +14,8 @@ from headrace.runner.worker import Worker, as_ours
 
 _FIRST_ROWS, _MOST_ROWS = 10, 500
 _COUNTED_ROWS = 5000
+
+T = TypeVar("T")
 
 
 class Rows:
@@ -33,17 +36,25 @@ class Rows:
         """Send single rows by their keys, and answer the version of the state that they are, NOWHERE when that is not certain."""
         worker = self._generations.worker(request.args.get("generation"))
         keys = request.args["keys"]
-        rows, version = self._generations.wait_for(
-            worker, lambda consumer: (_named(consumer, keys), worker.state.shown)
-        )
+        rows, version = self._at_a_state(worker, lambda consumer: _named(consumer, keys))
         self._control.send_rows(request, rows, last=True)
         return {"rows": request.id, "version": list(version)}
 
     def count(self, request: Request) -> dict[str, Any]:
         """Answer how many rows each collection has, and the version of the state that was counted, as `some` does."""
         worker = self._generations.worker(request.args.get("generation"))
-        counts, version = self._generations.wait_for(worker, lambda consumer: (_counted(consumer), worker.state.shown))
+        counts, version = self._at_a_state(worker, _counted)
         return {"counts": counts, "version": list(version)}
+
+    def _at_a_state(self, worker: Worker, look: Callable[[Consumer], T]) -> tuple[T, Version]:
+        """Return what is seen when nothing is delayed, and the version of that state, NOWHERE when it is not certain."""
+
+        def looked(consumer: Consumer) -> tuple[T, Version]:
+            worker.hurry(consumer)
+            return look(consumer), worker.state.shown
+
+        found: tuple[T, Version] = self._generations.wait_for(worker, looked)
+        return found
 
     def why(self, request: Request) -> dict[str, Any]:
         """Send a row, if readers see it, and then what it was made from, as far as the consumer tells; answer how the view stands."""

@@ -141,7 +141,7 @@ class Runner:
             fingerprint=generation.fingerprint,
             live=generation.live,
             phase=state.phase,
-            version=state.version,
+            version=state.reached,
             lag=(state.lag.records, state.lag.wal, state.lag.seconds),
             rate=round(state.rate, 1),
             eta=round(state.lag.records / state.rate, 1) if state.rate and state.lag.records else -1.0,

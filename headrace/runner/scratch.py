@@ -67,8 +67,10 @@ class Scratch:
         """Go on to the state at `version` exactly, and stay there. Raises Transient: `view-behind`."""
         worker = self._begin(version)
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while worker.state.version != version:
+        while worker.state.reached != version:
             _check(worker)
+            if worker.state.version == version:
+                worker.call(worker.hurry)
             if time.monotonic() > deadline:
                 said = f"{self.name} is at {worker.state.version}, not at {version}, after {_PATIENCE_SECONDS:.0f} s."
                 raise Transient("view-behind", said, "Run it again.")

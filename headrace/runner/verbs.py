@@ -142,7 +142,7 @@ class Verbs:
         if not reach(target, wanted, _PATIENCE_SECONDS):
             raise Misconfigured(
                 "generation-behind",
-                f"{target.name} is at {target.state.version}, readers have seen {wanted}: they would go back in time.",
+                f"{target.name} is at {target.state.reached}, readers have seen {wanted}: they would go back in time.",
                 f"Run: headrace resume {self._name}"
                 if target.paused
                 else "Use rollback --stale to accept that, or rebuild.",

@@ -17,8 +17,9 @@ from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from headrace.change import NOWHERE, Position, Version
-from headrace.consumer import Consumer, Generation
+from headrace import codec
+from headrace.change import NOWHERE, Checkpoint, Position, Source, Version
+from headrace.consumer import Batch, Consumer, Generation
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient, Wiped
 from headrace.log import FeedReader, Lag, Log, Reader
 from headrace.runner.poison import placed
@@ -29,6 +30,7 @@ _ANSWER_SECONDS = 0.1
 _STEP_SECONDS = 0.005
 _BEHIND_SECONDS = 5.0
 _RATE_SECONDS = 5.0
+_UNKNOWN = Source("", 0, "", "", "")
 
 T = TypeVar("T")
 Make = Callable[[], Consumer]
@@ -39,11 +41,13 @@ Call = tuple[Callable[[Consumer], Any], "Future[Any]"]
 class State:
     """What a worker says of itself; written by its thread, read by the runner.
 
-    `ahead` is the newest state that the log had when the view was opened.
+    `version` is that of the view's position, `held` what is delayed holds tokens back to, `ahead` the newest state that the log had when
+    the view was opened.
     """
 
     phase: str = "starting"
     version: Version = NOWHERE
+    held: Version | None = None
     ahead: Version = NOWHERE
     lag: Lag = field(default_factory=lambda: Lag(0, 0, 0.0))
     rate: float = 0.0
@@ -57,13 +61,18 @@ class State:
         return self.version != NOWHERE
 
     @property
-    def shown(self) -> Version:
-        """The version of the state that the view is, no row of it newer; NOWHERE while that is not certain.
+    def reached(self) -> Version:
+        """The version up to which readers see everything: what tokens, status and verify go by (S25)."""
+        return self.version if self.held is None else min(self.version, self.held)
 
-        An error or a kill between a view's rows and its position [I7] leaves rows that are newer than the position says. None is when
-        the view has come to what the log had when it was opened.
+    @property
+    def shown(self) -> Version:
+        """The version of the state that the view is, no row of it newer or older; NOWHERE while that is not certain.
+
+        What is delayed is older. An error or a kill between a view's rows and its position [I7] leaves rows that are newer than the
+        position says. None is when the view has come to what the log had when it was opened.
         """
-        return self.version if self.version >= self.ahead else NOWHERE
+        return self.version if self.version >= self.ahead and self.held is None else NOWHERE
 
 
 class Worker(threading.Thread):
@@ -90,6 +99,7 @@ class Worker(threading.Thread):
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._until = until
+        self._stood: Position | None = None
         self._hold_until = 0.0
         self._whole = True
         self._rate = _Rate()
@@ -114,7 +124,7 @@ class Worker(threading.Thread):
         try:
             while True:
                 self._hold_until = time.monotonic() + patience + seconds
-                version = self.call(lambda _: self._stands()).result(max(0.0, deadline - time.monotonic()))
+                version = self.call(self._stands).result(max(0.0, deadline - time.monotonic()))
                 if version is not None:
                     self._hold_until = time.monotonic() + seconds
                     return version
@@ -124,9 +134,15 @@ class Worker(threading.Thread):
             said = f"{self.name} did not reach a complete state in {patience:.0f} s."
             raise Transient("does-not-hold", said, "Try again.") from error
 
-    def _stands(self) -> Version | None:
-        """Return the version of the state that is kept while it is held; None within a state, which is ended first."""
+    def _stands(self, consumer: Consumer) -> Version | None:
+        """Return the version of the state that is kept while it is held, all of it shown; None within a state, which is ended first."""
+        self.hurry(consumer)
         return self.state.version if self._whole or self._resting else None
+
+    def hurry(self, consumer: Consumer) -> None:
+        """Show what is delayed, in this thread, if the view stands at a complete state and applies anything at all."""
+        if self._stood is not None and self.state.held is not None and not self._resting:
+            self._apply(consumer, _standing(self._stood, hurry=True))
 
     def release(self) -> None:
         """Go on after `hold`."""
@@ -159,7 +175,9 @@ class Worker(threading.Thread):
         try:
             position = consumer.open(self.generation)
             known = position or Position()
+            self._stood = None
             self._set(version=known.version, inexact=known.inexact)
+            self._set_held(consumer)
             if self._resting:
                 self._set(phase="stale" if self.still else "paused", error=None)
                 self._rest(consumer, lambda: self._resting)
@@ -186,7 +204,8 @@ class Worker(threading.Thread):
             raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
 
     def _follow(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
-        self._whole = True
+        self._stood = _copy(reader.position) if _at_a_state(reader) else None
+        self._whole = self._stood is not None or self.state.held is None
         mirrored = 0.0
         while not self._stopping.is_set():
             self._answer(consumer)
@@ -196,17 +215,25 @@ class Worker(threading.Thread):
                 time.sleep(_STEP_SECONDS)
                 continue
             batch = reader.poll(_POLL_SECONDS if self._calls.empty() else 0.0)
+            if batch is None and self._stood is not None and _is_due(consumer):
+                batch = _standing(self._stood)
             if batch is not None:
-                try:
-                    consumer.apply(batch)
-                except Poison as error:
-                    raise placed(error, batch) from error
-                self._whole = batch.checkpoint is not None
-                self._rate.add(len(batch.changes))
+                self._apply(consumer, batch)
             self._tell(reader)
             if time.monotonic() - mirrored > 1.0:
                 reader.mirror()
                 mirrored = time.monotonic()
+
+    def _apply(self, consumer: Consumer, batch: Batch) -> None:
+        batch.position.held = None
+        try:
+            consumer.apply(batch)
+        except Poison as error:
+            raise placed(error, batch) from error
+        self._whole = batch.checkpoint is not None
+        self._stood = batch.position if self._whole else None
+        self._rate.add(len(batch.changes))
+        self._set_held(consumer)
 
     @property
     def _resting(self) -> bool:
@@ -241,6 +268,7 @@ class Worker(threading.Thread):
 
     def _halt(self, error: HeadraceError) -> None:
         """Stay stopped, with the reason in status. A refused view can still be read, so it still answers."""
+        self._stood = None
         self._set(phase="stopped", error=error)
         while not self._stopping.is_set():
             if isinstance(error, Refused):
@@ -268,6 +296,12 @@ class Worker(threading.Thread):
         inexact = reader.position.inexact
         self._set(phase=phase, version=version, lag=lag, progress=progress, inexact=inexact, error=None)
 
+    def _set_held(self, consumer: Consumer) -> None:
+        """Take in what the consumer delays: tokens are not answered beyond it (S25)."""
+        delays: Callable[[], Version | None] | None = getattr(consumer, "pending", None)
+        pending = delays() if delays else None
+        self._set(held=Version(pending.epoch, max(pending.lsn - 1, 0)) if pending else None)
+
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             setattr(self.state, name, value)
@@ -284,6 +318,30 @@ def as_ours(error: BaseException, consumer: str) -> HeadraceError:
         return Misconfigured("consumer-failed", said, "Mend it, and start it again.")
     error.remedy = re.sub(r"\bNAME\b", consumer, error.remedy)
     return error
+
+
+def _at_a_state(reader: Reader | FeedReader) -> bool:
+    """Whether the position that was opened ends a state; where more is to come that is not known."""
+    if isinstance(reader, FeedReader):
+        return not reader.position.loading
+    return reader.newest is not None and reader.newest.version == reader.position.version
+
+
+def _is_due(consumer: Consumer) -> bool:
+    due: Callable[[], bool] | None = getattr(consumer, "due", None)
+    return due is not None and due()
+
+
+def _standing(position: Position, *, hurry: bool = False) -> Batch:
+    """Return a batch without changes that ends where the view stands, at a complete state."""
+    now = _copy(position)
+    checkpoint = Checkpoint(now.version, 0, 0, now.offsets, now.source or _UNKNOWN, appended=now.appended)
+    return Batch([], now, checkpoint, loading=False, hurry=hurry)
+
+
+def _copy(position: Position) -> Position:
+    """Return a position that its reader does not move."""
+    return codec.decode_position(codec.encode_position(position))
 
 
 class _Rate:
