@@ -6,7 +6,7 @@ DIR    ?= .stack
 # What is installed is compiled, as pip does it; a fresh clone is not, and where nobody may write bytecode never would be.
 COMPILED = $(BIN)/python -m compileall -q headrace services ops .venv/lib
 
-.PHONY: demo test compose-test soak bench-capture bench-big check format stack-up stack-down
+.PHONY: demo test compose-test soak bench-capture bench-big bench-views check format stack-up stack-down
 
 demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops everything at the end
 	$(BIN)/headrace demo $(if $(ONCE),--once)
@@ -22,6 +22,9 @@ bench-capture: .venv/synced  ## capture and Debezium in turn, on the same rows; 
 
 bench-big: .venv/synced      ## memory and time of capture over ten million rows and transactions of a million changes; ARGS="--quick"
 	$(COMPILED) && $(BIN)/python -m bench.big $(ARGS)
+
+bench-views: .venv/synced    ## views from zero and live, against loaders that do only that and pgsync; ARGS="--quick --only search"
+	$(COMPILED) && $(BIN)/python -m bench.views $(ARGS)
 
 check: .venv/synced          ## style, types, walls, budgets
 	$(BIN)/ruff check

@@ -63,9 +63,9 @@ def ratios(part: Part) -> Iterator[Ratio]:
     if len(part.again) == 2:
         first, second = part.again
         if part.name == "latency":
-            yield _ratio("headrace / headrace, p50", [_over(first.p50, second.p50)])
+            yield ratio("headrace / headrace, p50", [_over(first.p50, second.p50)])
         else:
-            yield _ratio("headrace / headrace, net", [_over(first.net, second.net)])
+            yield ratio("headrace / headrace, net", [_over(first.net, second.net)])
     pairs = [(pair[0], pair[1]) for pair in part.pairs if len(pair) == 2]
     if pairs:
         yield from _against(part.name, pairs)
@@ -82,32 +82,33 @@ def _against(name: str, pairs: Sequence[tuple[Run, Run]]) -> Iterator[Ratio]:
         return [_over(value(ours), value(theirs)) for ours, theirs in pairs]
 
     if name == "latency":
-        yield _ratio("headrace / Debezium, p50", each(lambda run: run.p50))
-        yield _ratio("headrace / Debezium, p99", each(lambda run: run.p99))
+        yield ratio("headrace / Debezium, p50", each(lambda run: run.p50))
+        yield ratio("headrace / Debezium, p99", each(lambda run: run.p99))
     else:
-        yield _ratio("headrace / Debezium, net rate", each(lambda run: run.net), least=5 if name == "snapshot" else 4)
+        yield ratio("headrace / Debezium, net rate", each(lambda run: run.net), least=5 if name == "snapshot" else 4)
         least = 6 if name == "snapshot" else None
-        yield _ratio("headrace / Debezium, rate from process start", each(lambda run: run.from_start), least=least)
-    yield _ratio("headrace / Debezium, CPU seconds", each(lambda run: run.cpu), most=0.2)
-    yield _ratio("headrace / Debezium, peak memory", each(lambda run: run.peak))
+        yield ratio("headrace / Debezium, rate from process start", each(lambda run: run.from_start), least=least)
+    yield ratio("headrace / Debezium, CPU seconds", each(lambda run: run.cpu), most=0.2)
+    yield ratio("headrace / Debezium, peak memory", each(lambda run: run.peak))
 
 
 def _limits(part: Part) -> Iterator[Ratio]:
     if part.limits:
         runs = [*part.again, *(pair[0] for pair in part.pairs)]
         found = [_over(ours.net, limit.net) for ours, limit in zip(runs, part.limits, strict=True)]
-        yield _ratio("headrace / pg_recvlogical, net rate", found, least=0.7)
+        yield ratio("headrace / pg_recvlogical, net rate", found, least=0.7)
 
 
 def _ours(part: Part) -> Iterator[Ratio]:
     runs = [*part.again, *(pair[0] for pair in part.pairs)]
-    yield _ratio("headrace, peak memory in MB", [run.peak / _MEGA for run in runs], most=150)
+    yield ratio("headrace, peak memory in MB", [run.peak / _MEGA for run in runs], most=150)
     if part.name == "latency":
-        yield _ratio("headrace, p50 in ms", [run.p50 for run in runs], most=15)
-        yield _ratio("headrace, p99 in ms", [run.p99 for run in runs], most=50)
+        yield ratio("headrace, p50 in ms", [run.p50 for run in runs], most=15)
+        yield ratio("headrace, p99 in ms", [run.p99 for run in runs], most=50)
 
 
-def _ratio(of: str, values: Sequence[float], *, least: float | None = None, most: float | None = None) -> Ratio:
+def ratio(of: str, values: Sequence[float], *, least: float | None = None, most: float | None = None) -> Ratio:
+    """Return the median of some values, held against what is wanted."""
     value = median(values)
     wanted, met = "", True
     if least is not None:

@@ -1,8 +1,8 @@
-"""The servers of a benchmark: Postgres and Kafka in a folder of their own; whatever becomes of us, both go."""
+"""The servers of a benchmark in a folder of their own; whatever becomes of us, all go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,13 +13,31 @@ from headrace_ops.postgres import Postgres
 
 
 @contextmanager
-def running() -> Iterator[tuple[Postgres, Kafka, Path]]:
-    """Run both; within, also use the folder."""
+def stack(names: Sequence[str]) -> Iterator[tuple[Stack, Path]]:
+    """Run the servers of these names; within, also use the folder."""
     with guard.temporary("headrace-bench-", NAMES) as folder:
-        stack = Stack(folder, spread=True)
-        stack.up(["postgres", "kafka"])
-        postgres, kafka = stack.server("postgres"), stack.server("kafka")
-        assert isinstance(postgres, Postgres)
-        assert isinstance(kafka, Kafka)
-        source.calm(postgres)
-        yield postgres, kafka, folder
+        servers = Stack(folder, spread=True)
+        servers.up(names)
+        source.calm(postgres(servers))
+        yield servers, folder
+
+
+@contextmanager
+def running() -> Iterator[tuple[Postgres, Kafka, Path]]:
+    """Run Postgres and Kafka; within, also use the folder."""
+    with stack(["postgres", "kafka"]) as (servers, folder):
+        yield postgres(servers), kafka(servers), folder
+
+
+def postgres(servers: Stack) -> Postgres:
+    """Return a stack's Postgres."""
+    found = servers.server("postgres")
+    assert isinstance(found, Postgres)
+    return found
+
+
+def kafka(servers: Stack) -> Kafka:
+    """Return a stack's Kafka."""
+    found = servers.server("kafka")
+    assert isinstance(found, Kafka)
+    return found

@@ -59,6 +59,18 @@ CREATE TABLE notes (id bigint PRIMARY KEY, n int NOT NULL, body text NOT NULL);
 ALTER TABLE notes ALTER body SET STORAGE EXTERNAL;
 INSERT INTO notes SELECT i, 0, repeat(md5(i::text), 100) FROM generate_series(1, {rows}) i;
 """
+_PRODUCTS = """
+CREATE TABLE products (id bigint PRIMARY KEY, name varchar(80) NOT NULL, description varchar(240) NOT NULL, price numeric(10, 2) NOT NULL);
+CREATE TABLE reviews (
+    id bigint PRIMARY KEY, product_id bigint NOT NULL REFERENCES products, stars int NOT NULL, body varchar(240) NOT NULL
+);
+CREATE INDEX ON reviews (product_id);
+INSERT INTO products
+SELECT i, 'Lampe ' || md5(i::text), repeat(md5((i + 1)::text) || ' ', 3), (i % 100000) / 100.0 FROM generate_series(1, {products}) i;
+INSERT INTO reviews
+SELECT i, 1 + (i::bigint * 7919) % {products}, 1 + i % 5, 'good light, ' || repeat(md5(i::text) || ' ', 2)
+FROM generate_series(1, {reviews}) i;
+"""
 _CHANGE_ALL = """
 DO $$ BEGIN
     FOR i IN 1..{loops} LOOP
@@ -87,6 +99,8 @@ ORDERS = Table("orders", "id", ("customer_id", "quantity", "status", "title", "n
 NARROW = Table("narrow", "id", ("n",))
 NOTES = Table("notes", "id", ("n", "body"))
 """Its bodies are out of line: updates leave them alone, and Postgres does not send them but in old rows."""
+PRODUCTS = Table("products", "id", ("name", "description"))
+REVIEWS = Table("reviews", "id", ("product_id", "stars", "body"))
 AWAKE = "awake"
 BANK = (
     Table("pgbench_accounts", "aid", ("bid", "abalance")),
@@ -170,6 +184,14 @@ def mixed(postgres: Postgres, database: str, rows: dict[str, int]) -> Source:
     source = Source(new_database(postgres, database), (ORDERS, NARROW, NOTES))
     made = [_NARROW.format(rows=rows["narrow"]), _NOTES.format(rows=rows["notes"])]
     source.run(MAKE_AWAKE, _ORDERS.format(insert=insertion(1, rows["orders"])), *made)
+    source.settle()
+    return source
+
+
+def products(postgres: Postgres, database: str, products: int, reviews: int) -> Source:
+    """Make a database with products and their reviews."""
+    source = Source(new_database(postgres, database), (PRODUCTS, REVIEWS))
+    source.run(MAKE_AWAKE, _PRODUCTS.format(products=products, reviews=reviews))
     source.settle()
     return source
 

@@ -125,8 +125,12 @@ class Headrace(Tool):
         )
 
     def streams(self) -> bool:
+        return self.streams_to(self.source.lsn())
+
+    def streams_to(self, lsn: str) -> bool:
+        """Whether a complete checkpoint covers `lsn`."""
         newest = self.log.newest_checkpoint(complete=True)
-        return newest is not None and newest.version.lsn >= parse_lsn(self.source.lsn())
+        return newest is not None and newest.version.lsn >= parse_lsn(lsn)
 
 
 class Limit:

@@ -345,6 +345,22 @@ def test_s11_truncate_is_a_delete_for_each_live_key(settings: Settings, cut_reco
     assert replay(settings, T) == selected(settings, T)
 
 
+def test_s11_capture_that_is_asked_to_stop_amid_a_truncate_stops(settings: Settings) -> None:
+    """At the end of a cut, not when all is deleted; the next one goes on there, and each key is deleted once."""
+    rows = 20_000
+    settings = replace(settings, cut_records=100)
+    prepare(settings, ITEMS, f"INSERT INTO items SELECT i, 'x', i FROM generate_series(1, {rows}) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "BEGIN; TRUNCATE items; INSERT INTO items VALUES (5, 'after', 1); COMMIT")
+        capture.eventually("it deletes", lambda: any(c.partial for c in Log(settings).checkpoints()))
+    assert replay(settings, T).keys() > {b'{"id":5}'}
+    with capturing(settings) as capture:
+        capture.reach()
+    assert len([c for c in changes(settings, T) if c.row is None]) == 2 * rows
+    assert replay(settings, T) == selected(settings, T)
+
+
 # S14: sessions
 
 

@@ -17,19 +17,25 @@ replaced meanwhile finds out at once.
 positions, not what is half written, and what `write` has returned for can be read (S25). An empty write costs no
 refresh.
 
+*Bulks.* Where more follows, two of them are on their way at once, so that Elasticsearch indexes while the next documents are
+rendered; the call that ends it waits for all of them before it writes the position. No id is in two of them.
+
 The alias hides what has a `headrace.kind`. `headrace.id` repeats the id, because Elasticsearch does not sort by `_id`.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from typing import Any
 
 from elasticsearch import ConflictError, NotFoundError
-from elasticsearch.helpers import streaming_bulk
 
 from headrace import codec
 from headrace.change import Position, Row, Version
@@ -54,6 +60,7 @@ _OURS: dict[str, Any] = {
 }
 _BULK_BYTES = 8 * 1024 * 1024
 _BULK_DOCS = 1000
+_BULKS = 2
 _DELETED_SECONDS = 24 * 3600
 _PURGE_SECONDS = 3600
 _FOREIGN = 1000
@@ -82,6 +89,7 @@ class ElasticsearchIndex:
         self._written: dict[str, int] = {}
         self._unseen = False
         self._purged = 0.0
+        self._on_their_way: deque[tuple[Future[None], set[str]]] = deque()
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Elasticsearch of `settings`. Raises Misconfigured: `bad-setting`."""
@@ -123,7 +131,7 @@ class ElasticsearchIndex:
             Misconfigured: `elasticsearch-refused`, `view-taken-over`.
         """
         with errors():
-            self._write_all(self._action(doc) for doc in docs)
+            self._write_all(((doc.id, self._action(doc)) for doc in docs), wait=not bulk)
             self._unseen = self._unseen or bool(docs)
             if position is not None:
                 self._write_position(codec.encode_position(position).decode())
@@ -222,31 +230,57 @@ class ElasticsearchIndex:
 
     # Writing
 
-    def _action(self, doc: Doc) -> dict[str, Any]:
+    def _action(self, doc: Doc) -> bytes:
+        """Return the two lines of a bulk that write a document, or its delete."""
         ours: Row = {"id": doc.id}
         if doc.body is None:
             ours |= {"kind": "deleted", "at": int(time.time())}
-        return {
-            "_op_type": "index",
-            "_id": doc.id,
-            "version": doc.version.packed(),
-            "version_type": "external_gte",
-            "_source": {**(doc.body or {}), "headrace": ours},
-        }
+        about = {"_id": doc.id, "version": doc.version.packed(), "version_type": "external_gte"}
+        return b"%b\n%b\n" % (codec.dumps({"index": about}), codec.dumps({**(doc.body or {}), "headrace": ours}))
 
-    def _write_all(self, actions: Iterable[dict[str, Any]]) -> None:
-        results = streaming_bulk(
-            self._client,
-            actions,
-            index=f"{self._index}-write",
-            require_alias=True,
-            chunk_size=_BULK_DOCS,
-            max_chunk_bytes=_BULK_BYTES,
-            raise_on_error=False,
-        )
-        for ok, item in results:
-            if not ok:
-                self._judge(next(iter(item.values())))
+    def _write_all(self, actions: Iterable[tuple[str, bytes]], *, wait: bool = True) -> None:
+        """Send actions by id in bulks, and with `wait` see that Elasticsearch has them and all that went before."""
+        for ids, bulk in _bulks(actions):
+            if wait and not self._on_their_way:
+                self._send(bulk)
+                continue
+            busy = any(not ids.isdisjoint(others) for _, others in self._on_their_way)
+            self._arrive(0 if busy else _BULKS - 1)
+            self._on_their_way.append((self._sent(bulk), ids))
+        if wait:
+            self._arrive(0)
+
+    def _sent(self, bulk: bytes) -> Future[None]:
+        """Send a bulk in a thread of its own, which nobody waits for when the process ends."""
+        future: Future[None] = Future()
+
+        def send() -> None:
+            try:
+                future.set_result(self._send(bulk))
+            except Exception as error:  # noqa: BLE001  it belongs to who waits for it
+                future.set_exception(error)
+
+        threading.Thread(target=send, name=f"{self._index}-bulk", daemon=True).start()
+        return future
+
+    def _arrive(self, most: int) -> None:
+        """Wait until at most so many bulks are on their way; until none is where one of them failed, and raise that."""
+        while len(self._on_their_way) > most:
+            future, _ = self._on_their_way.popleft()
+            if future.exception() is not None:
+                futures.wait([other for other, _ in self._on_their_way])
+                self._on_their_way.clear()
+            future.result()
+
+    def _send(self, bulk: bytes) -> None:
+        target = {"index": f"{self._index}-write", "require_alias": True, "operations": [bulk]}
+        if not self._client.bulk(filter_path="errors", **target)["errors"]:
+            return
+        # Which ones, and why: sent again, it says so. What has been written is written again, equal.
+        for item in self._client.bulk(filter_path="items.*._id,items.*.status,items.*.error", **target)["items"]:
+            found = next(iter(item.values()))
+            if found["status"] >= 300:
+                self._judge(found)
 
     def _judge(self, item: dict[str, Any]) -> None:
         """Decide what an item that failed means. A version conflict is fine: an older write has lost."""
@@ -313,7 +347,9 @@ class ElasticsearchIndex:
             index=self._index, query=old, size=_BULK_DOCS, source=False, seq_no_primary_term=True
         )
         hits = found["hits"]["hits"]
-        self._write_all({"_op_type": "delete", "_id": hit["_id"], **_sequence(hit)} for hit in hits)
+        self._write_all(
+            (hit["_id"], b"%b\n" % codec.dumps({"delete": {"_id": hit["_id"], **_sequence(hit)}})) for hit in hits
+        )
         self._unseen = self._unseen or bool(hits)
         if len(hits) < _BULK_DOCS:
             self._purged = time.monotonic()
@@ -329,6 +365,22 @@ class ElasticsearchIndex:
             index=self._index, query=query, size=size, version=True, track_total_hits=False, **how
         )
         return [_row(hit) for hit in found["hits"]["hits"]]
+
+
+def _bulks(actions: Iterable[tuple[str, bytes]]) -> Iterator[tuple[set[str], bytes]]:
+    """Yield bodies of bounded size, each with the ids that are in it."""
+    held: list[bytes] = []
+    ids: set[str] = set()
+    size = 0
+    for id_, action in actions:
+        if held and (len(held) == _BULK_DOCS or size + len(action) > _BULK_BYTES):
+            yield ids, b"".join(held)
+            held, ids, size = [], set(), 0
+        held.append(action)
+        ids.add(id_)
+        size += len(action)
+    if held:
+        yield ids, b"".join(held)
 
 
 def _wiped(index: str) -> Wiped:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from headrace.change import Version, format_lsn
@@ -59,6 +60,10 @@ class Beside(Protocol):
     def heard(self, message: Message, lsn: int, seal: Callable[[], None]) -> None: ...
 
 
+class _Stopped(Exception):
+    """Asked to stop amid one change, a TRUNCATE, whose cuts so far are in the log."""
+
+
 class Stream:
     """Reads the stream of one replication connection into cuts, until it is told to stop or something fails."""
 
@@ -91,6 +96,7 @@ class Stream:
         self._skip = 0
         self._half = cut.sealed.partial
         self._sent_up_to = 0
+        self._stopped: Callable[[], bool] = lambda: False
         handlers: dict[bytes, Callable[[Any], None]] = {
             b"B": self._begin,
             b"C": self._commit,
@@ -111,8 +117,17 @@ class Stream:
             Misconfigured: `row-too-large`, `key-changed`, `slot-lost`, `partial-missing`.
             Poison: `bad-message`, `bad-value`.
         """
+        self._stopped = stopped
+        with suppress(_Stopped):
+            self._read_on()
+        if not self._between_transactions:
+            self._writer.abort()
+        elif self._cut.open:
+            self._seal()
+
+    def _read_on(self) -> None:
         read, take = self._replication.read, self._take
-        while not stopped():
+        while not self._stopped():
             self._progress.beat()
             self._now = self._progress.now_ms()
             for message in read():
@@ -123,10 +138,6 @@ class Stream:
             self._look_at_clock()
             if self._between_transactions:
                 self._beside.look()
-        if not self._between_transactions:
-            self._writer.abort()
-        elif self._cut.open:
-            self._seal()
 
     @property
     def _between_transactions(self) -> bool:
@@ -316,6 +327,9 @@ class Stream:
                     self._put_delete(table, key)
                     if self._cut.full:
                         self._seal_partial()
+                        self._tick()
+                        if self._stopped():
+                            raise _Stopped
 
     @property
     def _open_stamp(self) -> Stamp:

@@ -1,0 +1,155 @@
+"""The fastest loaders that we could write: each reads a whole topic and fills a store, once, and does nothing else.
+
+    python -m bench.loaders search TOPIC
+
+They know nothing of positions, deletes, schemas or restarts; they are what a rebuild is held against. They read with the same client
+(`confluent_kafka`, batches of 10 000), decode with the same library and write the same documents with the same mapping, settings and
+versions. They end when readers see everything.
+"""
+
+from __future__ import annotations
+
+import http.client
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlparse
+
+import duckdb
+import elasticsearch
+import orjson
+import pyarrow as pa
+import redis
+from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, TopicPartition
+
+from bench.viewed import INDEX_SETTINGS, ORDER_MAPPINGS, order_document, order_page
+from headrace.settings import Settings, load
+
+INDEX: Final = "loaded-search"
+PREFIX: Final = "loaded-pages"
+_CHUNK, _THREADS = 1_000, 2
+_ROWS = 50_000
+_ARROW = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("customer_id", pa.int32()),
+        ("quantity", pa.int32()),
+        *((name, pa.string()) for name in ("status", "amount", "placed", "title", "note")),
+    ]
+)
+_TABLE = """
+CREATE TABLE orders (
+    id BIGINT, customer_id INTEGER, quantity INTEGER, status VARCHAR, amount DECIMAL(12, 2), placed TIMESTAMPTZ, title VARCHAR,
+    note VARCHAR
+)
+"""
+
+
+def search(settings: Settings, topic: str) -> None:
+    """Fill an index, two bulks at a time."""
+    client = elasticsearch.Elasticsearch(settings.elasticsearch, request_timeout=60)
+    client.indices.create(index=INDEX, mappings=ORDER_MAPPINGS, settings={**INDEX_SETTINGS, "refresh_interval": -1})
+    address = urlparse(settings.elasticsearch)
+
+    def post(body: bytes) -> None:
+        connection = http.client.HTTPConnection(address.hostname or "", address.port)
+        connection.request("POST", f"/{INDEX}/_bulk?filter_path=errors", body, {"Content-Type": "application/x-ndjson"})
+        answer = connection.getresponse().read()
+        connection.close()
+        assert answer == b'{"errors":false}', answer
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        running: list[Future[None]] = []
+        for messages in _chunks(settings, topic, _CHUNK):
+            body = b"".join(map(_action, messages))
+            if len(running) > _THREADS:
+                running.pop(0).result()
+            running.append(pool.submit(post, body))
+        for future in running:
+            future.result()
+    client.indices.refresh(index=INDEX)
+
+
+def _action(message: Message) -> bytes:
+    row = _row(message)
+    version = dict(message.headers() or ())["lsn"]
+    about = b'{"index":{"_id":"%d","version":%b,"version_type":"external_gte"}}\n' % (row["id"], version)
+    return about + orjson.dumps(order_document(row)) + b"\n"
+
+
+def pages(settings: Settings, topic: str) -> None:
+    """Fill hashes by pipelines."""
+    client = redis.Redis.from_url(settings.redis)
+    for messages in _chunks(settings, topic, _CHUNK):
+        pipeline = client.pipeline(transaction=False)
+        for message in messages:
+            row = _row(message)
+            pipeline.hset(f"{PREFIX}:{row['id']}", mapping=order_page(row))
+        pipeline.execute()
+
+
+def warehouse(settings: Settings, topic: str) -> None:
+    """Fill a table from Arrow batches."""
+    with duckdb.connect(settings.warehouse) as connection:
+        connection.execute(f"SET memory_limit = '{settings.warehouse_memory}'")
+        connection.execute(_TABLE)
+        for messages in _chunks(settings, topic, _ROWS):
+            batch = pa.Table.from_pylist([_row(message) for message in messages], schema=_ARROW)
+            connection.register("batch", batch)
+            connection.execute("INSERT INTO orders SELECT * FROM batch")
+            connection.unregister("batch")
+
+
+def count(settings: Settings) -> int:
+    """Return how many rows the loaded table has."""
+    with duckdb.connect(settings.warehouse) as connection:
+        row = connection.execute("SELECT count(*) FROM orders").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def _chunks(settings: Settings, topic: str, size: int) -> Iterator[list[Message]]:
+    """Yield the records of a topic in pieces, to its end."""
+    options = {
+        "bootstrap.servers": settings.kafka,
+        "group.id": "bench-loader",
+        "isolation.level": "read_committed",
+        "enable.auto.commit": False,
+        "enable.partition.eof": True,
+    }
+    with closing(Consumer(options)) as consumer:
+        consumer.assign([TopicPartition(topic, 0, OFFSET_BEGINNING)])
+        held: list[Message] = []
+        while True:
+            for message in consumer.consume(10_000, 0.05):
+                if message.error() is not None:  # the end
+                    if held:
+                        yield held
+                    return
+                held.append(message)
+                if len(held) == size:
+                    yield held
+                    held = []
+
+
+def _row(message: Message) -> dict[str, Any]:
+    row: dict[str, Any] = orjson.loads(message.value() or b"")["after"]
+    return row
+
+
+_LOADERS: Final[dict[str, Callable[[Settings, str], None]]] = {"search": search, "pages": pages, "warehouse": warehouse}
+
+
+def command(view: str, topic: str) -> list[str]:
+    """Return the command that runs a loader; it needs the settings of the servers in its environment."""
+    return [sys.executable, "-m", "bench.loaders", view, topic]
+
+
+FOLDER: Final = str(Path(__file__).parents[1])
+"""Where Python finds this package."""
+
+if __name__ == "__main__":
+    _LOADERS[sys.argv[1]](load(), sys.argv[2])
