@@ -62,6 +62,9 @@ class Pgsync:
             "PG_USER": str(known["user"]),
             "PG_DATABASE": database,
             "ELASTICSEARCH_URL": settings.elasticsearch,
+            # The client of OpenSearch says the same and does not ask `GET /`, which our small Elasticsearch does not answer.
+            "ELASTICSEARCH": "False",
+            "OPENSEARCH": "True",
             "REDIS_HOST": redis[0],
             "REDIS_PORT": redis[2],
             "SCHEMA": str(folder / "schema.json"),

@@ -35,7 +35,7 @@ PARTS: Final = ("search", "pages", "warehouse", "joined", "live", "backlog")
 _VIEWS: Final = {"search": "OrderSearch", "pages": "OrderPages", "joined": "ProductSearch"}
 _NAMES: Final = {"search": "order_search", "pages": "order_pages", "joined": "product_search", "warehouse": "warehouse"}
 _FILE: Final = Path(__file__).with_name("viewed.py")
-_INTERVAL = 0.05
+_INTERVAL = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,8 @@ class Views:
     def __init__(self, stack: Stack, folder: Path, sizes: Sizes, say: Say) -> None:
         """Keep outputs and local state in `folder`."""
         self._postgres, self._kafka = servers.postgres(stack), servers.kafka(stack)
+        self._search = elasticsearch.Elasticsearch(stack.server("elasticsearch").address(), request_timeout=60)
+        self._pages = redis.Redis.from_url(stack.server("redis").address(), decode_responses=True)
         self._servers = (stack.server("elasticsearch").address(), stack.server("redis").address())
         self._folder = folder
         self._sizes = sizes
@@ -142,7 +144,7 @@ class Views:
         found = self._loaded(settings, view)
         if found != count:
             raise Poison("bench-missing", f"The loader of {view} has {found} of {count}.", "Run it again.")
-        self._clear(settings)
+        self._clear()
         return run
 
     def _joined(self) -> Part:
@@ -163,13 +165,12 @@ class Views:
         program = theirs.load()
         program.wait(6 * PATIENCE)
         run = self._run_of("pgsync", program, count)
-        with elasticsearch.Elasticsearch(settings.elasticsearch) as client:
-            client.indices.refresh(index=PGSYNC_INDEX)
-            found = client.count(index=PGSYNC_INDEX)["count"]
+        self._search.indices.refresh(index=PGSYNC_INDEX)
+        found = self._search.count(index=PGSYNC_INDEX)["count"]
         if found != count:
             raise Poison("bench-missing", f"pgsync has {found} of {count} documents.", program.said()[-2000:])
         theirs.teardown()
-        self._clear(settings)
+        self._clear()
         return run
 
     # The live path
@@ -213,14 +214,14 @@ class Views:
                 self._wait(lambda: tool.streams_to(lsn))
             oldest = int(tool.source.value("SELECT min(quantity) FROM orders"))
             again = self._start("search", settings)
-            self._until(again, lambda: self._newer(settings, oldest) == count)
+            self._until(again, lambda: self._newer(oldest) == count)
             run = self._run_of("headrace", again, count)
             again.stop()
         return run
 
-    def _newer(self, settings: Settings, oldest: int) -> int:
-        with elasticsearch.Elasticsearch(settings.elasticsearch) as client:
-            return int(client.count(index="order_search", query={"range": {"quantity": {"gte": oldest}}})["count"])
+    def _newer(self, oldest: int) -> int:
+        newer = {"range": {"quantity": {"gte": oldest}}}
+        return int(self._search.count(index=_NAMES["search"], query=newer)["count"])
 
     # Programs
 
@@ -233,7 +234,7 @@ class Views:
             yield program, settings
         finally:
             program.stop()
-            self._clear(settings)
+            self._clear()
 
     def _start(self, view: str, settings: Settings) -> Program:
         self._runs += 1
@@ -254,12 +255,11 @@ class Views:
             warehouse_listen=f"{ports.HOST}:{ports.choose()}",
         )
 
-    def _clear(self, settings: Settings) -> None:
-        with elasticsearch.Elasticsearch(settings.elasticsearch) as client:
-            names = f"order_search*,product_search*,{loaders.INDEX},{PGSYNC_INDEX}"
-            for index in client.indices.get(index=names, ignore_unavailable=True):
-                client.indices.delete(index=index)
-        redis.Redis.from_url(settings.redis).flushall()
+    def _clear(self) -> None:
+        names = f"order_search*,product_search*,{loaders.INDEX},{PGSYNC_INDEX}"
+        for index in self._search.indices.get(index=names, ignore_unavailable=True):
+            self._search.indices.delete(index=index)
+        self._pages.flushall()
 
     # Counting
 
@@ -268,20 +268,17 @@ class Views:
         if view == "warehouse":
             return _rows(settings)
         if view == "pages":
-            client = redis.Redis.from_url(settings.redis, decode_responses=True)
-            number = client.get("order_pages:live")
-            return int(client.dbsize()) - 3 if number else 0
-        with elasticsearch.Elasticsearch(settings.elasticsearch) as found, suppress(elasticsearch.NotFoundError):
-            return int(found.count(index=_NAMES[view])["count"])
+            return int(self._pages.dbsize()) - 3 if self._pages.get("order_pages:live") else 0
+        with suppress(elasticsearch.NotFoundError):
+            return int(self._search.count(index=_NAMES[view])["count"])
         return 0
 
     def _loaded(self, settings: Settings, view: str) -> int:
         if view == "warehouse":
             return loaders.count(settings)
         if view == "pages":
-            return int(redis.Redis.from_url(settings.redis).dbsize())
-        with elasticsearch.Elasticsearch(settings.elasticsearch) as client:
-            return int(client.count(index=loaders.INDEX)["count"])
+            return int(self._pages.dbsize())
+        return int(self._search.count(index=loaders.INDEX)["count"])
 
     def _captured_orders(self) -> Headrace:
         """Return the orders with their log, made once for all parts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Final
@@ -39,6 +39,7 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 def views(
     only: Annotated[str, typer.Option("--only", help=f"Parts, separated by commas, of: {', '.join(PARTS)}.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Few rows, one pair: to see that it works.")] = False,
+    pairs: Annotated[int, typer.Option("--pairs", help="Pairs of runs, 3 or 1 by default.", min=1)] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON document.")] = False,
 ) -> None:
     """Measure, print ratios; a whole run (every part, not --quick) also writes bench/views.md.
@@ -49,6 +50,7 @@ def views(
     if unknown := set(names) - set(PARTS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}.")
     sizes = QUICK if quick else FULL
+    sizes = replace(sizes, pairs=pairs or sizes.pairs)
     with servers.stack(NAMES) as (stack, folder), _console.status("starting") as status:
 
         def say(line: str, *, lasting: bool = False) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar, Final
 from headrace_ops import artifacts, java, ports
 from headrace_ops.process_server import ProcessServer
 
+# The breaker that looks at the real use of the heap is made for G1: with the serial collector it counts garbage, and refuses bulks (429).
 _CONF: Final = """\
 cluster.name: headrace
 node.name: headrace
@@ -21,6 +22,7 @@ path.logs: {data}/logs
 xpack.security.enabled: false
 cluster.routing.allocation.disk.threshold_enabled: false
 action.destructive_requires_name: false
+indices.breaker.total.use_real_memory: false
 """
 _LOGGING: Final = """\
 appender.console.type = Console
