@@ -150,7 +150,7 @@ def _pages(settings: Settings) -> Ask:
 
 def _warehouse(settings: Settings) -> Ask:
     """Return a query of the warehouse's endpoint."""
-    connection = http.client.HTTPConnection(*settings.warehouse_listen.split(":"))
+    connection = http.client.HTTPConnection(settings.warehouse_listen)
 
     def ask(id_: int) -> int:
         body = orjson.dumps({"sql": f"SELECT quantity FROM orders WHERE id = {id_}"})

@@ -75,8 +75,8 @@ def search(settings: Settings, topic: str) -> None:
 
 def _action(message: Message) -> bytes:
     row = _row(message)
-    version = dict(message.headers() or ())["lsn"]
-    about = b'{"index":{"_id":"%d","version":%b,"version_type":"external_gte"}}\n' % (row["id"], version)
+    lsn = int(dict(message.headers() or ())["lsn"] or 0)
+    about = b'{"index":{"_id":"%d","version":%d,"version_type":"external_gte"}}\n' % (row["id"], lsn)
     return about + orjson.dumps(order_document(row)) + b"\n"
 
 
@@ -87,7 +87,7 @@ def pages(settings: Settings, topic: str) -> None:
         pipeline = client.pipeline(transaction=False)
         for message in messages:
             row = _row(message)
-            pipeline.hset(f"{PREFIX}:{row['id']}", mapping=order_page(row))
+            pipeline.hset(f"{PREFIX}:{row['id']}", mapping=dict(order_page(row)))
         pipeline.execute()
 
 

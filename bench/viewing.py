@@ -327,7 +327,7 @@ class Views:
 
 
 def _rows(settings: Settings) -> int:
-    connection = http.client.HTTPConnection(*settings.warehouse_listen.split(":"), timeout=10)
+    connection = http.client.HTTPConnection(settings.warehouse_listen, timeout=10)
     body = orjson.dumps({"sql": "SELECT count(*) FROM orders"})
     with suppress(OSError, KeyError, http.client.HTTPException):
         connection.request("POST", "/sql", body, {"Content-Type": "application/json"})

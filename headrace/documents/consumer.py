@@ -38,21 +38,23 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import ClassVar
 
 from headrace import codec
-from headrace.change import Position, Row, TableSchema, Version
+from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check, check_window
 from headrace.documents.declaration import Node
-from headrace.documents.local import EVER, Left, LocalRows, Touched, When, discard, now
+from headrace.documents.local import LocalRows, Touched, discard
 from headrace.documents.origins import find, origins
+from headrace.documents.when import EVER, Left, When, now
 from headrace.documents.windows import Root, Window
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
 
-_CHUNK = 500
+_CHUNK = 1000
 
 
 class DocumentConsumer:
@@ -100,6 +102,7 @@ class DocumentConsumer:
         self._local: LocalRows | None = None
         self._view: Position | None = None
         self._left: Left | None = None
+        self._early = False
         self._checked: set[tuple[str, int]] = set()
 
     # What a plugin writes
@@ -130,6 +133,7 @@ class DocumentConsumer:
             discard(path)
             local = LocalRows(path, self.documents, generation.fingerprint)
         self._local = local
+        self._early = self._view is None and local.position is None and not any(map(_joined, self.documents))
         self._left = local.left() if local.position is not None and not local.position.loading else None
         self._checked.clear()
         return local.position
@@ -140,8 +144,7 @@ class DocumentConsumer:
         local = self._opened()
         with _local_errors(local):
             self._learn_schemas(local, batch.schemas)
-            for change in batch.changes:
-                local.apply(change, loading=batch.loading)
+            self._take(local, batch)
             if batch.complete:
                 self._publish(local, batch, self._when(batch))
             elif batch.loading:
@@ -195,6 +198,20 @@ class DocumentConsumer:
         return self._left is not None and self._left.is_due(self._interval)
 
     # Where to go on
+
+    def _take(self, local: LocalRows, batch: Batch) -> None:
+        """Take the changes of a batch in. From zero, documents of one row each are written as the rows come: Elasticsearch works
+        while we read."""
+        if not batch.loading:
+            for change in batch.changes:
+                local.apply(change, loading=False)
+            return
+        early = self._early and not batch.complete
+        new = local.load(batch.changes, touch=not early)
+        if early:
+            docs = self._of_one_row(new)
+            while chunk := list(islice(docs, _CHUNK)):
+                self.store.write(chunk, None, bulk=True)
 
     def _fits(self, local: Position, view: Position | None) -> bool:
         """Whether reading may go on from the local rows: they are loading, or not ahead of the view."""
@@ -250,12 +267,12 @@ class DocumentConsumer:
 
     def _docs(self, local: LocalRows, batch: Batch, when: When) -> Iterator[Doc]:
         """Yield what to write. After a reload a window that lost its rows meanwhile is known by nothing but its document."""
-        fresh = batch.loading and self._view is None
-        by_view = batch.loading and not fresh and any(isinstance(each, Window) for each in self.documents)
+        fresh = batch.loading and self._view is None and not self._early
+        by_view = batch.loading and self._view is not None and any(isinstance(each, Window) for each in self.documents)
         if by_view:
             local.remember_shown(self._ids())
         for touched in local.touched(when):
-            doc = self._doc(touched, batch)
+            doc = self._doc(touched, batch.position.version)
             if by_view:
                 local.is_rendered(doc.id)
             if doc.body is not None or not fresh:
@@ -263,15 +280,21 @@ class DocumentConsumer:
         for id_ in local.not_rendered() if by_view else ():
             yield Doc(id_, None, batch.position.version)
 
+    def _of_one_row(self, changes: Sequence[Change]) -> Iterator[Doc]:
+        for document in self.documents:
+            for change in changes:
+                if change.table == document.table:
+                    node = Node(change.table, change.row or {})
+                    yield self._doc(Touched(document, codec.decode_key(change.key), node), change.version)
+
     def _ids(self) -> Iterator[str]:
         rows = self.store.scan(None, _CHUNK)
         while rows:
             yield from (row.key for row in rows)
             rows = self.store.scan((rows[-1].collection, rows[-1].key), _CHUNK)
 
-    def _doc(self, touched: Touched, batch: Batch) -> Doc:
+    def _doc(self, touched: Touched, version: Version) -> Doc:
         table = touched.document.table
-        version = batch.position.version
         return Doc(self.id(table, touched.key), self._body(touched) if touched.node else None, version)
 
     def _body(self, touched: Touched) -> Row | None:
@@ -337,6 +360,11 @@ def _local_errors(local: LocalRows) -> Iterator[None]:
         raise Transient(
             "local-state", f"{local.path} is damaged ({error}); it is loaded from the log again."
         ) from error
+
+
+def _joined(document: Root) -> bool:
+    """Whether more than one row is in a document."""
+    return isinstance(document, Window) or bool(document.joins)
 
 
 def _held(position: Position, left: Left | None) -> Position:

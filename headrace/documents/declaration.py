@@ -28,6 +28,14 @@ from headrace.errors import Misconfigured
 _With = TypeVar("_With")
 
 
+class _NoJoin(AttributeError):
+    """Says so only when it is read: Jinja asks each column of a template so first."""
+
+    def __str__(self) -> str:
+        table, name = self.args
+        return f"a row of {table} has no join {name!r}; its columns are row[{name!r}]"
+
+
 class Node(Mapping[str, Any]):
     """A row as `render` gets it: its columns by `row["name"]`, its joins by `row.category`, its table by `row.table`.
 
@@ -53,10 +61,10 @@ class Node(Mapping[str, Any]):
         return len(self._columns)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self._joins[name]
-        except KeyError:
-            raise AttributeError(f"a row of {self.table} has no join {name!r}; its columns are row[{name!r}]") from None
+        joins = self._joins
+        if name in joins:
+            return joins[name]
+        raise _NoJoin(self.table, name)
 
     def __repr__(self) -> str:
         return f"Node({self.table}, {self._columns!r})"

@@ -16,17 +16,17 @@ A key is the JSON list of its values, ``[1]``, which is what the columns of a jo
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from headrace import codec
 from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.documents.declaration import Aggregate, Folding, Join, Level, Many, Node, One
 from headrace.documents.order import Shape
 from headrace.documents.paths import TOUCHED, Link, Paths, text_of, value_of
+from headrace.documents.when import ALL, Left, When, now
 from headrace.documents.windows import Root, Window
 from headrace.errors import Transient
 
@@ -41,42 +41,18 @@ _SCHEMA = """
     CREATE TABLE IF NOT EXISTS touched (doc INT, key TEXT, since INT, due INT, PRIMARY KEY (doc, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS shown (id TEXT PRIMARY KEY) WITHOUT ROWID;
 """
+_CACHE_KB: Final = 64 * 1024
 _WAITS = "since IS NOT NULL"
 _IS_DUE = "(due <= :now OR due > :now + :interval)"
 """A time further away than the interval is of a clock that has been put back."""
 _TOUCH = f"INSERT INTO touched VALUES (?, ?, ?, 0) {TOUCHED}"
+_LINK = "INSERT OR IGNORE INTO links VALUES (?, ?, ?)"
+_LINK_BACK = "INSERT OR REPLACE INTO back VALUES (?, ?, ?)"
 _STORE = """
     INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row,
     version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
     part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
 """
-
-EVER: Final = 1 << 62
-
-
-class When(NamedTuple):
-    """Which of the touched documents are shown: those that may be at `now`, ms since the Unix epoch; all when that is EVER.
-
-    `interval` is how long a document that was shown waits until it may be again, ms.
-    """
-
-    now: int
-    interval: int
-
-
-_ALL = When(EVER, 0)
-
-
-class Left(NamedTuple):
-    """Documents that wait: since the oldest change of any, and when the first and the last will be due, ms."""
-
-    since: Version
-    first: int
-    last: int
-
-    def is_due(self, interval: int) -> bool:
-        """Whether one is, also when the clock has been put back."""
-        return self.first <= now() or self.last > now() + interval
 
 
 class Touched(NamedTuple):
@@ -118,6 +94,7 @@ class LocalRows:
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute(f"PRAGMA cache_size = -{_CACHE_KB}")
             self._db.executescript(_SCHEMA)
             kept = self._meta("fingerprint")
             if kept not in (None, built_by):
@@ -146,9 +123,7 @@ class LocalRows:
             change: A change of one of the declared tables.
             loading: Every document will be rendered anyway, so only roots are noted, those that are deleted too.
         """
-        if change.table not in self._keys:
-            self._learn_key(change)
-        key = text_of(codec.decode_key(change.key).values())
+        key = self._key_of(change)
         old = self._row(change.table, key)
         since = change.version.packed()
         self._store(change, key, since)
@@ -158,12 +133,35 @@ class LocalRows:
         if not loading:
             self._touch_joined(change.table, key, old, change.row, since)
 
-    def touched(self, when: When = _ALL) -> Iterator[Touched]:
+    def load(self, changes: Sequence[Change], *, touch: bool) -> list[Change]:
+        """Take changes in while nothing is shown, at most one of each key; return those of rows that were not there yet.
+
+        These go in by the thousand. Without `touch` they are not noted, nor is the delete of a row that never was there: whoever loads
+        shows them by himself.
+        """
+        new: list[tuple[str, Change]] = []
+        for table in dict.fromkeys(change.table for change in changes):
+            keyed = {self._key_of(change): change for change in changes if change.table == table}
+            there = "SELECT key FROM rows WHERE tbl = ? AND key IN (SELECT value FROM json_each(?))"
+            known = {key for (key,) in self._db.execute(there, (table, codec.dumps(list(keyed)).decode()))}
+            for key, change in keyed.items():
+                if change.row is not None and key not in known:
+                    new.append((key, change))
+                elif touch or key in known:
+                    self.apply(change, loading=True)
+        self._insert(new, touch=touch)
+        return [change for _, change in new]
+
+    def touched(self, when: When = ALL) -> Iterator[Touched]:
         """Yield each touched document that is due once, with what to render."""
-        query = f"SELECT doc, key FROM touched WHERE {_WAITS} AND {_IS_DUE} ORDER BY doc, key"
-        for number, key in self._db.execute(query, when._asdict()):
-            document = self._documents[number]
-            yield Touched(document, self._key(document, key), self._root(number, document, key))
+        query = (
+            "SELECT touched.key, row FROM touched LEFT JOIN rows ON tbl = :table AND rows.key = touched.key "
+            f"WHERE doc = :doc AND {_WAITS} AND {_IS_DUE} ORDER BY touched.key"
+        )
+        for number, document in enumerate(self._documents):
+            which = {"doc": number, "table": document.table}
+            for key, row in self._db.execute(query, when._asdict() | which):
+                yield Touched(document, self._key(document, key), self._root(number, document, key, row))
 
     def count_touched(self) -> int:
         """Return how many documents are touched."""
@@ -177,7 +175,7 @@ class LocalRows:
         since, *dues = self._db.execute(query, when._asdict() if when else {}).fetchone()
         return Left(Version.unpacked(since), *dues) if since is not None else None
 
-    def clear_touched(self, when: When = _ALL) -> None:
+    def clear_touched(self, when: When = ALL) -> None:
         """Forget the touched documents that were due: they are in the view. When they may be shown again is kept until then."""
         if not when.interval:
             self._db.execute("DELETE FROM touched")
@@ -261,14 +259,33 @@ class LocalRows:
         found = self._db.execute("SELECT row FROM rows WHERE tbl = ? AND key = ?", (table, key)).fetchone()
         return codec.loads(found[0]) if found else None
 
-    def _store(self, change: Change, key: str, version: int) -> None:
+    def _store(self, change: Change, key: str, since: int) -> None:
         if change.row is None:
             self._db.execute("DELETE FROM rows WHERE tbl = ? AND key = ?", (change.table, key))
             return
-        table, op, _, row, _, ordinal, xid, schema, partition, offset, read = change
-        came = op + read if read else op
-        origin = (version, ordinal, xid, schema, partition, offset, came, now())
-        self._db.execute(_STORE, (table, key, codec.dumps(row), *origin))
+        self._db.execute(_STORE, _stored(change, key, since, now()))
+
+    def _insert(self, new: Sequence[tuple[str, Change]], *, touch: bool) -> None:
+        """Put rows in that are not there, with their links."""
+        stored, links, back, touched = [], [], [], []
+        at = now()
+        for key, change in new:
+            since = change.version.packed()
+            stored.append(_stored(change, key, since, at))
+            if touch:
+                touched += [(number, key, since) for number in self._paths.roots[change.table]]
+            for link in self._paths.links[change.table]:
+                value = link.value(change.row or {})
+                if value is None:
+                    continue
+                links.append((link.number, value, key))
+                touched += [(number, value, since) for number in link.windows]
+                if link.back:
+                    back.append((link.number, key, value))
+        self._db.executemany(_STORE, stored)
+        self._db.executemany(_LINK, links)
+        self._db.executemany(_LINK_BACK, back)
+        self._db.executemany(_TOUCH, touched)
 
     def _relink(self, table: str, key: str, old: Row | None, new: Row | None, since: int) -> None:
         for link in self._paths.links[table]:
@@ -284,7 +301,7 @@ class LocalRows:
         if before is not None:
             self._db.execute("DELETE FROM links WHERE (link, value, key) = (?, ?, ?)", (link.number, before, key))
         if after is not None:
-            self._db.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", (link.number, after, key))
+            self._db.execute(_LINK, (link.number, after, key))
         if link.back:
             self._relink_back(link.number, key, after)
 
@@ -292,7 +309,7 @@ class LocalRows:
         if value is None:
             self._db.execute("DELETE FROM back WHERE link = ? AND key = ?", (link, key))
         else:
-            self._db.execute("INSERT OR REPLACE INTO back VALUES (?, ?, ?)", (link, key, value))
+            self._db.execute(_LINK_BACK, (link, key, value))
 
     def _touch(self, number: int, key: str | None, since: int) -> None:
         self._db.execute(_TOUCH, (number, key, since))
@@ -310,8 +327,8 @@ class LocalRows:
         names = (document.start,) if isinstance(document, Window) else self._keys[document.table]
         return _named(names, key)
 
-    def _root(self, number: int, document: Root, key: str) -> Node | None:
-        """Return what is rendered, None for no document."""
+    def _root(self, number: int, document: Root, key: str, row: bytes | None) -> Node | None:
+        """Return what is rendered, None for no document; `row` is the one of that key."""
         if isinstance(document, Window):
             rows = (row for row, _ in self.within(number, document, key))
             first = next(rows, None)
@@ -319,8 +336,7 @@ class LocalRows:
                 return None
             values = document.over(chain([first], rows), self.shape(document.table))
             return Node(document.table, self._key(document, key) | values)
-        row = self._row(document.table, key)
-        return self._node(document, row, key) if row is not None else None
+        return self._node(document, codec.loads(row), key) if row is not None else None
 
     def _node(self, level: Level, row: Row, key: str) -> Node:
         if not level.joins:
@@ -353,9 +369,12 @@ class LocalRows:
 
     # Small facts
 
-    def _learn_key(self, change: Change) -> None:
-        self._keys[change.table] = list(codec.decode_key(change.key))
-        self._put("keys", codec.dumps(self._keys))
+    def _key_of(self, change: Change) -> str:
+        key = codec.decode_key(change.key)
+        if change.table not in self._keys:
+            self._keys[change.table] = list(key)
+            self._put("keys", codec.dumps(self._keys))
+        return text_of(key.values())
 
     def _meta(self, name: str) -> bytes | None:
         found = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
@@ -371,10 +390,11 @@ def discard(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
+def _stored(change: Change, key: str, version: int, at: int) -> tuple[Any, ...]:
+    table, op, _, row, _, ordinal, xid, schema, partition, offset, read = change
+    came = op + read if read else op
+    return (table, key, codec.dumps(row), version, ordinal, xid, schema, partition, offset, came, at)
+
+
 def _named(names: Sequence[str], key: str) -> Row:
     return dict(zip(names, codec.loads(key), strict=True))
-
-
-def now() -> int:
-    """Return the time, ms since the Unix epoch."""
-    return time.time_ns() // 1_000_000

@@ -26,13 +26,10 @@ The alias hides what has a `headrace.kind`. `headrace.id` repeats the id, becaus
 from __future__ import annotations
 
 import re
-import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent import futures
-from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from elasticsearch import ConflictError, NotFoundError
@@ -44,6 +41,7 @@ from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.elasticsearch.client import body_of, client, errors, reason_of
+from headrace.stores.sending import Sending
 
 _POSITION = "headrace:position"
 _INTERNAL = {"exists": {"field": "headrace.kind"}}
@@ -58,9 +56,11 @@ _OURS: dict[str, Any] = {
         "state": {"type": "object", "enabled": False},
     }
 }
+_ACTION = b'{"index":{"_id":%b,"version":%d,"version_type":"external_gte"}}\n%b\n'
 _BULK_BYTES = 8 * 1024 * 1024
 _BULK_DOCS = 1000
 _BULKS = 2
+_PAUSES = (0.1, 0.5, 1.0, 2.0, 4.0)
 _DELETED_SECONDS = 24 * 3600
 _PURGE_SECONDS = 3600
 _FOREIGN = 1000
@@ -89,7 +89,6 @@ class ElasticsearchIndex:
         self._written: dict[str, int] = {}
         self._unseen = False
         self._purged = 0.0
-        self._on_their_way: deque[tuple[Future[None], set[str]]] = deque()
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Elasticsearch of `settings`. Raises Misconfigured: `bad-setting`."""
@@ -97,6 +96,7 @@ class ElasticsearchIndex:
         self.alias = self.alias or consumer
         self._name = re.compile(re.escape(self.alias) + r"-g(\d+)")
         self._owner = uuid.uuid4().hex
+        self._sending = Sending("bulk", _BULKS)
         self._client = client(settings)
 
     def generations(self) -> list[Generation]:
@@ -235,52 +235,43 @@ class ElasticsearchIndex:
         ours: Row = {"id": doc.id}
         if doc.body is None:
             ours |= {"kind": "deleted", "at": int(time.time())}
-        about = {"_id": doc.id, "version": doc.version.packed(), "version_type": "external_gte"}
-        return b"%b\n%b\n" % (codec.dumps({"index": about}), codec.dumps({**(doc.body or {}), "headrace": ours}))
+        body = codec.dumps({**(doc.body or {}), "headrace": ours})
+        return _ACTION % (codec.dumps(doc.id), doc.version.packed(), body)
 
     def _write_all(self, actions: Iterable[tuple[str, bytes]], *, wait: bool = True) -> None:
         """Send actions by id in bulks, and with `wait` see that Elasticsearch has them and all that went before."""
-        for ids, bulk in _bulks(actions):
-            if wait and not self._on_their_way:
-                self._send(bulk)
-                continue
-            busy = any(not ids.isdisjoint(others) for _, others in self._on_their_way)
-            self._arrive(0 if busy else _BULKS - 1)
-            self._on_their_way.append((self._sent(bulk), ids))
         if wait:
-            self._arrive(0)
-
-    def _sent(self, bulk: bytes) -> Future[None]:
-        """Send a bulk in a thread of its own, which nobody waits for when the process ends."""
-        future: Future[None] = Future()
-
-        def send() -> None:
-            try:
-                future.set_result(self._send(bulk))
-            except Exception as error:  # noqa: BLE001  it belongs to who waits for it
-                future.set_exception(error)
-
-        threading.Thread(target=send, name=f"{self._index}-bulk", daemon=True).start()
-        return future
-
-    def _arrive(self, most: int) -> None:
-        """Wait until at most so many bulks are on their way; until none is where one of them failed, and raise that."""
-        while len(self._on_their_way) > most:
-            future, _ = self._on_their_way.popleft()
-            if future.exception() is not None:
-                futures.wait([other for other, _ in self._on_their_way])
-                self._on_their_way.clear()
-            future.result()
+            self._sending.arrive()
+        for ids, bulk in _bulks(actions):
+            if wait:
+                self._send(bulk)
+            else:
+                self._sending.send(ids, partial(self._send, bulk))
 
     def _send(self, bulk: bytes) -> None:
-        target = {"index": f"{self._index}-write", "require_alias": True, "operations": [bulk]}
-        if not self._client.bulk(filter_path="errors", **target)["errors"]:
-            return
-        # Which ones, and why: sent again, it says so. What has been written is written again, equal.
-        for item in self._client.bulk(filter_path="items.*._id,items.*.status,items.*.error", **target)["items"]:
-            found = next(iter(item.values()))
-            if found["status"] >= 300:
-                self._judge(found)
+        """Send a bulk, again while Elasticsearch is busy, up to a point: an error here begins a rebuild again."""
+        for pause in _PAUSES:
+            try:
+                return self._send_once(bulk)
+            except Transient as error:
+                if error.code != "elasticsearch-busy":
+                    raise
+            time.sleep(pause)
+        return self._send_once(bulk)
+
+    def _send_once(self, bulk: bytes) -> None:
+        with errors():
+            if not self._post(bulk, "errors")["errors"]:
+                return
+            # Which ones, and why: sent again, it says so. What has been written is written again, equal.
+            for item in self._post(bulk, "items.*._id,items.*.status,items.*.error")["items"]:
+                found = next(iter(item.values()))
+                if found["status"] >= 300:
+                    self._judge(found)
+
+    def _post(self, bulk: bytes, answer: str) -> Any:
+        target = f"{self._index}-write"
+        return self._client.bulk(index=target, require_alias=True, operations=[bulk], filter_path=answer)  # type: ignore[list-item]
 
     def _judge(self, item: dict[str, Any]) -> None:
         """Decide what an item that failed means. A version conflict is fine: an older write has lost."""

@@ -25,6 +25,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from headrace import codec
@@ -35,6 +36,7 @@ from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.redis import scripts
 from headrace.stores.redis.client import client, errors, text_version, version_text
+from headrace.stores.sending import Sending
 
 _VERSION = "@version"
 _WRITE_BYTES = 4 * 1024 * 1024
@@ -62,6 +64,7 @@ class RedisPages:
         self._consumer = consumer
         self.prefix = self.prefix or consumer
         self._owner = uuid.uuid4().hex
+        self._sending = Sending("pages", 1)
         self._redis = client(settings)
         self._write = self._redis.register_script(scripts.WRITE)
 
@@ -107,7 +110,7 @@ class RedisPages:
                 self._unlink_pages()
         return codec.decode_position(value) if value else None
 
-    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:  # noqa: ARG002
+    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:
         """Write pages, and with the last of them the position.
 
         Raises:
@@ -116,16 +119,22 @@ class RedisPages:
         """
         after = codec.encode_position(position).decode() if position is not None else ""
         held: list[str | int] = []
+        ids: set[str] = set()
         size = 0
         with errors():
             for doc in docs:
                 arguments = _arguments(doc)
                 if size > _WRITE_BYTES:
-                    self._send(held, "")
-                    held, size = [], 0
+                    self._send_early(ids, held)
+                    held, ids, size = [], set(), 0
                 held += arguments
+                ids.add(doc.id)
                 size += sum(len(argument) for argument in arguments if isinstance(argument, str))
-            self._send(held, after)
+            if bulk and position is None:
+                self._send_early(ids, held)
+            else:
+                self._sending.arrive()
+                self._send(held, after)
 
     def promote(self) -> None:
         """Move the pointer to this generation."""
@@ -181,6 +190,10 @@ class RedisPages:
     @property
     def _pages(self) -> str:
         return f"{self.prefix}:{self._number}:"
+
+    def _send_early(self, ids: set[str], pages: list[str | int]) -> None:
+        """Send pages, while the next ones are rendered: the position comes when they have arrived."""
+        self._sending.send(ids, partial(self._send, pages, ""))
 
     def _send(self, pages: list[str | int], after: str) -> None:
         said = self._write(keys=[self._state], args=[self._pages, self._owner, self._position, after, *pages])
