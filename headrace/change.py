@@ -203,6 +203,8 @@ class Position:
         appended: The broker's timestamp of the checkpoint at `version`, ms; while loading, when the build began, pauses included.
             Older than `delete.retention.ms` is refused (S19).
         inexact: Tables of the view that are not known to equal Postgres at `version` (S12).
+        held: What is parked or delayed holds tokens back to here (S25), None when nothing is.
+        parked: Collections of which something is parked: they are not what Postgres had at `version` either.
     """
 
     offsets: dict[str, list[int]] = field(default_factory=dict)
@@ -211,6 +213,13 @@ class Position:
     source: Source | None = None
     appended: int = 0
     inexact: tuple[str, ...] = ()
+    held: Version | None = None
+    parked: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> Version:
+        """Return the version up to which readers see everything: what a token waits for (S25)."""
+        return self.version if self.held is None else min(self.version, self.held)
 
     def continued_by(self, version: Version, source: Source | None) -> bool:
         """Whether a log that is at `version` of `source` may be the one that this position belongs to.

@@ -184,8 +184,12 @@ def decode_schema(value: bytes) -> TableSchema:
 
 
 def encode_position(position: Position) -> bytes:
-    """Return a position as JSON: what a store keeps."""
-    return orjson.dumps(asdict(position) | {"version": list(position.version)})
+    """Return a position as JSON: what a store keeps; what holds it back is left out when nothing does."""
+    record = asdict(position) | {"version": list(position.version)}
+    del record["held"], record["parked"]
+    if position.held is not None:
+        record |= {"held": list(position.held), "parked": list(position.parked)}
+    return orjson.dumps(record)
 
 
 def decode_position(value: bytes | str) -> Position:
@@ -199,4 +203,6 @@ def decode_position(value: bytes | str) -> Position:
         source=Source(**source) if source else None,
         appended=record["appended"],
         inexact=tuple(record.get("inexact", ())),
+        held=Version(*record["held"]) if "held" in record else None,
+        parked=tuple(record.get("parked", ())),
     )

@@ -42,6 +42,9 @@ class Batch:
         loading: Whether the generation has not yet reached its first exact checkpoint: it shows readers nothing.
         schemas: The schema version of every (table, version) that occurs in `changes`, and the newest one of each table
             that the reader knows.
+        parked: What was set aside because it could not be done: (collection, key). Nothing of it is to be shown. Of rows the runner has
+            taken the changes out already; of documents see `Consumer.leaves_parked`.
+        dropped: What was set aside and is given up: it stays as it is until it changes again.
     """
 
     changes: list[Change]
@@ -49,6 +52,8 @@ class Batch:
     checkpoint: Checkpoint | None
     loading: bool
     schemas: dict[tuple[str, int], TableSchema] = field(default_factory=dict)
+    parked: frozenset[Cursor] = frozenset()
+    dropped: frozenset[Cursor] = frozenset()
 
     @property
     def complete(self) -> bool:
@@ -87,6 +92,10 @@ class Consumer(Protocol):
             verify's second look at a row is a scan from just before its key.
         count: Optional: ``count() -> Mapping[str, int]``, how many rows readers see of each collection. Without it, or where it
             returns None, counting is a scan.
+        leaves_parked: Optional: True when `apply` itself leaves alone what `Batch.parked` names, and shows it as it is by then once it is
+            no longer named. Without it the runner takes the changes of what is parked out of the batch, and hands them out later.
+        pending: Optional: ``pending() -> Version | None``, the version of the oldest change that was taken in and is not shown yet; None
+            when nothing waits. Tokens are not answered beyond it (S25).
         progress: Set by the runner; call ``progress(done, total)`` in long work so that status can show it.
     """
 
@@ -116,7 +125,9 @@ class Consumer(Protocol):
         Raises:
             Transient: try the same batch again later.
             Misconfigured: stop the consumer and say what to change.
-            Poison: one record cannot be applied; nothing of the batch's position is durable.
+            Poison: one record cannot be applied; nothing of the batch's position is durable. When it names the record by its `cursor` the
+                runner parks that, durably, and calls `apply` again with the same batch without it: what was begun must not be in
+                the way. Otherwise the consumer stops.
         """
 
     def promote(self) -> None:
