@@ -17,11 +17,12 @@ from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from headrace import codec
 from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Consumer, Generation
-from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient, Wiped
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
 from headrace.log import FeedReader, Lag, Log, Reader
-from headrace.runner.poison import placed
+from headrace.runner.parking import Parking
 
 _POLL_SECONDS = 0.25
 _BACKOFF_SECONDS = (0.5, 30.0)
@@ -39,11 +40,14 @@ Call = tuple[Callable[[Consumer], Any], "Future[Any]"]
 class State:
     """What a worker says of itself; written by its thread, read by the runner.
 
-    `ahead` is the newest state that the log had when the view was opened.
+    `version` is that of the view's position, `held` what is parked or delayed holds tokens back to, `ahead` the newest state that the log
+    had when the view was opened.
     """
 
     phase: str = "starting"
     version: Version = NOWHERE
+    held: Version | None = None
+    parked: int = 0
     ahead: Version = NOWHERE
     lag: Lag = field(default_factory=lambda: Lag(0, 0, 0.0))
     rate: float = 0.0
@@ -55,6 +59,11 @@ class State:
     def exact(self) -> bool:
         """Whether the generation is at a state that Postgres had."""
         return self.version != NOWHERE
+
+    @property
+    def reached(self) -> Version:
+        """The version up to which readers see everything: what tokens, status and verify go by (S25)."""
+        return self.version if self.held is None else min(self.version, self.held)
 
     @property
     def shown(self) -> Version:
@@ -84,12 +93,14 @@ class Worker(threading.Thread):
         self.generation = generation
         self.still = still
         self.paused = False
-        self.state = State(phase="stale" if still else "starting")
+        self.state = State()
         self._log = log
         self._make = make
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._until = until
+        self._parking = Parking(log, generation)
+        self._stood: Position | None = None
         self._hold_until = 0.0
         self._whole = True
         self._rate = _Rate()
@@ -123,6 +134,14 @@ class Worker(threading.Thread):
             self.release()
             said = f"{self.name} did not reach a complete state in {patience:.0f} s."
             raise Transient("does-not-hold", said, "Try again.") from error
+
+    def unpark(self, consumer: Consumer, function: Callable[[Consumer, Parking, Position], T]) -> T | None:
+        """Return what `function` does with what is parked, in this thread, at a complete state; None within one, when it is not called."""
+        if self._stood is None:
+            return None
+        done = function(consumer, self._parking, self._stood)
+        self._set_held(consumer)
+        return done
 
     def _stands(self) -> Version | None:
         """Return the version of the state that is kept while it is held; None within a state, which is ended first."""
@@ -159,6 +178,9 @@ class Worker(threading.Thread):
         try:
             position = consumer.open(self.generation)
             known = position or Position()
+            self._stood = None
+            self._parking.open(position)
+            self._set_held(consumer)  # before the version, which it bounds
             self._set(version=known.version, inexact=known.inexact)
             if self._resting:
                 self._set(phase="stale" if self.still else "paused", error=None)
@@ -187,6 +209,9 @@ class Worker(threading.Thread):
 
     def _follow(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
         self._whole = True
+        # Where more is to come, it is not known whether the position stands within a state.
+        at_newest = isinstance(reader, Reader) and reader.newest and reader.newest.version == reader.position.version
+        self._stood = _copy(reader.position) if at_newest else None
         mirrored = 0.0
         while not self._stopping.is_set():
             self._answer(consumer)
@@ -197,13 +222,11 @@ class Worker(threading.Thread):
                 continue
             batch = reader.poll(_POLL_SECONDS if self._calls.empty() else 0.0)
             if batch is not None:
-                try:
-                    consumer.apply(batch)
-                except Poison as error:
-                    raise placed(error, batch) from error
+                self._parking.apply(consumer, batch)
                 self._whole = batch.checkpoint is not None
+                self._stood = batch.position if self._whole else None
                 self._rate.add(len(batch.changes))
-            self._tell(reader)
+            self._tell(consumer, reader)
             if time.monotonic() - mirrored > 1.0:
                 reader.mirror()
                 mirrored = time.monotonic()
@@ -258,7 +281,8 @@ class Worker(threading.Thread):
         finally:
             consumer.close()
 
-    def _tell(self, reader: Reader | FeedReader) -> None:
+    def _tell(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
+        self._set_held(consumer)
         lag = reader.lag()
         version = reader.position.version
         behind = lag.seconds > _BEHIND_SECONDS
@@ -267,6 +291,14 @@ class Worker(threading.Thread):
         progress = (0, 0) if version != NOWHERE else self.state.progress
         inexact = reader.position.inexact
         self._set(phase=phase, version=version, lag=lag, progress=progress, inexact=inexact, error=None)
+
+    def _set_held(self, consumer: Consumer) -> None:
+        """Take in what holds tokens back: what is parked, and what the consumer delays."""
+        delays: Callable[[], Version | None] | None = getattr(consumer, "pending", None)
+        pending = delays() if delays else None
+        before = Version(pending.epoch, max(pending.lsn - 1, 0)) if pending else None
+        held = min((each for each in (self._parking.held, before) if each is not None), default=None)
+        self._set(held=held, parked=self._parking.count)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -284,6 +316,11 @@ def as_ours(error: BaseException, consumer: str) -> HeadraceError:
         return Misconfigured("consumer-failed", said, "Mend it, and start it again.")
     error.remedy = re.sub(r"\bNAME\b", consumer, error.remedy)
     return error
+
+
+def _copy(position: Position) -> Position:
+    """Return a position that its reader does not move."""
+    return codec.decode_position(codec.encode_position(position))
 
 
 class _Rate:
