@@ -41,6 +41,7 @@ from headrace.consumer import Batch, Cursor, Generation, ViewRow, no_progress
 from headrace.documents.checks import check
 from headrace.documents.declaration import Document, Node
 from headrace.documents.local import LocalRows, Touched, discard
+from headrace.documents.unshown import Unshown, rows_of
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
@@ -66,6 +67,7 @@ class DocumentConsumer:
     name: str = ""
     tables: Collection[str] = ()
     mirrors_rows: bool = False
+    leaves_parked: ClassVar[bool] = True
     progress: Callable[[int, int], None]
 
     def __init_subclass__(cls) -> None:
@@ -125,7 +127,11 @@ class DocumentConsumer:
 
     def apply(self, batch: Batch) -> None:
         """Take the changes in; at a complete exact state render what they touched, write it, and only then commit
-        locally."""
+        locally.
+
+        After a Poison it may be called again with the same changes: the open local transaction has them and what they touched, by the
+        old values too, and takes them in once more.
+        """
         local = self._opened()
         with _local_errors(local):
             self._learn_schemas(local, batch.schemas)
@@ -197,25 +203,49 @@ class DocumentConsumer:
         if batch.loading and self._view is not None:
             self._check_reload(self._view, batch.position)
         done, total = 0, local.count_touched() if batch.loading else 0
-        chunk: list[Doc] = []
+        chunk: dict[str, tuple[Touched, Doc]] = {}
+        waiting: list[Touched] = []
+        unshown = Unshown(self.settings.parked_limit)
         for touched in local.touched():
             if len(chunk) == _CHUNK:
-                self.store.write(chunk, None, bulk=True)
-                done += len(chunk)
+                self._write(chunk, None, unshown)
+                done += _CHUNK
                 self.progress(done, total)
-                chunk = []
-            doc = self._doc(touched, batch)
-            if doc.body is not None or not fresh:
-                chunk.append(doc)
-        self.store.write(chunk, batch.position)
-        local.clear_touched()
+                chunk = {}
+            cursor = touched.document.table, self.id(touched.document.table, touched.key)
+            if cursor in batch.parked:
+                waiting.append(touched)
+            elif cursor not in batch.dropped:
+                doc = self._doc(touched, cursor, batch, unshown)
+                if doc is not None and (doc.body is not None or not fresh):
+                    chunk[doc.id] = touched, doc
+        self._write(chunk, batch.position, unshown)
+        unshown.check()
+        local.clear_touched(waiting)
         local.commit(batch.position)
         self._view = batch.position
 
-    def _doc(self, touched: Touched, batch: Batch) -> Doc:
-        table = touched.document.table
-        version = batch.position.version
-        return Doc(self.id(table, touched.key), self._body(touched) if touched.node else None, version)
+    def _write(self, chunk: dict[str, tuple[Touched, Doc]], position: Position | None, unshown: Unshown) -> None:
+        """Write documents, and the position when the view takes every document of the batch; note those that it does not."""
+        while True:
+            docs = [doc for _, doc in chunk.values()]
+            try:
+                self.store.write(docs, None if unshown else position, bulk=position is None or bool(unshown))
+            except Poison as error:
+                if error.cursor is None or error.cursor[1] not in chunk:
+                    raise
+                touched, doc = chunk.pop(error.cursor[1])
+                unshown.add(error, (touched.document.table, doc.id), doc.body)
+            else:
+                return
+
+    def _doc(self, touched: Touched, cursor: Cursor, batch: Batch, unshown: Unshown) -> Doc | None:
+        try:
+            body = self._body(touched) if touched.node else None
+        except Poison as error:
+            unshown.add(error, cursor, rows_of(touched.node))
+            return None
+        return Doc(cursor[1], body, batch.position.version)
 
     def _body(self, touched: Touched) -> Row | None:
         table, key = touched.document.table, touched.key

@@ -129,9 +129,11 @@ class LocalRows:
         count: int = self._db.execute("SELECT count(*) FROM touched").fetchone()[0]
         return count
 
-    def clear_touched(self) -> None:
-        """Forget the touched documents: they are in the view."""
+    def clear_touched(self, waiting: Sequence[Touched] = ()) -> None:
+        """Forget the touched documents: they are in the view, but for those that wait until they can be shown."""
         self._db.execute("DELETE FROM touched")
+        kept = [(self._documents.index(each.document), _text(each.key.values())) for each in waiting]
+        self._db.executemany("INSERT INTO touched VALUES (?, ?)", kept)
 
     def commit(self, position: Position) -> None:
         """Make what was applied durable, as the state at `position`."""

@@ -48,10 +48,10 @@ class PageReader:
         return Page(html, etag or "", text_version(version)) if html is not None else None
 
     def applied(self) -> Version:
-        """Return the version of the state that the live generation shows; NOWHERE when none is live."""
+        """Return the version up to which the live generation shows everything (S25); NOWHERE when none is live."""
         with errors():
             position: Any = self._redis.eval(scripts.APPLIED, 1, f"{self._prefix}:live", f"{self._prefix}:g")
-        return codec.decode_position(position).version if position else NOWHERE
+        return codec.decode_position(position).reached if position else NOWHERE
 
     def close(self) -> None:
         """Close the connections."""
