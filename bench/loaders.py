@@ -87,7 +87,8 @@ def pages(settings: Settings, topic: str) -> None:
         pipeline = client.pipeline(transaction=False)
         for message in messages:
             row = _row(message)
-            pipeline.hset(f"{PREFIX}:{row['id']}", mapping=dict(order_page(row)))
+            page: dict[Any, Any] = order_page(row)
+            pipeline.hset(f"{PREFIX}:{row['id']}", mapping=page)
         pipeline.execute()
 
 

@@ -203,7 +203,8 @@ class Position:
         appended: The broker's timestamp of the checkpoint at `version`, ms; while loading, when the build began, pauses included.
             Older than `delete.retention.ms` is refused (S19).
         inexact: Tables of the view that are not known to equal Postgres at `version` (S12).
-        held: What is delayed holds tokens back to here (S25), None when nothing is.
+        held: What is parked or delayed holds tokens back to here (S25), None when nothing is.
+        parked: Collections of which something is parked: they are not what Postgres had at `version` either.
     """
 
     offsets: dict[str, list[int]] = field(default_factory=dict)
@@ -213,6 +214,7 @@ class Position:
     appended: int = 0
     inexact: tuple[str, ...] = ()
     held: Version | None = None
+    parked: tuple[str, ...] = ()
 
     @property
     def reached(self) -> Version:

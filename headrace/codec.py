@@ -178,9 +178,9 @@ def decode_schema(value: bytes) -> TableSchema:
 def encode_position(position: Position) -> bytes:
     """Return a position as JSON: what a store keeps; what holds it back is left out when nothing does."""
     record = asdict(position) | {"version": list(position.version)}
-    del record["held"]
+    del record["held"], record["parked"]
     if position.held is not None:
-        record |= {"held": list(position.held)}
+        record |= {"held": list(position.held), "parked": list(position.parked)}
     return orjson.dumps(record)
 
 
@@ -196,4 +196,5 @@ def decode_position(value: bytes | str) -> Position:
         appended=record["appended"],
         inexact=tuple(record.get("inexact", ())),
         held=Version(*record["held"]) if "held" in record else None,
+        parked=tuple(record.get("parked", ())),
     )

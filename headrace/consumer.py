@@ -42,6 +42,9 @@ class Batch:
         loading: Whether the generation has not yet reached its first exact checkpoint: it shows readers nothing.
         schemas: The schema version of every (table, version) that occurs in `changes`, and the newest one of each table
             that the reader knows.
+        parked: What was set aside because it could not be done: (collection, key). Nothing of it is to be shown. Of rows the runner has
+            taken the changes out already; of documents see `Consumer.leaves_parked`.
+        dropped: What was set aside and is given up: it stays as it is until it changes again.
         hurry: Show also what is delayed (see `Consumer.pending`): readers are about to be pointed here, or the view is compared.
     """
 
@@ -50,6 +53,8 @@ class Batch:
     checkpoint: Checkpoint | None
     loading: bool
     schemas: dict[tuple[str, int], TableSchema] = field(default_factory=dict)
+    parked: frozenset[Cursor] = frozenset()
+    dropped: frozenset[Cursor] = frozenset()
     hurry: bool = False
 
     @property
@@ -113,6 +118,8 @@ class Consumer(Protocol):
             returns None, counting is a scan.
         why: Optional: ``why(key: Cursor, limit: int) -> Sequence[Origin]``, what one row was made from, of each join the first `limit`
             rows, for `headrace why`. A row comes before what is joined to it. Nothing for a key that is not known.
+        leaves_parked: Optional: True when `apply` itself leaves alone what `Batch.parked` names, and shows it as it is by then once it is
+            no longer named. Without it the runner takes the changes of what is parked out of the batch, and hands them out later.
         pending: Optional: ``pending() -> Version | None``, the version of the oldest change that was taken in and is not shown yet; None
             when nothing waits. Tokens are not answered beyond it (S25). What waits must be durable with the position.
         due: Optional, with `pending`: ``due() -> bool``, whether some of that may be shown now. Then, while no changes come, `apply` is
@@ -146,7 +153,9 @@ class Consumer(Protocol):
         Raises:
             Transient: try the same batch again later.
             Misconfigured: stop the consumer and say what to change.
-            Poison: one record cannot be applied; nothing of the batch's position is durable.
+            Poison: one record cannot be applied; nothing of the batch's position is durable. When it names the record by its `cursor` the
+                runner parks that, durably, and calls `apply` again with the same batch without it: what was begun must not be in
+                the way. Otherwise the consumer stops.
         """
 
     def promote(self) -> None:

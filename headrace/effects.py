@@ -6,7 +6,9 @@ position is the only thing that is kept, in a file of SQLite; where the file is 
 The first generation begins with the first state that it meets: what was there before is history, and nobody is told of it. A generation
 that is promoted goes on where the one before has stopped, so that nothing is left out and nothing is told twice by a rebuild.
 
-A batch is done as a whole: where one effect fails, all of the batch comes again.
+A batch is done as a whole: where one effect fails, all of the batch comes again. A `Poison` whose `cursor` names a change is parked: the
+rest of the batch is done at once, later changes of its key wait, and no generation is promoted before it was tried again or dropped, since
+the next one would begin behind it.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ class EffectConsumer:
 
         Raises:
             Transient: try again later, the same changes and perhaps more.
+            Poison: one of them cannot be done; `cursor` is its table and its key as text.
         """
         raise NotImplementedError
 
@@ -112,12 +115,23 @@ class EffectConsumer:
             db.execute("UPDATE generations SET position = ? WHERE number = ? AND owner = ?", position)
 
     def promote(self) -> None:
-        """Let this generation do it from now on, from where the one before has stopped; it is opened anew for that."""
+        """Let this generation do it from now on, from where the one before has stopped; it is opened anew for that.
+
+        Raises:
+            Misconfigured: `records-parked`: the one before has not done everything up to there.
+        """
         with self._file() as db:
             db.execute("BEGIN IMMEDIATE")
             before = db.execute(
                 "SELECT position FROM generations WHERE live AND number <> ? AND position IS NOT NULL", (self._number,)
             ).fetchone()
+            if before and codec.decode_position(before[0]).parked:
+                db.execute("ROLLBACK")
+                raise Misconfigured(
+                    "records-parked",
+                    f"The live generation of {self.name} has something parked, which this one would never do.",
+                    f"Run: headrace parked retry {self.name} --all",
+                )
             db.execute("UPDATE generations SET live = (number = ?)", (self._number,))
             if before:
                 query = "UPDATE generations SET position = ?, owner = NULL WHERE number = ?"

@@ -6,7 +6,8 @@ Consumers and services raise; only a runner (or the loop of capture) decides wha
 |---------------|---------------------------------|------------------------------------------|-----------|
 | Transient     | try again later                 | backs off, says so in status, tries on   | 5         |
 | Misconfigured | somebody must change something  | stops, says what to change               | 3         |
-| Poison        | this one record cannot be done  | stops with key, offset and remedy        | 4         |
+| Poison        | this one record cannot be done  | parks it and goes on; stops where it     | 4         |
+|               |                                 | is not named, or too many are parked     |           |
 
 Two of them have a name of their own because the runner does something more: `Wiped` is Transient and opens the view anew,
 `Refused` is Misconfigured and waits for a rebuild.
@@ -16,6 +17,9 @@ a message that names what was seen, and a *remedy*: the setting to change or the
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 OK = 0
 CHECK_FAILED = 1
@@ -59,9 +63,32 @@ class Misconfigured(HeadraceError):
 
 
 class Poison(HeadraceError):
-    """One record cannot be applied, now or later; the message names its key, partition and offset."""
+    """One record cannot be applied, now or later; the message names its key, partition and offset.
+
+    Args:
+        code, message, remedy: See `HeadraceError`.
+        cursor: (collection, key as text) of what cannot be done, so that the runner can set it aside: of rows the table and the log's
+            key, of documents the root's table and the id. Without it the consumer stops.
+        body: What could not be done, as JSON values, for who looks at it.
+        others: Further ones of the same batch: one attempt may find many.
+    """
 
     exit_code = 4
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        remedy: str = "",
+        *,
+        cursor: tuple[str, str] | None = None,
+        body: Any = None,
+        others: Sequence[Poison] = (),
+    ) -> None:
+        super().__init__(code, message, remedy)
+        self.cursor = cursor
+        self.body = body
+        self.others = others
 
 
 class Refused(Misconfigured):

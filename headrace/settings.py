@@ -62,6 +62,9 @@ class Settings:
     )
     heartbeat_ms: int = _setting(10_000, "how often capture writes a heartbeat into the source, ms; 0 turns it off")
     batch_records: int = _setting(10_000, "most changes handed to a consumer at once")
+    parked_limit: int = _setting(
+        100, "most records of a generation that are parked; one more stops the consumer, with 0 the first one does"
+    )
 
     def path(self, name: str) -> Path:
         """Return `<state>/<name>`, with its parent made."""

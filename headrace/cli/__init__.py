@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 import typer
 
 from headrace import errors
-from headrace.cli import replay, run, scaffold, status, views, why
+from headrace.cli import parked, replay, run, scaffold, status, views, why
 from headrace.cli.show import print_error
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.command("pause")(views.pause)
 app.command("resume")(views.resume)
 app.command("replay")(replay.replay)
 app.command("why")(why.why)
+app.add_typer(parked.app, name="parked")
 app.add_typer(scaffold.app, name="new")
 
 

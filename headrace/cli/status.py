@@ -53,8 +53,8 @@ def status(
 
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
-    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused or too far behind, or Kafka
-    does not answer; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
+    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked or too far behind,
+    or Kafka does not answer; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
 
     Examples:
 
@@ -192,6 +192,8 @@ def _notes(name: str, report: Facts) -> Iterator[str]:
         yield f"[yellow]{name} g{report['generation']}[/yellow]: {escape(reason)}"
     if failing := report.get("failing"):
         yield f"[red]{name}[/red]: UPDATE and DELETE fail in the source (S8); run: {escape(failing)}"
+    if parked := report.get("parked"):
+        yield f"[yellow]{name} g{report['generation']}[/yellow]: {_parked(name, parked)}"
     if inexact := report.get("inexact"):
         yield f"[yellow]{name}[/yellow]: {escape(', '.join(inexact))} may differ from Postgres until read again: inexact (S12)"
     for what in ("resnapshot", "approximate"):
@@ -225,8 +227,15 @@ def _check_one(name: str, report: Report, most: float) -> None:
         _wrong(f"{name}: {report.phase}: {report.reason} {report.remedy}")
     if failing := report.facts.get("failing"):
         _wrong(f"{name}: UPDATE and DELETE of a captured table fail in the source (S8); run: {failing}")
+    if parked := report.facts.get("parked"):
+        _wrong(f"{name}: {_parked(name, parked)}")
     if report.lag[2] > most:
         _wrong(f"{name}: {seconds(report.lag[2])} behind ({report.lag[0]} records); see: headrace status --watch")
+
+
+def _parked(name: str, count: int) -> str:
+    said = "records are" if count > 1 else "record is"
+    return f"{count} {said} parked, and no token is answered beyond; run: headrace parked list {name}"
 
 
 def _command(name: str) -> str:

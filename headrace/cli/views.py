@@ -121,7 +121,10 @@ def _promoted(json: bool, answers: list[dict[str, Any]]) -> None:
 def rollback(
     name: Name,
     stale: Annotated[
-        bool, typer.Option("--stale", help="Accept a generation that is behind what readers have seen.")
+        bool,
+        typer.Option(
+            "--stale", help="Accept a generation that is behind what readers have seen, or lacks what is parked."
+        ),
     ] = False,
     json: AsJson = False,
 ) -> None:

@@ -36,7 +36,6 @@ import copy
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import ClassVar
@@ -48,13 +47,12 @@ from headrace.documents.checks import check, check_window
 from headrace.documents.declaration import Node
 from headrace.documents.local import LocalRows, Touched, discard
 from headrace.documents.origins import find, origins
-from headrace.documents.when import EVER, Left, When, now
-from headrace.documents.windows import Root, Window
+from headrace.documents.unshown import CHUNK, Sent, Showing, Unshown, rows_of
+from headrace.documents.when import EVER, Left, When, held_back, now
+from headrace.documents.windows import Root, Window, is_joined
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
-
-_CHUNK = 1000
 
 
 class DocumentConsumer:
@@ -77,6 +75,7 @@ class DocumentConsumer:
     name: str = ""
     tables: Collection[str] = ()
     mirrors_rows: bool = False
+    leaves_parked: ClassVar[bool] = True
     progress: Callable[[int, int], None]
 
     def __init_subclass__(cls) -> None:
@@ -99,6 +98,7 @@ class DocumentConsumer:
         self.progress = no_progress
         self.store = copy.copy(type(self).store)
         self.store.bind(settings, name)
+        self._showing = Showing(self.store)
         self._local: LocalRows | None = None
         self._view: Position | None = None
         self._left: Left | None = None
@@ -133,14 +133,19 @@ class DocumentConsumer:
             discard(path)
             local = LocalRows(path, self.documents, generation.fingerprint)
         self._local = local
-        self._early = self._view is None and local.position is None and not any(map(_joined, self.documents))
+        self._showing = Showing(self.store)
+        self._early = self._view is None and local.position is None and not any(map(is_joined, self.documents))
         self._left = local.left() if local.position is not None and not local.position.loading else None
         self._checked.clear()
         return local.position
 
     def apply(self, batch: Batch) -> None:
         """Take the changes in; at a complete exact state render what they touched, write it, and only then commit
-        locally."""
+        locally.
+
+        After a Poison it may be called again with the same changes: the open local transaction has them and what they touched, by the
+        old values too, and takes them in once more.
+        """
         local = self._opened()
         with _local_errors(local):
             self._learn_schemas(local, batch.schemas)
@@ -209,9 +214,7 @@ class DocumentConsumer:
         early = self._early and not batch.complete
         new = local.load(batch.changes, touch=not early)
         if early:
-            docs = self._of_one_row(new)
-            while chunk := list(islice(docs, _CHUNK)):
-                self.store.write(chunk, None, bulk=True)
+            self._showing.early(local, self._of_one_row(local, new))
 
     def _fits(self, local: Position, view: Position | None) -> bool:
         """Whether reading may go on from the local rows: they are loading, or not ahead of the view."""
@@ -251,51 +254,65 @@ class DocumentConsumer:
         if batch.loading and self._view is not None:
             self._check_reload(self._view, batch.position)
         done, total = 0, local.count_touched() if batch.loading else 0
-        chunk: list[Doc] = []
-        for doc in self._docs(local, batch, when):
-            if len(chunk) == _CHUNK:
-                self.store.write(chunk, None, bulk=True)
-                done += len(chunk)
-                self.progress(done, total)
-                chunk = []
-            chunk.append(doc)
+        unshown = Unshown(self.settings.parked_limit)
+        docs = self._docs(local, batch, when, unshown)
+        while len(chunk := list(islice(docs, CHUNK))) == CHUNK:
+            self._showing.write(local, chunk, None, unshown)
+            done += CHUNK
+            self.progress(done, total)
         left = local.left(when) if when.interval else None
-        self.store.write(chunk, _held(batch.position, left))
-        local.clear_touched(when)
+        self._showing.write(local, chunk, held_back(batch.position, left), unshown)
+        unshown.check()
+        local.clear_touched(when, unshown.waiting)
         local.commit(batch.position)
-        self._view, self._left = batch.position, left
+        self._view, self._left, self._early = batch.position, left, False
+        self._showing.forget()
 
-    def _docs(self, local: LocalRows, batch: Batch, when: When) -> Iterator[Doc]:
+    def _docs(self, local: LocalRows, batch: Batch, when: When, unshown: Unshown) -> Iterator[Sent]:
         """Yield what to write. After a reload a window that lost its rows meanwhile is known by nothing but its document."""
+        version = batch.position.version
         fresh = batch.loading and self._view is None and not self._early
         by_view = batch.loading and self._view is not None and any(isinstance(each, Window) for each in self.documents)
         if by_view:
             local.remember_shown(self._ids())
         for touched in local.touched(when):
-            doc = self._doc(touched, batch.position.version)
+            cursor = touched.document.table, self.id(touched.document.table, touched.key)
             if by_view:
-                local.is_rendered(doc.id)
-            if doc.body is not None or not fresh:
-                yield doc
+                local.is_rendered(cursor[1])
+            if cursor in batch.parked:
+                unshown.waiting.append(touched)
+            elif cursor not in batch.dropped:
+                doc = self._doc(touched, cursor, version, unshown)
+                if doc is not None and (doc.body is not None or not fresh):
+                    yield Sent(touched, doc)
         for id_ in local.not_rendered() if by_view else ():
-            yield Doc(id_, None, batch.position.version)
+            yield Sent(None, Doc(id_, None, version))
 
-    def _of_one_row(self, changes: Sequence[Change]) -> Iterator[Doc]:
+    def _ids(self) -> Iterator[str]:
+        rows = self.store.scan(None, CHUNK)
+        while rows:
+            yield from (row.key for row in rows)
+            rows = self.store.scan((rows[-1].collection, rows[-1].key), CHUNK)
+
+    def _doc(self, touched: Touched, cursor: Cursor, version: Version, unshown: Unshown) -> Doc | None:
+        try:
+            body = self._body(touched) if touched.node else None
+        except Poison as error:
+            unshown.add(error, cursor, rows_of(touched.node))
+            return None
+        return Doc(cursor[1], body, version)
+
+    def _of_one_row(self, local: LocalRows, changes: Sequence[Change]) -> Iterator[Sent]:
         for document in self.documents:
             for change in changes:
                 if change.table == document.table:
-                    node = Node(change.table, change.row or {})
-                    yield self._doc(Touched(document, codec.decode_key(change.key), node), change.version)
-
-    def _ids(self) -> Iterator[str]:
-        rows = self.store.scan(None, _CHUNK)
-        while rows:
-            yield from (row.key for row in rows)
-            rows = self.store.scan((rows[-1].collection, rows[-1].key), _CHUNK)
-
-    def _doc(self, touched: Touched, version: Version) -> Doc:
-        table = touched.document.table
-        return Doc(self.id(table, touched.key), self._body(touched) if touched.node else None, version)
+                    touched = Touched(document, codec.decode_key(change.key), Node(change.table, change.row or {}))
+                    try:
+                        doc = Doc(self.id(change.table, touched.key), self._body(touched), change.version)
+                    except Poison:
+                        local.touch(touched, change.version)
+                    else:
+                        yield Sent(touched, doc)
 
     def _body(self, touched: Touched) -> Row | None:
         table, key = touched.document.table, touched.key
@@ -360,19 +377,6 @@ def _local_errors(local: LocalRows) -> Iterator[None]:
         raise Transient(
             "local-state", f"{local.path} is damaged ({error}); it is loaded from the log again."
         ) from error
-
-
-def _joined(document: Root) -> bool:
-    """Whether more than one row is in a document."""
-    return isinstance(document, Window) or bool(document.joins)
-
-
-def _held(position: Position, left: Left | None) -> Position:
-    """Return the position as the view keeps it: tokens are not answered beyond what waits to be shown (S25)."""
-    if left is None:
-        return position
-    before = Version(left.since.epoch, max(left.since.lsn - 1, 0))
-    return replace(position, held=min(position.held or before, before))
 
 
 def _behind(local: Position, view: Position) -> bool:

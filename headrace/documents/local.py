@@ -19,40 +19,17 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from headrace import codec
 from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.documents.declaration import Aggregate, Folding, Join, Level, Many, Node, One
+from headrace.documents.layout import CACHE_KB, IS_DUE, LAYOUT, LINK, LINK_BACK, SCHEMA, STORE, TOUCH, WAITS
 from headrace.documents.order import Shape
-from headrace.documents.paths import TOUCHED, Link, Paths, text_of, value_of
+from headrace.documents.paths import Link, Paths, text_of, value_of
 from headrace.documents.when import ALL, Left, When, now
 from headrace.documents.windows import Root, Window
 from headrace.errors import Transient
-
-_LAYOUT: Final = 3
-"""Of the tables below, and of what is in them: a file of another layout is thrown away."""
-_SCHEMA = """
-    CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB);
-    CREATE TABLE IF NOT EXISTS rows (tbl TEXT, key TEXT, row BLOB, version INT, ordinal INT, xid INT, schema INT,
-                                     part INT, at INT, came TEXT, applied INT, PRIMARY KEY (tbl, key));
-    CREATE TABLE IF NOT EXISTS links (link INT, value TEXT, key TEXT, PRIMARY KEY (link, value, key)) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS back (link INT, key TEXT, value TEXT, PRIMARY KEY (link, key)) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS touched (doc INT, key TEXT, since INT, due INT, PRIMARY KEY (doc, key)) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS shown (id TEXT PRIMARY KEY) WITHOUT ROWID;
-"""
-_CACHE_KB: Final = 64 * 1024
-_WAITS = "since IS NOT NULL"
-_IS_DUE = "(due <= :now OR due > :now + :interval)"
-"""A time further away than the interval is of a clock that has been put back."""
-_TOUCH = f"INSERT INTO touched VALUES (?, ?, ?, 0) {TOUCHED}"
-_LINK = "INSERT OR IGNORE INTO links VALUES (?, ?, ?)"
-_LINK_BACK = "INSERT OR REPLACE INTO back VALUES (?, ?, ?)"
-_STORE = """
-    INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row,
-    version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
-    part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
-"""
 
 
 class Touched(NamedTuple):
@@ -80,7 +57,7 @@ class LocalRows:
         self.path = path
         self._documents = documents
         self._paths = Paths(documents)
-        built_by = f"{_LAYOUT} {fingerprint}".encode()
+        built_by = f"{LAYOUT} {fingerprint}".encode()
         try:
             self._open(built_by)
         except sqlite3.OperationalError as error:
@@ -94,8 +71,8 @@ class LocalRows:
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.execute(f"PRAGMA cache_size = -{_CACHE_KB}")
-            self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
+            self._db.executescript(SCHEMA)
             kept = self._meta("fingerprint")
             if kept not in (None, built_by):
                 raise sqlite3.DatabaseError  # noqa: TRY301  thrown away like one that is damaged
@@ -156,7 +133,7 @@ class LocalRows:
         """Yield each touched document that is due once, with what to render."""
         query = (
             "SELECT touched.key, row FROM touched LEFT JOIN rows ON tbl = :table AND rows.key = touched.key "
-            f"WHERE doc = :doc AND {_WAITS} AND {_IS_DUE} ORDER BY touched.key"
+            f"WHERE doc = :doc AND {WAITS} AND {IS_DUE} ORDER BY touched.key"
         )
         for number, document in enumerate(self._documents):
             which = {"doc": number, "table": document.table}
@@ -165,24 +142,37 @@ class LocalRows:
 
     def count_touched(self) -> int:
         """Return how many documents are touched."""
-        count: int = self._db.execute(f"SELECT count(*) FROM touched WHERE {_WAITS}").fetchone()[0]
+        count: int = self._db.execute(f"SELECT count(*) FROM touched WHERE {WAITS}").fetchone()[0]
         return count
 
     def left(self, when: When | None = None) -> Left | None:
         """Return what is touched and not due, of all that is touched when None; None when there is nothing."""
-        which = f"{_WAITS} AND NOT {_IS_DUE}" if when else _WAITS
+        which = f"{WAITS} AND NOT {IS_DUE}" if when else WAITS
         query = f"SELECT min(since), min(due), max(due) FROM touched WHERE {which}"
         since, *dues = self._db.execute(query, when._asdict() if when else {}).fetchone()
         return Left(Version.unpacked(since), *dues) if since is not None else None
 
-    def clear_touched(self, when: When = ALL) -> None:
-        """Forget the touched documents that were due: they are in the view. When they may be shown again is kept until then."""
+    def clear_touched(self, when: When = ALL, waiting: Sequence[Touched] = ()) -> None:
+        """Forget the touched documents that were due: they are in the view, but for those `waiting`. When they may be shown again is kept
+        until then."""
+        places = [(self._documents.index(each.document), text_of(each.key.values())) for each in waiting]
+        kept = [
+            self._db.execute("SELECT * FROM touched WHERE (doc, key) = (?, ?)", place).fetchone() for place in places
+        ]
+        self._clear(when)
+        self._db.executemany("INSERT OR REPLACE INTO touched VALUES (?, ?, ?, ?)", kept)
+
+    def touch(self, touched: Touched, version: Version) -> None:
+        """Note a document as touched since `version`, if it is not."""
+        self._touch(self._documents.index(touched.document), text_of(touched.key.values()), version.packed())
+
+    def _clear(self, when: When) -> None:
         if not when.interval:
             self._db.execute("DELETE FROM touched")
             return
         over, again = when._replace(now=now()), {"again": now() + when.interval}
-        self._db.execute(f"DELETE FROM touched WHERE NOT {_WAITS} AND {_IS_DUE}", over._asdict())
-        update = f"UPDATE touched SET since = NULL, due = :again WHERE {_WAITS} AND {_IS_DUE}"
+        self._db.execute(f"DELETE FROM touched WHERE NOT {WAITS} AND {IS_DUE}", over._asdict())
+        update = f"UPDATE touched SET since = NULL, due = :again WHERE {WAITS} AND {IS_DUE}"
         self._db.execute(update, when._asdict() | again)
 
     def remember_shown(self, ids: Iterable[str]) -> None:
@@ -218,7 +208,7 @@ class LocalRows:
         known, of = "SELECT key FROM rows WHERE tbl = ?", document.table
         if isinstance(document, Window):
             known, of = "SELECT DISTINCT value AS key FROM links WHERE link = ?", str(self._paths.windows[number])
-        known = f"SELECT key FROM ({known}) {{0}} UNION ALL SELECT key FROM touched WHERE {_WAITS} AND doc = ? {{1}}"
+        known = f"SELECT key FROM ({known}) {{0}} UNION ALL SELECT key FROM touched WHERE {WAITS} AND doc = ? {{1}}"
         for guess in guesses:
             found = self._db.execute(known.format("WHERE key = ?", "AND key = ?"), (of, guess, number, guess))
             if found.fetchone() and wanted(self._key(document, guess)):
@@ -238,7 +228,7 @@ class LocalRows:
 
     def waits(self, number: int, key: str) -> bool:
         """Whether a document is touched and not shown yet."""
-        query = f"SELECT 1 FROM touched WHERE {_WAITS} AND doc = ? AND key = ?"
+        query = f"SELECT 1 FROM touched WHERE {WAITS} AND doc = ? AND key = ?"
         return self._db.execute(query, (number, key)).fetchone() is not None
 
     def shape(self, table: str) -> Shape:
@@ -263,7 +253,7 @@ class LocalRows:
         if change.row is None:
             self._db.execute("DELETE FROM rows WHERE tbl = ? AND key = ?", (change.table, key))
             return
-        self._db.execute(_STORE, _stored(change, key, since, now()))
+        self._db.execute(STORE, _stored(change, key, since, now()))
 
     def _insert(self, new: Sequence[tuple[str, Change]], *, touch: bool) -> None:
         """Put rows in that are not there, with their links."""
@@ -282,10 +272,10 @@ class LocalRows:
                 touched += [(number, value, since) for number in link.windows]
                 if link.back:
                     back.append((link.number, key, value))
-        self._db.executemany(_STORE, stored)
-        self._db.executemany(_LINK, links)
-        self._db.executemany(_LINK_BACK, back)
-        self._db.executemany(_TOUCH, touched)
+        self._db.executemany(STORE, stored)
+        self._db.executemany(LINK, links)
+        self._db.executemany(LINK_BACK, back)
+        self._db.executemany(TOUCH, touched)
 
     def _relink(self, table: str, key: str, old: Row | None, new: Row | None, since: int) -> None:
         for link in self._paths.links[table]:
@@ -301,7 +291,7 @@ class LocalRows:
         if before is not None:
             self._db.execute("DELETE FROM links WHERE (link, value, key) = (?, ?, ?)", (link.number, before, key))
         if after is not None:
-            self._db.execute(_LINK, (link.number, after, key))
+            self._db.execute(LINK, (link.number, after, key))
         if link.back:
             self._relink_back(link.number, key, after)
 
@@ -309,10 +299,10 @@ class LocalRows:
         if value is None:
             self._db.execute("DELETE FROM back WHERE link = ? AND key = ?", (link, key))
         else:
-            self._db.execute(_LINK_BACK, (link, key, value))
+            self._db.execute(LINK_BACK, (link, key, value))
 
     def _touch(self, number: int, key: str | None, since: int) -> None:
-        self._db.execute(_TOUCH, (number, key, since))
+        self._db.execute(TOUCH, (number, key, since))
 
     def _touch_joined(self, table: str, key: str, old: Row | None, new: Row | None, since: int) -> None:
         for root, by, sql in self._paths.climbs[table]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Final, NamedTuple
 
-from headrace.change import Version
+from headrace.change import Position, Version
 
 EVER: Final = 1 << 62
 
@@ -38,3 +39,11 @@ class Left(NamedTuple):
 def now() -> int:
     """Return the time, ms since the Unix epoch."""
     return time.time_ns() // 1_000_000
+
+
+def held_back(position: Position, left: Left | None) -> Position:
+    """Return the position as the view keeps it: tokens are not answered beyond what waits to be shown (S25)."""
+    if left is None:
+        return position
+    before = Version(left.since.epoch, max(left.since.lsn - 1, 0))
+    return replace(position, held=min(position.held or before, before))

@@ -77,6 +77,11 @@ Root = Document | Window
 """What documents may be made for: each row of a table, or each window of its rows."""
 
 
+def is_joined(document: Root) -> bool:
+    """Whether more than one row is in a document."""
+    return isinstance(document, Window) or bool(document.joins)
+
+
 def window_start(value: Any, seconds: int) -> str:
     """Return the start of the window of a finite timestamp, in the log's form. Raises Misconfigured: `document-column`."""
     found = _TIMESTAMP.fullmatch(value) if isinstance(value, str) else None

@@ -17,6 +17,7 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import (
     ANSWERS,
     CONTROL,
+    PARKED,
     Ends,
     Topics,
     checkpoints_topic,
@@ -82,10 +83,10 @@ class Log:
         return table_of(topic)
 
     def ensure_spine(self) -> None:
-        """Make the topics that every source has: schemas, checkpoints, control, answers."""
+        """Make the topics that every source has: schemas, checkpoints, control, answers, parked."""
         wanted = spine_config(self.settings)
         if self.fed_by_debezium:
-            wanted = {name: wanted[name] for name in (CONTROL, ANSWERS)}
+            wanted = {name: wanted[name] for name in (CONTROL, ANSWERS, PARKED)}
         self.topics.make({name: (1, config) for name, config in wanted.items()})
 
     def ensure_table(self, table: str) -> str:

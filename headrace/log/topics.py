@@ -29,6 +29,7 @@ from headrace.settings import Settings
 
 CONTROL = "headrace.control"
 ANSWERS = "headrace.answers"
+PARKED = "headrace.parked"
 
 _PLAIN = frozenset(string.ascii_letters + string.digits + "-_")
 _ESCAPE = re.compile(r"_u([0-9A-F]{4,6})_")
@@ -102,6 +103,7 @@ def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
         schemas_topic(settings.source): kept,
         checkpoints_topic(settings.source): kept | often | {"delete.retention.ms": str(settings.delete_retention_ms)},
         CONTROL: kept | often,
+        PARKED: kept | {"max.message.bytes": _largest(settings)},  # a body may be as large as a row of a table
         ANSWERS: {
             "cleanup.policy": "delete",
             "retention.ms": "3600000",

@@ -16,6 +16,7 @@ from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
+from headrace.parked import Shelf
 from headrace.runner.worker import Worker
 
 PAUSED, DROPPED = "paused", "dropped"
@@ -42,9 +43,10 @@ class Generations:
         self.fingerprint = fingerprint(consumer)
         self._log = log
         self._control = control
+        self._shelf = Shelf(log)
         self.reporting = threading.Lock()
         self._store = self.make()
-        self._remembers = False
+        self._remembers = self._tidy = False
         self._first: Future[None] | None = None
 
     def look(self) -> None:
@@ -54,6 +56,9 @@ class Generations:
             self.standing = kept.get("", {}).get("phase", "")
             self._remembers = True
         held = {generation.number: generation for generation in self._store.generations()}
+        if not self._tidy:
+            self._shelf.clear(self.name, lambda number: number not in held)  # what a drop that was cut short has left
+            self._tidy = True
         if self.standing == DROPPED:
             self.drop_all()
             return
@@ -152,10 +157,11 @@ class Generations:
             consumer.close()
 
     def forget(self, number: int) -> None:
-        """Take away what was said of a generation."""
+        """Take away what was said of a generation, and what is parked of it."""
         with self.reporting:
             self.workers.pop(number, None)
             self._control.forget(self.name, number)
+        self._shelf.clear(self.name, lambda each: each == number)
 
     def wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
         """Return what `function(consumer)` returns in the worker's thread. Raises Transient: `worker-busy`."""

@@ -18,6 +18,7 @@ from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log
 from headrace.runner.generations import DROPPED, Generations
 from headrace.runner.rows import Rows
+from headrace.runner.unparking import Unparking
 from headrace.runner.verbs import Verbs
 from headrace.runner.worker import State, as_ours
 
@@ -39,7 +40,9 @@ class Runner:
         self._ended = False
         rows = Rows(self.generations, control)
         verbs = Verbs(self.generations, self._tell)
+        parked = Unparking(self.generations, self._tell)
         self._verbs = verbs.verbs | {"scan": rows.scan, "rows": rows.some, "count": rows.count, "why": rows.why}
+        self._verbs |= {"retry": parked.retry, "drop-parked": parked.drop}
 
     def look(self) -> None:
         """Look at the store, and begin what is missing. Called about once a second; what it fails by is in the report."""
@@ -155,7 +158,8 @@ class Runner:
 
     def _facts(self, state: State) -> dict[str, Any]:
         inexact = {"inexact": list(state.inexact)} if state.inexact else {}
-        return inexact | ({"checkpoints": "none"} if self._log.fed_by_debezium else {})
+        parked = {"parked": state.parked} if state.parked else {}
+        return inexact | parked | ({"checkpoints": "none"} if self._log.fed_by_debezium else {})
 
     def _reason(self, state: State) -> str:
         hours = self._log.settings.delete_retention_ms / 3_600_000

@@ -37,6 +37,7 @@ class Scratch:
             state=str(folder),
             warehouse=str(folder / "warehouse.duckdb"),
             warehouse_listen="127.0.0.1:0",
+            parked_limit=0,  # what the new code cannot do is the answer
         )
         self._log = Log(settings)
         self._consumer = consumer

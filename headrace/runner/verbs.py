@@ -15,6 +15,7 @@ from headrace.change import NOWHERE, Version
 from headrace.consumer import Generation
 from headrace.control import Request
 from headrace.errors import Misconfigured, Refused, Transient
+from headrace.parked import records_parked
 from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, reach
 from headrace.runner.worker import Worker
 
@@ -80,6 +81,7 @@ class Verbs:
             raise Misconfigured("no-such-generation", f"{self._name} has no live generation.", "See: headrace status")
         if target is not live:
             _check_caught_up(target)
+            _check_whole(target, live)
         return {"generation": target.generation.number, "version": list(_held(live, HOLD_SECONDS))}
 
     def _release(self, _request: Request) -> Answer:
@@ -123,6 +125,7 @@ class Verbs:
             if live is not target:
                 _check_caught_up(target)
                 if not stale:
+                    _check_whole(target, live)
                     self._meet(live, target, at)
                 self._generations.wait_for(target, lambda consumer: consumer.promote())
         finally:
@@ -186,6 +189,12 @@ def _check_caught_up(target: Worker) -> None:
     if not target.state.exact:
         said = f"{target.name} is still {target.state.phase}."
         raise Misconfigured("not-caught-up", said, "Wait; headrace status --watch shows it.")
+
+
+def _check_whole(target: Worker, live: Worker | None) -> None:
+    """Refuse to show readers of a live generation another that lacks what is parked (S24); the first one goes live without."""
+    if live is not None and target.state.parked:
+        raise records_parked(target.generation.consumer, target.generation.number, target.state.parked)
 
 
 def _held(live: Worker | None, seconds: float) -> Version:

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from headrace import codec
 from headrace.change import NOWHERE, Checkpoint, Position, Source, Version
 from headrace.consumer import Batch, Consumer, Generation
-from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient, Wiped
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
 from headrace.log import FeedReader, Lag, Log, Reader
-from headrace.runner.poison import placed
+from headrace.runner.parking import Parking
 
 _POLL_SECONDS = 0.25
 _BACKOFF_SECONDS = (0.5, 30.0)
@@ -41,13 +41,15 @@ Call = tuple[Callable[[Consumer], Any], "Future[Any]"]
 class State:
     """What a worker says of itself; written by its thread, read by the runner.
 
-    `version` is that of the view's position, `held` what is delayed holds tokens back to, `ahead` the newest state that the log had when
-    the view was opened.
+    `version` is that of the view's position, `held` what is parked or delayed holds tokens back to, `ahead` the newest state that the log
+    had when the view was opened.
     """
 
     phase: str = "starting"
     version: Version = NOWHERE
     held: Version | None = None
+    delayed: bool = False
+    parked: int = 0
     ahead: Version = NOWHERE
     lag: Lag = field(default_factory=lambda: Lag(0, 0, 0.0))
     rate: float = 0.0
@@ -72,7 +74,7 @@ class State:
         What is delayed is older. An error or a kill between a view's rows and its position [I7] leaves rows that are newer than the
         position says. None is when the view has come to what the log had when it was opened.
         """
-        return self.version if self.version >= self.ahead and self.held is None else NOWHERE
+        return self.version if self.version >= self.ahead and not self.delayed else NOWHERE
 
 
 class Worker(threading.Thread):
@@ -93,12 +95,13 @@ class Worker(threading.Thread):
         self.generation = generation
         self.still = still
         self.paused = False
-        self.state = State(phase="stale" if still else "starting")
+        self.state = State()
         self._log = log
         self._make = make
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._until = until
+        self._parking = Parking(log, generation)
         self._stood: Position | None = None
         self._hold_until = 0.0
         self._whole = True
@@ -134,6 +137,14 @@ class Worker(threading.Thread):
             said = f"{self.name} did not reach a complete state in {patience:.0f} s."
             raise Transient("does-not-hold", said, "Try again.") from error
 
+    def unpark(self, consumer: Consumer, function: Callable[[Consumer, Parking, Position], T]) -> T | None:
+        """Return what `function` does with what is parked, in this thread, at a complete state; None within one, when it is not called."""
+        if self._stood is None:
+            return None
+        done = function(consumer, self._parking, self._stood)
+        self._set_held(consumer)
+        return done
+
     def _stands(self, consumer: Consumer) -> Version | None:
         """Return the version of the state that is kept while it is held, all of it shown; None within a state, which is ended first."""
         self.hurry(consumer)
@@ -141,7 +152,7 @@ class Worker(threading.Thread):
 
     def hurry(self, consumer: Consumer) -> None:
         """Show what is delayed, in this thread, if the view stands at a complete state and applies anything at all."""
-        if self._stood is not None and self.state.held is not None and not self._resting:
+        if self._stood is not None and self.state.delayed and not self._resting:
             self._apply(consumer, _standing(self._stood, hurry=True))
 
     def release(self) -> None:
@@ -176,8 +187,9 @@ class Worker(threading.Thread):
             position = consumer.open(self.generation)
             known = position or Position()
             self._stood = None
+            self._parking.open(position)
+            self._set_held(consumer)  # before the version, which it bounds
             self._set(version=known.version, inexact=known.inexact)
-            self._set_held(consumer)
             if self._resting:
                 self._set(phase="stale" if self.still else "paused", error=None)
                 self._rest(consumer, lambda: self._resting)
@@ -205,7 +217,7 @@ class Worker(threading.Thread):
 
     def _follow(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
         self._stood = _copy(reader.position) if _at_a_state(reader) else None
-        self._whole = self._stood is not None or self.state.held is None
+        self._whole = self._stood is not None or not self.state.delayed
         mirrored = 0.0
         while not self._stopping.is_set():
             self._answer(consumer)
@@ -225,11 +237,7 @@ class Worker(threading.Thread):
                 mirrored = time.monotonic()
 
     def _apply(self, consumer: Consumer, batch: Batch) -> None:
-        batch.position.held = None
-        try:
-            consumer.apply(batch)
-        except Poison as error:
-            raise placed(error, batch) from error
+        self._parking.apply(consumer, batch)
         self._whole = batch.checkpoint is not None
         self._stood = batch.position if self._whole else None
         self._rate.add(len(batch.changes))
@@ -297,10 +305,12 @@ class Worker(threading.Thread):
         self._set(phase=phase, version=version, lag=lag, progress=progress, inexact=inexact, error=None)
 
     def _set_held(self, consumer: Consumer) -> None:
-        """Take in what the consumer delays: tokens are not answered beyond it (S25)."""
+        """Take in what holds tokens back: what is parked, and what the consumer delays (S25)."""
         delays: Callable[[], Version | None] | None = getattr(consumer, "pending", None)
         pending = delays() if delays else None
-        self._set(held=Version(pending.epoch, max(pending.lsn - 1, 0)) if pending else None)
+        before = Version(pending.epoch, max(pending.lsn - 1, 0)) if pending else None
+        held = min((each for each in (self._parking.held, before) if each is not None), default=None)
+        self._set(held=held, delayed=before is not None, parked=self._parking.count)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():

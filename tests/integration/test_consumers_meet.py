@@ -17,6 +17,7 @@ from headrace.control import Control, Report
 from headrace.documents import Document, DocumentConsumer, Many, Node, One, count
 from headrace.errors import Misconfigured
 from headrace.log import Log
+from headrace.parked import Shelf
 from headrace.settings import Settings
 from headrace.stores.elasticsearch import ElasticsearchIndex, SearchReader
 from headrace.stores.redis import PageReader
@@ -136,18 +137,19 @@ def test_what_changes_without_harm_leaves_every_view_equal(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("ddl", ["RENAME COLUMN description TO about", "DROP COLUMN description"])
-def test_a_column_that_a_view_reads_and_that_is_gone_stops_it_with_its_name(shop: Shop, ddl: str) -> None:
-    """Its readers keep the last state; what does not need the column goes on."""
+def test_a_column_that_a_view_reads_and_that_is_gone_is_told_by_its_name(shop: Shop, ddl: str) -> None:
+    """Documents are parked, a template stops its view; readers keep what they had, what does not need the column goes on."""
     before = shown(shop.settings)
     execute(shop.settings, f"ALTER TABLE products {ddl}", "UPDATE products SET stock = 77 WHERE id = 1")
     shop.settle("warehouse")
-    for view, code in (("search", "render-failed"), ("pages", "template-error")):
-        report = eventually(
-            f"{view} stops", lambda view=view: (now := shop.report(view)) and now.phase == "stopped" and now
-        )
-        assert report.code == code
-        assert "description" in report.reason
-        assert f"headrace rebuild {view}" in report.remedy
+    stopped = eventually("pages stops", lambda: (now := shop.report("pages")) and now.phase == "stopped" and now)
+    eventually("search parks", lambda: (now := shop.report("search")) and now.facts.get("parked"))
+    parked = Shelf(Log(shop.settings)).entries("search")
+    assert "1" in {entry.key for entry in parked}
+    for view, code, told in (("search", "render-failed", parked[0]), ("pages", "template-error", stopped)):
+        assert told.code == code
+        assert "description" in told.reason
+        assert f"headrace rebuild {view}" in told.remedy
     assert shown(shop.settings) == before
     product = shop.rows("warehouse", "public.products")['{"id":1}']
     assert product["stock"] == 77

@@ -217,7 +217,7 @@ def test_a_document_that_does_not_fit_is_poison_with_its_id(open_store: Open) ->
     store = open_store()
     with pytest.raises(Poison, match=r"'7'.*stars") as error:
         store.write([doc("1", 1), Doc("7", {"stars": "many"}, Version(1, 1))], at(1))
-    assert error.value.code == "document-refused"
+    assert (error.value.code, error.value.cursor) == ("document-refused", ("", "7"))
 
 
 def test_an_index_of_other_code_is_never_mixed(open_store: Open) -> None:

@@ -12,7 +12,7 @@ from headrace import codec
 from headrace.change import Position, Row
 from headrace.consumer import Generation
 from headrace.documents import Document, DocumentConsumer, Node
-from headrace.errors import Misconfigured, Wiped
+from headrace.errors import Misconfigured, Poison, Wiped
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
@@ -108,8 +108,9 @@ def test_a_live_topic_that_somebody_deletes_is_pointed_at_again_when_it_is_whole
 
 def test_a_document_that_is_too_large_is_told_by_its_id_and_mended_by_a_setting(stream: Stream) -> None:
     stream.commit("kettle", "cup" * 1_000_000)
-    with pytest.raises(Misconfigured, match=r"writing 1 to titles\.g1"):
+    with pytest.raises(Poison, match=r"Document '1' of titles has \d+ bytes") as error:
         stream.catch_up()
+    assert (error.value.code, error.value.cursor) == ("document-too-large", ("public.products", "1"))
     stream.settings = replace(stream.settings, message_max_bytes=4_000_000)
     stream.catch_up(promote=True)
     assert stream.read() == {"0": "kettle", "1": "cup" * 1_000_000}

@@ -240,8 +240,9 @@ def test_a_redis_that_is_full_is_transient(open_store: Open, client: redis.Redis
 
 
 def test_a_field_that_is_not_text_is_poison(open_store: Open) -> None:
-    with pytest.raises(Poison, match=r"'7'.*stars=4"):
+    with pytest.raises(Poison, match=r"'7'.*stars=4") as error:
         open_store().write([Doc("7", {"stars": 4}, Version(1, 1))], at(1))
+    assert error.value.cursor == ("", "7")
 
 
 def test_a_prefix_of_another_consumer_is_refused(open_store: Open) -> None:

@@ -108,6 +108,7 @@ def test_an_answer_has_columns_types_rows_and_the_state_it_shows(store: Warehous
         "version": "1@0/A",
         "lsn": "0/A",
         "inexact": [],
+        "parked": [],
         "truncated": False,
     }
 

@@ -136,8 +136,9 @@ def test_an_older_instance_can_apply_nothing_any_more(store: DuckDBStore, settin
 
 def test_a_batch_that_fails_leaves_nothing_behind(store: DuckDBStore) -> None:
     store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
-    with pytest.raises(Poison, match="version 1 of its schema"):
+    with pytest.raises(Poison, match="version 1 of its schema") as error:
         store.apply(batch(20, put(ITEMS, 20, id=1, name="b"), put(TAGS, 20, id=1), schemas=(ITEMS,)))
+    assert error.value.cursor == (TAGS.table, '{"id":1}')
     assert [row.value["name"] for row in store.scan(None, 9)] == ["a"]
     store.apply(batch(20, put(ITEMS, 20, id=1, name="b"), put(TAGS, 20, id=1), schemas=(ITEMS, TAGS)))
     assert len(store.scan(None, 9)) == 2

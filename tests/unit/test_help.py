@@ -47,7 +47,8 @@ def test_the_commands_of_every_service_are_there() -> None:
         "run plugins settings status rebuild promote rollback drop pause resume replay why "
         "setup teardown capture resnapshot verify sql demo"
     )
-    groups = ["new consumer", *(f"stack {name}" for name in ("up", "down", "status", "logs", "env"))]
+    parked = [f"parked {name}" for name in ("list", "show", "retry", "drop")]
+    groups = ["new consumer", *parked, *(f"stack {name}" for name in ("up", "down", "status", "logs", "env"))]
     shop = [f"shop {name}" for name in ("load", "work", "serve", "replay")]
     assert {*expected.split(), *groups, *shop} <= set(ALL)
 

@@ -105,6 +105,9 @@ def _show(answer: dict[str, Any]) -> None:
     if answer["inexact"]:
         tables = ", ".join(answer["inexact"])
         console.print(f"{tables} may differ from Postgres: inexact since DDL without events (S12)", markup=False)
+    if answer.get("parked"):
+        tables = ", ".join(answer["parked"])
+        console.print(f"{tables} lack what is parked: see headrace parked list warehouse", markup=False)
 
 
 def _text(value: Any, null: str) -> str:

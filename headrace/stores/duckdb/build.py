@@ -56,17 +56,18 @@ class Build:
             record = Record(change.key.decode(), change.version.packed(), change.schema, change.row)
             records.setdefault(change.table, {})[record.key] = record
         for source, changed in records.items():
-            newest = max(record.schema for record in changed.values())
-            tables.write(self._cursor, self._shape(source, newest), list(changed.values()))
+            newest = max(changed.values(), key=lambda record: record.schema)
+            tables.write(self._cursor, self._shape(source, newest.schema, newest.key), list(changed.values()))
         for source, version in sorted(self._schemas, reverse=True):
             if source not in self.tables:
                 self._shape(source, version)
 
     def stage(self, changes: Sequence[Change]) -> None:
         """Keep changes for later, with the schemas that they name."""
-        named = {(change.table, change.schema) for change in changes} - self._kept.keys()
-        catalogue.keep_schemas(self._cursor, self._number, [self._schema(*name) for name in sorted(named)])
-        self._kept |= {name: self._schemas[name] for name in named}
+        named = {(change.table, change.schema): change.key.decode() for change in changes}
+        new = {name: self._schema(*name, key) for name, key in sorted(named.items()) if name not in self._kept}
+        catalogue.keep_schemas(self._cursor, self._number, list(new.values()))
+        self._kept |= new
         if changes:
             staged = _staged(changes, self.staged)
             with tables.registered(self._cursor, staged) as raw:
@@ -96,12 +97,12 @@ class Build:
             if _folded(view) not in wanted:
                 tables.hide(self._cursor, view)
 
-    def _shape(self, source: str, version: int) -> Table:
-        """Return a table in the shape of its newest schema so far."""
+    def _shape(self, source: str, version: int, key: str = "") -> Table:
+        """Return a table in the shape of its newest schema so far; `key` is of the row that is in this version."""
         table = self.tables.get(source)
         if table is not None and table.version >= version:
             return table
-        schema = self._schema(source, version)
+        schema = self._schema(source, version, key)
         if table is None:
             table = tables.create(self._cursor, f"g{self._number:d}", schema, list(self.tables.values()))
         else:
@@ -112,13 +113,14 @@ class Build:
             tables.show(self._cursor, table)
         return table
 
-    def _schema(self, source: str, version: int) -> TableSchema:
+    def _schema(self, source: str, version: int, key: str = "") -> TableSchema:
         found = self._schemas.get((source, version))
         if found is None:
             raise Poison(
                 "unknown-schema",
                 f"A record of {source} names version {version} of its schema, which the log does not have.",
                 "Run: headrace rebuild NAME",
+                cursor=(source, key) if key else None,
             )
         return found
 

@@ -47,8 +47,9 @@ class Result:
         columns: Names, in order; they may repeat.
         types: DuckDB's name of each column's type.
         rows: Values: integers (to 64 bits), floats, booleans and lists as themselves, bytes in base64, all others as DuckDB's text.
-        version: The state that it shows: the LSN of the source.
+        version: Everything up to this LSN of the source is in it: it is the state there, where nothing is parked.
         inexact: Tables that are not known to equal Postgres at that state (S12).
+        parked: Tables that lack what is parked.
         truncated: Whether there were more rows than asked for.
     """
 
@@ -57,6 +58,7 @@ class Result:
     rows: list[list[Any]]
     version: Version
     inexact: tuple[str, ...]
+    parked: tuple[str, ...]
     truncated: bool
 
 
@@ -89,7 +91,7 @@ def shown(database: Database) -> Version:
         Transient: `warehouse-loading`.
     """
     with database.cursor() as cursor, database.reading(cursor):
-        return _shown(cursor).version
+        return _shown(cursor).reached
 
 
 def _shown(cursor: duckdb.DuckDBPyConnection) -> Position:
@@ -121,7 +123,8 @@ def _run(cursor: duckdb.DuckDBPyConnection, sql: str, limit: int) -> Result:
             )
         columns = [_values(column.to_pylist(), kind) for column, kind in zip(batch.columns, types, strict=True)]
         rows += [list(row) for row in zip(*columns, strict=True)]
-    return Result(found.columns, types, rows[:limit], state.version, state.inexact, truncated=len(rows) > limit)
+    said = (state.reached, state.inexact, state.parked)
+    return Result(found.columns, types, rows[:limit], *said, truncated=len(rows) > limit)
 
 
 def _as_json(index: int, kind: str) -> str:

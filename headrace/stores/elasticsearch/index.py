@@ -289,6 +289,7 @@ class ElasticsearchIndex:
             "document-refused",
             f"Elasticsearch refuses document {item['_id']!r} of {self._index}: {reason}.",
             f"Change render or the mappings of {self._consumer}, then: headrace rebuild {self._consumer}",
+            cursor=("", item["_id"]),
         )
 
     def _write_position(self, position: str) -> None:

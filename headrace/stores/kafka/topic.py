@@ -27,7 +27,7 @@ from typing import Any
 from headrace import codec
 from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Cursor, Generation, ViewRow
-from headrace.errors import Misconfigured, Transient, Wiped
+from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
@@ -122,13 +122,14 @@ class KafkaTopic:
 
         Raises:
             Transient: `kafka-away`, `transaction-too-long`; Wiped: `view-wiped`.
-            Misconfigured: `writer-taken-over`, `document-too-large`.
+            Poison: `document-too-large`.
+            Misconfigured: `writer-taken-over`; `document-too-large`, where the broker takes less than the settings say.
         """
         topic = self._topic_of(self._facts["generation"])
+        bodies = [self._packed(doc) for doc in docs]
         try:
-            for doc in docs:
+            for doc, body in zip(docs, bodies, strict=True):
                 if doc.version >= self._version:
-                    body = codec.dumps(doc.body) if doc.body is not None else None
                     self._opened.write(topic, doc.id.encode(), body, _headers(doc.version))
             if position is not None and position.version >= self._version:
                 self._point(position)
@@ -185,6 +186,17 @@ class KafkaTopic:
         if self._writer is None:
             raise Misconfigured("not-open", f"{self.name} is not open.", "Call open(generation) first.")
         return self._writer
+
+    def _packed(self, doc: Doc) -> bytes | None:
+        body = codec.dumps(doc.body) if doc.body is not None else None
+        if body is None or len(body) <= self._settings.message_max_bytes:
+            return body
+        raise Poison(
+            "document-too-large",
+            f"Document {doc.id!r} of {self.name} has {len(body)} bytes, more than HEADRACE_MESSAGE_MAX_BYTES.",
+            f"Render less, then: headrace rebuild {self._consumer}; or raise the setting.",
+            cursor=("", doc.id),
+        )
 
     def _topic_of(self, number: int) -> str:
         return f"{self.name}.g{number}"

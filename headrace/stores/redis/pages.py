@@ -269,6 +269,7 @@ def _arguments(doc: Doc) -> list[str | int]:
                 "page-not-text",
                 f"Page {doc.id!r} has {name}={value!r}: fields are text, and their names do not begin with @.",
                 "Have render return text only.",
+                cursor=("", doc.id),
             )
     fields = [part for item in body.items() for part in item]
     return [doc.id, version_text(doc.version), len(body), *fields]

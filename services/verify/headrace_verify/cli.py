@@ -62,6 +62,8 @@ def verify(
     compared again, with snapshots of the very state that the view shows, until they are decided. Of an append-only table, whose rows have
     no key, it is compared how often each row is there.
 
+    A view of which records are parked is not compared: it is said at once what to run.
+
     With --counts rows are only counted: a wrong one is not seen, and a view of documents has one for each root row or differs.
 
     Exit codes: 0 no differences; 1 differences, or rows that could not be decided; 3 something must be changed

@@ -27,6 +27,7 @@ from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
+from headrace.parked import records_parked
 from headrace_verify.counts import Counted, drift
 from headrace_verify.deciding import Deciding, Progress
 from headrace_verify.excuses import Take, excuse
@@ -89,8 +90,8 @@ class Verifier:
             generation: Which one of each; the live one when None.
 
         Raises:
-            Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, and what
-                stopped a view.
+            Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, `records-parked`, and
+                what stopped a view.
             Transient: `view-behind`, `postgres-away`.
         """
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
@@ -208,11 +209,11 @@ class Verifier:
         deadline = time.monotonic() + self._timeout
         while True:
             found = [r for r in self._control.running(name) if r.generation == generation]
-            if found and found[0].version >= wanted:
-                return
             if not found:
                 said = f"Generation {generation} of {name} is gone."
                 raise Misconfigured("no-live-generation", said, "Run verify again.")
+            if found[0].version >= wanted:
+                return
             _check_running(found[0])
             if time.monotonic() > deadline:
                 said = f"{name} is at {found[0].version}, Postgres at {wanted}, after {self._timeout:.0f} s."
@@ -278,7 +279,9 @@ def _postgres_errors() -> Iterator[None]:
 
 
 def _check_running(report: Report) -> None:
-    """Refuse a view that has stopped, with its reason."""
+    """Refuse a view that has stopped, with its reason, and one that cannot equal Postgres because records are parked."""
+    if parked := report.facts.get("parked"):
+        raise records_parked(report.name, report.generation, parked)
     if report.phase in {"stopped", "stale"}:
         said = f"{report.name} has stopped at {report.version}: {report.reason or report.phase}"
         remedy = report.remedy or f"Run: headrace rebuild {report.name}"

@@ -1,0 +1,31 @@
+"""The tables of the local row store, and the statements that more than one of its methods need."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from headrace.documents.paths import TOUCHED
+
+LAYOUT: Final = 3
+"""Of the tables below, and of what is in them: a file of another layout is thrown away."""
+SCHEMA = """
+    CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB);
+    CREATE TABLE IF NOT EXISTS rows (tbl TEXT, key TEXT, row BLOB, version INT, ordinal INT, xid INT, schema INT,
+                                     part INT, at INT, came TEXT, applied INT, PRIMARY KEY (tbl, key));
+    CREATE TABLE IF NOT EXISTS links (link INT, value TEXT, key TEXT, PRIMARY KEY (link, value, key)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS back (link INT, key TEXT, value TEXT, PRIMARY KEY (link, key)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS touched (doc INT, key TEXT, since INT, due INT, PRIMARY KEY (doc, key)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS shown (id TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+CACHE_KB: Final = 64 * 1024
+WAITS = "since IS NOT NULL"
+IS_DUE = "(due <= :now OR due > :now + :interval)"
+"""A time further away than the interval is of a clock that has been put back."""
+TOUCH = f"INSERT INTO touched VALUES (?, ?, ?, 0) {TOUCHED}"
+LINK = "INSERT OR IGNORE INTO links VALUES (?, ?, ?)"
+LINK_BACK = "INSERT OR REPLACE INTO back VALUES (?, ?, ?)"
+STORE = """
+    INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row,
+    version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
+    part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
+"""

@@ -1,0 +1,129 @@
+"""Documents go to their store; those that cannot be shown are found in one pass, so that the runner parks all of them at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Final, NamedTuple
+
+from headrace.change import Position
+from headrace.consumer import Cursor
+from headrace.documents.declaration import Node
+from headrace.documents.local import LocalRows, Touched
+from headrace.errors import Poison
+from headrace.stores import Doc, DocumentStore
+
+CHUNK: Final = 1_000
+_RECENT: Final = 4
+"""Chunks that a store may still have on their way."""
+_ROWS: Final = 20
+"""Of a join with more rows these many are shown to who looks at what is parked."""
+
+
+class Sent(NamedTuple):
+    """A document that was given to the store, and what it is of; None of one that is only known to be gone."""
+
+    touched: Touched | None
+    doc: Doc
+
+
+class Unshown:
+    """Collects poison, each with the document that it is of, up to what the runner would park.
+
+    Attributes:
+        waiting: What is parked already, and touched.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Collect one more than `limit`, by which the runner sees that it is too many."""
+        self._limit = limit
+        self._found: list[Poison] = []
+        self.waiting: list[Touched] = []
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self._found)
+
+    def add(self, error: Poison, cursor: Cursor, body: Any) -> None:
+        """Note a document; raise all when they are too many."""
+        error.cursor, error.body = cursor, error.body if error.body is not None else body
+        self._found.append(error)
+        if len(self._found) > self._limit:
+            self.check()
+
+    def check(self) -> None:
+        """Raise what was found."""
+        if self._found:
+            first, *others = self._found
+            first.others = others
+            raise first
+
+
+class Showing:
+    """Gives documents to a store, and finds out which it does not take: of bulks that go out while more is rendered it says so later."""
+
+    def __init__(self, store: DocumentStore) -> None:
+        """Give nothing yet."""
+        self._store = store
+        self._recent: deque[dict[str, Sent]] = deque(maxlen=_RECENT)
+
+    def write(self, local: LocalRows, chunk: Sequence[Sent], position: Position | None, unshown: Unshown) -> None:
+        """Write documents, and the position when the view takes every document of the batch; note those that it does not.
+
+        After a refusal all that may be on their way are written again, so that the next one is found.
+        """
+        self._recent.append({sent.doc.id: sent for sent in chunk})
+        docs: Sequence[Doc] = [sent.doc for sent in chunk]
+        while True:
+            try:
+                self._store.write(docs, None if unshown else position, bulk=position is None or bool(unshown))
+            except Poison as error:
+                refused = self._refused(error)
+                if refused is None or refused.touched is None:
+                    raise
+                local.touch(refused.touched, refused.doc.version)
+                unshown.add(error, (refused.touched.document.table, refused.doc.id), refused.doc.body)
+                docs = [sent.doc for sents in self._recent for sent in sents.values()]
+            else:
+                return
+
+    def early(self, local: LocalRows, docs: Iterator[Sent]) -> None:
+        """Write documents of a load that goes on. Where one is refused, all that may be meant are noted as touched: the end of the load
+        tries them again, and says which."""
+        while chunk := list(islice(docs, CHUNK)):
+            self._recent.append({sent.doc.id: sent for sent in chunk})
+            try:
+                self._store.write([sent.doc for sent in chunk], None, bulk=True)
+            except Poison:
+                for sents in self._recent:
+                    for touched, doc in sents.values():
+                        if touched is not None:
+                            local.touch(touched, doc.version)
+                self.forget()
+
+    def forget(self) -> None:
+        """Say that all have arrived."""
+        self._recent.clear()
+
+    def _refused(self, error: Poison) -> Sent | None:
+        """Return which of the last documents is refused; it is not written again."""
+        if error.cursor is None:
+            return None
+        found = [sents.pop(error.cursor[1], None) for sents in self._recent]
+        return next(filter(None, reversed(found)), None)
+
+
+def rows_of(node: Node | None) -> Any:
+    """Return the rows that a document is made of, as JSON values; of many that are joined the first."""
+    if node is None:
+        return None
+    joined = {name: _joined(value) for name, value in node._joins.items()}  # noqa: SLF001  a row's columns and its joins are of one name space
+    return dict(node) | ({"joined": joined} if joined else {})
+
+
+def _joined(value: Node | list[Node] | None) -> Any:
+    if not isinstance(value, list):
+        return rows_of(value)
+    more = [f"and {len(value) - _ROWS} more"] if len(value) > _ROWS else []
+    return [*map(rows_of, value[:_ROWS]), *more]

@@ -1,0 +1,251 @@
+"""What is parked of one generation, and how a batch is applied around it [I9].
+
+A record that cannot be done is written to `headrace.parked` before `apply` is called again without it, and so before the position
+passes it; whatever changes it later waits behind it. A kill at any moment leaves an entry too many at most: the same batch comes again,
+and what it has of a parked key is known by its place. Of rows each change is an entry. Of documents there is one: the consumer keeps in
+its local rows that the document is touched, and shows its newest state when it is no longer named.
+
+| a kill between                        | on open                                                                       |
+|---------------------------------------|-------------------------------------------------------------------------------|
+| the entry and `apply`                 | the batch comes again, around the entry                                       |
+| `apply` and the next entry            | the same: what was applied is before the position                             |
+| the `apply` of a retry and its tombstone | the entry is still there, later changes wait; another retry is harmless [I7] |
+| the tombstone of a drop and its `apply`  | of rows nothing is missing; a document is tried again, and parked again      |
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from headrace.change import Change, Checkpoint, Position, Source, TableSchema, Version
+from headrace.consumer import Batch, Consumer, Cursor, Generation
+from headrace.errors import Misconfigured, Poison
+from headrace.log import Log
+from headrace.parked import Entry, Shelf
+from headrace.runner.poison import among, placed, places
+
+Schemas = dict[tuple[str, int], TableSchema]
+_UNKNOWN = Source("", 0, "", "", "")
+_BEHIND = "It waits behind an earlier change of its key, which is parked."
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """What became of a retry: what is done, and what still cannot be."""
+
+    done: list[Cursor]
+    left: list[Entry]
+
+
+class Parking:
+    """Serves one generation, in its worker's thread.
+
+    Attributes:
+        count: How many records are parked.
+        held: The version up to which everything is shown, None when nothing is parked (S25).
+    """
+
+    def __init__(self, log: Log, generation: Generation) -> None:
+        """Read nothing yet."""
+        self._log = log
+        self._shelf = Shelf(log)
+        self._name, self._number = generation.consumer, generation.number
+        self._limit = log.settings.parked_limit
+        self._held: dict[Cursor, dict[str, Version]] = {}
+        self._version = Position().version
+        self._schemas: Schemas = {}
+
+    @property
+    def count(self) -> int:
+        """See the class."""
+        return sum(len(entries) for entries in self._held.values())
+
+    @property
+    def held(self) -> Version | None:
+        """See the class."""
+        return min((held for entries in self._held.values() for held in entries.values()), default=None)
+
+    def open(self, position: Position | None) -> None:
+        """Read what is parked; of a view that begins from zero nothing is."""
+        entries = self._entries()
+        if position is None:
+            self._shelf.remove(entries)
+            entries = []
+        self._version = (position or Position()).version
+        self._held = {}
+        for entry in entries:
+            self._note(entry)
+
+    def apply(self, consumer: Consumer, batch: Batch) -> None:
+        """Apply a batch. What cannot be done is parked, and the batch applied again without it.
+
+        Raises:
+            Poison: what does not say of which record it is; `too-many-parked`.
+        """
+        self._schemas = batch.schemas
+        while True:
+            rest = self._around(consumer, batch)
+            try:
+                consumer.apply(rest)
+            except Poison as error:
+                self._park(consumer, error, rest)
+            else:
+                self._version = batch.position.version
+                return
+
+    # Parking
+
+    def _around(self, consumer: Consumer, batch: Batch) -> Batch:
+        """Return the batch without what is parked; its changes wait from now on."""
+        if self._held and not _leaves(consumer):
+            behind = [change for change in batch.changes if _cursor(change) in self._held]
+            self._put([self._waiting(change) for change in behind if _at(change) not in self._held[_cursor(change)]])
+            batch = replace(batch, changes=[change for change in batch.changes if _cursor(change) not in self._held])
+        batch.position.held, batch.position.parked = self.held, _collections(self._held)
+        return replace(batch, parked=frozenset(self._held)) if self._held else batch
+
+    def _park(self, consumer: Consumer, error: Poison, batch: Batch) -> None:
+        """Write entries for what a consumer cannot do; raise the error where it cannot be set aside."""
+        entries: list[Entry] = []
+        for each in (error, *error.others):
+            if not self._limit or not self._known(consumer, each.cursor, batch):
+                raise placed(each, batch) from error
+            entries += self._made(consumer, each, batch)
+        self._put(entries, error)
+
+    def _known(self, consumer: Consumer, cursor: Cursor | None, batch: Batch) -> bool:
+        """Whether a cursor is one of this batch: else it would come again for ever."""
+        if cursor is None or cursor in self._held:
+            return False
+        return _leaves(consumer) or any(_cursor(change) == cursor for change in batch.changes)
+
+    def _made(self, consumer: Consumer, error: Poison, batch: Batch) -> Iterator[Entry]:
+        """Yield the entries of one error: of a row each of its changes, of which the first tells the error."""
+        assert error.cursor is not None
+        if _leaves(consumer):
+            entry = self._entry(error.cursor, "", self._version, batch.position.version)
+            where = among(error, batch, self._log.topic_of)
+            yield replace(_because(entry, error), body=error.body, where=where)
+            return
+        first, *later = [change for change in batch.changes if _cursor(change) == error.cursor]
+        yield _because(self._waiting(first), error)
+        yield from map(self._waiting, later)
+
+    def _waiting(self, change: Change) -> Entry:
+        version = change.version
+        entry = self._entry(_cursor(change), _at(change), Version(version.epoch, version.lsn - 1), version)
+        body = change._asdict() | {"key": change.key.decode(), "version": list(version)}
+        return replace(entry, reason=_BEHIND, body=body, where=places([change], self._log.topic_of))
+
+    def _entry(self, cursor: Cursor, at: str, held: Version, version: Version) -> Entry:
+        made = Entry(self._name, self._number, *cursor, at, held=held, version=version)
+        return replace(made, when=time.time_ns() // 1_000_000)
+
+    def _put(self, entries: Sequence[Entry], error: Poison | None = None) -> None:
+        """Write entries; refuse them all when that would be too many."""
+        if entries and self.count + len(entries) > self._limit:
+            last = error.message if error else f"{entries[-1].collection} {entries[-1].key}: {_BEHIND}"
+            raise Poison(
+                "too-many-parked",
+                f"{self.count} records of {self._name} are parked, HEADRACE_PARKED_LIMIT={self._limit} is the most; the next is: "
+                f"{last}",
+                f"See: headrace parked list {self._name}. Mend the cause; then raise HEADRACE_PARKED_LIMIT and run: headrace run "
+                f"{self._name}, headrace parked retry {self._name} --all. Or run: headrace rebuild {self._name}",
+            ) from error
+        for entry in entries:
+            self._shelf.put(entry)
+            self._note(entry)
+
+    def _note(self, entry: Entry) -> None:
+        self._held.setdefault(entry.cursor, {})[entry.at] = entry.held
+
+    # What is asked for: see `headrace.runner.unparking`
+
+    def retry(self, consumer: Consumer, chosen: Callable[[Cursor], bool], position: Position) -> Retried:
+        """Try again what is chosen, at the complete state at which the view stands; later changes come after it.
+
+        Raises:
+            Misconfigured: `not-parked`, `parked-body-cut`. Poison: one that does not say of which record it is.
+        """
+        entries, failed = self._chosen(chosen), dict[Cursor, Poison]()
+        wanted = {entry.cursor for entry in entries}
+        changes = [] if _leaves(consumer) else sorted((entry.change() for entry in entries), key=_in_order)
+        while True:
+            left = {cursor: held for cursor, held in self._held.items() if cursor not in wanted or cursor in failed}
+            some = [change for change in changes if _cursor(change) not in failed]
+            try:
+                consumer.apply(self._standing(position, left, some))
+                break
+            except Poison as error:
+                for each in (error, *error.others):
+                    if each.cursor is None or each.cursor in failed or each.cursor not in wanted:
+                        raise
+                    failed[each.cursor] = each
+        done = [entry for entry in entries if entry.cursor not in failed]
+        self._forget(done)
+        still = [self._told(entry, failed[entry.cursor]) for entry in entries if entry.cursor in failed and entry.code]
+        return Retried(list(dict.fromkeys(entry.cursor for entry in done)), still)
+
+    def drop(self, consumer: Consumer, chosen: Callable[[Cursor], bool], position: Position) -> list[Entry]:
+        """Give up what is chosen; return it. Raises Misconfigured: `not-parked`."""
+        entries = self._chosen(chosen)
+        self._forget(entries)
+        dropped = frozenset(entry.cursor for entry in entries)
+        consumer.apply(replace(self._standing(position, self._held, []), dropped=dropped))
+        return entries
+
+    def _chosen(self, chosen: Callable[[Cursor], bool]) -> list[Entry]:
+        found = [entry for entry in self._entries() if entry.cursor in self._held and chosen(entry.cursor)]
+        if not found:
+            said = f"Generation {self._number} of {self._name} has nothing parked by that key."
+            raise Misconfigured("not-parked", said, f"See: headrace parked list {self._name}")
+        return found
+
+    def _standing(self, position: Position, held: dict[Cursor, dict[str, Version]], changes: list[Change]) -> Batch:
+        """Return a batch that changes nothing but what is parked: it ends where the view stands."""
+        oldest = min((each for entries in held.values() for each in entries.values()), default=None)
+        now = replace(position, held=oldest, parked=_collections(held))
+        checkpoint = Checkpoint(now.version, 0, 0, now.offsets, now.source or _UNKNOWN, appended=now.appended)
+        schemas = self._schemas | self._log.schemas() if changes else {}
+        return Batch(changes, now, checkpoint, loading=False, schemas=schemas, parked=frozenset(held), hurry=True)
+
+    def _told(self, entry: Entry, error: Poison) -> Entry:
+        """Keep why an entry failed again."""
+        body = entry.body if entry.at or error.body is None else error.body
+        told = replace(_because(entry, error), body=body)
+        self._shelf.put(told)
+        return told
+
+    def _forget(self, entries: Sequence[Entry]) -> None:
+        self._shelf.remove(entries)
+        for entry in entries:
+            self._held.pop(entry.cursor, None)
+
+    def _entries(self) -> list[Entry]:
+        return self._shelf.entries(self._name, self._number)
+
+
+def _because(entry: Entry, error: Poison) -> Entry:
+    return replace(entry, code=error.code, reason=error.message, remedy=error.remedy)
+
+
+def _leaves(consumer: Consumer) -> bool:
+    return bool(getattr(consumer, "leaves_parked", False))
+
+
+def _cursor(change: Change) -> Cursor:
+    return change.table, change.key.decode()
+
+
+def _at(change: Change) -> str:
+    return f"{change.partition}:{change.offset}"
+
+
+def _in_order(change: Change) -> tuple[Version, int]:
+    return change.version, change.ordinal
+
+
+def _collections(held: dict[Cursor, dict[str, Version]]) -> tuple[str, ...]:
+    return tuple(sorted({collection for collection, _ in held}))
