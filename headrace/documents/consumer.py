@@ -134,7 +134,10 @@ class DocumentConsumer:
             local = LocalRows(path, self.documents, generation.fingerprint)
         self._local = local
         self._showing = Showing(self.store)
-        self._early = self._view is None and local.position is None and not any(map(is_joined, self.documents))
+        alone = self._view is None and not any(map(is_joined, self.documents))
+        self._early = alone and local.position is None
+        if alone and local.position is not None:
+            local.touch_all()
         self._left = local.left() if local.position is not None and not local.position.loading else None
         self._checked.clear()
         return local.position
@@ -205,14 +208,13 @@ class DocumentConsumer:
     # Where to go on
 
     def _take(self, local: LocalRows, batch: Batch) -> None:
-        """Take the changes of a batch in. From zero, documents of one row each are written as the rows come: Elasticsearch works
-        while we read."""
+        """Take the changes of a batch in. From zero, documents of one row each are written as rows come: the store works as we read."""
         if not batch.loading:
             for change in batch.changes:
                 local.apply(change, loading=False)
             return
         early = self._early and not batch.complete
-        new = local.load(batch.changes, touch=not early)
+        new = local.load(batch.changes, touch=not early, unknown=self._view is not None)
         if early:
             self._showing.early(local, self._of_one_row(local, new))
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from headrace import codec
 from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.documents.declaration import Aggregate, Folding, Join, Level, Many, Node, One
-from headrace.documents.layout import CACHE_KB, IS_DUE, LAYOUT, LINK, LINK_BACK, SCHEMA, STORE, TOUCH, WAITS
+from headrace.documents.layout import CACHE_KB, IS_DUE, LAYOUT, LINK, LINK_BACK, SCHEMA, STORE, TOUCH, TOUCH_ALL, WAITS
 from headrace.documents.order import Shape
 from headrace.documents.paths import Link, Paths, text_of, value_of
 from headrace.documents.when import ALL, Left, When, now
@@ -110,11 +110,15 @@ class LocalRows:
         if not loading:
             self._touch_joined(change.table, key, old, change.row, since)
 
-    def load(self, changes: Sequence[Change], *, touch: bool) -> list[Change]:
+    def load(self, changes: Sequence[Change], *, touch: bool, unknown: bool) -> list[Change]:
         """Take changes in while nothing is shown, at most one of each key; return those of rows that were not there yet.
 
-        These go in by the thousand. Without `touch` they are not noted, nor is the delete of a row that never was there: whoever loads
-        shows them by himself.
+        These go in by the thousand.
+
+        Args:
+            changes: Of the declared tables.
+            touch: Note these too; else who loads shows them by himself.
+            unknown: Note deletes of rows that never were here: readers see documents that were made before.
         """
         new: list[tuple[str, Change]] = []
         for table in dict.fromkeys(change.table for change in changes):
@@ -124,7 +128,7 @@ class LocalRows:
             for key, change in keyed.items():
                 if change.row is not None and key not in known:
                     new.append((key, change))
-                elif touch or key in known:
+                elif unknown or key in known:
                     self.apply(change, loading=True)
         self._insert(new, touch=touch)
         return [change for _, change in new]
@@ -165,6 +169,12 @@ class LocalRows:
     def touch(self, touched: Touched, version: Version) -> None:
         """Note a document as touched since `version`, if it is not."""
         self._touch(self._documents.index(touched.document), text_of(touched.key.values()), version.packed())
+
+    def touch_all(self) -> None:
+        """Note all documents of one row each: who showed them as they came is gone."""
+        for table, numbers in self._paths.roots.items():
+            for number in numbers:
+                self._db.execute(TOUCH_ALL, (number, table))
 
     def _clear(self, when: When) -> None:
         if not when.interval:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from headrace.change import Checkpoint, Version
 from headrace.consumer import Batch
-from headrace.documents import consumer, local
+from headrace.documents import consumer, local, when
 from headrace.settings import Settings
 from tests.fixtures.documents import (
     CATEGORIES,
@@ -53,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def told(patch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (consumer, local):
+    for module in (consumer, local, when):
         patch.setattr(module, "now", lambda: clock.now)
     return clock
 

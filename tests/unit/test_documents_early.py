@@ -1,0 +1,167 @@
+"""Documents of one row are written while a load goes on, to a store that says later what it does not take: in the end they are the rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headrace.change import Position, Row
+from headrace.documents import Document, Node, consumer, unshown
+from headrace.errors import Poison
+from headrace.settings import Settings
+from headrace.stores import Doc
+from tests.fixtures.documents import PRODUCTS, Memory
+from tests.unit.test_documents import PRODUCT
+from tests.unit.test_documents import _take as take
+from tests.unit.test_documents_parked import Moody, Runner
+
+
+class Late(Memory):
+    """A store whose bulks arrive with a later call, which is then told what they had that it refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refuses: set[str] = set()
+        self._way: list[Sequence[Doc]] = []
+
+    def open(self, generation: Any) -> Position | None:
+        self._way.clear()  # of a process that is gone
+        return super().open(generation)
+
+    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:
+        while len(self._way) > (1 if bulk else 0):
+            self._arrive(self._way.pop(0))
+        if bulk:
+            self._way.append(list(docs))
+            self._die("before")
+            return
+        self._arrive(docs)
+        super().write([], position)
+
+    def _arrive(self, docs: Sequence[Doc]) -> None:
+        """A bulk is not atomic: what is not refused is written."""
+        super().write([doc for doc in docs if doc.id not in self.refuses or doc.body is None], None, bulk=True)
+        for doc in docs:
+            if doc.id in self.refuses and doc.body is not None:
+                raise Poison("document-refused", f"It refuses {doc.id}.", cursor=("", doc.id))
+
+
+class Single(Moody):
+    document = Document(PRODUCTS)
+
+    def render(self, row: Node) -> Row:
+        if row["id"] in self.moods:
+            raise ValueError("not in the mood")
+        return dict(row)
+
+
+class Rows(Runner):
+    """A world of documents that are rows."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.store: Any = Late()
+        self.cls = type("Single", (Single,), {"store": self.store, "moods": set()})
+        self.settings = Settings(state=folder)
+
+    def expected(self) -> dict[str, Row]:
+        return {str(key): row for key, row in self.log.rows[PRODUCTS].items()}
+
+    def check(self) -> None:
+        assert self.parked == set()
+        assert self.store.bodies() == self.expected()
+
+    def check_others(self) -> None:
+        ids = {id_ for _, id_ in self.parked}
+        found, wanted = self.store.bodies(), self.expected()
+        assert {id_: found[id_] for id_ in found.keys() - ids} == {id_: wanted[id_] for id_ in wanted.keys() - ids}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def chunks_of_two() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (consumer, unshown):
+            patch.setattr(module, "CHUNK", 2)
+        yield
+
+
+def put(world: Rows, number: int, name: str) -> None:
+    world.log.put(PRODUCTS, number, {"id": number, "category_id": None, "name": name})
+
+
+def test_documents_are_written_before_the_load_has_ended(tmp_path: Any) -> None:
+    """And once each; a row that changes meanwhile, or goes, is as it is in the end."""
+    world = Rows(str(tmp_path / "state"))
+    for number in range(1, 9):
+        put(world, number, "first")
+    put(world, 2, "second")
+    world.log.put(PRODUCTS, 3, None)
+    world.log.put(PRODUCTS, 99, None)
+    world.log.cut()
+    world.run(piece=4, stop_after=2)
+    assert world.store.position is None
+    assert len(world.store.bodies()) > 3
+    world.store.wipe()
+    world.lose_local()
+    world.store.written.clear()
+    world.run(piece=4)
+    world.check()
+    assert sorted(doc.id for doc in world.store.written) == sorted([*"12345678", "2", "3"])
+
+
+def test_what_the_store_refuses_later_is_parked_and_nothing_else_is_missing(tmp_path: Any) -> None:
+    """Refused are documents of early chunks and of the last one, one that cannot be rendered is among them."""
+    world = Rows(str(tmp_path / "state"))
+    for number in range(1, 30):
+        put(world, number, "first")
+    world.log.cut()
+    world.store.refuses |= {"1", "6", "7", "27", "29"}
+    world.moods.update({3, 28})
+    world.run(piece=9)
+    assert {id_ for _, id_ in world.parked} == {"1", "3", "6", "7", "27", "28", "29"}
+    world.check_others()
+    world.store.refuses.clear()
+    world.moods.clear()
+    world.retry()
+    world.check()
+
+
+STEP = st.one_of(
+    PRODUCT,
+    st.tuples(st.just("mood"), st.frozensets(st.integers(1, 4), max_size=1)),
+    st.tuples(st.just("refuse"), st.frozensets(st.sampled_from("1234"), max_size=2)),
+    st.just(("retry",)),
+    st.tuples(
+        st.just("run"), st.sampled_from([None, None, "before", "middle", "after"]), st.integers(1, 5), st.integers(1, 9)
+    ),
+    st.sampled_from([("lose",), ("wipe",), ("run", None, 10**9, 10**9)]),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(STEP, max_size=40))
+def test_any_history_equals_the_rows(steps: list[tuple[Any, ...]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        world = Rows(f"{folder}/state")
+        for step in steps:
+            if step[0] == "mood":
+                world.moods.clear()
+                world.moods.update(step[1])
+            elif step[0] == "refuse":
+                world.store.refuses = set(step[1])
+            elif step[0] == "retry":
+                world.retry()
+            else:
+                take(world, step)
+        world.moods.clear()
+        world.store.refuses.clear()
+        world.log.cut()
+        world.run()
+        world.check_others()
+        world.retry()
+        world.check()
