@@ -20,11 +20,12 @@ which the local rows still have.
 | both come from another log                    | L       | L      | the reader refuses L [I12]                        |
 
 A *reload* ends like a load: at the first complete exact state every root key that the log knows is rendered once. Keys
-that it knows only by their tombstones are deleted from the view: that is right for as long as tombstones last, so a
-view that was last fed longer ago than `delete.retention.ms` is refused, like one whose log was replaced. A tombstone does not
-say in which window its row was: so where there are windows, what the view has and the log does not say goes.
+that it knows only by their tombstones are deleted from the view: that is right for as long as tombstones last, so a view that was
+last fed longer ago than `delete.retention.ms` is refused, like one whose log was replaced. A tombstone does not say in which window
+its row was: so where there are windows, what the view has and the log does not say goes.
 
-Between complete states nothing is rendered: the changes wait in the open local transaction, which SQLite keeps on disk.
+Between complete states nothing is rendered: the changes wait in the open local transaction, which SQLite keeps on disk. Only in
+a load from zero documents of one row each are written as rows come; where it is resumed, all are rendered at its end.
 
 A document that is debounced stays in the list of those that are touched, which is committed with the position: so it is
 rendered after a kill too, at the next complete state or, when no change comes, at the one where the view stands.
@@ -64,8 +65,7 @@ class DocumentConsumer:
         debounce_seconds: A document that changes all the time is rendered once in so many seconds at most, and waits in between as it is.
         name: Names the view; by default the entry point's name.
 
-    `render` must be a function of the row alone: no clock, no counter, no look elsewhere. Verify calls it too, and
-    expects the same document.
+    `render` must be a function of the row alone: no clock, no counter, no look elsewhere. Verify calls it too, and expects the same.
     """
 
     document: ClassVar[Root]
@@ -143,8 +143,7 @@ class DocumentConsumer:
         return local.position
 
     def apply(self, batch: Batch) -> None:
-        """Take the changes in; at a complete exact state render what they touched, write it, and only then commit
-        locally.
+        """Take the changes in; at a complete exact state render what they touched, write it, and only then commit locally.
 
         After a Poison it may be called again with the same changes: the open local transaction has them and what they touched, by the
         old values too, and takes them in once more.
