@@ -231,7 +231,7 @@ class Worker(threading.Thread):
                 batch = _standing(self._stood)
             if batch is not None:
                 self._apply(consumer, batch)
-            self._tell(reader)
+            self._tell(consumer, reader)
             if time.monotonic() - mirrored > 1.0:
                 reader.mirror()
                 mirrored = time.monotonic()
@@ -294,7 +294,8 @@ class Worker(threading.Thread):
         finally:
             consumer.close()
 
-    def _tell(self, reader: Reader | FeedReader) -> None:
+    def _tell(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
+        self._set_held(consumer)
         lag = reader.lag()
         version = reader.position.version
         behind = lag.seconds > _BEHIND_SECONDS

@@ -57,9 +57,11 @@ class Select:
         column = table.column(window.on)
         kind = sql.SQL("timestamptz" if column.base == "timestamptz" else "timestamp")
         at = sql.SQL("CAST({} AS {})").format(sql.Identifier(alias, window.on), kind)
-        # As date_bin does it; that one has no interval long enough from 1970 to the last years that Postgres has.
-        past = sql.SQL("mod(mod(extract(epoch FROM {0}), {1}) + {1}, {1})").format(at, sql.Literal(window.seconds))
-        start = sql.SQL("{} - make_interval(secs => CAST({} AS double precision))").format(at, past)
+        # As date_bin does it; that one has no interval long enough from 1970 to the last years that Postgres has. Of whole seconds, because
+        # extract rounds microseconds that far away.
+        second = sql.SQL("date_trunc('second', {})").format(at)
+        past = sql.SQL("mod(mod(extract(epoch FROM {0}), {1}) + {1}, {1})").format(second, sql.Literal(window.seconds))
+        start = sql.SQL("{} - make_interval(secs => CAST({} AS double precision))").format(second, past)
         conditions = [sql.SQL("isfinite({})").format(at)]
         conditions += [_among(table, alias, name, values) for name, values in window.where.items()]
         if starts is not None:
