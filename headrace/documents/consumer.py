@@ -35,8 +35,8 @@ from __future__ import annotations
 
 import copy
 import sqlite3
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
 from typing import ClassVar
@@ -46,7 +46,8 @@ from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check, check_window
 from headrace.documents.declaration import Node
-from headrace.documents.local import LocalRows, Touched, discard
+from headrace.documents.layout import discard
+from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
 from headrace.documents.unshown import CHUNK, Sent, Showing, Unshown, rows_of
 from headrace.documents.when import EVER, Left, When, held_back, now
@@ -54,6 +55,8 @@ from headrace.documents.windows import Root, Window, is_joined
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
+
+_ESCAPES = str.maketrans({"\\": "\\\\", ",": "\\,"})
 
 
 class DocumentConsumer:
@@ -98,7 +101,6 @@ class DocumentConsumer:
         self.progress = no_progress
         self.store = copy.copy(type(self).store)
         self.store.bind(settings, name)
-        self._showing = Showing(self.store)
         self._local: LocalRows | None = None
         self._view: Position | None = None
         self._left: Left | None = None
@@ -114,7 +116,7 @@ class DocumentConsumer:
     def id(self, table: str, key: Row) -> str:  # noqa: ARG002  a plugin with several documents needs the table
         """Return the document's id: the values of the root's key, joined by commas."""
         values = [str(value) for value in key.values()]
-        return values[0] if len(values) == 1 else ",".join(_escaped(value) for value in values)
+        return values[0] if len(values) == 1 else ",".join(value.translate(_ESCAPES) for value in values)
 
     # The contract
 
@@ -254,22 +256,22 @@ class DocumentConsumer:
     def _publish(self, local: LocalRows, batch: Batch, when: When) -> None:
         if batch.loading and self._view is not None:
             self._check_reload(self._view, batch.position)
+        self._showing.settle(local)
         done, total = 0, local.count_touched() if batch.loading else 0
         unshown = Unshown(self.settings.parked_limit)
-        docs = self._docs(local, batch, when, unshown)
-        while len(chunk := list(islice(docs, CHUNK))) == CHUNK:
-            self._showing.write(local, chunk, None, unshown)
-            done += CHUNK
-            self.progress(done, total)
+        with closing(self._docs(local, batch, when, unshown)) as docs:
+            while len(chunk := list(islice(docs, CHUNK))) == CHUNK:
+                self._showing.write(chunk, None, unshown)
+                done += CHUNK
+                self.progress(done, total)
         left = local.left(when) if when.interval else None
-        self._showing.write(local, chunk, held_back(batch.position, left), unshown)
+        self._showing.write(chunk, held_back(batch.position, left), unshown)
         unshown.check()
         local.clear_touched(when, unshown.waiting)
         local.commit(batch.position)
         self._view, self._left, self._early = batch.position, left, False
-        self._showing.forget()
 
-    def _docs(self, local: LocalRows, batch: Batch, when: When, unshown: Unshown) -> Iterator[Sent]:
+    def _docs(self, local: LocalRows, batch: Batch, when: When, unshown: Unshown) -> Generator[Sent]:
         """Yield what to write. After a reload a window that lost its rows meanwhile is known by nothing but its document."""
         version = batch.position.version
         fresh = batch.loading and self._view is None and not self._early
@@ -285,7 +287,7 @@ class DocumentConsumer:
             elif cursor not in batch.dropped:
                 doc = self._doc(touched, cursor, version, unshown)
                 if doc is not None and (doc.body is not None or not fresh):
-                    yield Sent(touched, doc)
+                    yield Sent(touched._replace(node=None), doc)
         for id_ in local.not_rendered() if by_view else ():
             yield Sent(None, Doc(id_, None, version))
 
@@ -313,7 +315,8 @@ class DocumentConsumer:
                     except Poison:
                         local.touch(touched, change.version)
                     else:
-                        yield Sent(touched, doc)
+                        if doc.body is not None:
+                            yield Sent(touched._replace(node=None), doc)
 
     def _body(self, touched: Touched) -> Row | None:
         table, key = touched.document.table, touched.key
@@ -394,7 +397,3 @@ def _refused(code: str, seen: str) -> Refused:
         f"{seen} Going on could miss changes or keep documents of rows that are gone.",
         "Run: headrace rebuild NAME",
     )
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace(",", "\\,")

@@ -1,7 +1,8 @@
-"""The tables of the local row store, and the statements that more than one of its methods need."""
+"""The file of the local row store: its tables, and the statements that more than one of its methods need."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from headrace.documents.paths import TOUCHED
@@ -30,3 +31,9 @@ STORE = """
     version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
     part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
 """
+
+
+def discard(path: Path) -> None:
+    """Remove a local store with what SQLite keeps beside it."""
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)

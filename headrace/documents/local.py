@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from headrace import codec
 from headrace.change import Change, Position, Row, TableSchema, Version
+from headrace.documents import layout
 from headrace.documents.declaration import Aggregate, Folding, Join, Level, Many, Node, One
-from headrace.documents.layout import CACHE_KB, IS_DUE, LAYOUT, LINK, LINK_BACK, SCHEMA, STORE, TOUCH, TOUCH_ALL, WAITS
 from headrace.documents.order import Shape
 from headrace.documents.paths import Link, Paths, text_of, value_of
 from headrace.documents.when import ALL, Left, When, now
@@ -57,13 +58,13 @@ class LocalRows:
         self.path = path
         self._documents = documents
         self._paths = Paths(documents)
-        built_by = f"{LAYOUT} {fingerprint}".encode()
+        built_by = f"{layout.LAYOUT} {fingerprint}".encode()
         try:
             self._open(built_by)
         except sqlite3.OperationalError as error:
             raise Transient("local-state", f"{path}: {error}.", "See the folder of HEADRACE_STATE.") from error
         except sqlite3.DatabaseError:
-            discard(path)
+            layout.discard(path)
             self._open(built_by)
 
     def _open(self, built_by: bytes) -> None:
@@ -71,8 +72,8 @@ class LocalRows:
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
-            self._db.executescript(SCHEMA)
+            self._db.execute(f"PRAGMA cache_size = -{layout.CACHE_KB}")
+            self._db.executescript(layout.SCHEMA)
             kept = self._meta("fingerprint")
             if kept not in (None, built_by):
                 raise sqlite3.DatabaseError  # noqa: TRY301  thrown away like one that is damaged
@@ -137,7 +138,7 @@ class LocalRows:
         """Yield each touched document that is due once, with what to render."""
         query = (
             "SELECT touched.key, row FROM touched LEFT JOIN rows ON tbl = :table AND rows.key = touched.key "
-            f"WHERE doc = :doc AND {WAITS} AND {IS_DUE} ORDER BY touched.key"
+            f"WHERE doc = :doc AND {layout.WAITS} AND {layout.IS_DUE} ORDER BY touched.key"
         )
         for number, document in enumerate(self._documents):
             which = {"doc": number, "table": document.table}
@@ -146,12 +147,12 @@ class LocalRows:
 
     def count_touched(self) -> int:
         """Return how many documents are touched."""
-        count: int = self._db.execute(f"SELECT count(*) FROM touched WHERE {WAITS}").fetchone()[0]
+        count: int = self._db.execute(f"SELECT count(*) FROM touched WHERE {layout.WAITS}").fetchone()[0]
         return count
 
     def left(self, when: When | None = None) -> Left | None:
         """Return what is touched and not due, of all that is touched when None; None when there is nothing."""
-        which = f"{WAITS} AND NOT {IS_DUE}" if when else WAITS
+        which = f"{layout.WAITS} AND NOT {layout.IS_DUE}" if when else layout.WAITS
         query = f"SELECT min(since), min(due), max(due) FROM touched WHERE {which}"
         since, *dues = self._db.execute(query, when._asdict() if when else {}).fetchone()
         return Left(Version.unpacked(since), *dues) if since is not None else None
@@ -174,15 +175,15 @@ class LocalRows:
         """Note all documents of one row each: who showed them as they came is gone."""
         for table, numbers in self._paths.roots.items():
             for number in numbers:
-                self._db.execute(TOUCH_ALL, (number, table))
+                self._db.execute(layout.TOUCH_ALL, (number, table))
 
     def _clear(self, when: When) -> None:
         if not when.interval:
             self._db.execute("DELETE FROM touched")
             return
         over, again = when._replace(now=now()), {"again": now() + when.interval}
-        self._db.execute(f"DELETE FROM touched WHERE NOT {WAITS} AND {IS_DUE}", over._asdict())
-        update = f"UPDATE touched SET since = NULL, due = :again WHERE {WAITS} AND {IS_DUE}"
+        self._db.execute(f"DELETE FROM touched WHERE NOT {layout.WAITS} AND {layout.IS_DUE}", over._asdict())
+        update = f"UPDATE touched SET since = NULL, due = :again WHERE {layout.WAITS} AND {layout.IS_DUE}"
         self._db.execute(update, when._asdict() | again)
 
     def remember_shown(self, ids: Iterable[str]) -> None:
@@ -207,7 +208,9 @@ class LocalRows:
         self._db.execute("BEGIN")
 
     def close(self) -> None:
-        """Leave; what is not committed is gone."""
+        """Leave; what is not committed is gone, also where somebody still holds a cursor, by which the connection would live on."""
+        with suppress(sqlite3.Error):
+            self._db.execute("ROLLBACK")
         self._db.close()
 
     # What rows are and where they came from
@@ -218,7 +221,9 @@ class LocalRows:
         known, of = "SELECT key FROM rows WHERE tbl = ?", document.table
         if isinstance(document, Window):
             known, of = "SELECT DISTINCT value AS key FROM links WHERE link = ?", str(self._paths.windows[number])
-        known = f"SELECT key FROM ({known}) {{0}} UNION ALL SELECT key FROM touched WHERE {WAITS} AND doc = ? {{1}}"
+        known = (
+            f"SELECT key FROM ({known}) {{0}} UNION ALL SELECT key FROM touched WHERE {layout.WAITS} AND doc = ? {{1}}"
+        )
         for guess in guesses:
             found = self._db.execute(known.format("WHERE key = ?", "AND key = ?"), (of, guess, number, guess))
             if found.fetchone() and wanted(self._key(document, guess)):
@@ -238,7 +243,7 @@ class LocalRows:
 
     def waits(self, number: int, key: str) -> bool:
         """Whether a document is touched and not shown yet."""
-        query = f"SELECT 1 FROM touched WHERE {WAITS} AND doc = ? AND key = ?"
+        query = f"SELECT 1 FROM touched WHERE {layout.WAITS} AND doc = ? AND key = ?"
         return self._db.execute(query, (number, key)).fetchone() is not None
 
     def shape(self, table: str) -> Shape:
@@ -263,7 +268,7 @@ class LocalRows:
         if change.row is None:
             self._db.execute("DELETE FROM rows WHERE tbl = ? AND key = ?", (change.table, key))
             return
-        self._db.execute(STORE, _stored(change, key, since, now()))
+        self._db.execute(layout.STORE, _stored(change, key, since, now()))
 
     def _insert(self, new: Sequence[tuple[str, Change]], *, touch: bool) -> None:
         """Put rows in that are not there, with their links."""
@@ -282,10 +287,10 @@ class LocalRows:
                 touched += [(number, value, since) for number in link.windows]
                 if link.back:
                     back.append((link.number, key, value))
-        self._db.executemany(STORE, stored)
-        self._db.executemany(LINK, links)
-        self._db.executemany(LINK_BACK, back)
-        self._db.executemany(TOUCH, touched)
+        self._db.executemany(layout.STORE, stored)
+        self._db.executemany(layout.LINK, links)
+        self._db.executemany(layout.LINK_BACK, back)
+        self._db.executemany(layout.TOUCH, touched)
 
     def _relink(self, table: str, key: str, old: Row | None, new: Row | None, since: int) -> None:
         for link in self._paths.links[table]:
@@ -301,7 +306,7 @@ class LocalRows:
         if before is not None:
             self._db.execute("DELETE FROM links WHERE (link, value, key) = (?, ?, ?)", (link.number, before, key))
         if after is not None:
-            self._db.execute(LINK, (link.number, after, key))
+            self._db.execute(layout.LINK, (link.number, after, key))
         if link.back:
             self._relink_back(link.number, key, after)
 
@@ -309,10 +314,10 @@ class LocalRows:
         if value is None:
             self._db.execute("DELETE FROM back WHERE link = ? AND key = ?", (link, key))
         else:
-            self._db.execute(LINK_BACK, (link, key, value))
+            self._db.execute(layout.LINK_BACK, (link, key, value))
 
     def _touch(self, number: int, key: str | None, since: int) -> None:
-        self._db.execute(TOUCH, (number, key, since))
+        self._db.execute(layout.TOUCH, (number, key, since))
 
     def _touch_joined(self, table: str, key: str, old: Row | None, new: Row | None, since: int) -> None:
         for root, by, sql in self._paths.climbs[table]:
@@ -382,12 +387,6 @@ class LocalRows:
 
     def _put(self, name: str, value: bytes) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
-
-
-def discard(path: Path) -> None:
-    """Remove a local store with what SQLite keeps beside it."""
-    for suffix in ("", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _stored(change: Change, key: str, version: int, at: int) -> tuple[Any, ...]:

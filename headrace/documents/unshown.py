@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -15,14 +16,14 @@ from headrace.errors import Poison
 from headrace.stores import Doc, DocumentStore
 
 CHUNK: Final = 1_000
-_RECENT: Final = 4
+_RECENT: Final = 3
 """Chunks that a store may still have on their way."""
 _ROWS: Final = 20
 """Of a join with more rows these many are shown to who looks at what is parked."""
 
 
 class Sent(NamedTuple):
-    """A document that was given to the store, and what it is of; None of one that is only known to be gone."""
+    """A document that was given to the store, and what it is of, without its rows; None of one that is only known to be gone."""
 
     touched: Touched | None
     doc: Doc
@@ -66,25 +67,29 @@ class Showing:
     def __init__(self, store: DocumentStore) -> None:
         """Give nothing yet."""
         self._store = store
+        self._arrive: Callable[[], None] = getattr(store, "arrive", lambda: None)
         self._recent: deque[dict[str, Sent]] = deque(maxlen=_RECENT)
 
-    def write(self, local: LocalRows, chunk: Sequence[Sent], position: Position | None, unshown: Unshown) -> None:
+    def write(self, chunk: Sequence[Sent], position: Position | None, unshown: Unshown) -> None:
         """Write documents, and the position when the view takes every document of the batch; note those that it does not.
 
-        After a refusal all that may be on their way are written again, so that the next one is found.
+        After a refusal all that may be on their way are written again, so that the next one is found. Then nothing is on its way any more,
+        nor after the last chunk, which has the position: a refusal belongs to this attempt and to no later one.
         """
         self._recent.append({sent.doc.id: sent for sent in chunk})
         docs: Sequence[Doc] = [sent.doc for sent in chunk]
+        last = position is not None
         while True:
             try:
                 self._store.write(docs, None if unshown else position, bulk=position is None or bool(unshown))
+                if unshown and last:
+                    self._arrive()
             except Poison as error:
                 refused = self._refused(error)
                 if refused is None or refused.touched is None:
                     raise
-                local.touch(refused.touched, refused.doc.version)
                 unshown.add(error, (refused.touched.document.table, refused.doc.id), refused.doc.body)
-                docs = [sent.doc for sents in self._recent for sent in sents.values()]
+                docs, last = [sent.doc for sents in self._recent for sent in sents.values()], True
             else:
                 return
 
@@ -93,18 +98,29 @@ class Showing:
         tries them again, and says which."""
         while chunk := list(islice(docs, CHUNK)):
             self._recent.append({sent.doc.id: sent for sent in chunk})
-            try:
+            with self._noting(local):
                 self._store.write([sent.doc for sent in chunk], None, bulk=True)
-            except Poison:
-                for sents in self._recent:
-                    for touched, doc in sents.values():
-                        if touched is not None:
-                            local.touch(touched, doc.version)
-                self.forget()
+
+    def settle(self, local: LocalRows) -> None:
+        """Wait for what was written early: what is refused of it by now may be another document at the end."""
+        with self._noting(local):
+            self._arrive()
+        self.forget()
 
     def forget(self) -> None:
         """Say that all have arrived."""
         self._recent.clear()
+
+    @contextmanager
+    def _noting(self, local: LocalRows) -> Iterator[None]:
+        try:
+            yield
+        except Poison:
+            for sents in self._recent:
+                for touched, doc in sents.values():
+                    if touched is not None:
+                        local.touch(touched, doc.version)
+            self.forget()
 
     def _refused(self, error: Poison) -> Sent | None:
         """Return which of the last documents is refused; it is not written again."""

@@ -142,6 +142,7 @@ class Reader:
             queue = queues.get(place)
             if queue is None or message.error() is not None:
                 self._at_end -= came
+                came.clear()
                 self._take_other(message, place)
                 continue
             read_to[place] = (message.offset() or 0) + 1

@@ -139,6 +139,7 @@ class Worker(threading.Thread):
 
     def unpark(self, consumer: Consumer, function: Callable[[Consumer, Parking, Position], T]) -> T | None:
         """Return what `function` does with what is parked, in this thread, at a complete state; None within one, when it is not called."""
+        self.hurry(consumer)  # what is poison of the rest is parked as ever
         if self._stood is None:
             return None
         done = function(consumer, self._parking, self._stood)

@@ -40,7 +40,8 @@ class DocumentStore(Protocol):
         Args:
             docs: At most one document for each id.
             position: None for all but the last call of a batch.
-            bulk: More follows: showing it to readers may wait until a call without.
+            bulk: More follows: showing it to readers may wait until a call without, and so may the proof that it is durable, and a Poison.
+                Where it does, the store has a method ``arrive()`` that waits for what is on its way and raises what that has raised.
         """
 
     def promote(self) -> None:

@@ -45,7 +45,11 @@ class Sending:
         """Wait until at most so many are on their way; until none is where one of them failed, and raise that."""
         while len(self._writes) > most:
             future, _ = self._writes.popleft()
-            if future.exception() is not None:
+            error = future.exception()
+            if error is not None:
                 futures.wait([other for other, _ in self._writes])
                 self._writes.clear()
-            future.result()
+                try:
+                    raise error
+                finally:
+                    del error, future  # else the error's trace would hold this frame, and this frame the error

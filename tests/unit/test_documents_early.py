@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from headrace.change import Position, Row
 from headrace.documents import Document, Node, consumer, unshown
-from headrace.errors import Poison
+from headrace.errors import Poison, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc
 from tests.fixtures.documents import PRODUCTS, Memory
@@ -27,6 +28,8 @@ class Late(Memory):
     def __init__(self) -> None:
         super().__init__()
         self.refuses: set[str] = set()
+        self.refuses_of: set[str] = set()
+        self.away = 0
         self._way: list[Sequence[Doc]] = []
 
     def open(self, generation: Any) -> Position | None:
@@ -34,8 +37,10 @@ class Late(Memory):
         return super().open(generation)
 
     def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:
-        while len(self._way) > (1 if bulk else 0):
-            self._arrive(self._way.pop(0))
+        self.away -= 1
+        if self.away == 0:
+            raise Transient("store-away", "It is away.")
+        self.arrive(1 if bulk else 0)
         if bulk:
             self._way.append(list(docs))
             self._die("before")
@@ -43,12 +48,23 @@ class Late(Memory):
         self._arrive(docs)
         super().write([], position)
 
+    def arrive(self, most: int = 0) -> None:
+        while len(self._way) > most:
+            try:
+                self._arrive(self._way.pop(0))
+            except Poison:
+                with suppress(Poison):  # as `Sending` does: the others have arrived too, and nobody is told
+                    while self._way:
+                        self._arrive(self._way.pop(0))
+                self._way.clear()
+                raise
+
     def _arrive(self, docs: Sequence[Doc]) -> None:
         """A bulk is not atomic: what is not refused is written."""
-        super().write([doc for doc in docs if doc.id not in self.refuses or doc.body is None], None, bulk=True)
-        for doc in docs:
-            if doc.id in self.refuses and doc.body is not None:
-                raise Poison("document-refused", f"It refuses {doc.id}.", cursor=("", doc.id))
+        refused = [doc for doc in docs if doc.body and (doc.id in self.refuses or doc.body["name"] in self.refuses_of)]
+        super().write([doc for doc in docs if doc not in refused], None, bulk=True)
+        for doc in refused:
+            raise Poison("document-refused", f"It refuses {doc.id}.", cursor=("", doc.id))
 
 
 class Single(Moody):
@@ -129,6 +145,51 @@ def test_what_the_store_refuses_later_is_parked_and_nothing_else_is_missing(tmp_
     world.moods.clear()
     world.retry()
     world.check()
+
+
+def test_two_of_one_large_batch_are_parked_and_the_rest_goes_on(tmp_path: Any) -> None:
+    """The later one in a bulk that is on its way when the first is known; live, and again from zero."""
+    world = Rows(str(tmp_path / "state"))
+    put(world, 1, "first")
+    world.log.cut()
+    world.run()
+    for number in range(1, 12):
+        put(world, number, "second")
+    world.log.cut()
+    world.store.refuses |= {"2", "8", "11"}
+    world.run()
+    assert {id_ for _, id_ in world.parked} == {"2", "8", "11"}
+    world.check_others()
+    world.store.wipe()
+    world.run()
+    assert {id_ for _, id_ in world.parked} == {"2", "8", "11"}
+    world.check_others()
+
+
+def test_a_document_that_was_refused_early_and_is_right_in_the_end_is_not_parked(tmp_path: Any) -> None:
+    """Its bulk was on its way when the row changed."""
+    world = Rows(str(tmp_path / "state"))
+    world.store.refuses_of = {"bad"}
+    put(world, 1, "bad")
+    put(world, 2, "good")
+    put(world, 1, "good")
+    world.log.cut()
+    world.run(piece=2)
+    world.check()
+
+
+def test_the_local_rows_can_be_opened_after_an_error_amid_the_documents(tmp_path: Any) -> None:
+    """The cursor over what is touched lives on in the error's trace; the connection must not."""
+    world = Rows(str(tmp_path / "state"))
+    for number in range(1, 9):
+        put(world, number, "first")
+    world.log.cut()
+    world.store.away = 2
+    with pytest.raises(Transient) as kept:
+        world.run()
+    world.run()
+    world.check()
+    assert kept.value.code == "store-away"
 
 
 STEP = st.one_of(

@@ -139,6 +139,11 @@ class ElasticsearchIndex:
                 self._purge()
                 self._show()
 
+    def arrive(self) -> None:
+        """Wait until nothing is on its way; raise what one of them has raised."""
+        with errors():
+            self._sending.arrive()
+
     def promote(self) -> None:
         """Swap the alias to this generation."""
         with errors():

@@ -136,6 +136,11 @@ class RedisPages:
                 self._sending.arrive()
                 self._send(held, after)
 
+    def arrive(self) -> None:
+        """Wait until nothing is on its way; raise what one of them has raised."""
+        with errors():
+            self._sending.arrive()
+
     def promote(self) -> None:
         """Move the pointer to this generation."""
         with errors():
