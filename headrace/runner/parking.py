@@ -207,9 +207,8 @@ class Parking:
         """Return a batch that changes nothing but what is parked: it ends where the view stands."""
         oldest = min((each for entries in held.values() for each in entries.values()), default=None)
         now = replace(position, held=oldest, parked=_collections(held))
-        checkpoint = Checkpoint(now.version, 0, 0, now.offsets, now.source or _UNKNOWN, appended=now.appended)
         schemas = self._schemas | self._log.schemas() if changes else {}
-        return Batch(changes, now, checkpoint, loading=False, schemas=schemas, parked=frozenset(held), hurry=True)
+        return replace(standing(now, hurry=True), changes=changes, schemas=schemas, parked=frozenset(held))
 
     def _told(self, entry: Entry, error: Poison) -> Entry:
         """Keep why an entry failed again."""
@@ -229,6 +228,13 @@ class Parking:
 
 def _because(entry: Entry, error: Poison) -> Entry:
     return replace(entry, code=error.code, reason=error.message, remedy=error.remedy)
+
+
+def standing(position: Position, *, hurry: bool = False) -> Batch:
+    """Return a batch without changes that ends where the view stands, at a complete state."""
+    source = position.source or _UNKNOWN
+    checkpoint = Checkpoint(position.version, 0, 0, position.offsets, source, appended=position.appended)
+    return Batch([], position, checkpoint, loading=False, hurry=hurry)
 
 
 def _leaves(consumer: Consumer) -> bool:

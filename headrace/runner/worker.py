@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from headrace import codec
-from headrace.change import NOWHERE, Checkpoint, Position, Source, Version
+from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Batch, Consumer, Generation
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
 from headrace.log import FeedReader, Lag, Log, Reader
-from headrace.runner.parking import Parking
+from headrace.runner.parking import Parking, standing
 
 _POLL_SECONDS = 0.25
 _BACKOFF_SECONDS = (0.5, 30.0)
@@ -30,7 +30,6 @@ _ANSWER_SECONDS = 0.1
 _STEP_SECONDS = 0.005
 _BEHIND_SECONDS = 5.0
 _RATE_SECONDS = 5.0
-_UNKNOWN = Source("", 0, "", "", "")
 
 T = TypeVar("T")
 Make = Callable[[], Consumer]
@@ -154,7 +153,7 @@ class Worker(threading.Thread):
     def hurry(self, consumer: Consumer) -> None:
         """Show what is delayed, in this thread, if the view stands at a complete state and applies anything at all."""
         if self._stood is not None and self.state.delayed and not self._resting:
-            self._apply(consumer, _standing(self._stood, hurry=True))
+            self._apply(consumer, standing(_copy(self._stood), hurry=True))
 
     def release(self) -> None:
         """Go on after `hold`."""
@@ -229,7 +228,7 @@ class Worker(threading.Thread):
                 continue
             batch = reader.poll(_POLL_SECONDS if self._calls.empty() else 0.0)
             if batch is None and self._stood is not None and _is_due(consumer):
-                batch = _standing(self._stood)
+                batch = standing(_copy(self._stood))
             if batch is not None:
                 self._apply(consumer, batch)
             self._tell(consumer, reader)
@@ -342,13 +341,6 @@ def _at_a_state(reader: Reader | FeedReader) -> bool:
 def _is_due(consumer: Consumer) -> bool:
     due: Callable[[], bool] | None = getattr(consumer, "due", None)
     return due is not None and due()
-
-
-def _standing(position: Position, *, hurry: bool = False) -> Batch:
-    """Return a batch without changes that ends where the view stands, at a complete state."""
-    now = _copy(position)
-    checkpoint = Checkpoint(now.version, 0, 0, now.offsets, now.source or _UNKNOWN, appended=now.appended)
-    return Batch([], now, checkpoint, loading=False, hurry=hurry)
 
 
 def _copy(position: Position) -> Position:
