@@ -34,6 +34,10 @@ class Version(NamedTuple):
             raise Misconfigured("version-overflow", f"{self} does not fit in 15 bits of epoch and 48 bits of LSN.")
         return self.epoch << LSN_BITS | self.lsn
 
+    def before(self) -> Version:
+        """Return the version just below: up to there is everything but what came at this one."""
+        return Version(self.epoch, max(self.lsn - 1, 0))
+
     @classmethod
     def unpacked(cls, packed: int) -> Version:
         """Undo `packed`."""

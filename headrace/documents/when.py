@@ -45,5 +45,5 @@ def held_back(position: Position, left: Left | None) -> Position:
     """Return the position as the view keeps it: tokens are not answered beyond what waits to be shown (S25)."""
     if left is None:
         return position
-    before = Version(left.since.epoch, max(left.since.lsn - 1, 0))
+    before = left.since.before()
     return replace(position, held=min(position.held or before, before))

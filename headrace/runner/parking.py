@@ -65,7 +65,7 @@ class Parking:
     @property
     def held(self) -> Version | None:
         """See the class."""
-        return min((held for entries in self._held.values() for held in entries.values()), default=None)
+        return _oldest(self._held)
 
     def open(self, position: Position | None) -> None:
         """Read what is parked; of a view that begins from zero nothing is."""
@@ -135,7 +135,7 @@ class Parking:
 
     def _waiting(self, change: Change) -> Entry:
         version = change.version
-        entry = self._entry(_cursor(change), _at(change), Version(version.epoch, version.lsn - 1), version)
+        entry = self._entry(_cursor(change), _at(change), version.before(), version)
         body = change._asdict() | {"key": change.key.decode(), "version": list(version)}
         return replace(entry, reason=_BEHIND, body=body, where=places([change], self._log.topic_of))
 
@@ -205,8 +205,7 @@ class Parking:
 
     def _standing(self, position: Position, held: dict[Cursor, dict[str, Version]], changes: list[Change]) -> Batch:
         """Return a batch that changes nothing but what is parked: it ends where the view stands."""
-        oldest = min((each for entries in held.values() for each in entries.values()), default=None)
-        now = replace(position, held=oldest, parked=_collections(held))
+        now = replace(position, held=_oldest(held), parked=_collections(held))
         schemas = self._schemas | self._log.schemas() if changes else {}
         return replace(standing(now, hurry=True), changes=changes, schemas=schemas, parked=frozenset(held))
 
@@ -251,6 +250,10 @@ def _at(change: Change) -> str:
 
 def _in_order(change: Change) -> tuple[Version, int]:
     return change.version, change.ordinal
+
+
+def _oldest(held: dict[Cursor, dict[str, Version]]) -> Version | None:
+    return min((version for entries in held.values() for version in entries.values()), default=None)
 
 
 def _collections(held: dict[Cursor, dict[str, Version]]) -> tuple[str, ...]:

@@ -309,7 +309,7 @@ class Worker(threading.Thread):
         """Take in what holds tokens back: what is parked, and what the consumer delays (S25)."""
         delays: Callable[[], Version | None] | None = getattr(consumer, "pending", None)
         pending = delays() if delays else None
-        before = Version(pending.epoch, max(pending.lsn - 1, 0)) if pending else None
+        before = pending.before() if pending else None
         held = min((each for each in (self._parking.held, before) if each is not None), default=None)
         self._set(held=held, delayed=before is not None, parked=self._parking.count)
 
