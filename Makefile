@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 DIR    ?= .stack
+WORKERS ?= 2
 # What is installed is compiled, as pip does it; a fresh clone is not, and where nobody may write bytecode never would be.
 COMPILED = $(BIN)/python -m compileall -q headrace services ops .venv/lib
 
@@ -11,8 +12,8 @@ COMPILED = $(BIN)/python -m compileall -q headrace services ops .venv/lib
 demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops everything at the end
 	$(BIN)/headrace demo $(if $(ONCE),--once)
 
-test: .venv/synced           ## all tests, against real servers; TESTS=tests/unit for some of them
-	$(BIN)/python -m pytest -q $(TESTS)
+test: .venv/synced           ## all tests, by WORKERS=2 processes with real servers of their own; TESTS=tests/unit for some of them, in one
+	$(BIN)/python -m pytest -q --durations=25 $(or $(TESTS),-n $(WORKERS) --dist worksteal)
 
 soak: .venv/synced           ## KILLS=60 seeded kills of capture, broker and Postgres, the log read after each; the views too; SEED=1 is the first seed
 	$(BIN)/python tests/soak.py $(or $(KILLS),60) $(or $(SEED),1)

@@ -45,6 +45,11 @@ def headrace(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def anywhere(*names: str) -> list[str]:
+    """Options for ports that nobody else is about to take: the usual ones are free for others' tests too."""
+    return [word for name in names for word in ("--port", f"{name}={ports.choose()}")]
+
+
 def redis_call(server: Redis, *words: str) -> bytes:
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
         connection.sendall((" ".join(words) + "\r\n").encode())
@@ -189,7 +194,8 @@ def test_a_paused_server_does_not_answer_until_it_is_resumed(redis_server: Redis
 
 
 def test_up_twice_reports_the_same_processes_and_down_ends_them(folder: Path) -> None:
-    first = headrace("stack", "up", "--dir", str(folder), "--only", "postgres,redis", "--json")
+    at = anywhere("postgres", "redis")
+    first = headrace("stack", "up", "--dir", str(folder), "--only", "postgres,redis", *at, "--json")
     assert first.returncode == 0, first.stderr
     second = headrace("stack", "up", "--dir", str(folder), "--only", "postgres,redis", "--json")
     assert json.loads(first.stdout) == json.loads(second.stdout)
@@ -222,7 +228,7 @@ def test_a_plain_user_has_the_same_stack(folder: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    facts = json.loads(headrace("up", "--only", "postgres,kafka,redis", "--json"))
+    facts = json.loads(headrace("up", "--only", "postgres,kafka,redis", *anywhere("postgres", "kafka", "redis"), "--json"))
     families = [process for fact in facts for process in family(fact["pid"])]
     assert {Path(f"/proc/{process.pid}").stat().st_uid for process in families} == {uid}
     assert "not answering" not in headrace("status")
@@ -240,7 +246,8 @@ def test_when_one_server_cannot_start_the_others_do_not_stay(folder: Path) -> No
         taken.bind((ports.HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        failed = headrace("stack", "up", "--dir", str(folder), "--only", "postgres,redis", "--port", f"redis={port}")
+        at = [*anywhere("postgres"), "--port", f"redis={port}"]
+        failed = headrace("stack", "up", "--dir", str(folder), "--only", "postgres,redis", *at)
     assert failed.returncode == 3
     assert f"Port {port}, wanted for redis, is in use" in failed.stderr
     assert "--port redis=PORT" in failed.stderr
@@ -250,7 +257,7 @@ def test_when_one_server_cannot_start_the_others_do_not_stay(folder: Path) -> No
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_up_that_is_ended_half_way_leaves_nothing(folder: Path, number: signal.Signals) -> None:
     up = subprocess.Popen(
-        [HEADRACE, "stack", "up", "--dir", str(folder), "--only", "kafka"],
+        [HEADRACE, "stack", "up", "--dir", str(folder), "--only", "kafka", *anywhere("kafka")],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
