@@ -38,7 +38,6 @@ import sqlite3
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from itertools import islice
 from typing import ClassVar
 
 from headrace import codec
@@ -49,7 +48,7 @@ from headrace.documents.declaration import Node
 from headrace.documents.layout import discard
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
-from headrace.documents.unshown import CHUNK, Sent, Showing, Unshown, rows_of
+from headrace.documents.unshown import CHUNK, Sent, Showing, Unshown, chunk_of, rows_of
 from headrace.documents.when import EVER, Left, When, held_back, now
 from headrace.documents.windows import Root, Window, is_joined
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
@@ -96,8 +95,7 @@ class DocumentConsumer:
                 f"{type(self).__name__} has several documents, whose default ids can be the same.",
                 "Define id(table, key).",
             )
-        self.settings = settings
-        self.name = name
+        self.settings, self.name = settings, name
         self.progress = no_progress
         self.store = copy.copy(type(self).store)
         self.store.bind(settings, name)
@@ -260,12 +258,12 @@ class DocumentConsumer:
         done, total = 0, local.count_touched() if batch.loading else 0
         unshown = Unshown(self.settings.parked_limit)
         with closing(self._docs(local, batch, when, unshown)) as docs:
-            while len(chunk := list(islice(docs, CHUNK))) == CHUNK:
-                self._showing.write(chunk, None, unshown)
-                done += CHUNK
+            while (chunk := chunk_of(docs)).more:
+                self._showing.write(chunk.docs, None, unshown)
+                done += len(chunk.docs)
                 self.progress(done, total)
         left = local.left(when) if when.interval else None
-        self._showing.write(chunk, held_back(batch.position, left), unshown)
+        self._showing.write(chunk.docs, held_back(batch.position, left), unshown)
         unshown.check()
         local.clear_touched(when, unshown.waiting)
         local.commit(batch.position)
@@ -285,9 +283,9 @@ class DocumentConsumer:
             if cursor in batch.parked:
                 unshown.waiting.append(touched)
             elif cursor not in batch.dropped:
-                doc = self._doc(touched, cursor, version, unshown)
-                if doc is not None and (doc.body is not None or not fresh):
-                    yield Sent(touched._replace(node=None), doc)
+                sent = self._sent_or_noted(touched, cursor, version, unshown)
+                if sent is not None and (sent.doc.body is not None or not fresh):
+                    yield sent
         for id_ in local.not_rendered() if by_view else ():
             yield Sent(None, Doc(id_, None, version))
 
@@ -297,13 +295,16 @@ class DocumentConsumer:
             yield from (row.key for row in rows)
             rows = self.store.scan((rows[-1].collection, rows[-1].key), CHUNK)
 
-    def _doc(self, touched: Touched, cursor: Cursor, version: Version, unshown: Unshown) -> Doc | None:
+    def _sent_or_noted(self, touched: Touched, cursor: Cursor, version: Version, unshown: Unshown) -> Sent | None:
         try:
-            body = self._body(touched) if touched.node else None
+            return self._sent(touched, cursor[1], version)
         except Poison as error:
             unshown.add(error, cursor, rows_of(touched.node))
             return None
-        return Doc(cursor[1], body, version)
+
+    def _sent(self, touched: Touched, id_: str, version: Version) -> Sent:
+        packed = self._packed(touched)
+        return Sent(touched._replace(node=None), Doc(id_, codec.loads(packed), version), len(packed))
 
     def _of_one_row(self, local: LocalRows, changes: Sequence[Change]) -> Iterator[Sent]:
         for document in self.documents:
@@ -311,18 +312,18 @@ class DocumentConsumer:
                 if change.table == document.table:
                     touched = Touched(document, codec.decode_key(change.key), Node(change.table, change.row or {}))
                     try:
-                        doc = Doc(self.id(change.table, touched.key), self._body(touched), change.version)
+                        sent = self._sent(touched, self.id(change.table, touched.key), change.version)
                     except Poison:
                         local.touch(touched, change.version)
                     else:
-                        if doc.body is not None:
-                            yield Sent(touched._replace(node=None), doc)
+                        if sent.doc.body is not None:
+                            yield sent
 
-    def _body(self, touched: Touched) -> Row | None:
+    def _packed(self, touched: Touched) -> bytes:
         table, key = touched.document.table, touched.key
         try:
             body = self.render(touched.node) if touched.node else None
-            plain = codec.loads(codec.dumps(body))
+            packed = codec.dumps(body)
         except HeadraceError:
             raise
         except Exception as error:
@@ -331,13 +332,13 @@ class DocumentConsumer:
                 f"{type(self).__name__}.render failed for {table} {codec.dumps(key).decode()}: {error!r}.",
                 f"Mend render, then: headrace rebuild {self.name}",
             ) from error
-        if plain is not None and not isinstance(plain, dict):
+        if not packed.startswith((b"{", b"null")):
             raise Misconfigured(
                 "render-result",
                 f"{type(self).__name__}.render returned {type(body).__name__} for {table} {codec.dumps(key).decode()}.",
                 "Return a mapping, or None for no document.",
             )
-        return plain
+        return packed
 
     # Small questions
 
@@ -367,8 +368,7 @@ class DocumentConsumer:
 
 @contextmanager
 def _local_errors(local: LocalRows) -> Iterator[None]:
-    """Turn an error of SQLite into Transient: the consumer is opened again, and what was not committed is read
-    again."""
+    """Turn an error of SQLite into Transient: the consumer is opened again, and reads again what was not committed."""
     try:
         yield
     except sqlite3.OperationalError as error:

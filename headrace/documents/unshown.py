@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from headrace.change import Position
@@ -16,6 +15,8 @@ from headrace.errors import Poison
 from headrace.stores import Doc, DocumentStore
 
 CHUNK: Final = 1_000
+CHUNK_BYTES: Final = 4 << 20
+"""Of the documents of a chunk, which is ended by the one that reaches it: a few chunks are in memory at once [I10]."""
 _RECENT: Final = 3
 """Chunks that a store may still have on their way."""
 _ROWS: Final = 20
@@ -23,10 +24,30 @@ _ROWS: Final = 20
 
 
 class Sent(NamedTuple):
-    """A document that was given to the store, and what it is of, without its rows; None of one that is only known to be gone."""
+    """A document that is given to the store, and what it is of, without its rows; None of one that is only known to be gone."""
 
     touched: Touched | None
     doc: Doc
+    size: int = 0
+
+
+class Chunk(NamedTuple):
+    """What a store is given at once; `more` may follow."""
+
+    docs: list[Sent]
+    more: bool
+
+
+def chunk_of(docs: Iterator[Sent]) -> Chunk:
+    """Return the next documents, bounded in number and in bytes."""
+    chunk: list[Sent] = []
+    size = 0
+    for sent in docs:
+        chunk.append(sent)
+        size += sent.size
+        if len(chunk) == CHUNK or size >= CHUNK_BYTES:
+            return Chunk(chunk, more=True)
+    return Chunk(chunk, more=False)
 
 
 class Unshown:
@@ -96,7 +117,7 @@ class Showing:
     def early(self, local: LocalRows, docs: Iterator[Sent]) -> None:
         """Write documents of a load that goes on. Where one is refused, all that may be meant are noted as touched: the end of the load
         tries them again, and says which."""
-        while chunk := list(islice(docs, CHUNK)):
+        while chunk := chunk_of(docs).docs:
             self._recent.append({sent.doc.id: sent for sent in chunk})
             with self._noting(local):
                 self._store.write([sent.doc for sent in chunk], None, bulk=True)
@@ -117,9 +138,9 @@ class Showing:
             yield
         except Poison:
             for sents in self._recent:
-                for touched, doc in sents.values():
-                    if touched is not None:
-                        local.touch(touched, doc.version)
+                for sent in sents.values():
+                    if sent.touched is not None:
+                        local.touch(sent.touched, sent.doc.version)
             self.forget()
 
     def _refused(self, error: Poison) -> Sent | None:

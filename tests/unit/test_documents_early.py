@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrace import codec
 from headrace.change import Position, Row
-from headrace.documents import Document, Node, consumer, unshown
+from headrace.documents import Document, DocumentConsumer, Node, consumer, unshown
 from headrace.errors import Poison, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc
-from tests.fixtures.documents import PRODUCTS, Memory
+from tests.fixtures.documents import PRODUCTS, Memory, Products, World
 from tests.unit.test_documents import PRODUCT
 from tests.unit.test_documents import _take as take
 from tests.unit.test_documents_parked import Moody, Runner
@@ -190,6 +191,37 @@ def test_the_local_rows_can_be_opened_after_an_error_amid_the_documents(tmp_path
     world.run()
     world.check()
     assert kept.value.code == "store-away"
+
+
+class Weighed(Memory):
+    """Notes how many bytes of documents it was given at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[int] = []
+
+    def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:
+        self.weights.append(sum(len(codec.dumps(doc.body)) for doc in docs))
+        super().write(docs, position, bulk=bulk)
+
+
+@pytest.mark.parametrize("cls", [Single, Products])
+def test_what_a_store_is_given_at_once_is_bounded_in_bytes(
+    cls: type[DocumentConsumer], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Early, at the end of a load, and in a large batch [I10]; many small ones go together."""
+    monkeypatch.setattr(unshown, "CHUNK", 1_000)
+    monkeypatch.setattr(unshown, "CHUNK_BYTES", 5_000)
+    world = World(Settings(state=str(tmp_path / "state")), cls, Weighed())
+    for name, most in (("x" * 1_000, 6_100), ("y" * 1_000, 6_100), ("z" * 3_000, 8_100), ("small", 5_100)):
+        world.store.weights.clear()
+        for number in range(1, 41):
+            world.log.put(PRODUCTS, number, {"id": number, "category_id": None, "name": name})
+        world.log.cut()
+        world.run(piece=25)
+        assert 0 < max(world.store.weights) <= most
+        assert {body["name"] for body in world.store.bodies().values() if body} == {name}
+    assert len(world.store.weights) <= 3
 
 
 STEP = st.one_of(
