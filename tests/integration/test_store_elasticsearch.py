@@ -105,7 +105,7 @@ def test_more_deletes_than_are_removed_at_once_go_with_the_next_writes(
     store = open_store()
     store.write([doc(str(number), 100, None) for number in range(5)], at(100))
     monkeypatch.setattr(module, "_DELETED_SECONDS", -10)
-    monkeypatch.setattr(module, "_BULK_DOCS", 2)
+    monkeypatch.setattr(module, "BULK_DOCS", 2)
     reopened = open_store()
     for version in (101, 102, 103):
         reopened.write([], at(version))
@@ -200,6 +200,37 @@ def test_a_load_that_was_killed_starts_from_an_empty_index(open_store: Open) -> 
     store = open_store()
     store.write([doc("1", 2)], at(2))
     assert [row.key for row in store.scan(None, 10)] == ["1"]
+
+
+def test_a_bulk_of_an_attempt_that_ended_never_reaches_the_next(open_store: Open, stack: Stack) -> None:
+    """The next one makes the index anew, and its log may not have the row any more: no version would refuse that document."""
+    ended = open_store()
+    stack.server("elasticsearch").pause()
+    try:
+        ended.write([doc("ghost", 1)], None, bulk=True)
+        closing = threading.Thread(target=ended.close)
+        closing.start()
+        closing.join(1)
+        assert closing.is_alive(), "it is on its way"
+    finally:
+        stack.server("elasticsearch").resume()
+    closing.join(60)
+    assert not closing.is_alive()
+    store = open_store()
+    store.write([doc("1", 2)], at(2))
+    assert [row.key for row in store.scan(None, 10)] == ["1"]
+
+
+def test_a_bulk_of_an_attempt_that_ended_is_refused_where_there_is_a_position(open_store: Open) -> None:
+    """By its version, also of what is deleted (S21): what an attempt has rendered the next renders again, at that state or a later one."""
+    ended = open_store()
+    ended.write([doc("1", 1), doc("2", 1)], at(1))
+    store = open_store()
+    store.write([doc("1", 3, "newer"), doc("2", 3, None)], at(3))
+    ended.write([doc("1", 2, "older"), doc("2", 2, "older")], None, bulk=True)
+    ended.arrive()
+    store.write([doc("3", 4)], at(4))
+    assert [(row.key, row.value["name"]) for row in store.scan(None, 10)] == [("1", "newer"), ("3", "kettle")]
 
 
 def test_a_process_that_was_replaced_finds_out(open_store: Open) -> None:

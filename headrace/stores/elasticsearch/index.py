@@ -18,7 +18,8 @@ positions, not what is half written, and what `write` has returned for can be re
 refresh.
 
 *Bulks.* Where more follows, two of them are on their way at once, so that Elasticsearch indexes while the next documents are
-rendered; the call that ends it waits for all of them before it writes the position. No id is in two of them.
+rendered; the call that ends it waits for all of them before it writes the position. No id is in two of them. A bulk that is larger than
+Elasticsearch, or a proxy before it, ever takes goes in halves; a single document that is larger is poison.
 
 The alias hides what has a `headrace.kind`. `headrace.id` repeats the id, because Elasticsearch does not sort by `_id`.
 """
@@ -28,18 +29,19 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from elasticsearch import ConflictError, NotFoundError
+from elasticsearch import ApiError, ConflictError, NotFoundError
 
 from headrace import codec
-from headrace.change import Position, Row, Version
+from headrace.change import Position, Version
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc
+from headrace.stores.elasticsearch.bulks import BULK_DOCS, Action, TooLarge, bulks, halves, never_fits, written
 from headrace.stores.elasticsearch.client import body_of, client, errors, reason_of
 from headrace.stores.sending import Sending
 
@@ -56,9 +58,6 @@ _OURS: dict[str, Any] = {
         "state": {"type": "object", "enabled": False},
     }
 }
-_ACTION = b'{"index":{"_id":%b,"version":%d,"version_type":"external_gte"}}\n%b\n'
-_BULK_BYTES = 8 * 1024 * 1024
-_BULK_DOCS = 1000
 _BULKS = 2
 _PAUSES = (0.1, 0.5, 1.0, 2.0, 4.0)
 _DELETED_SECONDS = 24 * 3600
@@ -127,11 +126,11 @@ class ElasticsearchIndex:
 
         Raises:
             Transient: `elasticsearch-away`, `elasticsearch-busy`; Wiped: `view-wiped`, `view-moved`.
-            Poison: `document-refused`, with the id and Elasticsearch's reason.
+            Poison: `document-refused`, with the id and Elasticsearch's reason; `document-too-large`.
             Misconfigured: `elasticsearch-refused`, `view-taken-over`.
         """
         with errors():
-            self._write_all(((doc.id, self._action(doc)) for doc in docs), wait=not bulk)
+            self._write_all(map(written, docs), wait=not bulk)
             self._unseen = self._unseen or bool(docs)
             if position is not None:
                 self._write_position(codec.encode_position(position).decode())
@@ -157,7 +156,12 @@ class ElasticsearchIndex:
             self._client.options(ignore_status=404).indices.delete(index=self._index)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, when nothing is on its way any more.
+
+        What arrived later could not be told from what the next attempt writes: where there is a position its version is refused (S21), but
+        an index without one is made anew, and a row of which this attempt knew may be gone from the log by then.
+        """
+        self._sending.drain()
         self._client.close()
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
@@ -235,25 +239,17 @@ class ElasticsearchIndex:
 
     # Writing
 
-    def _action(self, doc: Doc) -> bytes:
-        """Return the two lines of a bulk that write a document, or its delete."""
-        ours: Row = {"id": doc.id}
-        if doc.body is None:
-            ours |= {"kind": "deleted", "at": int(time.time())}
-        body = codec.dumps({**(doc.body or {}), "headrace": ours})
-        return _ACTION % (codec.dumps(doc.id), doc.version.packed(), body)
-
-    def _write_all(self, actions: Iterable[tuple[str, bytes]], *, wait: bool = True) -> None:
+    def _write_all(self, actions: Iterable[Action], *, wait: bool = True) -> None:
         """Send actions by id in bulks, and with `wait` see that Elasticsearch has them and all that went before."""
         if wait:
             self._sending.arrive()
-        for ids, bulk in _bulks(actions):
+        for bulk in bulks(actions):
             if wait:
                 self._send(bulk)
             else:
-                self._sending.send(ids, partial(self._send, bulk))
+                self._sending.send({action.id for action in bulk}, partial(self._send, bulk))
 
-    def _send(self, bulk: bytes) -> None:
+    def _send(self, bulk: Sequence[Action]) -> None:
         """Send a bulk, again while Elasticsearch is busy, up to a point: an error here begins a rebuild again."""
         for pause in _PAUSES:
             try:
@@ -264,15 +260,25 @@ class ElasticsearchIndex:
             time.sleep(pause)
         return self._send_once(bulk)
 
-    def _send_once(self, bulk: bytes) -> None:
+    def _send_once(self, bulk: Sequence[Action]) -> None:
         with errors():
-            if not self._post(bulk, "errors")["errors"]:
-                return
-            # Which ones, and why: sent again, it says so. What has been written is written again, equal.
-            for item in self._post(bulk, "items.*._id,items.*.status,items.*.error")["items"]:
-                found = next(iter(item.values()))
-                if found["status"] >= 300:
-                    self._judge(found)
+            try:
+                for item in self._refused(b"".join(action.lines for action in bulk)):
+                    self._judge(item)
+            except (ApiError, TooLarge) as error:
+                if isinstance(error, ApiError) and not never_fits(error.status_code, str(error)):
+                    raise
+                for half in halves(bulk, self._index, self._consumer):
+                    self._send(half)
+
+    def _refused(self, bulk: bytes) -> list[dict[str, Any]]:
+        """Send a bulk; return the items that are not written."""
+        if not self._post(bulk, "errors")["errors"]:
+            return []
+        # Which ones, and why: sent again, it says so. What has been written is written again, equal.
+        items = self._post(bulk, "items.*._id,items.*.status,items.*.error")["items"]
+        found = [next(iter(item.values())) for item in items]
+        return [item for item in found if item["status"] >= 300]
 
     def _post(self, bulk: bytes, answer: str) -> Any:
         target = f"{self._index}-write"
@@ -286,6 +292,8 @@ class ElasticsearchIndex:
             return
         if status == 404:
             raise _wiped(self._index)
+        if never_fits(status, reason):
+            raise TooLarge
         if status in (429, 403) or status >= 500:
             raise Transient(
                 "elasticsearch-busy", f"Elasticsearch does not take {item['_id']}: {reason}.", "See its log."
@@ -341,14 +349,14 @@ class ElasticsearchIndex:
             return
         old = {"range": {"headrace.at": {"lt": int(time.time()) - _DELETED_SECONDS}}}
         found = self._client.search(
-            index=self._index, query=old, size=_BULK_DOCS, source=False, seq_no_primary_term=True
+            index=self._index, query=old, size=BULK_DOCS, source=False, seq_no_primary_term=True
         )
         hits = found["hits"]["hits"]
         self._write_all(
-            (hit["_id"], b"%b\n" % codec.dumps({"delete": {"_id": hit["_id"], **_sequence(hit)}})) for hit in hits
+            Action(hit["_id"], b"%b\n" % codec.dumps({"delete": {"_id": hit["_id"], **_sequence(hit)}})) for hit in hits
         )
         self._unseen = self._unseen or bool(hits)
-        if len(hits) < _BULK_DOCS:
+        if len(hits) < BULK_DOCS:
             self._purged = time.monotonic()
 
     # Reading
@@ -362,22 +370,6 @@ class ElasticsearchIndex:
             index=self._index, query=query, size=size, version=True, track_total_hits=False, **how
         )
         return [_row(hit) for hit in found["hits"]["hits"]]
-
-
-def _bulks(actions: Iterable[tuple[str, bytes]]) -> Iterator[tuple[set[str], bytes]]:
-    """Yield bodies of bounded size, each with the ids that are in it."""
-    held: list[bytes] = []
-    ids: set[str] = set()
-    size = 0
-    for id_, action in actions:
-        if held and (len(held) == _BULK_DOCS or size + len(action) > _BULK_BYTES):
-            yield ids, b"".join(held)
-            held, ids, size = [], set(), 0
-        held.append(action)
-        ids.add(id_)
-        size += len(action)
-    if held:
-        yield ids, b"".join(held)
 
 
 def _wiped(index: str) -> Wiped:
