@@ -26,22 +26,25 @@ CHECK_FAILED = 1
 USAGE = 2
 INTERRUPTED = 130
 
+_HEAD, _TAIL = 12_000, 3_000
+"""Characters of a message that are kept: it goes into reports and into what is parked, and may quote a row or what a server says of it."""
+
 
 class HeadraceError(Exception):
     """The base of every error that headrace raises on purpose.
 
     Args:
         code: The entry in `ops/runbook.md`, in words joined by hyphens.
-        message: What was seen, with names and values.
+        message: What was seen, with names and values; of a very long one the beginning and the end are kept.
         remedy: What to change or to run next; empty when the message says it.
     """
 
     exit_code = CHECK_FAILED
 
     def __init__(self, code: str, message: str, remedy: str = "") -> None:
-        super().__init__(message)
+        self.message = message if len(message) <= _HEAD + _TAIL else f"{message[:_HEAD]} … {message[-_TAIL:]}"
+        super().__init__(self.message)
         self.code = code
-        self.message = message
         self.remedy = remedy
 
     def __str__(self) -> str:

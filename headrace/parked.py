@@ -67,15 +67,19 @@ class Entry:
         """Return what it is an entry of."""
         return self.collection, self.key
 
+    def body_cut(self) -> Misconfigured:
+        """Return the refusal of a change that is not there as a whole."""
+        return Misconfigured(
+            "parked-body-cut",
+            f"The change of {self.collection} {self.key} was too large to be kept whole.",
+            f"Run: headrace parked drop {self.name} --collection {self.collection} '{self.key}', then headrace resnapshot "
+            f"{self.collection}: it comes again.",
+        )
+
     def change(self) -> Change:
         """Return the change that was parked. Raises Misconfigured: `parked-body-cut`."""
         if self.cut:
-            raise Misconfigured(
-                "parked-body-cut",
-                f"The change of {self.collection} {self.key} was too large to be kept whole.",
-                f"Run: headrace parked drop {self.name} --collection {self.collection} '{self.key}', then headrace resnapshot "
-                f"{self.collection}: it comes again.",
-            )
+            raise self.body_cut()
         read = dict(self.body)
         return Change(**read | {"key": read["key"].encode(), "version": Version(*read["version"])})
 

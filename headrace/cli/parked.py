@@ -97,7 +97,8 @@ def retry(
 ) -> None:
     """Try again what is parked, when the cause is gone: a mapping that was changed, a receiver that was mended, a row that is another now.
 
-    Of rows the changes that wait are applied in their order; a document is shown as it is now. What still cannot be done stays parked.
+    Of rows the changes that wait are applied in their order; a document is shown as it is now. What still cannot be done stays parked, and
+    so does, with what to run instead, a row of which a change was too large to be kept whole.
     New code is another matter: `headrace rebuild NAME` builds anew with it.
 
     Exit codes: 0 it is done; 1 something still cannot be done; 2 neither a key nor --all is given; 3 nothing is parked there, or no process
@@ -117,8 +118,8 @@ def retry(
         for each in answer["done"]:
             out.print(f"[green]done[/green] {name} {escape(' '.join(each))}")
         for each in answer["left"]:
-            said = escape(f"{each['collection']} {each['key']}: {each['reason']}")
-            out.print(f"[red]still parked[/red] {name} {said}")
+            said = escape(f"{each['collection']} {each['key']}: {each['reason']} {each['remedy']}".rstrip())
+            out.print(f"[red]still parked[/red] {name} {said}", soft_wrap=True)
     if answer["left"]:
         raise typer.Exit(CHECK_FAILED)
 

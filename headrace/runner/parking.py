@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from headrace.change import Change, Checkpoint, Position, Source, TableSchema, Version
 from headrace.consumer import Batch, Consumer, Cursor, Generation
-from headrace.errors import Misconfigured, Poison
+from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.log import Log
 from headrace.parked import Entry, Shelf
 from headrace.runner.poison import among, placed, places
@@ -169,7 +169,8 @@ class Parking:
         Raises:
             Misconfigured: `not-parked`, `parked-body-cut`. Poison: one that does not say of which record it is.
         """
-        entries, failed = self._chosen(chosen), dict[Cursor, Poison]()
+        entries, cut = self._whole(consumer, self._chosen(chosen))
+        failed: dict[Cursor, Poison] = {}
         wanted = {entry.cursor for entry in entries}
         changes = [] if _leaves(consumer) else sorted((entry.change() for entry in entries), key=_in_order)
         while True:
@@ -186,7 +187,20 @@ class Parking:
         done = [entry for entry in entries if entry.cursor not in failed]
         self._forget(done)
         still = [self._told(entry, failed[entry.cursor]) for entry in entries if entry.cursor in failed and entry.code]
+        still += [_because(entry, entry.body_cut()) for entry in cut]
         return Retried(list(dict.fromkeys(entry.cursor for entry in done)), still)
+
+    def _whole(self, consumer: Consumer, entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+        """Return what can be tried again, and an entry of each key that cannot: a change of it is not there as a whole.
+
+        Raises:
+            Misconfigured: `parked-body-cut`, when that is all of them.
+        """
+        cut = {} if _leaves(consumer) else {entry.cursor: entry for entry in entries if entry.cut}
+        whole = [entry for entry in entries if entry.cursor not in cut]
+        if not whole:
+            raise next(iter(cut.values())).body_cut()
+        return whole, list(cut.values())
 
     def drop(self, consumer: Consumer, chosen: Callable[[Cursor], bool], position: Position) -> list[Entry]:
         """Give up what is chosen; return it. Raises Misconfigured: `not-parked`."""
@@ -225,7 +239,7 @@ class Parking:
         return self._shelf.entries(self._name, self._number)
 
 
-def _because(entry: Entry, error: Poison) -> Entry:
+def _because(entry: Entry, error: HeadraceError) -> Entry:
     return replace(entry, code=error.code, reason=error.message, remedy=error.remedy)
 
 

@@ -590,3 +590,51 @@ def test_a_body_that_is_too_large_is_cut_and_says_so(feed: Feed, settings: Setti
             control.ask("picky", "retry")
         assert cut.value.code == "parked-body-cut"
         assert f"headrace parked drop picky --collection {ITEMS} '{TWO}'" in cut.value.remedy
+
+
+def test_a_retry_of_all_leaves_what_is_cut_and_does_the_rest(feed: Feed, settings: Settings) -> None:
+    wide = "x" * 4_000
+    feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
+    forbid(settings, 13, wide)
+    with serving(replace(settings, message_max_bytes=3_000), picky=Picky) as control:
+        await_live(control, "picky")
+        feed.cut((ITEMS, 2, wide), (ITEMS, 3, 13))
+        feed.cut((ITEMS, 2, 14))
+        await_parked(control, "picky", 3)
+        assert [entry.cut for entry in Shelf(feed.log).entries("picky")] == [True, False, False]
+        reasons = [entry.reason for entry in Shelf(feed.log).entries("picky")]
+        forbid(settings)
+        answer = told(settings, "parked", "retry", "picky", "--all", code=1)
+        (left,) = answer["left"]
+        assert (answer["done"], left["key"], left["code"]) == ([[ITEMS, THREE]], TWO, "parked-body-cut")
+        assert Plain(settings, "picky").rows() == {ONE: 10, TWO: 20, THREE: 13}
+        assert [entry.reason for entry in Shelf(feed.log).entries("picky")] == reasons[:2], "why it was parked is kept"
+        said = command(settings, "parked", "retry", "picky", "--all")
+        assert said.exception.code == "parked-body-cut", "it is all that is left"  # type: ignore[union-attr]
+        command(settings, "parked", "drop", "picky", "--all", "--yes")
+        feed.cut((ITEMS, 2, 15))
+        eventually("the row comes again", lambda: Plain(settings, "picky").rows() == {ONE: 10, TWO: 15, THREE: 13})
+
+
+class Wordy(Picky):
+    """Quotes far too much."""
+
+    def apply(self, batch: Batch) -> None:
+        try:
+            super().apply(batch)
+        except Poison as error:
+            raise Poison(error.code, f"{error.message} {'x' * 20_000_000} the end", cursor=error.cursor) from error
+
+
+def test_a_huge_reason_is_cut_and_no_entry_or_report_is_too_large_for_it(feed: Feed, settings: Settings) -> None:
+    feed.cut((ITEMS, 1, 10))
+    forbid(settings, 13)
+    with serving(replace(settings, parked_limit=1), wordy=Wordy, beside=Beside) as control:
+        await_live(control, "wordy")
+        feed.cut((ITEMS, 2, 13))
+        await_parked(control, "wordy", 1)
+        (entry,) = Shelf(feed.log).entries("wordy")
+        assert (entry.reason.startswith(f"{TWO} has 13. xxx"), entry.reason.endswith("xxx the end")) == (True, True)
+        assert (len(entry.reason) < 20_000, entry.cut, entry.change().row) == (True, False, {"id": 2, "n": 13})
+        feed.cut((ITEMS, 3, 13))
+        eventually("it stops and says so", lambda: report(control, "wordy").code == "too-many-parked")
