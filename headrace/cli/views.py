@@ -177,9 +177,10 @@ def drop(
 def pause(name: Name, json: AsJson = False) -> None:
     """Let a view stand still: readers keep the state that it shows, and nothing is applied, until `headrace resume`.
 
-    All of its generations stand, also one that is being built. It stays so when its process is started again; `headrace status` says
-    `paused`, and `--check` fails. A view that is paused for longer than HEADRACE_DELETE_RETENTION_MS (7 days) is refused when it goes on,
-    for it would keep rows whose deletes are forgotten: rebuild it then. A build begins again from zero.
+    All of its generations stand, also one that is being built; what a view debounces is shown first. It stays so when its process is
+    started again; `headrace status` says `paused`, and `--check` fails. A view that is paused for longer than HEADRACE_DELETE_RETENTION_MS
+    (7 days) is refused when it goes on, for it would keep rows whose deletes are forgotten: rebuild it then. A build begins again from
+    zero.
 
     Exit codes: 0 it stands; 3 it is dropped, or no process runs it; 5 a server or that process does not answer.
 

@@ -22,6 +22,7 @@ from headrace.runner.worker import Worker
 PAUSED, DROPPED = "paused", "dropped"
 CALL_SECONDS = 120.0
 _STANDING = "standing"
+_STATE_SECONDS = 15.0
 
 
 class Generations:
@@ -89,9 +90,23 @@ class Generations:
         self._control.keep(self.name, _STANDING, {"phase": phase} if phase else None)
         self.standing = phase
         for worker in self.workers.values():
-            worker.paused = phase == PAUSED
-            if worker.paused and worker.state.phase not in {"stopped", "waiting"}:
+            if phase == PAUSED:
+                self._pause(worker)
+            else:
+                worker.paused = False
+
+    def _pause(self, worker: Worker) -> None:
+        """Let a generation stand, if it can soon at the end of a state and with all shown: readers keep that for long."""
+        stood = worker.paused or worker.still or worker.state.phase in {"stopped", "waiting"}
+        try:
+            if not stood and worker.state.exact:
+                with suppress(HeadraceError):  # it says itself what it lacks
+                    worker.hold(CALL_SECONDS, _STATE_SECONDS)
+            worker.paused = True
+            if not stood and worker.state.phase != "waiting":
                 self.wait_for(worker, lambda _consumer: None)
+        finally:
+            worker.release()
 
     # Which
 

@@ -133,6 +133,26 @@ def test_a_held_view_shows_everything(carts: Settings) -> None:
         control.ask("carts", "release")
 
 
+def test_a_paused_view_shows_everything_also_after_a_restart(carts: Settings) -> None:
+    pages = Pages(carts)
+    with capturing(carts) as capture:
+        with serving(carts, carts=Carts) as control:
+            capture.reach()
+            await_live(control, "carts")
+            waits = made_wait(carts, pages)
+            control.ask("carts", "pause")
+            assert pages.show(carts)
+            assert pages.applied().lsn >= waits
+            eventually("it is told", lambda: phases(control)[1] == "paused")
+        with serving(carts, carts=Carts) as control:
+            execute(carts, "UPDATE carts SET name = 'new' WHERE id = 4")
+            capture.reach()
+            eventually("it is paused", lambda: phases(control)[1] == "paused")
+            assert not pages.show(carts), "it stands"
+            control.ask("carts", "resume")
+            eventually("it goes on", lambda: pages.show(carts))
+
+
 def test_single_rows_and_counts_are_of_one_state(carts: Settings) -> None:
     """Verify's second look: nothing waits in what it is given."""
     with capturing(carts) as capture, serving(carts, carts=Carts) as control:
