@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,13 @@ from headrace.settings import load
 _KINDS = {"added": "green", "removed": "red", "changed": "yellow"}
 _SIGNS = {"added": "+", "removed": "-", "changed": "~"}
 _WIDE = 60
+_KEEPER = """
+import shutil, sys, tempfile
+folder = tempfile.mkdtemp(prefix="headrace-replay-")
+print(folder, flush=True)
+sys.stdin.read()
+shutil.rmtree(folder, ignore_errors=True)
+"""
 
 
 def replay(
@@ -46,7 +54,7 @@ def replay(
 
     It is built from the log into a scratch generation of the same store, which never becomes live and is dropped at the end. Both are
     compared at one LSN: so the live view stands still, readable, while it is read, and goes on afterwards; within a minute also when this
-    command is killed. What a killed one leaves behind the next one drops: one replay of a NAME at a time.
+    command is killed. What a killed one leaves in the store the next one drops: one replay of a NAME at a time.
 
     Exit codes: 0 nothing would change; 1 something would; 2 no consumer is named; 3 something must be changed first, or no process runs
     the live view; 4 the new code cannot apply a record; 5 a server or that process does not answer.
@@ -79,8 +87,8 @@ def replay(
 
 
 def _compared(log: Log, held: Held, name: str, made: Any, limit: int) -> Comparison:
-    with tempfile.TemporaryDirectory(prefix="headrace-replay-") as folder:
-        scratch = Scratch(log, name, made, Path(folder))
+    with _folder() as folder:
+        scratch = Scratch(log, name, made, folder)
         try:
             least = _built(scratch)
             return compare(held, scratch, least, limit)
@@ -88,6 +96,19 @@ def _compared(log: Log, held: Held, name: str, made: Any, limit: int) -> Compari
             with suppress(HeadraceError):
                 held.release()
             scratch.drop()
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Give a new folder. A process beside us makes it, and removes it when we end, also when we are killed."""
+    command = [sys.executable, "-c", _KEEPER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as keeper:
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        yield Path(keeper.stdout.readline().rstrip("\n"))
 
 
 def _built(scratch: Scratch) -> Any:

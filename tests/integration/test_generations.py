@@ -480,14 +480,18 @@ def test_the_same_code_changes_nothing_in_any_store_while_all_rows_change(
 
 
 @pytest.mark.usefixtures("redis_server")
-def test_what_a_killed_replay_leaves_behind_the_next_one_drops(settings: Settings) -> None:
+def test_what_a_killed_replay_leaves_behind_the_next_one_drops(settings: Settings, tmp_path: Path) -> None:
+    """And its folder goes at once."""
     prepare(settings, *ticks.MAKE)
     words = ("replay", "pages", "--consumer", f"{ticks.FILE}:TicksPages")
+    env = os.environ | environment(settings) | {"TMPDIR": str(tmp_path)}
     with captured(settings, pages=ticks.TicksPages) as control:
-        process = subprocess.Popen([sys.executable, "-m", "headrace", *words], env=os.environ | environment(settings))
+        process = subprocess.Popen([sys.executable, "-m", "headrace", *words], env=env)
         eventually("it has begun to build", lambda: leftovers(settings, "pages", ticks.TicksPages))
+        assert list(tmp_path.glob("headrace-replay-*/*.sqlite"))
         process.kill()
         process.wait()
+        eventually("its folder is gone", lambda: not list(tmp_path.glob("headrace-replay-*")))
         assert leftovers(settings, "pages", ticks.TicksPages), "killed before its end"
         control.ask("pages", "release")
         assert headrace(settings, *words).returncode == 0
