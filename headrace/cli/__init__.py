@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 import typer
 
 from headrace import errors
-from headrace.cli import parked, replay, run, scaffold, status, views, why
+from headrace.cli import parked, replay, run, scaffold, status, views, wait, why
 from headrace.cli.show import print_error
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("rollback")(views.rollback)
 app.command("drop")(views.drop)
 app.command("pause")(views.pause)
 app.command("resume")(views.resume)
+app.command("wait")(wait.wait)
 app.command("replay")(replay.replay)
 app.command("why")(why.why)
 app.add_typer(parked.app, name="parked")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from headrace.change import format_lsn
 from headrace.cli.show import out, print_json, seconds, size
+from headrace.cli.source import source_facts
 from headrace.control import Control, Report
 from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured
 from headrace.log import Log
@@ -92,16 +92,12 @@ def _facts(settings: Settings, control: Control, name: str | None) -> Facts:
 
 
 def _slot(settings: Settings) -> Facts:
-    """Ask the source's own service for its slot; what speaks to Postgres is never part of the library [I11]."""
     if settings.feed == "debezium":
         return {"feed": "debezium"}
-    for entry in entry_points(group="headrace.sources"):
-        try:
-            facts: Facts = entry.load()(settings)
-        except HeadraceError as error:
-            return {"error": error.message, "remedy": error.remedy}
-        return facts
-    return {}
+    try:
+        return source_facts(settings)
+    except HeadraceError as error:
+        return {"error": error.message, "remedy": error.remedy}
 
 
 def _said(report: Report, source: Report | None) -> Facts:

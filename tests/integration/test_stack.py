@@ -228,7 +228,9 @@ def test_a_plain_user_has_the_same_stack(folder: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    facts = json.loads(headrace("up", "--only", "postgres,kafka,redis", *anywhere("postgres", "kafka", "redis"), "--json"))
+    facts = json.loads(
+        headrace("up", "--only", "postgres,kafka,redis", *anywhere("postgres", "kafka", "redis"), "--json")
+    )
     families = [process for fact in facts for process in family(fact["pid"])]
     assert {Path(f"/proc/{process.pid}").stat().st_uid for process in families} == {uid}
     assert "not answering" not in headrace("status")

@@ -44,7 +44,7 @@ def test_a_command_has_an_example_and_its_exit_codes(words: str) -> None:
 
 def test_the_commands_of_every_service_are_there() -> None:
     expected = (
-        "run plugins settings status rebuild promote rollback drop pause resume replay why "
+        "run plugins settings status rebuild promote rollback drop pause resume wait replay why "
         "setup teardown capture resnapshot verify sql demo"
     )
     parked = [f"parked {name}" for name in ("list", "show", "retry", "drop")]

@@ -27,7 +27,7 @@ from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
-from headrace.parked import records_parked
+from headrace.waiting import check_whole, reached
 from headrace_verify.counts import Counted, drift
 from headrace_verify.deciding import Deciding, Progress
 from headrace_verify.excuses import Take, excuse
@@ -38,7 +38,6 @@ from headrace_verify.postgres import Connection, Moment, connect, moment, publis
 from headrace_verify.view import View, check, write
 
 _WRITE = 1000
-_POLL_SECONDS = 0.1
 
 
 @dataclass(slots=True)
@@ -161,7 +160,7 @@ class Verifier:
         if found[0].fingerprint != fingerprint(consumer):
             said = f"Generation {found[0].generation} of {name} was built by other code than is installed here."
             raise Misconfigured("stale-generation", said, f"Run: headrace rebuild {name}")
-        _check_running(found[0])
+        check_whole(found[0])
         return found[0]
 
     def _checkpoint(self) -> Checkpoint:
@@ -206,20 +205,8 @@ class Verifier:
 
     def _await(self, name: str, generation: int, wanted: Version) -> None:
         """Wait until readers of the view see everything up to X."""
-        deadline = time.monotonic() + self._timeout
-        while True:
-            found = [r for r in self._control.running(name) if r.generation == generation]
-            if not found:
-                said = f"Generation {generation} of {name} is gone."
-                raise Misconfigured("no-live-generation", said, "Run verify again.")
-            if found[0].version >= wanted:
-                return
-            _check_running(found[0])
-            if time.monotonic() > deadline:
-                said = f"{name} is at {found[0].version}, Postgres at {wanted}, after {self._timeout:.0f} s."
-                raise Transient("view-behind", said, "See: headrace status")
-            self._progress(f"{name}: waiting for {format_lsn(wanted.lsn)}", 0, 0)
-            time.sleep(_POLL_SECONDS)
+        said = f"{name}: waiting for {format_lsn(wanted.lsn)}"
+        reached(self._control, name, wanted, self._timeout, generation, lambda: self._progress(said, 0, 0))
 
     # Rows without a key
 
@@ -276,16 +263,6 @@ def _postgres_errors() -> Iterator[None]:
     except psycopg.Error as error:
         said = f"Reading Postgres broke off: {' '.join(str(error).split())}."
         raise Transient("postgres-away", said, "Run verify again.") from error
-
-
-def _check_running(report: Report) -> None:
-    """Refuse a view that has stopped, with its reason, and one that cannot equal Postgres because records are parked."""
-    if parked := report.facts.get("parked"):
-        raise records_parked(report.name, report.generation, parked)
-    if report.phase in {"stopped", "stale"}:
-        said = f"{report.name} has stopped at {report.version}: {report.reason or report.phase}"
-        remedy = report.remedy or f"Run: headrace rebuild {report.name}"
-        raise Misconfigured(report.code or "stale-generation", said, remedy)
 
 
 def _inexact(checkpoint: Checkpoint, expected: Expectation) -> list[str]:

@@ -1,0 +1,72 @@
+"""Waiting until readers of a view see everything up to a version: what a causality token is for (S25).
+
+A view says once a second how far it is, so that is how soon it is known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from headrace.change import Version
+from headrace.control import Control, Report
+from headrace.errors import Misconfigured, Transient
+from headrace.parked import records_parked
+
+_POLL_SECONDS = 0.1
+
+
+def reached(
+    control: Control,
+    name: str,
+    wanted: Version,
+    seconds: float,
+    generation: int | None = None,
+    told: Callable[[], None] = lambda: None,
+) -> Report:
+    """Wait until a generation of a view, the live one when None, shows `wanted`; return what it says then. `told` is called meanwhile.
+
+    Raises:
+        Misconfigured: `consumer-not-running`, `no-live-generation`, `records-parked`, `view-paused`, `stale-generation`, and what
+            stopped the view: it will not come there.
+        Transient: `view-behind`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        report = _of(control, name, generation)
+        if report is not None and report.version >= wanted:
+            return report
+        if report is not None:
+            check_whole(report)
+            _check_not_paused(report)
+        if time.monotonic() > deadline:
+            stands = f"is at {report.version}" if report else "has no live generation"
+            said = f"{name} {stands}, not at {wanted}, after {seconds:.0f} s."
+            raise Transient("view-behind", said, "See: headrace status")
+        told()
+        time.sleep(_POLL_SECONDS)
+
+
+def check_whole(report: Report) -> None:
+    """Refuse a view that has stopped, with its reason, and one that cannot equal Postgres because records are parked."""
+    if parked := report.facts.get("parked"):
+        raise records_parked(report.name, report.generation, parked)
+    if report.phase in {"stopped", "stale"}:
+        said = f"{report.name} has stopped at {report.version}: {report.reason or report.phase}"
+        remedy = report.remedy or f"Run: headrace rebuild {report.name}"
+        raise Misconfigured(report.code or "stale-generation", said, remedy)
+
+
+def _check_not_paused(report: Report) -> None:
+    if report.phase == "paused":
+        said = f"{report.name} is paused at {report.version}."
+        raise Misconfigured("view-paused", said, f"Run: headrace resume {report.name}")
+
+
+def _of(control: Control, name: str, generation: int | None) -> Report | None:
+    found = [
+        each for each in control.running(name) if (each.live if generation is None else each.generation == generation)
+    ]
+    if not found and generation is not None:
+        raise Misconfigured("no-live-generation", f"Generation {generation} of {name} is gone.", "Run it again.")
+    return found[0] if found else None

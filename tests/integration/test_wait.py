@@ -1,0 +1,99 @@
+"""`headrace wait`: who waits for his write sees it, and who would wait in vain is told at once (S25)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pytest
+from typer.testing import CliRunner, Result
+
+from headrace.change import format_lsn
+from headrace.cli import app
+from headrace.control import Control
+from headrace.errors import HeadraceError
+from headrace.settings import Settings, environment
+from tests.fixtures.capture import Running, capturing, eventually, execute, now, prepare, rows
+from tests.fixtures.parked import Picky, forbid
+from tests.fixtures.plain import Plain
+from tests.fixtures.serving import await_live, serving
+
+VIEW = "plain"
+
+
+def command(settings: Settings, *words: str) -> Result:
+    return CliRunner().invoke(app, words, env=environment(settings) | {"COLUMNS": "200"})
+
+
+def refused(settings: Settings, *words: str) -> HeadraceError:
+    error = command(settings, "wait", *words).exception
+    assert isinstance(error, HeadraceError), error
+    return error
+
+
+def selected(settings: Settings) -> dict[str, int]:
+    return dict(rows(settings, """SELECT format('{"id":%s}', id), n FROM items"""))
+
+
+@pytest.fixture
+def capture(settings: Settings) -> Iterator[Running]:
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1)")
+    with capturing(settings) as running:
+        running.reach()
+        yield running
+
+
+def test_what_is_committed_is_seen_when_the_wait_is_over(settings: Settings, capture: Running) -> None:
+    with serving(settings, plain=Plain) as control:
+        await_live(control, VIEW)
+        for number in range(2, 7):
+            execute(settings, f"INSERT INTO items VALUES ({number}, {number})", f"UPDATE items SET n = n + {number}")
+            ended = command(settings, "wait", VIEW, "--json")
+            assert Plain(settings, VIEW).rows() == selected(settings)
+            (told,) = orjson.loads(ended.stdout)
+            assert (ended.exit_code, told["consumer"], told["generation"], told["epoch"]) == (0, VIEW, 1, 1)
+        execute(settings, "DELETE FROM items WHERE id = 3")
+        token = f"1@{format_lsn(now(settings))}"
+        said = command(settings, "wait", VIEW, "--lsn", token)
+        assert Plain(settings, VIEW).rows() == selected(settings)
+        assert (said.exit_code, token in said.stdout) == (0, True)
+        execute(settings, "CREATE TABLE unrelated AS SELECT 1 AS n")
+        assert command(settings, "wait", VIEW).exit_code == 0, "also for what touched no captured table"
+
+
+def test_what_does_not_come_in_time_is_told_with_where_the_view_is(settings: Settings, capture: Running) -> None:
+    with serving(settings, plain=Plain) as control:
+        await_live(control, VIEW)
+        assert command(settings, "wait", VIEW).exit_code == 0
+        capture.stop()
+        execute(settings, "INSERT INTO items VALUES (2, 2)")
+        error = refused(settings, VIEW, "--timeout", "0.5")
+        assert (error.code, error.exit_code, format_lsn(now(settings)) in error.message) == ("view-behind", 5, True)
+
+
+def test_who_would_wait_in_vain_is_told_at_once(settings: Settings, capture: Running) -> None:
+    assert refused(settings, VIEW).code == "consumer-not-running"
+    with serving(settings, plain=Picky) as control:
+        await_live(control, VIEW)
+        assert command(settings, "wait", VIEW, "--lsn", "soon").exit_code == 2
+        assert refused(settings, VIEW, "--lsn", "0@0/1").code == "token-void"
+        forbid(settings, 13)
+        execute(settings, "INSERT INTO items VALUES (2, 13)")
+        eventually("it is parked", lambda: facts(control).get("parked"))
+        assert refused(settings, VIEW).code == "records-parked"
+        forbid(settings)
+        control.ask(VIEW, "retry")
+        control.ask(VIEW, "pause")
+        execute(settings, "INSERT INTO items VALUES (3, 3)")
+        eventually("it says so", lambda: control.running(VIEW)[0].phase == "paused")
+        assert refused(settings, VIEW).code == "view-paused"
+        control.ask(VIEW, "resume")
+        eventually("it goes on", lambda: control.running(VIEW)[0].phase == "live")
+        assert command(settings, "wait", VIEW).exit_code == 0
+        assert Plain(settings, VIEW).rows() == selected(settings)
+
+
+def facts(control: Control) -> dict[str, Any]:
+    (report,) = control.running(VIEW)
+    return report.facts
