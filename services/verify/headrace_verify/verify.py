@@ -89,8 +89,8 @@ class Verifier:
             generation: Which one of each; the live one when None.
 
         Raises:
-            Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, `records-parked`, and
-                what stopped a view.
+            Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, `records-parked`,
+                `view-paused`, and what stopped a view.
             Transient: `view-behind`, `postgres-away`.
         """
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
