@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = 420
-"""Longer than it takes on two cores beside the servers of this session."""
+SECONDS = 900
+"""Longer than it takes on two cores beside the other tests and their servers."""
 
 
 @pytest.mark.timeout(SECONDS + 60)

@@ -121,7 +121,7 @@ def kill_and_start(system: System, victim: str, meanwhile: int) -> None:
     )
 
 
-@pytest.mark.timeout(120 + 90 * REBUILDS)
+@pytest.mark.timeout(600 + 90 * REBUILDS)
 @pytest.mark.usefixtures("redis_server")
 def test_readers_of_every_store_see_whole_and_newer_states_only_over_rebuilds_with_kills(
     system: System, elasticsearch: Elasticsearch
