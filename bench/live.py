@@ -1,4 +1,4 @@
-"""The live path: how long after a commit the change is in the log, and how long until each view shows it.
+"""The live path: how long after a commit the change is in the log, and how long until a view shows it.
 
 One thread updates single rows at a steady rate, one reads the log as a plain `read_committed` reader does, and one for each view asks
 again and again for the row that was committed last, until the view shows it. All look at the same clock. So a figure has the time of a
@@ -67,7 +67,7 @@ class Live:
         self._committed: dict[int, float] = {}
         self._logged: dict[int, float] = {}
         self._seen: dict[str, dict[int, float]] = {view: {} for view in asks}
-        self._newest = 0
+        self._base = self._newest = int(source.value("SELECT max(quantity) FROM orders"))
         self._ended = threading.Event()
 
     def measure(self, rate: int, seconds: int, warm: int) -> list[Shown]:
@@ -81,7 +81,7 @@ class Live:
         self._ended.set()
         for thread in threads:
             thread.join(_PATIENCE)
-        return [self._shown(view, rate * warm) for view in self._asks]
+        return [self._shown(view, self._base + rate * warm) for view in self._asks]
 
     def _shown(self, view: str, after: int) -> Shown:
         seen = {number: at for number, at in self._seen[view].items() if number > after}
@@ -95,8 +95,8 @@ class Live:
     def _write(self, count: int, rate: int) -> None:
         with psycopg.connect(self._source.dsn, autocommit=True) as connection:
             began = time.monotonic()
-            for number in range(1, count + 1):
-                time.sleep(max(0.0, began + number / rate - time.monotonic()))
+            for number in range(self._base + 1, self._base + count + 1):
+                time.sleep(max(0.0, began + (number - self._base) / rate - time.monotonic()))
                 connection.execute("UPDATE orders SET quantity = %s WHERE id = %s", [number, _row_of(number)])
                 self._committed[number] = time.monotonic()
                 self._newest = number
@@ -114,7 +114,7 @@ class Live:
                         self._logged.setdefault(row["quantity"], now)
 
     def _look(self, view: str, ask: Ask) -> None:
-        last = 0
+        last = self._base
         while not self._ended.is_set():
             number = self._newest
             if number == last:

@@ -1,6 +1,8 @@
 """The fastest loaders that we could write: each reads a whole topic and fills a store, once, and does nothing else.
 
     python -m bench.loaders search TOPIC
+    python -m bench.loaders updates TOPIC OFFSET       # into the index that `search` has made
+    python -m bench.loaders joined PRODUCTS REVIEWS    # the reviews wait in memory
 
 They know nothing of positions, deletes, schemas or restarts; they are what a rebuild is held against. They read with the same client
 (`confluent_kafka`, batches of 10 000), decode with the same library and write the same documents with the same mapping, settings and
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import http.client
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +27,7 @@ import pyarrow as pa
 import redis
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, TopicPartition
 
-from bench.viewed import INDEX_SETTINGS, ORDER_MAPPINGS, order_document, order_page
+from bench.viewed import INDEX_SETTINGS, ORDER_MAPPINGS, PRODUCT_MAPPINGS, order_document, order_page, product_document
 from headrace.settings import Settings, load
 
 INDEX: Final = "loaded-search"
@@ -49,9 +51,39 @@ CREATE TABLE orders (
 
 
 def search(settings: Settings, topic: str) -> None:
-    """Fill an index, two bulks at a time."""
-    client = elasticsearch.Elasticsearch(settings.elasticsearch, request_timeout=60)
-    client.indices.create(index=INDEX, mappings=ORDER_MAPPINGS, settings={**INDEX_SETTINGS, "refresh_interval": -1})
+    """Fill an index."""
+    _make(settings, ORDER_MAPPINGS)
+    updates(settings, topic, str(OFFSET_BEGINNING))
+
+
+def updates(settings: Settings, topic: str, start: str) -> None:
+    """Write what a topic has from an offset on."""
+    _fill(settings, (b"".join(map(_order, messages)) for messages in _chunks(settings, topic, _CHUNK, int(start))))
+
+
+def joined(settings: Settings, products: str, reviews: str) -> None:
+    """Fill an index with products, each with its reviews."""
+    _make(settings, PRODUCT_MAPPINGS)
+    of: dict[int, list[dict[str, Any]]] = {}
+    for messages in _chunks(settings, reviews, _ROWS):
+        for message in messages:
+            review = _row(message)
+            of.setdefault(review["product_id"], []).append(review)
+
+    def product(message: Message) -> bytes:
+        row = _row(message)
+        return _action(message, row["id"], product_document(row, of.get(row["id"], ())))
+
+    _fill(settings, (b"".join(map(product, messages)) for messages in _chunks(settings, products, _CHUNK)))
+
+
+def _make(settings: Settings, mappings: Mapping[str, Any]) -> None:
+    how = {**INDEX_SETTINGS, "refresh_interval": -1}
+    elasticsearch.Elasticsearch(settings.elasticsearch).indices.create(index=INDEX, mappings=mappings, settings=how)
+
+
+def _fill(settings: Settings, bulks: Iterable[bytes]) -> None:
+    """Send bulks, two at a time."""
     address = urlparse(settings.elasticsearch)
 
     def post(body: bytes) -> None:
@@ -63,21 +95,24 @@ def search(settings: Settings, topic: str) -> None:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         running: list[Future[None]] = []
-        for messages in _chunks(settings, topic, _CHUNK):
-            body = b"".join(map(_action, messages))
+        for body in bulks:
             if len(running) > _THREADS:
                 running.pop(0).result()
             running.append(pool.submit(post, body))
         for future in running:
             future.result()
-    client.indices.refresh(index=INDEX)
+    elasticsearch.Elasticsearch(settings.elasticsearch, request_timeout=60).indices.refresh(index=INDEX)
 
 
-def _action(message: Message) -> bytes:
+def _order(message: Message) -> bytes:
     row = _row(message)
+    return _action(message, row["id"], order_document(row))
+
+
+def _action(message: Message, id_: int, body: Mapping[str, Any]) -> bytes:
     lsn = int(dict(message.headers() or ())["lsn"] or 0)
-    about = b'{"index":{"_id":"%d","version":%d,"version_type":"external_gte"}}\n' % (row["id"], lsn)
-    return about + orjson.dumps(order_document(row)) + b"\n"
+    about = b'{"index":{"_id":"%d","version":%d,"version_type":"external_gte"}}\n' % (id_, lsn)
+    return about + orjson.dumps(body) + b"\n"
 
 
 def pages(settings: Settings, topic: str) -> None:
@@ -112,17 +147,18 @@ def count(settings: Settings) -> int:
     return int(row[0])
 
 
-def _chunks(settings: Settings, topic: str, size: int) -> Iterator[list[Message]]:
-    """Yield the records of a topic in pieces, to its end."""
+def _chunks(settings: Settings, topic: str, size: int, start: int = OFFSET_BEGINNING) -> Iterator[list[Message]]:
+    """Yield the records of a topic in pieces, from an offset to its end."""
     options = {
         "bootstrap.servers": settings.kafka,
         "group.id": "bench-loader",
         "isolation.level": "read_committed",
         "enable.auto.commit": False,
         "enable.partition.eof": True,
+        "fetch.queue.backoff.ms": 20,  # else it waits for a second whenever much is there
     }
     with closing(Consumer(options)) as consumer:
-        consumer.assign([TopicPartition(topic, 0, OFFSET_BEGINNING)])
+        consumer.assign([TopicPartition(topic, 0, start)])
         held: list[Message] = []
         while True:
             for message in consumer.consume(10_000, 0.05):
@@ -141,16 +177,22 @@ def _row(message: Message) -> dict[str, Any]:
     return row
 
 
-_LOADERS: Final[dict[str, Callable[[Settings, str], None]]] = {"search": search, "pages": pages, "warehouse": warehouse}
+_LOADERS: Final[dict[str, Callable[..., None]]] = {
+    "search": search,
+    "updates": updates,
+    "joined": joined,
+    "pages": pages,
+    "warehouse": warehouse,
+}
 
 
-def command(view: str, topic: str) -> list[str]:
+def command(view: str, *arguments: str) -> list[str]:
     """Return the command that runs a loader; it needs the settings of the servers in its environment."""
-    return [sys.executable, "-m", "bench.loaders", view, topic]
+    return [sys.executable, "-m", "bench.loaders", view, *arguments]
 
 
 FOLDER: Final = str(Path(__file__).parents[1])
 """Where Python finds this package."""
 
 if __name__ == "__main__":
-    _LOADERS[sys.argv[1]](load(), sys.argv[2])
+    _LOADERS[sys.argv[1]](load(), *sys.argv[2:])

@@ -55,6 +55,7 @@ def reading(kafka: Kafka) -> Iterator[Consumer]:
         "enable.auto.commit": False,
         "enable.partition.eof": True,
         "fetch.wait.max.ms": 100,
+        "fetch.queue.backoff.ms": 20,  # else it waits for a second whenever much is there
     }
     with closing(Consumer(options)) as consumer:
         yield consumer

@@ -5,7 +5,7 @@ Documents, mapping, settings and template are those of the loaders too (`loaders
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import jinja2
@@ -68,6 +68,12 @@ def order_page(row: Mapping[str, Any]) -> Row:
     return {"html": TEMPLATE.render(order=row), "quantity": str(row["quantity"])}
 
 
+def product_document(row: Mapping[str, Any], reviews: Iterable[Mapping[str, Any]]) -> Row:
+    """Return the document of a product with its reviews."""
+    rows = [{"stars": review["stars"], "body": review["body"]} for review in reviews]
+    return {name: row[name] for name in ("id", "name", "description", "price")} | {"reviews": rows}
+
+
 class OrderSearch(DocumentConsumer):
     """A document for each order."""
 
@@ -98,5 +104,4 @@ class ProductSearch(DocumentConsumer):
 
     def render(self, row: Node) -> Row:
         """Return the document of a product, as pgsync makes it."""
-        reviews = [{"stars": review["stars"], "body": review["body"]} for review in row.reviews]
-        return {name: row[name] for name in ("id", "name", "description", "price")} | {"reviews": reviews}
+        return product_document(row, row.reviews)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import http.client
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import elasticsearch
 import orjson
 import redis
 
-from bench import live, loaders, servers, source
+from bench import live, loaders, servers, source, truth
 from bench.live import Shown
 from bench.measure import Say
 from bench.pgsync import INDEX as PGSYNC_INDEX
@@ -87,12 +87,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one part gave: of headrace against itself, in pairs with the other, and of the live path each view."""
+    """What one part gave: of headrace against itself, in pairs with the other, what a loader needs where the other is none; of the live
+    path each view alone, and all at once."""
 
     name: str
     again: list[Run] = field(default_factory=list)
     pairs: list[tuple[Run, Run]] = field(default_factory=list)
+    limits: list[Run] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
+    together: list[Shown] = field(default_factory=list)
 
 
 class Views:
@@ -135,16 +138,18 @@ class Views:
             return self._run_of("headrace", program, count)
 
     def _load(self, tool: Headrace, view: str, count: int) -> Run:
-        settings = self._settings(tool)
-        topic = tool.topics[0]
+        run = self._loader(self._settings(tool), view, count, *tool.topics[: 2 if view == "joined" else 1])
+        self._clear()
+        return run
+
+    def _loader(self, settings: Settings, view: str, count: int, *arguments: str) -> Run:
         environ = environment(settings) | {"PYTHONPATH": loaders.FOLDER}
-        program = Program(f"loader-{view}", loaders.command(view, topic), self._folder, environ)
+        program = Program(f"loader-{view}", loaders.command(view, *arguments), self._folder, environ)
         program.wait(PATIENCE)
         run = self._run_of("loader", program, count)
         found = self._loaded(settings, view)
         if found != count:
             raise Poison("bench-missing", f"The loader of {view} has {found} of {count}.", "Run it again.")
-        self._clear()
         return run
 
     def _joined(self) -> Part:
@@ -156,6 +161,7 @@ class Views:
             for _ in range(sizes.pairs):
                 ours = self._told(self._build(tool, "joined", sizes.products))
                 part.pairs.append((ours, self._told(self._pgsync(tool, sizes.products))))
+                part.limits.append(self._told(self._load(tool, "joined", sizes.products)))
         return part
 
     def _pgsync(self, tool: Headrace, count: int) -> Run:
@@ -176,22 +182,30 @@ class Views:
     # The live path
 
     def _live(self) -> Part:
-        sizes, part = self._sizes, Part("live")
+        part = Part("live")
         origin = source.orders(self._postgres, "live", live.ROWS)
         with ExitStack() as stack:
             tool = stack.enter_context(self._captured(origin))
             stack.enter_context(tool.awake())
+            for views in ([view] for view in live.ASKS):
+                part.shown.extend(self._followed(tool, views))
+            part.together.extend(self._followed(tool, list(live.ASKS)))
+        return part
+
+    def _followed(self, tool: Headrace, views: Sequence[str]) -> Iterator[Shown]:
+        """Yield how soon some views that run at the same time show what changes."""
+        sizes = self._sizes
+        with ExitStack() as stack:
             asks: dict[str, live.Ask] = {}
-            for view, ask in live.ASKS.items():
+            for view in views:
                 program, settings = stack.enter_context(self._view(tool, view))
                 self._full(program, settings, view, live.ROWS)
-                asks[view] = ask(settings)
-            self._say(f"live: {sizes.rate} transactions a second for {sizes.warm} + {sizes.seconds} s")
+                asks[view] = live.ASKS[view](settings)
+            self._say(f"{', '.join(views)}: {sizes.rate} transactions a second for {sizes.warm} + {sizes.seconds} s")
             measured = live.Live(tool.source, self._kafka, tool.topics[0], asks)
-            part.shown.extend(measured.measure(sizes.rate, sizes.seconds, sizes.warm))
-        for one_view in part.shown:
-            self._say(f"  {one_view.told()}", lasting=True)
-        return part
+            for one_view in measured.measure(sizes.rate, sizes.seconds, sizes.warm):
+                self._say(f"  {one_view.told()}", lasting=True)
+                yield one_view
 
     def _backlog(self) -> Part:
         """Drain one-row updates into Elasticsearch; the consumer was off while they came."""
@@ -201,17 +215,34 @@ class Views:
         with self._captured(origin) as tool:
             for _ in range(2 + sizes.pairs):
                 part.again.append(self._told(self._drain(tool, change)))
+            for _ in range(sizes.pairs):
+                part.limits.append(self._told(self._update(tool, change)))
         return part
+
+    def _update(self, tool: Headrace, change: Callable[[int], dict[str, int]]) -> Run:
+        """Drain such updates as a loader does that knows nothing of states."""
+        settings, count, (topic, *_) = self._settings(tool), self._sizes.backlog, tool.topics
+        self._loader(settings, "search", count, topic)
+        with truth.reading(self._kafka) as consumer:
+            (start,) = truth.ends(consumer, [topic])
+        self._changed(tool, change)
+        run = self._loader(settings, "updates", count, topic, str(start))
+        self._clear()
+        return run
+
+    def _changed(self, tool: Headrace, change: Callable[[int], dict[str, int]]) -> None:
+        """Have the updates in the log."""
+        with tool.awake():
+            change(self._sizes.backlog)
+            lsn = tool.source.lsn()
+            self._wait(lambda: tool.streams_to(lsn))
 
     def _drain(self, tool: Headrace, change: Callable[[int], dict[str, int]]) -> Run:
         count = self._sizes.backlog
         with self._view(tool, "search") as (program, settings):
             self._full(program, settings, "search", count)
             program.stop()
-            with tool.awake():
-                change(count)
-                lsn = tool.source.lsn()
-                self._wait(lambda: tool.streams_to(lsn))
+            self._changed(tool, change)
             oldest = int(tool.source.value("SELECT min(quantity) FROM orders"))
             again = self._start("search", settings)
             self._until(again, lambda: self._newer(oldest) == count)

@@ -93,6 +93,9 @@ def ratios(part: Part) -> Iterator[Ratio]:
         yield ratio(
             f"headrace / {other}", [ours.rate / theirs.rate for ours, theirs in part.pairs], least=_LEAST[part.name]
         )
+    if part.limits:
+        limit = median(run.rate for run in part.limits)
+        yield ratio("headrace / a loader of the same", [run.rate / limit for run in _ours(part)])
     yield ratio("headrace, peak memory in MB", [run.peak / _MEGA for run in _ours(part)], most=400)
 
 
@@ -131,17 +134,19 @@ def page(parts: Iterable[Part], told: dict[str, str]) -> str:
 def _table(part: Part) -> list[str]:
     if part.name == "live":
         head: tuple[str, ...] = ("", "rows", "p50, ms", "of it to the log, ms", "of it to the view, ms", "p99, ms")
+        named = [(shown.view, shown) for shown in part.shown]
+        named += [(f"{shown.view}, all at once", shown) for shown in part.together]
         rows = [
             (
-                shown.view,
+                name,
                 str(shown.samples),
                 *(f"{value:.1f}" for value in (shown.p50, shown.log, shown.p50 - shown.log, shown.p99)),
             )
-            for shown in part.shown
+            for name, shown in named
         ]
     else:
         head = ("", "runs", "s", "1/s", "CPU s", "peak MB")
-        rows = [_row(runs) for runs in (_ours(part), [theirs for _, theirs in part.pairs]) if runs]
+        rows = [_row(runs) for runs in (_ours(part), [theirs for _, theirs in part.pairs], part.limits) if runs]
     return ["| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows)]
 
 
