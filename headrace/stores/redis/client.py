@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import redis
 from redis import exceptions
@@ -51,6 +52,7 @@ def errors() -> Iterator[None]:
         raise Misconfigured("redis-refused", f"Redis: {error}.", "Change HEADRACE_REDIS.") from error
 
 
+@lru_cache
 def version_text(version: Version) -> str:
     """Return a version as text that sorts like it."""
     return f"{version.epoch:05d}-{version.lsn:015d}"

@@ -129,7 +129,7 @@ class RedisPages:
                     held, ids, size = [], set(), 0
                 held += arguments
                 ids.add(doc.id)
-                size += sum(len(argument) for argument in arguments if isinstance(argument, str))
+                size += sum(map(len, (doc.body or {}).values()))
             if bulk and position is None:
                 self._send_early(ids, held)
             else:

@@ -23,7 +23,8 @@ while i <= #ARGV do
     local held_version = redis.pcall('HGET', key, '@version')
     if type(held_version) ~= 'string' or held_version <= version then
         redis.call('DEL', key)
-        for f = i + 3, i + 1 + 2 * fields, 2 do redis.call('HSET', key, ARGV[f], ARGV[f + 1]) end
+        local last = i + 2 + 2 * fields
+        for f = i + 3, last, 1000 do redis.call('HSET', key, unpack(ARGV, f, math.min(f + 999, last))) end
         if fields > 0 then redis.call('HSET', key, '@version', version) end
     end
     i = i + 3 + 2 * fields
