@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from headrace import codec
-from headrace.change import Row
 from headrace.errors import Poison
 from headrace.stores import Doc
 
 BULK_DOCS = 1000
 _BULK_BYTES = 8 * 1024 * 1024
-_INDEX = b'{"index":{"_id":%b,"version":%d,"version_type":"external_gte"}}\n%b\n'
+_INDEX = b'{"index":{"_id":%b,"version":%d,"version_type":"external_gte"}}\n{"headrace":{"id":%b}%b\n'
 _TOO_LARGE = 413
 _SHARE = re.compile(r"operation_bytes=(\d+), max_\w+_bytes=(\d+)")
 """In what Elasticsearch says when operations have taken their share of its heap: how large this one is, and the share."""
@@ -33,11 +32,11 @@ class Action(NamedTuple):
 
 def written(doc: Doc) -> Action:
     """Return what writes a document, or its delete."""
-    ours: Row = {"id": doc.id}
-    if doc.body is None:
-        ours |= {"kind": "deleted", "at": int(time.time())}
-    body = codec.dumps({**(doc.body or {}), "headrace": ours})
-    return Action(doc.id, _INDEX % (codec.dumps(doc.id), doc.version.packed(), body))
+    id_ = codec.dumps(doc.id)
+    ours = id_ if doc.body is not None else b'%b,"kind":"deleted","at":%d' % (id_, time.time())
+    body = b"{}" if doc.body is None else doc.text or codec.dumps(doc.body)
+    rest = body[1:] if body == b"{}" else b"," + body[1:]
+    return Action(doc.id, _INDEX % (id_, doc.version.packed(), ours, rest))
 
 
 def bulks(actions: Iterable[Action]) -> Iterator[list[Action]]:

@@ -13,7 +13,7 @@ removed after a day.
 index that was restored or made again is another) and its *owner*, which `open` takes, so that a process that was
 replaced meanwhile finds out at once.
 
-*Visibility.* Indices never refresh by themselves; the store does after each position. So readers see the states at
+*Visibility.* Indices never refresh by themselves; the store does with each position. So readers see the states at
 positions, not what is half written, and what `write` has returned for can be read (S25). An empty write costs no
 refresh.
 
@@ -84,6 +84,7 @@ class ElasticsearchIndex:
         self._owner = ""
         self._index = ""
         self._uuid = ""
+        self._one_shard = False
         self._position: str | None = None
         self._written: dict[str, int] = {}
         self._unseen = False
@@ -132,10 +133,11 @@ class ElasticsearchIndex:
         with errors():
             self._write_all(map(written, docs), wait=not bulk)
             self._unseen = self._unseen or bool(docs)
-            if position is not None:
-                self._write_position(codec.encode_position(position).decode())
             if not bulk:
                 self._purge()
+            if position is not None:
+                self._write_position(codec.encode_position(position).decode(), show=not bulk)
+            if not bulk:
                 self._show()
 
     def arrive(self) -> None:
@@ -205,8 +207,12 @@ class ElasticsearchIndex:
                 f"The index {self._index} was not made by {generation.consumer} {generation.fingerprint}.",
                 "Delete that index, or give the consumer's store another alias.",
             )
-        self._uuid = facts["settings"]["index"]["uuid"]
+        self._know(facts)
         return True
+
+    def _know(self, facts: Mapping[str, Any]) -> None:
+        index = facts["settings"]["index"]
+        self._uuid, self._one_shard = index["uuid"], index["number_of_shards"] == "1"
 
     def _take(self) -> Position | None:
         """Become the owner of the position; None when there is none of this index."""
@@ -233,7 +239,7 @@ class ElasticsearchIndex:
             settings={**self._index_settings, "refresh_interval": -1},
             aliases={f"{self._index}-write": {}},
         )
-        self._uuid = self._client.indices.get(index=self._index)[self._index]["settings"]["index"]["uuid"]
+        self._know(self._client.indices.get(index=self._index)[self._index])
         self._written = {}
         self._put_state(None)
 
@@ -305,20 +311,23 @@ class ElasticsearchIndex:
             cursor=("", item["_id"]),
         )
 
-    def _write_position(self, position: str) -> None:
+    def _write_position(self, position: str, *, show: bool) -> None:
+        """Write the position if it is another; with `show` what is unseen of an index of one shard is shown by the same request."""
         if position == self._position:
             return
+        show = show and self._unseen and self._one_shard
         try:
-            self._put_state(position)
+            self._put_state(position, refresh=show)
         except ConflictError as error:
             raise self._moved() from error
+        self._unseen = self._unseen and not show
 
-    def _put_state(self, position: str | None) -> None:
+    def _put_state(self, position: str | None, *, refresh: bool = False) -> None:
         state = {"uuid": self._uuid, "owner": self._owner, "position": position}
         how: dict[str, Any] = dict(self._written) or {"op_type": "create"}
         document = {"headrace": {"kind": "position", "state": state}}
         written = self._client.index(
-            index=f"{self._index}-write", id=_POSITION, document=document, require_alias=True, **how
+            index=f"{self._index}-write", id=_POSITION, document=document, require_alias=True, refresh=refresh, **how
         )
         self._written = _sequence(written.body)
         self._position = position
