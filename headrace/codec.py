@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -66,7 +67,7 @@ def decode_change(
         named = dict(headers)
         envelope: Row = envelope_of(value) if value is not None else {"op": "d", "after": None}
         read = named.get("read")
-        version = Version(int(named["epoch"]), int(named["lsn"]))
+        version = _version(named["epoch"], named["lsn"])
         numbers = int(named["ordinal"]), int(named["xid"]), int(named["schema"])
         how = read.decode() if read else None
         # Of millions of records: `_make` is one call in C, the constructor one in Python.
@@ -77,6 +78,12 @@ def decode_change(
             f"The record of {table} at partition {partition}, offset {offset}, key {key!r} is not in headrace's format: {error!r}.",
             "See who else writes to this topic.",
         ) from error
+
+
+@lru_cache
+def _version(epoch: bytes, lsn: bytes) -> Version:
+    """Return the version that is in headers: all changes of a transaction, and all rows of a snapshot, have the same."""
+    return Version(int(epoch), int(lsn))
 
 
 def members(text: bytes, name: bytes) -> dict[str, bytes]:

@@ -48,10 +48,11 @@ from headrace.documents.declaration import Node
 from headrace.documents.layout import discard
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
+from headrace.documents.rendering import rendered
 from headrace.documents.unshown import CHUNK, Sent, Showing, Unshown, chunk_of, rows_of
 from headrace.documents.when import EVER, Left, When, held_back, now
 from headrace.documents.windows import Root, Window, is_joined
-from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
+from headrace.errors import Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
 
@@ -113,8 +114,9 @@ class DocumentConsumer:
 
     def id(self, table: str, key: Row) -> str:  # noqa: ARG002  a plugin with several documents needs the table
         """Return the document's id: the values of the root's key, joined by commas."""
-        values = [str(value) for value in key.values()]
-        return values[0] if len(values) == 1 else ",".join(value.translate(_ESCAPES) for value in values)
+        if len(key) == 1:
+            return str(*key.values())
+        return ",".join(str(value).translate(_ESCAPES) for value in key.values())
 
     # The contract
 
@@ -283,9 +285,9 @@ class DocumentConsumer:
             if cursor in batch.parked:
                 unshown.waiting.append(touched)
             elif cursor not in batch.dropped:
-                sent = self._sent_or_noted(touched, cursor, version, unshown)
-                if sent is not None and (sent.doc.body is not None or not fresh):
-                    yield sent
+                doc = self._doc(touched, cursor, version, unshown)
+                if doc is not None and (doc.body is not None or not fresh):
+                    yield Sent(Touched(touched.document, touched.key, None), doc)
         for id_ in local.not_rendered() if by_view else ():
             yield Sent(None, Doc(id_, None, version))
 
@@ -295,50 +297,26 @@ class DocumentConsumer:
             yield from (row.key for row in rows)
             rows = self.store.scan((rows[-1].collection, rows[-1].key), CHUNK)
 
-    def _sent_or_noted(self, touched: Touched, cursor: Cursor, version: Version, unshown: Unshown) -> Sent | None:
+    def _doc(self, touched: Touched, cursor: Cursor, version: Version, unshown: Unshown) -> Doc | None:
         try:
-            return self._sent(touched, cursor[1], version)
+            return rendered(self, touched, touched.node, cursor[1], version)
         except Poison as error:
             unshown.add(error, cursor, rows_of(touched.node))
             return None
-
-    def _sent(self, touched: Touched, id_: str, version: Version) -> Sent:
-        packed = self._packed(touched)
-        return Sent(touched._replace(node=None), Doc(id_, codec.loads(packed), version), len(packed))
 
     def _of_one_row(self, local: LocalRows, changes: Sequence[Change]) -> Iterator[Sent]:
         for document in self.documents:
             for change in changes:
                 if change.table == document.table:
-                    touched = Touched(document, codec.decode_key(change.key), Node(change.table, change.row or {}))
+                    touched = Touched(document, codec.decode_key(change.key), None)
+                    node = Node(change.table, change.row or {})
                     try:
-                        sent = self._sent(touched, self.id(change.table, touched.key), change.version)
+                        doc = rendered(self, touched, node, self.id(change.table, touched.key), change.version)
                     except Poison:
                         local.touch(touched, change.version)
                     else:
-                        if sent.doc.body is not None:
-                            yield sent
-
-    def _packed(self, touched: Touched) -> bytes:
-        table, key = touched.document.table, touched.key
-        try:
-            body = self.render(touched.node) if touched.node else None
-            packed = codec.dumps(body)
-        except HeadraceError:
-            raise
-        except Exception as error:
-            raise Poison(
-                "render-failed",
-                f"{type(self).__name__}.render failed for {table} {codec.dumps(key).decode()}: {error!r}.",
-                f"Mend render, then: headrace rebuild {self.name}",
-            ) from error
-        if not packed.startswith((b"{", b"null")):
-            raise Misconfigured(
-                "render-result",
-                f"{type(self).__name__}.render returned {type(body).__name__} for {table} {codec.dumps(key).decode()}.",
-                "Return a mapping, or None for no document.",
-            )
-        return packed
+                        if doc.body is not None:
+                            yield Sent(touched, doc)
 
     # Small questions
 

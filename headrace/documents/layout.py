@@ -7,18 +7,20 @@ from typing import Final
 
 from headrace.documents.paths import TOUCHED
 
-LAYOUT: Final = 3
+LAYOUT: Final = 4
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
 SCHEMA = """
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB);
     CREATE TABLE IF NOT EXISTS rows (tbl TEXT, key TEXT, row BLOB, version INT, ordinal INT, xid INT, schema INT,
-                                     part INT, at INT, came TEXT, applied INT, PRIMARY KEY (tbl, key));
+                                     part INT, at INT, came TEXT, applied INT, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS links (link INT, value TEXT, key TEXT, PRIMARY KEY (link, value, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS back (link INT, key TEXT, value TEXT, PRIMARY KEY (link, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS touched (doc INT, key TEXT, since INT, due INT, PRIMARY KEY (doc, key)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS shown (id TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 CACHE_KB: Final = 64 * 1024
+PAGE_BYTES: Final = 8192
+"""Rows are in the tree of their keys, of which a page holds a quarter at most: larger ones go on elsewhere."""
 WAITS = "since IS NOT NULL"
 IS_DUE = "(due <= :now OR due > :now + :interval)"
 """A time further away than the interval is of a clock that has been put back."""
@@ -26,6 +28,7 @@ TOUCH = f"INSERT INTO touched VALUES (?, ?, ?, 0) {TOUCHED}"
 TOUCH_ALL = f"INSERT INTO touched SELECT ?, key, version, 0 FROM rows WHERE tbl = ? {TOUCHED}"
 LINK = "INSERT OR IGNORE INTO links VALUES (?, ?, ?)"
 LINK_BACK = "INSERT OR REPLACE INTO back VALUES (?, ?, ?)"
+INSERT = "INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 STORE = """
     INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row,
     version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,

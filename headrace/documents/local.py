@@ -18,16 +18,16 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from headrace import codec
 from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.documents import layout
-from headrace.documents.declaration import Aggregate, Folding, Join, Level, Many, Node, One
+from headrace.documents.declaration import Node
+from headrace.documents.nodes import Nodes
 from headrace.documents.order import Shape
-from headrace.documents.paths import Link, Paths, text_of, value_of
+from headrace.documents.paths import Link, Paths, named, text_of, value_of
 from headrace.documents.when import ALL, Left, When, now
 from headrace.documents.windows import Root, Window
 from headrace.errors import Transient
@@ -47,6 +47,7 @@ class LocalRows:
 
     Attributes:
         position: Where the committed rows stand; None for an empty store.
+        nodes: The rows, put together.
     """
 
     def __init__(self, path: Path, documents: Sequence[Root], fingerprint: str) -> None:
@@ -70,6 +71,7 @@ class LocalRows:
     def _open(self, built_by: bytes) -> None:
         self._db = sqlite3.connect(self.path, isolation_level=None)
         try:
+            self._db.execute(f"PRAGMA page_size = {layout.PAGE_BYTES}")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute(f"PRAGMA cache_size = -{layout.CACHE_KB}")
@@ -83,6 +85,7 @@ class LocalRows:
             self.position = codec.decode_position(position) if position else None
             self._keys: dict[str, list[str]] = codec.loads(self._meta("keys") or b"{}")
             shapes = codec.loads(self._meta("shapes") or b"{}")
+            self.nodes = Nodes(self._db, self._paths, self.shape)
             self._shapes = {table: Shape(tuple(key), frozenset(numbers)) for table, (key, numbers) in shapes.items()}
         except sqlite3.DatabaseError:
             self._db.close()
@@ -102,7 +105,7 @@ class LocalRows:
             loading: Every document will be rendered anyway, so only roots are noted, those that are deleted too.
         """
         key = self._key_of(change)
-        old = self._row(change.table, key)
+        old = self.nodes.row(change.table, key)
         since = change.version.packed()
         self._store(change, key, since)
         self._relink(change.table, key, old, change.row, since)
@@ -124,31 +127,24 @@ class LocalRows:
         new: list[tuple[str, Change]] = []
         for table in dict.fromkeys(change.table for change in changes):
             keyed = {self._key_of(change): change for change in changes if change.table == table}
-            there = "SELECT key FROM rows WHERE tbl = ? AND key IN (SELECT value FROM json_each(?))"
-            known = {key for (key,) in self._db.execute(there, (table, codec.dumps(list(keyed)).decode()))}
-            for key, change in keyed.items():
-                if change.row is not None and key not in known:
-                    new.append((key, change))
-                elif unknown or key in known:
+            rows = [(key, change) for key, change in keyed.items() if change.row is not None]
+            known = self._known(table, keyed) if self._insert(rows) < len(keyed) else ()
+            new += [(key, change) for key, change in rows if key not in known]
+            for key, change in keyed.items() if known or unknown else ():
+                if key in known or (unknown and change.row is None):
                     self.apply(change, loading=True)
-        self._insert(new, touch=touch)
+        self._link(new, touch=touch)
         return [change for _, change in new]
 
     def touched(self, when: When = ALL) -> Iterator[Touched]:
         """Yield each touched document that is due once, with what to render."""
-        query = (
-            "SELECT touched.key, row FROM touched LEFT JOIN rows ON tbl = :table AND rows.key = touched.key "
-            f"WHERE doc = :doc AND {layout.WAITS} AND {layout.IS_DUE} ORDER BY touched.key"
-        )
         for number, document in enumerate(self._documents):
-            which = {"doc": number, "table": document.table}
-            for key, row in self._db.execute(query, when._asdict() | which):
-                yield Touched(document, self._key(document, key), self._root(number, document, key, row))
+            for key, node in self.nodes.touched(number, document, when):
+                yield Touched(document, self._key(document, key), node)
 
     def count_touched(self) -> int:
         """Return how many documents are touched."""
-        count: int = self._db.execute(f"SELECT count(*) FROM touched WHERE {layout.WAITS}").fetchone()[0]
-        return count
+        return int(self._db.execute(f"SELECT count(*) FROM touched WHERE {layout.WAITS}").fetchone()[0])
 
     def left(self, when: When | None = None) -> Left | None:
         """Return what is touched and not due, of all that is touched when None; None when there is nothing."""
@@ -221,9 +217,8 @@ class LocalRows:
         known, of = "SELECT key FROM rows WHERE tbl = ?", document.table
         if isinstance(document, Window):
             known, of = "SELECT DISTINCT value AS key FROM links WHERE link = ?", str(self._paths.windows[number])
-        known = (
-            f"SELECT key FROM ({known}) {{0}} UNION ALL SELECT key FROM touched WHERE {layout.WAITS} AND doc = ? {{1}}"
-        )
+        waiting = f"SELECT key FROM touched WHERE {layout.WAITS} AND doc = ?"
+        known = f"SELECT key FROM ({known}) {{0}} UNION ALL {waiting} {{1}}"
         for guess in guesses:
             found = self._db.execute(known.format("WHERE key = ?", "AND key = ?"), (of, guess, number, guess))
             if found.fetchone() and wanted(self._key(document, guess)):
@@ -237,32 +232,20 @@ class LocalRows:
         if found is None:
             return None
         _, _, row, version, ordinal, xid, schema, partition, offset, came, applied = found
-        of_log = codec.encode_key(_named(self._keys[table], key))
+        of_log = codec.encode_key(named(self._keys[table], key))
         place = (Version.unpacked(version), ordinal, xid, schema, partition, offset)
         return Change(table, came[0], of_log, codec.loads(row), *place, came[1:] or None), applied
 
     def waits(self, number: int, key: str) -> bool:
         """Whether a document is touched and not shown yet."""
-        query = f"SELECT 1 FROM touched WHERE {layout.WAITS} AND doc = ? AND key = ?"
-        return self._db.execute(query, (number, key)).fetchone() is not None
+        found = self._db.execute(f"SELECT 1 FROM touched WHERE {layout.WAITS} AND doc = ? AND key = ?", (number, key))
+        return found.fetchone() is not None
 
     def shape(self, table: str) -> Shape:
         """Return how the values of a table compare."""
         return self._shapes.get(table, Shape())
 
-    def referring(self, level: Level, join: Many | Aggregate, key: str) -> Iterator[tuple[Row, str]]:
-        """Yield the rows that a join of the row `key` of `level` is over, each with its own key."""
-        return self._referring(self._paths.link(level, join), join, key)
-
-    def within(self, number: int, window: Window, key: str) -> Iterator[tuple[Row, str]]:
-        """Yield the rows that the document `number` of one window is over, each with its own key."""
-        return self._referring(self._paths.windows[number], window, key)
-
     # Rows and links
-
-    def _row(self, table: str, key: str) -> Row | None:
-        found = self._db.execute("SELECT row FROM rows WHERE tbl = ? AND key = ?", (table, key)).fetchone()
-        return codec.loads(found[0]) if found else None
 
     def _store(self, change: Change, key: str, since: int) -> None:
         if change.row is None:
@@ -270,13 +253,22 @@ class LocalRows:
             return
         self._db.execute(layout.STORE, _stored(change, key, since, now()))
 
-    def _insert(self, new: Sequence[tuple[str, Change]], *, touch: bool) -> None:
-        """Put rows in that are not there, with their links."""
-        stored, links, back, touched = [], [], [], []
-        at = now()
+    def _insert(self, rows: Sequence[tuple[str, Change]]) -> int:
+        """Put those rows in that are not there; return how many."""
+        stored = (_stored(change, key, change.version.packed(), now()) for key, change in rows)
+        return self._db.executemany(layout.INSERT, stored).rowcount if rows else 0
+
+    def _known(self, table: str, keyed: Mapping[str, Change]) -> set[str]:
+        """Return the keys of rows that are there and did not come just now, by their places in the log."""
+        there = "SELECT key, part, at FROM rows WHERE tbl = ? AND key IN (SELECT value FROM json_each(?))"
+        found = self._db.execute(there, (table, codec.dumps(list(keyed)).decode()))
+        return {key for key, *place in found if place != [keyed[key].partition, keyed[key].offset]}
+
+    def _link(self, new: Sequence[tuple[str, Change]], *, touch: bool) -> None:
+        """Index rows that were not there."""
+        links, back, touched = [], [], []
         for key, change in new:
             since = change.version.packed()
-            stored.append(_stored(change, key, since, at))
             if touch:
                 touched += [(number, key, since) for number in self._paths.roots[change.table]]
             for link in self._paths.links[change.table]:
@@ -287,7 +279,6 @@ class LocalRows:
                 touched += [(number, value, since) for number in link.windows]
                 if link.back:
                     back.append((link.number, key, value))
-        self._db.executemany(layout.STORE, stored)
         self._db.executemany(layout.LINK, links)
         self._db.executemany(layout.LINK_BACK, back)
         self._db.executemany(layout.TOUCH, touched)
@@ -307,14 +298,10 @@ class LocalRows:
             self._db.execute("DELETE FROM links WHERE (link, value, key) = (?, ?, ?)", (link.number, before, key))
         if after is not None:
             self._db.execute(layout.LINK, (link.number, after, key))
-        if link.back:
-            self._relink_back(link.number, key, after)
-
-    def _relink_back(self, link: int, key: str, value: str | None) -> None:
-        if value is None:
-            self._db.execute("DELETE FROM back WHERE link = ? AND key = ?", (link, key))
-        else:
-            self._db.execute(layout.LINK_BACK, (link, key, value))
+        if link.back and after is not None:
+            self._db.execute(layout.LINK_BACK, (link.number, key, after))
+        elif link.back:
+            self._db.execute("DELETE FROM back WHERE link = ? AND key = ?", (link.number, key))
 
     def _touch(self, number: int, key: str | None, since: int) -> None:
         self._db.execute(layout.TOUCH, (number, key, since))
@@ -322,55 +309,13 @@ class LocalRows:
     def _touch_joined(self, table: str, key: str, old: Row | None, new: Row | None, since: int) -> None:
         for root, by, sql in self._paths.climbs[table]:
             if root in self._keys:  # else there is no root yet
-                named = {value_of(row, by) for row in (old, new) if row is not None} if by else {key}
-                for value in named - {None}:
+                values = {value_of(row, by) for row in (old, new) if row is not None} if by else {key}
+                for value in values - {None}:
                     self._db.execute(sql, (value, since))
-
-    # Documents
 
     def _key(self, document: Root, key: str) -> Row:
         names = (document.start,) if isinstance(document, Window) else self._keys[document.table]
-        return _named(names, key)
-
-    def _root(self, number: int, document: Root, key: str, row: bytes | None) -> Node | None:
-        """Return what is rendered, None for no document; `row` is the one of that key."""
-        if isinstance(document, Window):
-            rows = (row for row, _ in self.within(number, document, key))
-            first = next(rows, None)
-            if first is None:
-                return None
-            values = document.over(chain([first], rows), self.shape(document.table))
-            return Node(document.table, self._key(document, key) | values)
-        return self._node(document, codec.loads(row), key) if row is not None else None
-
-    def _node(self, level: Level, row: Row, key: str) -> Node:
-        if not level.joins:
-            return Node(level.table, row)
-        joins = {name: self._joined(level, join, row, key) for name, join in level.joins.items()}
-        return Node(level.table, row, joins)
-
-    def _joined(self, level: Level, join: Join, row: Row, key: str) -> Node | list[Node] | None:
-        if isinstance(join, One):
-            value = value_of(row, join.on)
-            found = self._row(join.table, value) if value is not None else None
-            return self._node(join, found, value) if found is not None and value is not None else None
-        shape = self.shape(join.table)
-        children = self.referring(level, join, key)
-        if isinstance(join, Aggregate):
-            return Node(join.table, join.over((child for child, _ in children), shape))
-        return [self._node(join, child, its) for child, its in join.picked(children, shape)]
-
-    def _referring(self, link: int, join: Many | Folding, key: str) -> Iterator[tuple[Row, str]]:
-        """Yield the rows that an index has under `key` and that the join wants, each with its own key."""
-        wanted = join.filter(self.shape(join.table)) if join.where else None
-        found = self._db.execute(
-            "SELECT row, links.key FROM links JOIN rows ON tbl = ? AND rows.key = links.key WHERE link = ? AND value = ?",
-            (join.table, link, key),
-        )
-        for packed, its in found:
-            row = codec.loads(packed)
-            if wanted is None or wanted(row):
-                yield row, its
+        return named(names, key)
 
     # Small facts
 
@@ -393,7 +338,3 @@ def _stored(change: Change, key: str, version: int, at: int) -> tuple[Any, ...]:
     table, op, _, row, _, ordinal, xid, schema, partition, offset, read = change
     came = op + read if read else op
     return (table, key, codec.dumps(row), version, ordinal, xid, schema, partition, offset, came, at)
-
-
-def _named(names: Sequence[str], key: str) -> Row:
-    return dict(zip(names, codec.loads(key), strict=True))

@@ -36,7 +36,7 @@ def origins(local: LocalRows, number: int, document: Root, key: str, limit: int)
     """
     waits = local.waits(number, key)
     if isinstance(document, Window):
-        rows, shape = partial(local.within, number, document, key), local.shape(document.table)
+        rows, shape = partial(local.nodes.within, number, document, key), local.shape(document.table)
         keys, count = _first(rows(), sorting((), shape), limit)
         yield Origin(
             (), document.table, rows=count, values=document.over((row for row, _ in rows()), shape), waits=waits
@@ -64,7 +64,9 @@ def _joined(local: LocalRows, level: Level, origin: Origin, key: str, limit: int
         else:
             keys, count = _picked(local, level, join, key, limit)
             if isinstance(join, Aggregate):
-                values = join.over((each for each, _ in local.referring(level, join, key)), local.shape(join.table))
+                values = join.over(
+                    (each for each, _ in local.nodes.referring(level, join, key)), local.shape(join.table)
+                )
         yield Origin(place, join.table, rows=count, values=values)
         for each in keys:
             child = _row(local, join, each, place)
@@ -82,7 +84,7 @@ def _picked(local: LocalRows, level: Level, join: Many | Aggregate, key: str, li
     """Return the keys of the first rows of a join, and how many are in the document."""
     order, most = (join.order, join.limit) if isinstance(join, Many) else ((), None)
     by = sorting(order, local.shape(join.table))
-    keys, count = _first(local.referring(level, join, key), by, min(limit, most or limit))
+    keys, count = _first(local.nodes.referring(level, join, key), by, min(limit, most or limit))
     return keys, min(count, most or count)
 
 

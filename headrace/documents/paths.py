@@ -140,6 +140,11 @@ def text_of(values: Iterable[Any]) -> str:
     return codec.dumps(list(values)).decode()
 
 
+def named(names: Iterable[str], key: str) -> Row:
+    """Return the columns of a key."""
+    return dict(zip(names, codec.loads(key), strict=True))
+
+
 def value_of(row: Row, columns: Sequence[str]) -> str | None:
     """Return what a row's `columns` refer to, None when one of them is NULL (or not there yet: an older schema's row)."""
     values = [row.get(column) for column in columns]

@@ -28,7 +28,6 @@ class Sent(NamedTuple):
 
     touched: Touched | None
     doc: Doc
-    size: int = 0
 
 
 class Chunk(NamedTuple):
@@ -44,7 +43,7 @@ def chunk_of(docs: Iterator[Sent]) -> Chunk:
     size = 0
     for sent in docs:
         chunk.append(sent)
-        size += sent.size
+        size += len(sent.doc.text or b"")
         if len(chunk) == CHUNK or size >= CHUNK_BYTES:
             return Chunk(chunk, more=True)
     return Chunk(chunk, more=False)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Place = tuple[str, int]
 BATCH_BYTES = 32 * 1024 * 1024
-"""Most bytes of records in a piece, about: where rows are large, fewer than `batch_records` are handed out at once."""
+"""Most bytes of values in a piece, about: where rows are large, fewer than `batch_records` are handed out at once."""
 _SCHEMA_SECONDS = 15.0
 _ORDER = attrgetter("version", "ordinal")
 
@@ -149,7 +149,7 @@ class Reader:
             came.add(place)
             queue.append(message)
             self._waiting += 1
-            self._waiting_bytes += _size(message)
+            self._waiting_bytes += len(message)  # of its value
         self._at_end -= came
 
     def _take_other(self, message: Message, place: Place) -> None:
@@ -284,7 +284,7 @@ class Reader:
             while kept and (offset := kept[0].offset() or 0) < end:
                 message = kept.popleft()
                 self._waiting -= 1
-                self._waiting_bytes -= _size(message)
+                self._waiting_bytes -= len(message)
                 key, value, headers = message.key() or b"", message.value(), message.headers() or ()
                 change = codec.decode_change(table, partition, offset, key, value, headers, envelope_of)  # type: ignore[arg-type]
                 if not _says_nothing_new(change, before):
@@ -367,10 +367,6 @@ def _refused(code: str, seen: str) -> Refused:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _size(message: Message) -> int:
-    return len(message.key() or b"") + len(message.value() or b"")
 
 
 def _says_nothing_new(change: Change, before: Change | None) -> bool:

@@ -14,11 +14,13 @@ from headrace.settings import Settings
 
 
 class Doc(NamedTuple):
-    """One document to be written: its id, its body (None: delete it) and the version of the cut that it shows (S1)."""
+    """One document to be written: its id, its body (None: delete it), the version of the cut that it shows (S1), and its body as JSON
+    where that is known already."""
 
     id: str
     body: Row | None
     version: Version
+    text: bytes | None = None
 
 
 class DocumentStore(Protocol):

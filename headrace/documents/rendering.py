@@ -1,0 +1,60 @@
+"""From a node to a document, by a plugin's `render`."""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from headrace import codec
+from headrace.change import Row, Version
+from headrace.documents.declaration import Node
+from headrace.documents.local import Touched
+from headrace.errors import HeadraceError, Misconfigured, Poison
+from headrace.stores import Doc
+
+_PLAIN: Final = frozenset({str, int, bool, type(None)})
+"""Types whose values JSON gives back as they are."""
+
+
+class Renders(Protocol):
+    """What a `DocumentConsumer` is for who asks it for documents."""
+
+    name: str
+
+    def render(self, row: Node) -> Row | None:
+        """See `DocumentConsumer`."""
+
+
+def rendered(consumer: Renders, touched: Touched, node: Node | None, id_: str, version: Version) -> Doc:
+    """Return the document of a node in JSON values, as a reader gets it back; without a body when there is nothing to show.
+
+    Raises:
+        Poison: `render-failed`. Misconfigured: `render-result`.
+    """
+    if node is None:
+        return Doc(id_, None, version)
+    try:
+        body = consumer.render(node)
+        text = codec.dumps(body)
+        simple = type(body) is dict and _PLAIN.issuperset(map(type, body.values()))
+        plain = dict(body) if simple and body is not None else codec.loads(text)
+    except HeadraceError:
+        raise
+    except Exception as error:
+        raise Poison(
+            "render-failed",
+            f"{type(consumer).__name__}.render failed for {_named(touched)}: {error!r}.",
+            f"Mend render, then: headrace rebuild {consumer.name}",
+        ) from error
+    if plain is None:
+        return Doc(id_, None, version)
+    if not isinstance(plain, dict):
+        raise Misconfigured(
+            "render-result",
+            f"{type(consumer).__name__}.render returned {type(body).__name__} for {_named(touched)}.",
+            "Return a mapping, or None for no document.",
+        )
+    return Doc(id_, plain, version, text)
+
+
+def _named(touched: Touched) -> str:
+    return f"{touched.document.table} {codec.dumps(touched.key).decode()}"
