@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import threading
 import time
@@ -12,15 +11,13 @@ from headrace.consumer import Consumer
 from headrace.control import Control
 from headrace.errors import HeadraceError
 from headrace.log import Log
+from headrace.memory import collect_rarely, use_few_arenas
 from headrace.runner.runner import Runner
 from headrace.settings import Settings
 
 __all__ = ["Runner", "run", "serve"]
 
 _TICK_SECONDS = 1.0
-_COLLECT_AFTER = 200_000
-"""Changes and documents come by the ten thousand and go by themselves; the garbage collector, which is for cycles, would look at each of
-them several times: a fifth of a consumer's time."""
 
 
 def run(settings: Settings, consumers: Mapping[str, type[Consumer]], say: Callable[[str], None]) -> None:
@@ -37,7 +34,8 @@ def run(settings: Settings, consumers: Mapping[str, type[Consumer]], say: Callab
     stopping = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda _number, _frame: stopping.set())
-    gc.set_threshold(_COLLECT_AFTER)
+    use_few_arenas()
+    collect_rarely()
     log = Log(settings)
     log.ensure_spine()
     control = Control(log)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import signal
 import sys
 import threading
-from contextlib import suppress
 from types import FrameType
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,15 +15,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from headrace.memory import use_few_arenas
 from headrace.settings import load
 from headrace_capture.capture import Capture
 from headrace_capture.resnapshot_cli import resnapshot
 from headrace_capture.setup_cli import setup, teardown
 
 __all__ = ["capture", "resnapshot", "setup", "teardown"]
-
-
-_M_ARENA_MAX: Final = -8
 
 
 class How(enum.StrEnum):
@@ -65,7 +61,7 @@ def capture(snapshot: Snapshot = How.WHOLE) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, asked)
-    _use_few_arenas()
+    use_few_arenas()
     with Bar(*_COLUMNS, console=_console, transient=True, disable=not _console.is_terminal) as bar:
         task = bar.add_task("snapshot", total=None, visible=False)
 
@@ -74,13 +70,6 @@ def capture(snapshot: Snapshot = How.WHOLE) -> None:
 
         Capture(load(), say, stop.is_set, show=show, chunked=snapshot == How.CHUNKED).run()
     say("stopped")
-
-
-def _use_few_arenas() -> None:
-    """Let glibc's threads share two pools of memory (mallopt(3)). By default each of librdkafka's has its own, in which holes stay: in a
-    TRUNCATE of ten million rows they grew by some MB a minute [I10]."""
-    with suppress(AttributeError, OSError):  # another libc
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def say(line: str) -> None:
