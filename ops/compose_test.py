@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -227,7 +228,8 @@ STEPS: Final = (
 
 
 def main() -> int:
-    """Play every step; return the exit code."""
+    """Play every step; return the exit code. SIGTERM ends what was started too."""
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
     reason = no_engine()
     if reason:
         say(f"SKIPPED: {reason}")
