@@ -40,7 +40,7 @@ from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc
-from headrace.stores.elasticsearch.client import body_of, client, errors, reason_of
+from headrace.stores.elasticsearch.client import blocked, body_of, client, errors, is_block, reason_of
 from headrace.stores.sending import Sending
 
 _POSITION = "headrace:position"
@@ -126,7 +126,7 @@ class ElasticsearchIndex:
         """Write documents, then the position; then show both to readers, unless `bulk`.
 
         Raises:
-            Transient: `elasticsearch-away`, `elasticsearch-busy`; Wiped: `view-wiped`, `view-moved`.
+            Transient: `elasticsearch-away`, `elasticsearch-busy`, `elasticsearch-blocked`; Wiped: `view-wiped`, `view-moved`.
             Poison: `document-refused`, with the id and Elasticsearch's reason.
             Misconfigured: `elasticsearch-refused`, `view-taken-over`.
         """
@@ -286,6 +286,8 @@ class ElasticsearchIndex:
             return
         if status == 404:
             raise _wiped(self._index)
+        if is_block(status, reason):
+            raise blocked(reason)
         if status in (429, 403) or status >= 500:
             raise Transient(
                 "elasticsearch-busy", f"Elasticsearch does not take {item['_id']}: {reason}.", "See its log."
