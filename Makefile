@@ -15,8 +15,8 @@ demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops ever
 test: .venv/synced           ## all tests, by WORKERS=2 processes with real servers of their own; TESTS=tests/unit for some of them, in one
 	$(BIN)/python -m pytest -q --durations=25 $(or $(TESTS),-n $(WORKERS) --dist worksteal)
 
-soak: .venv/synced           ## KILLS=60 seeded kills of capture, broker and Postgres, the log read after each; the views too; SEED=1 is the first seed
-	$(BIN)/python tests/soak.py $(or $(KILLS),60) $(or $(SEED),1)
+soak: .venv/synced           ## MINUTES=60 of seeded kills, outages, rebuilds and parked records under load; SEED=1 is the first seed
+	$(BIN)/python tests/soak.py $(or $(MINUTES),60) $(or $(SEED),1)
 
 bench-capture: .venv/synced  ## capture and Debezium in turn, on the same rows; ARGS="--quick --ours --only single"; see bench/README.md
 	$(COMPILED) && $(BIN)/python -m bench $(ARGS)

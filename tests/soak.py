@@ -1,59 +1,77 @@
-"""`make soak KILLS=N`: more of tests/faults/test_kills.py, by hand, for as long as one likes, and ten rebuilds of test_generations.py.
+"""`make soak MINUTES=60`: more of tests/faults, by hand, for as long as one likes: everything at once, seed after seed.
 
-Rounds of eight kills of capture, the broker and Postgres, drawn at random, each round with a seed of its own, a new source and the
-same servers, those of the tests in a folder of their own. A kill counts only when changes were committed before it that the log had not,
-and others came after it; after each one Kafka's own console consumer must see every committed change once. In every eighth round
-everything is killed besides, the views' processes too, and each view is compared with Postgres. The first round that does not hold ends it:
-its seed repeats it by ``make soak KILLS=8 SEED=n``. The last line counts the kills.
+A round has a seed, a new source, and the same servers, those of the tests in a folder of their own. For each seed there are two: of
+test_everything.py, which kills, pauses, rebuilds and parks whatever there is, and of test_kills.py, which reads the whole log by Kafka's
+own console consumer after each kill of what stands before it. After the first seed come the rebuilds of test_generations.py, readers
+polling. A round that has begun when the time is over is ended. The first one that does not hold ends it: `SEED=n` begins with that seed.
+The last lines count by what was killed, paused, rebuilt and parked.
 
-    python tests/soak.py KILLS [SEED]
+    python tests/soak.py [MINUTES [SEED]]
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROUND = 8
-REBUILDS = 10
+STEPS, KILLS, REBUILDS = 12, 8, 10
+"""Of a round."""
+FILES = ("test_everything", "test_kills", "test_generations")
 ROOT = Path(__file__).parents[1]
+COUNTED = {"kill": "kills", "pause": "pauses", "rebuild": "rebuilds", "park": "records parked"}
 
 
-class Tally:
-    """Counts the kills after which the log was exact, by what was killed: a plugin of pytest."""
+class Soak:
+    """Goes on for so long, and counts what was done by tests that held: a plugin of pytest."""
 
-    def __init__(self) -> None:
-        self.kills: Counter[str] = Counter()
+    def __init__(self, minutes: float) -> None:
+        self.until = time.monotonic() + 60 * minutes
+        self.rounds = 0
+        self.done: dict[str, Counter[str]] = {what: Counter() for what in COUNTED}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Go seed by seed; what has none comes after the first."""
+        seeds = [item.callspec.params.get("seed") if hasattr(item, "callspec") else None for item in items]
+        first = min(seed for seed in seeds if seed is not None)
+        order = sorted(range(len(items)), key=lambda at: first if seeds[at] is None else seeds[at])
+        items[:] = [items[at] for at in order]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self) -> bool | None:
+        """Leave out what would begin too late."""
+        return True if time.monotonic() > self.until else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Add the kills of a test that has run."""
-        if report.when == "call":
-            self.kills.update(str(value) for name, value in report.user_properties if name == "kill")
+        """Count what a test has done."""
+        if report.when == "call" and report.passed:
+            self.rounds += 1
+            for what, value in report.user_properties:
+                self.done[what][str(value)] += 1
 
-    def told(self) -> str:
-        """Return them in one line."""
-        each = ", ".join(f"{count} {victim}" for victim, count in sorted(self.kills.items()))
-        return f"{self.kills.total()} kills: {each}; after each of them the log was exact"
+    def told(self, *, held: bool) -> str:
+        """Return all that in a few lines."""
+        lines = [f"{self.rounds} rounds held{'' if held else ', the next one did not'}; in them were:"]
+        for what, name in COUNTED.items():
+            each = ", ".join(f"{count} {which}" for which, count in sorted(self.done[what].items()))
+            lines.append(f"{self.done[what].total()} {name}: {each}")
+        return "\n".join(lines)
 
 
-def main(kills: int, first: int) -> int:
-    """Run rounds of kills until there were so many; return pytest's exit code."""
-    rounds = -(-kills // ROUND)
-    os.environ["SOAK_SEEDS"] = ",".join(str(first + number) for number in range(rounds))
-    os.environ["SOAK_ROUND"] = str(ROUND)
-    os.environ["SOAK_REBUILDS"] = str(REBUILDS)
+def main(minutes: float, first: int) -> int:
+    """Run rounds until the time is over; return pytest's exit code."""
+    os.environ["SOAK_SEEDS"] = ",".join(str(first + number) for number in range(int(minutes) + 1))
+    os.environ |= {"SOAK_STEPS": str(STEPS), "SOAK_ROUND": str(KILLS), "SOAK_REBUILDS": str(REBUILDS)}
     os.chdir(ROOT)
-    tally = Tally()
-    code = pytest.main(
-        ["-x", "-v", "-s", "tests/faults/test_generations.py", "tests/faults/test_kills.py"], plugins=[tally]
-    )
-    sys.stdout.write(f"{tally.told()}{', until a round did not hold' if code else ''}\n")
+    soak = Soak(minutes)
+    code = pytest.main(["-x", "-v", "-s", *(f"tests/faults/{name}.py" for name in FILES)], plugins=[soak])
+    sys.stdout.write(f"{soak.told(held=not code)}\n")
     return int(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else ROUND, int(sys.argv[2]) if len(sys.argv) > 2 else 1))
+    sys.exit(main(float(sys.argv[1]) if len(sys.argv) > 1 else 60, int(sys.argv[2]) if len(sys.argv) > 2 else 1))

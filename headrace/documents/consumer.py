@@ -34,9 +34,8 @@ rendered after a kill too, at the next complete state or, when no change comes, 
 from __future__ import annotations
 
 import copy
-import sqlite3
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from typing import ClassVar
 
@@ -45,14 +44,14 @@ from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check, check_window
 from headrace.documents.declaration import Node
-from headrace.documents.layout import discard
+from headrace.documents.layout import discard, errors
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
 from headrace.documents.rendering import rendered
 from headrace.documents.unshown import CHUNK, Sent, Showing, Unshown, chunk_of, rows_of
 from headrace.documents.when import EVER, Left, When, held_back, now
 from headrace.documents.windows import Root, Window, is_joined
-from headrace.errors import Misconfigured, Poison, Refused, Transient
+from headrace.errors import Misconfigured, Poison, Refused
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
 
@@ -138,9 +137,10 @@ class DocumentConsumer:
         self._showing = Showing(self.store)
         alone = self._view is None and not any(map(is_joined, self.documents))
         self._early = alone and local.position is None
-        if alone and local.position is not None:
-            local.touch_all()
-        self._left = local.left() if local.position is not None and not local.position.loading else None
+        with errors(local.path, local.close):
+            if alone and local.position is not None:
+                local.touch_all()
+            self._left = local.left() if local.position is not None and not local.position.loading else None
         self._checked.clear()
         return local.position
 
@@ -151,7 +151,7 @@ class DocumentConsumer:
         old values too, and takes them in once more.
         """
         local = self._opened()
-        with _local_errors(local):
+        with errors(local.path, local.close):
             self._learn_schemas(local, batch.schemas)
             self._take(local, batch)
             if batch.complete:
@@ -342,23 +342,6 @@ class DocumentConsumer:
                 check(document, newest)
         local.learn(newest)
         self._checked |= schemas.keys()
-
-
-@contextmanager
-def _local_errors(local: LocalRows) -> Iterator[None]:
-    """Turn an error of SQLite into Transient: the consumer is opened again, and reads again what was not committed."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise Transient(
-            "local-state", f"{local.path}: {error}.", "Free space in the folder of HEADRACE_STATE."
-        ) from error
-    except sqlite3.DatabaseError as error:
-        local.close()
-        discard(local.path)
-        raise Transient(
-            "local-state", f"{local.path} is damaged ({error}); it is loaded from the log again."
-        ) from error
 
 
 def _behind(local: Position, view: Position) -> bool:

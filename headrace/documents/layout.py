@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from headrace.documents.paths import TOUCHED
+from headrace.errors import Transient
 
 LAYOUT: Final = 4
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
@@ -34,6 +38,22 @@ STORE = """
     version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
     part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
 """
+
+
+@contextmanager
+def errors(path: Path, close: Callable[[], None]) -> Iterator[None]:
+    """Turn an error of SQLite into Transient: the consumer is opened again, and what was not committed is read again. What is damaged is
+    closed and thrown away."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise Transient(
+            "local-state", f"{path}: {error}.", "Free space in the folder of HEADRACE_STATE, or mend its rights."
+        ) from error
+    except sqlite3.DatabaseError as error:
+        close()
+        discard(path)
+        raise Transient("local-state", f"{path} is damaged ({error}); it is loaded from the log again.") from error
 
 
 def discard(path: Path) -> None:

@@ -30,7 +30,6 @@ from headrace.documents.order import Shape
 from headrace.documents.paths import Link, Paths, named, text_of, value_of
 from headrace.documents.when import ALL, Left, When, now
 from headrace.documents.windows import Root, Window
-from headrace.errors import Transient
 
 
 class Touched(NamedTuple):
@@ -60,13 +59,14 @@ class LocalRows:
         self._documents = documents
         self._paths = Paths(documents)
         built_by = f"{layout.LAYOUT} {fingerprint}".encode()
-        try:
-            self._open(built_by)
-        except sqlite3.OperationalError as error:
-            raise Transient("local-state", f"{path}: {error}.", "See the folder of HEADRACE_STATE.") from error
-        except sqlite3.DatabaseError:
-            layout.discard(path)
-            self._open(built_by)
+        with layout.errors(path, lambda: None):
+            try:
+                self._open(built_by)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:
+                layout.discard(path)
+                self._open(built_by)
 
     def _open(self, built_by: bytes) -> None:
         self._db = sqlite3.connect(self.path, isolation_level=None)

@@ -121,10 +121,10 @@ def kill_and_start(system: System, victim: str, meanwhile: int) -> None:
     )
 
 
-@pytest.mark.timeout(600 + 90 * REBUILDS)
+@pytest.mark.timeout(600 + 150 * REBUILDS)
 @pytest.mark.usefixtures("redis_server")
 def test_readers_of_every_store_see_whole_and_newer_states_only_over_rebuilds_with_kills(
-    system: System, elasticsearch: Elasticsearch
+    system: System, elasticsearch: Elasticsearch, record_property: Callable[[str, object], None]
 ) -> None:
     chance = random.Random(REBUILDS)
     settings, generations = system.settings, set[str]()
@@ -145,10 +145,12 @@ def test_readers_of_every_store_see_whole_and_newer_states_only_over_rebuilds_wi
             pass_ticks(system, chance.randint(1, 30))
             kill_and_start(system, victim, chance.randint(1, 30))
             print(f"rebuild {number}: {victim} killed, gate {gate}", flush=True)  # noqa: T201  what a failure must be repeated with
-            ended = system.ask("rebuild", *VIEWS, "--wait", "--gate", gate, *FILES)
+            ended = system.ask("rebuild", *VIEWS, "--wait", "--gate", gate, *FILES, seconds=400)
             assert ended.code == 0, (number, gate, victim, ended)
+            record_property("kill", victim)
             for name in VIEWS:
                 system.run("drop", name)
+                record_property("rebuild", name)
     system.settle(*VIEWS)
     for reader in readers.values():
         reader.stop()

@@ -1,4 +1,4 @@
-"""SIGKILL of everything, under load: nothing is lost, nothing comes twice, and every view ends equal to Postgres.
+"""SIGKILL of capture, the broker and Postgres, under load: nothing is lost and nothing comes twice; test_everything.py kills the views too.
 
 The workload numbers every change, in the row that it writes and in the ledger (`headrace shop work`). Kafka's own console
 consumer, which knows nothing of headrace, must see each committed number exactly once, and no other.
@@ -17,23 +17,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from headrace import plugins
 from headrace.change import format_lsn
-from headrace.stores.duckdb import DuckDBStore
 from headrace_ops.kafka import Kafka
 from headrace_ops.stack import Stack
 from tests.fixtures.capture import now
 from tests.fixtures.processes import SMALL, System, console
 
-VIEWS = ("search", "pages", "warehouse")
-VICTIMS = ("capture", "kafka", *VIEWS)
 LOG = ("capture", "kafka", "postgres")
 """What stands between a commit and the log."""
-KILLS = 6
 SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
 ROUND = int(os.environ.get("SOAK_ROUND", len(LOG)))
 """`make soak` gives more of both: see tests/soak.py."""
-RATE = "60/s"
 BUSY = "200/s"
 """So many that some are always on their way."""
 
@@ -89,7 +83,7 @@ def _kill_in_the_log(system: System, stack: Stack, victim: str, chance: random.R
     with _working(system, next(load)):
         system.busy(chance.randint(5, 40))
     lsn = now(system.settings)
-    system.waiting(f"the log to reach {format_lsn(lsn)}", lambda: _newest(system) >= lsn)
+    system.waiting(f"the log to reach {format_lsn(lsn)}", lambda: newest(system) >= lsn)
     return killed
 
 
@@ -101,59 +95,22 @@ def _working(system: System, seed: int) -> Iterator[None]:
 
 
 def _killed(system: System, stack: Stack, victim: str) -> Killed:
-    begun = _now_ms()
+    begun = now_ms()
     if victim == "capture":
         system.kill(victim)
-        return Killed(begun, _now_ms())
+        return Killed(begun, now_ms())
     server = stack.server(victim)
     if victim == "kafka":  # it hangs before: so something is committed that it has not
         server.pause()
         system.busy(1)
-        begun = _now_ms()
+        begun = now_ms()
     server.kill()
-    dead = _now_ms()
+    dead = now_ms()
     return Killed(dead if victim == "postgres" else begun, dead)  # whatever Postgres had committed was so before
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-@pytest.mark.parametrize("seed", SEEDS[::ROUND])
-@pytest.mark.usefixtures("elasticsearch", "redis_server")
-def test_each_committed_number_is_in_the_log_once_and_every_view_is_equal_after_six_kills(
-    system: System, stack: Stack, kafka: Kafka, seed: int
-) -> None:
-    system.run("shop", "load", *SMALL)
-    system.up(*VIEWS)
-    kill_under_load(system, stack, seed, KILLS)
-    check(system, kafka)
-
-
-def kill_under_load(system: System, stack: Stack, seed: int, kills: int) -> None:
-    """Kill one after the other at drawn moments, every victim before any one dies twice; after each every view equals Postgres.
-
-    The load rests while they are compared: verify is exact under it too, but not done before its hottest rows rest.
-    """
-    chance = random.Random(seed)
-    drawn: list[str] = []
-    for step in range(1, kills + 1):
-        drawn = drawn or chance.sample(VICTIMS, len(VICTIMS))
-        victim = drawn.pop()
-        system.start("work", "shop", "work", "--rate", RATE, "--seed", str(100 * seed + step))
-        system.busy(chance.randint(5, 60))
-        _kill(system, stack, victim, f"seed {seed}, step {step}: {victim}", chance.randint(10, 60))
-        _goes_on(system, victim, now(system.settings))
-        system.stop("work")
-        system.settle(*VIEWS)
-        system.verify(*VIEWS)
-
-
-def _goes_on(system: System, victim: str, lsn: int) -> None:
-    """Wait until what is to be killed has done work since it, or anything before it, was killed last."""
-    wanted = VIEWS if victim not in VIEWS else (victim,)
-    system.waiting(f"the log to reach {format_lsn(lsn)}", lambda: _newest(system) >= lsn)
-    system.waiting(f"{wanted} to go on", lambda: all(system.applied(view).lsn >= lsn for view in wanted))
 
 
 def check(system: System, kafka: Kafka) -> list[dict[str, Any]]:
@@ -176,46 +133,6 @@ def _written(record: dict[str, Any]) -> bool:
     return not _of_ledger(record) and record["op"] in {"c", "u"}
 
 
-def _kill(system: System, stack: Stack, victim: str, what: str, meanwhile: int) -> None:
-    """Kill it with work before it that it had not done, let more come while it is dead, and start it again."""
-    before = after = 0
-    while before <= after:
-        before = now(system.settings)
-        if victim == "kafka":
-            stack.server(victim).kill()
-        else:
-            system.kill(victim)
-            after = _stands(system, victim)
-        system.busy(meanwhile)
-        later = now(system.settings)
-        if victim == "kafka":
-            stack.server(victim).start()
-            after = _stands(system, victim)
-        else:
-            system.start(victim, *(("capture",) if victim == "capture" else ("run", victim)))
-        places = f"killed at {format_lsn(before)}, it had done {format_lsn(after)}, back at {format_lsn(later)}"
-        print(f"{what} {places}", flush=True)  # noqa: T201  what a failure must be repeated with
-        assert later > before
-
-
-def _stands(system: System, victim: str) -> int:
-    """Return where a dead process's work durably ends: the newest checkpoint, or what the view's store says."""
-    if victim not in VIEWS:
-        system.waiting("the log to answer", lambda: _newest(system) > 0)
-        return _newest(system)
-    kind = (
-        DuckDBStore if victim == "warehouse" else plugins.load(victim)
-    )  # the warehouse's own would answer SQL from here
-    consumer = kind(system.settings, victim)
-    try:
-        live = next(generation for generation in consumer.generations() if generation.live)
-        position = consumer.open(live)
-    finally:
-        consumer.close()
-    assert position is not None
-    return position.version.lsn
-
-
-def _newest(system: System) -> int:
+def newest(system: System) -> int:
     checkpoint = system.log.newest_checkpoint()
     return checkpoint.version.lsn if checkpoint else 0

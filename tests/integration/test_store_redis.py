@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.redis import Page, PageReader, RedisPages
-from headrace_ops import Stack
+from headrace_ops import Stack, artifacts, guard
 from headrace_ops.redis import Redis
 
 G1, G2 = Generation("pages", 1, "abc"), Generation("pages", 2, "abc")
@@ -237,6 +238,33 @@ def test_a_redis_that_is_full_is_transient(open_store: Open, client: redis.Redis
     finally:
         client.config_set("maxmemory", "0")
     store.write([doc("1", 1)], at(1))
+
+
+class Oldest(Redis):
+    """The oldest version that is supported, whichever the system has."""
+
+    def command(self) -> list[str]:
+        return [str(artifacts.get(artifacts.REDIS) / "redis-server"), *super().command()[1:]]
+
+
+def test_a_redis_before_7_that_is_full_is_transient_too(tmp_path: Path) -> None:
+    """It tells that of a script within another error."""
+    with guard.temporary("headrace-tests-", [Redis.name]) as folder:
+        server = Oldest(folder, spread=True)
+        server.start()
+        store = RedisPages()
+        store.bind(replace(Settings(), redis=server.address(), state=str(tmp_path)), "pages")
+        with closing(store), redis.Redis.from_url(server.address(), decode_responses=True) as client:
+            assert str(client.info("server")["redis_version"]).startswith("6.2")
+            store.open(G1)
+            client.config_set("maxmemory", "1")
+            for attempt in (lambda: store.write([doc("1", 1)], at(1)), lambda: store.open(G1), store.promote):
+                with pytest.raises(Transient) as error:
+                    attempt()
+                assert error.value.code == "redis-busy"
+            client.config_set("maxmemory", "0")
+            store.write([doc("1", 1)], at(1))
+            assert [row.key for row in store.scan(None, 10)] == ["1"]
 
 
 def test_a_field_that_is_not_text_is_poison(open_store: Open) -> None:

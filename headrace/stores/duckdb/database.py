@@ -2,6 +2,9 @@
 
 DuckDB admits one process to a file, and one configuration within it. Every thread works with its own cursor; writers
 take turns, as two transactions that change the catalogue would fail each other.
+
+When the disk is full a commit fails, and nothing of it is there. But one that is durable may find no room to move the write-ahead log
+into the file, and then DuckDB gives up whatever is open: all of it is closed and the file opened anew, in the same process.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ _CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": False,
     "python_enable_replacements": False,  # no statement sees a variable of this program
 }
+_NO_ROOM = ("Could not write file", "No space left on device")
+"""Also within what DuckDB says when it gives up."""
 _DAMAGE = ("Corrupt database", "Could not read enough bytes", "not a valid DuckDB database")
 _open: dict[Path, Database] = {}
 _opening = threading.Lock()
@@ -38,7 +43,10 @@ class Database:
         """Open or make the file; callers use `opened`."""
         self.path = path
         self.users = 0
+        self._memory = memory
         self._turn = threading.RLock()
+        self._lent: list[duckdb.DuckDBPyConnection] = []
+        self._gave_up = False
         self._root = _connect(path, memory)
 
     @staticmethod
@@ -56,12 +64,13 @@ class Database:
 
         Raises:
             Misconfigured: `warehouse-locked` (another process has it), `warehouse-file`, `warehouse-version`,
-            `warehouse-memory`.
+            `warehouse-memory`. Transient: `warehouse-io`.
         """
         file = cls.file(path)
         with _opening:
             database = _open.get(file) or cls(file, memory)
             _open[file] = database
+            database.renew()
             database.users += 1
             return database
 
@@ -74,15 +83,39 @@ class Database:
                 self._root.close()
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
-        """Return a connection for one thread."""
+        """Return a connection for one thread, which closes it soon."""
         return self._root.cursor()
+
+    def lend(self) -> duckdb.DuckDBPyConnection:
+        """Return a connection that is kept, and used within `writing` and `looking` only: when DuckDB has given up it is closed for whom
+        has it. Give it back by `take_back`."""
+        with self._turn:
+            self._lent.append(self.cursor())
+            return self._lent[-1]
+
+    def take_back(self, cursor: duckdb.DuckDBPyConnection) -> None:
+        """Close a connection that was lent."""
+        with self._turn:
+            self._lent = [each for each in self._lent if each is not cursor]
+            cursor.close()
+
+    def renew(self) -> None:
+        """Open the file anew if DuckDB gave up. A query that still runs holds what was open: then that is tried again later."""
+        if not self._gave_up:
+            return
+        with self._turn:
+            for cursor in [*self._lent, self._root]:
+                cursor.close()
+            self._root = _connect(self.path, self._memory)
+            self._gave_up = False
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
-        """Raise errors of DuckDB as ours; remember that the file is damaged if they say so."""
+        """Raise errors of DuckDB as ours; remember what they say of the file."""
         try:
             yield
         except duckdb.Error as error:
+            self._gave_up = self._gave_up or isinstance(error, duckdb.FatalException)
             raise _ours(error, self.path) from error
 
     @contextlib.contextmanager
@@ -94,6 +127,12 @@ class Database:
         finally:
             with contextlib.suppress(duckdb.Error):
                 cursor.rollback()
+
+    @contextlib.contextmanager
+    def looking(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
+        """As `reading`, on a cursor that was lent. Raises HeadraceError: what DuckDB raised, translated."""
+        with self._turn, self.translated(), self.reading(cursor):
+            yield
 
     @contextlib.contextmanager
     def writing(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
@@ -121,6 +160,8 @@ def first(cursor: duckdb.DuckDBPyConnection, sql: str, *values: object) -> tuple
 
 def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
     text = str(error).splitlines()[0]
+    if _is_no_room(error):
+        return _no_room(error)
     told = type(error) in {duckdb.Error, duckdb.IOException} and any(sign in text for sign in _DAMAGE)
     if told or isinstance(error, duckdb.SerializationException):
         _mark(path).touch()
@@ -136,8 +177,18 @@ def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
     if isinstance(error, duckdb.OutOfMemoryException):
         return Transient("warehouse-memory", f"DuckDB needs more memory: {text}", "Raise HEADRACE_WAREHOUSE_MEMORY.")
     if isinstance(error, (duckdb.OperationalError, duckdb.TransactionException)):
-        return Transient("warehouse-io", f"DuckDB cannot write: {text}", "Look at the disk of HEADRACE_WAREHOUSE.")
+        return _no_room(error)
     return Misconfigured("warehouse-failed", f"DuckDB refused a statement of headrace: {text}", "Report this.")
+
+
+def _is_no_room(error: duckdb.Error) -> bool:
+    """Whether the disk is full, or a cursor was closed because it was."""
+    return any(sign in str(error) for sign in _NO_ROOM) or isinstance(error, duckdb.ConnectionException)
+
+
+def _no_room(error: duckdb.Error) -> Transient:
+    text = str(error).splitlines()[0]
+    return Transient("warehouse-io", f"DuckDB cannot write: {text}", "Free the disk of HEADRACE_WAREHOUSE.")
 
 
 def _connect(path: Path, memory: str) -> duckdb.DuckDBPyConnection:
@@ -161,12 +212,20 @@ def _connect(path: Path, memory: str) -> duckdb.DuckDBPyConnection:
 
 
 def _configured(path: Path, memory: str) -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect(path, config=_CONFIG)
+    made = not path.exists()
     try:
-        _settle(connection, memory)
-    except duckdb.Error:
-        connection.close()
-        raise
+        connection = duckdb.connect(path, config=_CONFIG)
+        try:
+            _settle(connection, memory)
+        except duckdb.Error:
+            connection.close()
+            raise
+    except duckdb.Error as error:
+        if not _is_no_room(error):
+            raise
+        if made:
+            path.unlink(missing_ok=True)  # half a file would be taken for damaged
+        raise _no_room(error) from error
     return connection
 
 

@@ -48,7 +48,7 @@ class DuckDBStore:
         """Open the generation, made when it is not there; an older instance of it can apply nothing from now on."""
         self.close()
         self._database = Database.opened(self.settings.warehouse, self.settings.warehouse_memory)
-        self._cursor = self._database.cursor()
+        self._cursor = self._database.lend()
         self._number = generation.number
         with self._database.writing(self._cursor):
             if not catalogue.ready(self._cursor):
@@ -109,7 +109,7 @@ class DuckDBStore:
     def close(self) -> None:
         """Give the file back; the last user in the process closes it."""
         if self._database is not None:
-            self._cursor.close()
+            self._database.take_back(self._cursor)
             self._database.release()
             self._database = self._build = None
 
@@ -156,8 +156,7 @@ class DuckDBStore:
 
     @contextmanager
     def _reading(self) -> Iterator[Build]:
-        database = self._opened()
-        with database.translated(), database.reading(self._cursor):
+        with self._opened().looking(self._cursor):
             self._build = self._build or Build(self._cursor, self._number)
             yield self._build
 

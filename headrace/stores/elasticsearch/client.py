@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
 
 _TIMEOUT = 30
+_NAMED = re.compile(r"index \[([^\]]+)\]")
+_UNBLOCK = '{"index.blocks.read_only_allow_delete":null,"index.blocks.write":null,"index.blocks.read_only":null}'
 
 
 def client(settings: Settings) -> Elasticsearch:
@@ -41,15 +44,13 @@ def errors(missing: Exception | None = None) -> Iterator[None]:
         yield
     except NotFoundError as error:
         raise missing or Wiped("view-wiped", f"An index is gone: {error.message}.") from error
-    except (AuthenticationException, AuthorizationException) as error:
-        if "cluster_block_exception" in str(error):
-            raise Transient(
-                "elasticsearch-busy", f"Elasticsearch blocks writes: {_why(error)}.", "Free its disk."
-            ) from error
-        raise Misconfigured(
-            "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change HEADRACE_ELASTICSEARCH."
-        ) from error
     except ApiError as error:
+        if is_block(error.status_code, str(error)):
+            raise blocked(_why(error)) from error
+        if isinstance(error, AuthenticationException | AuthorizationException):
+            raise Misconfigured(
+                "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change HEADRACE_ELASTICSEARCH."
+            ) from error
         if error.status_code in (409, 429) or error.status_code >= 500:
             raise Transient("elasticsearch-busy", f"Elasticsearch is busy: {_why(error)}.", "See its log.") from error
         raise Misconfigured(
@@ -59,6 +60,22 @@ def errors(missing: Exception | None = None) -> Iterator[None]:
         raise Transient(
             "elasticsearch-away", f"Elasticsearch does not answer: {error.message}.", "See HEADRACE_ELASTICSEARCH."
         ) from error
+
+
+def is_block(status: int, error: str) -> bool:
+    """Whether an index takes no writes: its disk is nearly full, or somebody wants it so. One that only starts answers 503."""
+    return status in (403, 429) and "cluster_block_exception" in error
+
+
+def blocked(why: str) -> Transient:
+    """Return what that means: Elasticsearch takes the block of a full disk away by itself, and no other."""
+    index = _NAMED.search(why)
+    return Transient(
+        "elasticsearch-blocked",
+        f"Elasticsearch blocks writes: {why}.",
+        "Free its disk. If the block stays when there is room, run: curl -X PUT -H 'content-type: application/json' "
+        f"$HEADRACE_ELASTICSEARCH/{index[1] if index else '_all'}/_settings -d '{_UNBLOCK}'",
+    )
 
 
 def _why(error: ApiError) -> str:

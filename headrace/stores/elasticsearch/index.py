@@ -42,7 +42,7 @@ from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.elasticsearch.bulks import BULK_DOCS, Action, TooLarge, bulks, halves, never_fits, written
-from headrace.stores.elasticsearch.client import body_of, client, errors, reason_of
+from headrace.stores.elasticsearch.client import blocked, body_of, client, errors, is_block, reason_of
 from headrace.stores.sending import Sending
 
 _POSITION = "headrace:position"
@@ -126,7 +126,7 @@ class ElasticsearchIndex:
         """Write documents, then the position; then show both to readers, unless `bulk`.
 
         Raises:
-            Transient: `elasticsearch-away`, `elasticsearch-busy`; Wiped: `view-wiped`, `view-moved`.
+            Transient: `elasticsearch-away`, `elasticsearch-busy`, `elasticsearch-blocked`; Wiped: `view-wiped`, `view-moved`.
             Poison: `document-refused`, with the id and Elasticsearch's reason; `document-too-large`.
             Misconfigured: `elasticsearch-refused`, `view-taken-over`.
         """
@@ -300,6 +300,8 @@ class ElasticsearchIndex:
             raise _wiped(self._index)
         if never_fits(status, reason):
             raise TooLarge
+        if is_block(status, reason):
+            raise blocked(reason)
         if status in (429, 403) or status >= 500:
             raise Transient(
                 "elasticsearch-busy", f"Elasticsearch does not take {item['_id']}: {reason}.", "See its log."

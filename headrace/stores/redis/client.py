@@ -17,7 +17,8 @@ from headrace.errors import Misconfigured, Transient
 from headrace.settings import Settings
 
 _TIMEOUT = 30
-_BUSY = ("BUSY", "LOADING", "MISCONF", "MASTERDOWN", "NOREPLICAS", "OOM", "READONLY", "TRYAGAIN")
+_BUSY = re.compile("(^|-)(BUSY|LOADING|MISCONF|MASTERDOWN|NOREPLICAS|OOM|READONLY|TRYAGAIN) ")
+"""How the text of an error begins; before Redis 7 within that of the script's, after a minus sign."""
 
 
 def client(settings: Settings) -> redis.Redis:
@@ -47,8 +48,10 @@ def errors() -> Iterator[None]:
     except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
         raise Transient("redis-away", f"Redis does not answer: {error}.", "See HEADRACE_REDIS.") from error
     except exceptions.RedisError as error:
-        if isinstance(error, exceptions.OutOfMemoryError | exceptions.ReadOnlyError) or str(error).startswith(_BUSY):
-            raise Transient("redis-busy", f"Redis does not take writes: {error}.", "See its log.") from error
+        full = isinstance(error, exceptions.OutOfMemoryError)
+        if full or isinstance(error, exceptions.ReadOnlyError) or _BUSY.search(str(error)):
+            remedy = "Raise its maxmemory." if full else "See its log."
+            raise Transient("redis-busy", f"Redis does not take writes: {error}.", remedy) from error
         raise Misconfigured("redis-refused", f"Redis: {error}.", "Change HEADRACE_REDIS.") from error
 
 
