@@ -136,7 +136,7 @@ def _search(settings: Settings) -> Ask:
     connection = http.client.HTTPConnection(address.hostname or "", address.port)
 
     def ask(id_: int) -> int:
-        connection.request("GET", f"/order_search-g1/_source/{id_}?_source_includes=quantity")
+        connection.request("GET", f"/order_search/_source/{id_}?_source_includes=quantity")
         return int(orjson.loads(connection.getresponse().read())["quantity"])
 
     return ask
@@ -144,8 +144,9 @@ def _search(settings: Settings) -> Ask:
 
 def _pages(settings: Settings) -> Ask:
     """Return a look at a page's hash."""
-    client = redis.Redis.from_url(settings.redis)
-    return lambda id_: int(client.hget(f"order_pages:1:{id_}", "quantity") or 0)
+    client = redis.Redis.from_url(settings.redis, decode_responses=True)
+    live = client.get("order_pages:live")
+    return lambda id_: int(client.hget(f"order_pages:{live}:{id_}", "quantity") or 0)
 
 
 def _warehouse(settings: Settings) -> Ask:

@@ -39,7 +39,7 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 def views(
     only: Annotated[str, typer.Option("--only", help=f"Parts, separated by commas, of: {', '.join(PARTS)}.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Few rows, one pair: to see that it works.")] = False,
-    pairs: Annotated[int, typer.Option("--pairs", help="Pairs of runs, 3 or 1 by default.", min=1)] = 0,
+    pairs: Annotated[int | None, typer.Option("--pairs", help="Pairs of runs, 3 or 1 by default.", min=1)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON document.")] = False,
 ) -> None:
     """Measure, print ratios; a whole run (every part, not --quick) also writes bench/views.md.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -294,6 +295,14 @@ def test_a_taken_port_names_the_setting(settings: Settings, store: Warehouse) ->
     with pytest.raises(Misconfigured, match="cannot listen"):
         Endpoint(replace(settings, warehouse_listen="nowhere"))
     store.scan(None, 1)
+
+
+def test_an_answer_does_not_wait_until_its_headers_are_acknowledged(settings: Settings) -> None:
+    server = Endpoint(replace(settings, warehouse_listen="127.0.0.1:0"))
+    try:
+        assert server._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    finally:
+        server.stop()
 
 
 # While generations come and go

@@ -173,6 +173,8 @@ def _bound(listen: str) -> socket.socket:
         address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         server = socket.socket(address[0], socket.SOCK_STREAM)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Every connection takes it over. Without, each answer waits 40 ms until its headers are acknowledged.
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server.bind(address[4])
         server.listen()
     except (OSError, OverflowError, ValueError) as error:

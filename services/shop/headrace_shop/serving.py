@@ -61,8 +61,11 @@ def views(settings: Settings, mode: str) -> Views:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), backlog=100)
+        server = socket.create_server((host, port), backlog=100)
     except OSError as error:
         raise Misconfigured(
             "shop-port", f"The shop cannot listen on {host}:{port}: {error.strerror}.", "Give another --port."
         ) from error
+    # Every connection takes it over. Without, each answer waits 40 ms until its headers are acknowledged.
+    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return server
