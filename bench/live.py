@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlparse
 
 import orjson
@@ -145,7 +145,7 @@ def _search(settings: Settings) -> Ask:
 def _pages(settings: Settings) -> Ask:
     """Return a look at a page's hash."""
     client = redis.Redis.from_url(settings.redis, decode_responses=True)
-    live = client.get("order_pages:live")
+    live: Any = client.get("order_pages:live")
     return lambda id_: int(client.hget(f"order_pages:{live}:{id_}", "quantity") or 0)
 
 
