@@ -116,8 +116,13 @@ def kill_and_start(system: System, victim: str, meanwhile: int) -> None:
     killed = time.time()
     pass_ticks(system, meanwhile)
     system.start(victim, "run", *RUN.get(victim, (victim,)))
+    await_word(system, victim, killed)
+
+
+def await_word(system: System, view: str, since: float) -> None:
+    """Wait until a view's process says something that was not said before; what a killed one said last may be of any age by then."""
     system.waiting(
-        f"{victim} to be there", lambda: min(r.age for r in system.control.running(victim)) < time.time() - killed
+        f"{view} to be there", lambda: min(r.age for r in system.control.running(view)) < time.time() - since
     )
 
 
@@ -173,9 +178,11 @@ def test_a_rebuild_goes_on_on_another_host_where_nothing_is_kept_locally(system:
     system.run("rebuild", "halting_pages")
     system.wait("the build to be half way", halt.with_suffix(".reached").exists)
     system.kill("halting_pages")
+    killed = time.time()
     halt.unlink()
     system.environment["HEADRACE_STATE"] = str(tmp_path / "another-host")
     system.start("halting_pages", *run)
+    await_word(system, "halting_pages", killed)
     options = ("--consumer", run[2])
     assert system.facts("rebuild", "halting_pages", "--wait", *options)["generation"] == 2
     assert system.verify(options=options)["halting_pages"]["generation"] == 2

@@ -104,13 +104,14 @@ def rest(at: int) -> list[Batch]:
     return [each for each in BATCHES if each.position.offsets["shop.public.t"][0] > at]
 
 
+@pytest.mark.timeout(1200)  # each of its calls waits for the disk, on which others may write
 def test_killed_before_any_call_of_duckdb_it_goes_on_from_a_state_it_had(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLER, str(tmp_path), "1", "1"],
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     steps = [int(line) for line in done.stdout.split()]
