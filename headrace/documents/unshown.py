@@ -13,12 +13,13 @@ from headrace.documents.declaration import Node
 from headrace.documents.local import LocalRows, Touched
 from headrace.errors import Poison
 from headrace.stores import Doc, DocumentStore
+from headrace.stores.sending import MOST
 
 CHUNK: Final = 1_000
 CHUNK_BYTES: Final = 4 << 20
 """Of the documents of a chunk, which is ended by the one that reaches it: a few chunks are in memory at once [I10]."""
-_RECENT: Final = 3
-"""Chunks that a store may still have on their way."""
+_RECENT: Final = MOST + 1
+"""Chunks that a store may still have on their way, and the one that is given to it."""
 _ROWS: Final = 20
 """Of a join with more rows these many are shown to who looks at what is parked."""
 

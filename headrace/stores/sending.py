@@ -7,6 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
+from typing import Final
+
+MOST: Final = 6
+"""Writes on their way at once, of a store that works on more than one: so it is busy too while the next ten thousand rows are read."""
 
 
 class Sending:

@@ -17,7 +17,7 @@ replaced meanwhile finds out at once.
 positions, not what is half written, and what `write` has returned for can be read (S25). An empty write costs no
 refresh.
 
-*Bulks.* Where more follows, two of them are on their way at once, so that Elasticsearch indexes while the next documents are
+*Bulks.* Where more follows, some of them are on their way at once, so that Elasticsearch indexes while the next documents are
 rendered; the call that ends it waits for all of them before it writes the position. No id is in two of them. A bulk that is larger than
 Elasticsearch, or a proxy before it, ever takes goes in halves; a single document that is larger is poison.
 
@@ -43,7 +43,7 @@ from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.elasticsearch.bulks import BULK_DOCS, Action, TooLarge, bulks, halves, never_fits, written
 from headrace.stores.elasticsearch.client import blocked, body_of, client, errors, is_block, reason_of
-from headrace.stores.sending import Sending
+from headrace.stores.sending import MOST, Sending
 
 _POSITION = "headrace:position"
 _INTERNAL = {"exists": {"field": "headrace.kind"}}
@@ -58,7 +58,6 @@ _OURS: dict[str, Any] = {
         "state": {"type": "object", "enabled": False},
     }
 }
-_BULKS = 2
 _PAUSES = (0.1, 0.5, 1.0, 2.0, 4.0)
 _DELETED_SECONDS = 24 * 3600
 _PURGE_SECONDS = 3600
@@ -96,7 +95,7 @@ class ElasticsearchIndex:
         self.alias = self.alias or consumer
         self._name = re.compile(re.escape(self.alias) + r"-g(\d+)")
         self._owner = uuid.uuid4().hex
-        self._sending = Sending("bulk", _BULKS)
+        self._sending = Sending("bulk", MOST)
         self._client = client(settings)
 
     def generations(self) -> list[Generation]:
