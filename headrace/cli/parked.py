@@ -118,7 +118,7 @@ def retry(
         for each in answer["done"]:
             out.print(f"[green]done[/green] {name} {escape(' '.join(each))}")
         for each in answer["left"]:
-            said = escape(f"{each['collection']} {each['key']}: {each['reason']} {each['remedy']}".rstrip())
+            said = escape(f"{each['collection']} {each['key']}: {each['reason']} {each.get('remedy', '')}".rstrip())
             out.print(f"[red]still parked[/red] {name} {said}", soft_wrap=True)
     if answer["left"]:
         raise typer.Exit(CHECK_FAILED)

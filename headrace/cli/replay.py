@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from headrace.change import format_lsn
 from headrace.cli.show import out, print_json
 from headrace.control import Control
 from headrace.effects import EffectConsumer
-from headrace.errors import CHECK_FAILED, USAGE, HeadraceError, Misconfigured
+from headrace.errors import CHECK_FAILED, USAGE, HeadraceError, Misconfigured, Transient
 from headrace.log import Log
 from headrace.runner.comparing import Changed, Comparison, Held, compare
 from headrace.runner.scratch import Scratch
@@ -108,7 +109,11 @@ def _folder() -> Iterator[Path]:
     ) as keeper:
         assert keeper.stdin is not None
         assert keeper.stdout is not None
-        yield Path(keeper.stdout.readline().rstrip("\n"))
+        made = keeper.stdout.readline().rstrip("\n")
+        if not made:
+            said = f"No folder can be made in {tempfile.gettempdir()}."
+            raise Transient("local-state", said, "Free that disk, or name another folder by TMPDIR.")
+        yield Path(made)
 
 
 def _built(scratch: Scratch) -> Any:

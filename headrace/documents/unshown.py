@@ -68,7 +68,8 @@ class Unshown:
         return bool(self._found)
 
     def add(self, error: Poison, cursor: Cursor, body: Any) -> None:
-        """Note a document; raise all when they are too many."""
+        """Note a document; raise all when they are too many. Of the error's trace nothing is kept: it holds what was written with it."""
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         error.cursor, error.body = cursor, error.body if error.body is not None else body
         self._found.append(error)
         if len(self._found) > self._limit:
@@ -105,6 +106,7 @@ class Showing:
                 self._store.write(docs, None if unshown else position, bulk=position is None or bool(unshown))
                 if unshown and last:
                     self._arrive()
+                    self.forget()
             except Poison as error:
                 refused = self._refused(error)
                 if refused is None or refused.touched is None:

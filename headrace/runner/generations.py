@@ -100,7 +100,9 @@ class Generations:
         stood = worker.paused or worker.still or worker.state.phase in {"stopped", "waiting"}
         try:
             if not stood and worker.state.exact:
-                with suppress(HeadraceError):  # it says itself what it lacks
+                with suppress(
+                    Exception
+                ):  # it says itself what it lacks, and what a plugin raises must not keep it from standing
                     worker.hold(CALL_SECONDS, _STATE_SECONDS)
             worker.paused = True
             if not stood and worker.state.phase != "waiting":

@@ -34,15 +34,7 @@ class Sending:
         busy = any(not ids.isdisjoint(others) for _, others in self._writes)
         self.arrive(0 if busy else self._most - 1)
         future: Future[None] = Future()
-
-        def work() -> None:
-            try:
-                write()
-                future.set_result(None)
-            except Exception as error:  # noqa: BLE001  it belongs to who waits for it
-                future.set_exception(error)
-
-        threading.Thread(target=work, name=self._name, daemon=True).start()
+        threading.Thread(target=_work, args=(future, write), name=self._name, daemon=True).start()
         self._writes.append((future, ids))
 
     def arrive(self, most: int = 0) -> None:
@@ -62,3 +54,16 @@ class Sending:
         """Wait until nothing is on its way, whatever becomes of it."""
         futures.wait([future for future, _ in self._writes])
         self._writes.clear()
+
+
+def _work(future: Future[None], write: Callable[[], None]) -> None:
+    try:
+        write()
+        future.set_result(None)
+    except Exception as error:  # noqa: BLE001  it belongs to who waits for it
+        future.set_exception(error)
+    finally:
+        del (
+            future,
+            write,
+        )  # else the error's trace would hold this frame, and this frame the error, and all that was written

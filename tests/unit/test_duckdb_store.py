@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pytest
 
 from headrace.change import Version
@@ -44,6 +46,34 @@ def ask(settings: Settings, sql: str) -> Result:
 
 def rows(store: DuckDBStore) -> dict[tuple[str, str], Any]:
     return {(row.collection, row.key): row.value for row in store.scan(None, 1000)}
+
+
+def test_a_file_that_must_be_opened_anew_waits_for_a_query_that_runs(store: DuckDBStore, settings: Settings) -> None:
+    """What holds the file is told as busy, and not as a fault; without the query it is opened, with what was committed."""
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
+    database = Database.opened(settings.warehouse, settings.warehouse_memory)
+    running, ended = threading.Event(), threading.Event()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        running.set()
+        ended.wait(60)
+        yield pa.record_batch({"n": [1]})
+
+    with database.cursor() as cursor:
+        cursor.register("slow", pa.RecordBatchReader.from_batches(pa.schema({"n": pa.int64()}), batches()))
+        asker = threading.Thread(target=lambda: cursor.execute("SELECT sum(n) FROM slow").fetchall())
+        asker.start()
+        running.wait(60)
+        database._gave_up = True
+        with pytest.raises(Transient, match="cannot write"):
+            database.renew()
+        ended.set()
+        asker.join()
+    store.close()
+    database.renew()
+    assert store.open(FIRST) is not None
+    assert rows(store) == {("public.items", '{"id":1}'): {"id": 1, "name": "a"}}
+    database.release()
 
 
 # Exact states only

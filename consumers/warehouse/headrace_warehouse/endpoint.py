@@ -40,7 +40,7 @@ SECONDS = 30.0
 """Longest time of a query."""
 _BODY_BYTES = 1_000_000
 _QUERIES = 4
-_STATUS = {"warehouse-loading": 503, "sql-too-slow": 408, "sql-too-large": 413}
+_STATUS = {"warehouse-loading": 503, "warehouse-io": 503, "sql-too-slow": 408, "sql-too-large": 413}
 
 _serving: dict[tuple[str, str], Endpoint] = {}
 _starting = threading.Lock()

@@ -83,30 +83,30 @@ class Database:
                 self._root.close()
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
-        """Return a connection for one thread, which closes it soon."""
-        return self._root.cursor()
+        """Return a connection for one thread, which closes it soon. Raises Transient: `warehouse-io`, while the file is opened anew."""
+        with self.translated():
+            return self._root.cursor()
 
     def lend(self) -> duckdb.DuckDBPyConnection:
         """Return a connection that is kept, and used within `writing` and `looking` only: when DuckDB has given up it is closed for whom
         has it. Give it back by `take_back`."""
-        with self._turn:
-            self._lent.append(self.cursor())
-            return self._lent[-1]
+        cursor = self.cursor()
+        self._lent.append(cursor)
+        return cursor
 
     def take_back(self, cursor: duckdb.DuckDBPyConnection) -> None:
         """Close a connection that was lent."""
-        with self._turn:
-            self._lent = [each for each in self._lent if each is not cursor]
-            cursor.close()
+        self._lent.remove(cursor)
+        cursor.close()
 
     def renew(self) -> None:
-        """Open the file anew if DuckDB gave up. A query that still runs holds what was open: then that is tried again later."""
+        """Open the file anew if DuckDB gave up. Raises Transient: `warehouse-io`, also while a query still runs: it holds what was open."""
         if not self._gave_up:
             return
-        with self._turn:
+        with self._turn, self.translated():
             for cursor in [*self._lent, self._root]:
                 cursor.close()
-            self._root = _connect(self.path, self._memory)
+            self._root = _configured(self.path, self._memory)
             self._gave_up = False
 
     @contextlib.contextmanager
@@ -131,7 +131,7 @@ class Database:
     @contextlib.contextmanager
     def looking(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
         """As `reading`, on a cursor that was lent. Raises HeadraceError: what DuckDB raised, translated."""
-        with self._turn, self.translated(), self.reading(cursor):
+        with self.translated(), self.reading(cursor):
             yield
 
     @contextlib.contextmanager

@@ -31,7 +31,14 @@ class Action(NamedTuple):
 
 
 def written(doc: Doc) -> Action:
-    """Return what writes a document, or its delete."""
+    """Return what writes a document, or its delete. Raises Poison: `document-refused`, of one that has what is ours."""
+    if doc.body is not None and "headrace" in doc.body:
+        raise Poison(
+            "document-refused",
+            f"Document {doc.id!r} has a field `headrace`, which is where the store keeps its own.",
+            "Rename it in render.",
+            cursor=("", doc.id),
+        )
     id_ = codec.dumps(doc.id)
     ours = id_ if doc.body is not None else b'%b,"kind":"deleted","at":%d' % (id_, time.time())
     body = b"{}" if doc.body is None else doc.text or codec.dumps(doc.body)

@@ -69,7 +69,7 @@ class ElasticsearchIndex:
 
     Args:
         alias: What readers search, the consumer's name by default; the indices are ``<alias>-g1`` and so on.
-        mappings: As Elasticsearch takes them: ``{"properties": {...}}``.
+        mappings: As Elasticsearch takes them: ``{"properties": {...}}``. A field `headrace` is the store's own.
         settings: Index settings, e.g. ``{"number_of_replicas": 1}``.
     """
 
@@ -132,11 +132,10 @@ class ElasticsearchIndex:
         with errors():
             self._write_all(map(written, docs), wait=not bulk)
             self._unseen = self._unseen or bool(docs)
-            if not bulk:
-                self._purge()
             if position is not None:
                 self._write_position(codec.encode_position(position).decode(), show=not bulk)
             if not bulk:
+                self._purge()
                 self._show()
 
     def arrive(self) -> None:
@@ -274,7 +273,7 @@ class ElasticsearchIndex:
                 if isinstance(error, ApiError) and not never_fits(error.status_code, str(error)):
                     raise
                 for half in halves(bulk, self._index, self._consumer):
-                    self._send(half)
+                    self._send_once(half)
 
     def _refused(self, bulk: bytes) -> list[dict[str, Any]]:
         """Send a bulk; return the items that are not written."""
