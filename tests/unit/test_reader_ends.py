@@ -34,6 +34,9 @@ class Message:
     def value(self) -> bytes:
         return b"v"
 
+    def __len__(self) -> int:
+        return len(self.value())
+
 
 def test_the_end_of_a_partition_is_known_also_when_it_comes_with_its_last_records() -> None:
     """It is told once. Without it a state behind which nothing follows is never exact (S18)."""
