@@ -1,7 +1,6 @@
 """The fastest loaders that we could write: each reads a whole topic and fills a store, once, and does nothing else.
 
     python -m bench.loaders search TOPIC
-    python -m bench.loaders updates TOPIC OFFSET       # into the index that `search` has made
     python -m bench.loaders joined PRODUCTS REVIEWS    # the reviews wait in memory
 
 They know nothing of positions, deletes, schemas or restarts; they are what a rebuild is held against. They read with the same client
@@ -53,12 +52,7 @@ CREATE TABLE orders (
 def search(settings: Settings, topic: str) -> None:
     """Fill an index."""
     _make(settings, ORDER_MAPPINGS)
-    updates(settings, topic, str(OFFSET_BEGINNING))
-
-
-def updates(settings: Settings, topic: str, start: str) -> None:
-    """Write what a topic has from an offset on."""
-    _fill(settings, (b"".join(map(_order, messages)) for messages in _chunks(settings, topic, _CHUNK, int(start))))
+    _fill(settings, (b"".join(map(_order, messages)) for messages in _chunks(settings, topic, _CHUNK)))
 
 
 def joined(settings: Settings, products: str, reviews: str) -> None:
@@ -147,8 +141,8 @@ def count(settings: Settings) -> int:
     return int(row[0])
 
 
-def _chunks(settings: Settings, topic: str, size: int, start: int = OFFSET_BEGINNING) -> Iterator[list[Message]]:
-    """Yield the records of a topic in pieces, from an offset to its end."""
+def _chunks(settings: Settings, topic: str, size: int) -> Iterator[list[Message]]:
+    """Yield the records of a topic in pieces, to its end."""
     options = {
         "bootstrap.servers": settings.kafka,
         "group.id": "bench-loader",
@@ -158,7 +152,7 @@ def _chunks(settings: Settings, topic: str, size: int, start: int = OFFSET_BEGIN
         "fetch.queue.backoff.ms": 20,  # else it waits for a second whenever much is there
     }
     with closing(Consumer(options)) as consumer:
-        consumer.assign([TopicPartition(topic, 0, start)])
+        consumer.assign([TopicPartition(topic, 0, OFFSET_BEGINNING)])
         held: list[Message] = []
         while True:
             for message in consumer.consume(10_000, 0.05):
@@ -179,7 +173,6 @@ def _row(message: Message) -> dict[str, Any]:
 
 _LOADERS: Final[dict[str, Callable[..., None]]] = {
     "search": search,
-    "updates": updates,
     "joined": joined,
     "pages": pages,
     "warehouse": warehouse,

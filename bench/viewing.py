@@ -19,7 +19,7 @@ import elasticsearch
 import orjson
 import redis
 
-from bench import live, loaders, servers, source, truth
+from bench import live, loaders, servers, source
 from bench.live import Shown
 from bench.measure import Say
 from bench.pgsync import INDEX as PGSYNC_INDEX
@@ -215,20 +215,7 @@ class Views:
         with self._captured(origin) as tool:
             for _ in range(2 + sizes.pairs):
                 part.again.append(self._told(self._drain(tool, change)))
-            for _ in range(sizes.pairs):
-                part.limits.append(self._told(self._update(tool, change)))
         return part
-
-    def _update(self, tool: Headrace, change: Callable[[int], dict[str, int]]) -> Run:
-        """Drain such updates as a loader does that knows nothing of states."""
-        settings, count, (topic, *_) = self._settings(tool), self._sizes.backlog, tool.topics
-        self._loader(settings, "search", count, topic)
-        with truth.reading(self._kafka) as consumer:
-            (start,) = truth.ends(consumer, [topic])
-        self._changed(tool, change)
-        run = self._loader(settings, "updates", count, topic, str(start))
-        self._clear()
-        return run
 
     def _changed(self, tool: Headrace, change: Callable[[int], dict[str, int]]) -> None:
         """Have the updates in the log."""
