@@ -138,18 +138,15 @@ class Views:
             return self._run_of("headrace", program, count)
 
     def _load(self, tool: Headrace, view: str, count: int) -> Run:
-        run = self._loader(self._settings(tool), view, count, *tool.topics[: 2 if view == "joined" else 1])
-        self._clear()
-        return run
-
-    def _loader(self, settings: Settings, view: str, count: int, *arguments: str) -> Run:
+        settings, topics = self._settings(tool), tool.topics[: 2 if view == "joined" else 1]
         environ = environment(settings) | {"PYTHONPATH": loaders.FOLDER}
-        program = Program(f"loader-{view}", loaders.command(view, *arguments), self._folder, environ)
+        program = Program(f"loader-{view}", loaders.command(view, *topics), self._folder, environ)
         program.wait(PATIENCE)
         run = self._run_of("loader", program, count)
         found = self._loaded(settings, view)
         if found != count:
             raise Poison("bench-missing", f"The loader of {view} has {found} of {count}.", "Run it again.")
+        self._clear()
         return run
 
     def _joined(self) -> Part:
@@ -217,19 +214,15 @@ class Views:
                 part.again.append(self._told(self._drain(tool, change)))
         return part
 
-    def _changed(self, tool: Headrace, change: Callable[[int], dict[str, int]]) -> None:
-        """Have the updates in the log."""
-        with tool.awake():
-            change(self._sizes.backlog)
-            lsn = tool.source.lsn()
-            self._wait(lambda: tool.streams_to(lsn))
-
     def _drain(self, tool: Headrace, change: Callable[[int], dict[str, int]]) -> Run:
         count = self._sizes.backlog
         with self._view(tool, "search") as (program, settings):
             self._full(program, settings, "search", count)
             program.stop()
-            self._changed(tool, change)
+            with tool.awake():
+                change(count)
+                lsn = tool.source.lsn()
+                self._wait(lambda: tool.streams_to(lsn))
             oldest = int(tool.source.value("SELECT min(quantity) FROM orders"))
             again = self._start("search", settings)
             self._until(again, lambda: self._newer(oldest) == count)

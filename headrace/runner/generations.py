@@ -100,9 +100,8 @@ class Generations:
         stood = worker.paused or worker.still or worker.state.phase in {"stopped", "waiting"}
         try:
             if not stood and worker.state.exact:
-                with suppress(
-                    Exception
-                ):  # it says itself what it lacks, and what a plugin raises must not keep it from standing
+                # It says itself what it lacks, and what a plugin raises must not keep it from standing.
+                with suppress(Exception):
                     worker.hold(CALL_SECONDS, _STATE_SECONDS)
             worker.paused = True
             if not stood and worker.state.phase != "waiting":
