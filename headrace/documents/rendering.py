@@ -42,7 +42,7 @@ def rendered(consumer: Renders, touched: Touched, node: Node | None, id_: str, v
     except Exception as error:
         raise Poison(
             "render-failed",
-            f"{type(consumer).__name__}.render failed for {_named(touched)}: {error!r}.",
+            f"{type(consumer).__name__}.render failed for {_named(touched)}: {_said(error)}.",
             f"Mend render, then: headrace rebuild {consumer.name}",
         ) from error
     if plain is None:
@@ -54,6 +54,12 @@ def rendered(consumer: Renders, touched: Touched, node: Node | None, id_: str, v
             "Return a mapping, or None for no document.",
         )
     return Doc(id_, plain, version, text)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, AttributeError) and isinstance(error.obj, Node):
+        return f"a row of {error.obj.table} has no join {error.name!r}; its columns are row[{error.name!r}]"
+    return repr(error)
 
 
 def _named(touched: Touched) -> str:

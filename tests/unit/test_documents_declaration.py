@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
-from headrace.change import Column, TableSchema
+from headrace.change import Column, TableSchema, Version
 from headrace.documents import Aggregate, Avg, Count, Document, Many, Max, Min, Node, One, Sum, count, mean, total
+from headrace.documents.local import Touched
 from headrace.documents.order import Shape
-from headrace.errors import Misconfigured
+from headrace.documents.rendering import rendered
+from headrace.errors import Misconfigured, Poison
 
 PRODUCT = Document(
     "public.products",
@@ -36,8 +38,19 @@ def test_a_declaration_names_its_tables_the_root_first() -> None:
 def test_columns_are_items_and_joins_are_attributes() -> None:
     node = _node()
     assert (node["name"], node.table, node.category) == ("kettle", "public.products", None)
-    with pytest.raises(AttributeError, match=r"has no join 'name'"):
+    with pytest.raises(AttributeError):
         _ = node.name
+
+
+def test_who_reads_a_column_as_a_join_is_told_how() -> None:
+    class Wrong:
+        name = "wrong"
+
+        def render(self, row: Node) -> dict[str, Any]:
+            return {"name": row.name}
+
+    with pytest.raises(Poison, match=r"public.products has no join 'name'; its columns are row\['name'\]"):
+        rendered(Wrong(), Touched(PRODUCT, {"id": 1}, None), _node(), "1", Version(1, 1))
 
 
 def test_many_rows_come_in_the_order_of_their_keys() -> None:
