@@ -16,6 +16,7 @@ import redis
 from elasticsearch import Elasticsearch as Client
 from elasticsearch import NotFoundError
 
+import headrace.stores.duckdb.database
 from headrace.errors import Transient
 from headrace.settings import Settings
 from headrace.stores.duckdb import Database
@@ -266,8 +267,9 @@ def test_a_warehouse_that_is_made_on_a_full_disk_waits(disk: Disk) -> None:
     assert not file.with_name(f"{file.name}.broken").exists()
 
 
-def test_a_warehouse_that_duckdb_gives_up_is_opened_anew(disk: Disk) -> None:
+def test_a_warehouse_that_duckdb_gives_up_is_opened_anew(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is committed is durable, but there is no room to move it from the write-ahead log into the file."""
+    monkeypatch.setitem(headrace.stores.duckdb.database._CONFIG, "checkpoint_threshold", "16MB")  # the disk is small
     file = str(disk.path / "warehouse.duckdb")
     first = Database.opened(file, "1GB")
     cursor, idle = first.lend(), first.lend()

@@ -95,6 +95,17 @@ def position_of(cursor: duckdb.DuckDBPyConnection, number: int) -> Position:
     return codec.decode_position(found[0]) if found and found[0] else Position()
 
 
+def shown(cursor: duckdb.DuckDBPyConnection) -> Position:
+    """Return where the generation stands that readers see, at NOWHERE when there is none. Raises as `ready`."""
+    try:
+        found = first(cursor, "SELECT position FROM headrace.live JOIN headrace.generations USING (number)")
+    except duckdb.CatalogException:
+        if ready(cursor):
+            raise
+        found = None
+    return codec.decode_position(found[0]) if found and found[0] else Position()
+
+
 def take(cursor: duckdb.DuckDBPyConnection, number: int) -> tuple[int, Position | None] | None:
     """Take the next turn of a generation; return it with the durable position, None when there is no such generation."""
     found = first(

@@ -95,8 +95,7 @@ def shown(database: Database) -> Version:
 
 
 def _shown(cursor: duckdb.DuckDBPyConnection) -> Position:
-    number = catalogue.live(cursor) if catalogue.ready(cursor) else None
-    position = Position() if number is None else catalogue.position_of(cursor, number)
+    position = catalogue.shown(cursor)
     if position.loading:
         raise Transient(
             "warehouse-loading",

@@ -139,9 +139,8 @@ def hide(cursor: duckdb.DuckDBPyConnection, view: tuple[str, str]) -> None:
 
 def write(cursor: duckdb.DuckDBPyConnection, table: Table, records: Sequence[Record]) -> None:
     """Apply the last changes of some keys, one for each key."""
-    keys = pa.table({"k": pa.array([record.key for record in records], pa.string())})
-    with registered(cursor, keys) as raw:
-        cursor.execute(f"DELETE FROM {table.path} WHERE {KEY} IN (SELECT k FROM {raw})")
+    keys = [record.key for record in records]
+    cursor.execute(f"DELETE FROM {table.path} WHERE {KEY} IN (SELECT unnest(?::VARCHAR[]))", [keys])
     kept = [(record, record.row) for record in records if record.row is not None]
     if not kept:
         return
