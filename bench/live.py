@@ -28,6 +28,8 @@ from headrace_ops.kafka import Kafka
 
 ROWS = 1_000
 _PATIENCE = 30.0
+_BETWEEN = 0.004
+"""From an answer to the next question: who asks without a pause takes the processor from what he measures."""
 Ask = Callable[[int], int]
 """From a row's id to the number that the view shows of it."""
 
@@ -122,7 +124,7 @@ class Live:
                 continue
             last = number
             while ask(_row_of(number)) < number and not self._ended.is_set():
-                time.sleep(0.0005)
+                time.sleep(_BETWEEN)
             self._seen[view][number] = time.monotonic()
 
 
