@@ -50,11 +50,6 @@ class Sending:
                 finally:
                     del error, future  # else the error's trace would hold this frame, and this frame the error
 
-    def drain(self) -> None:
-        """Wait until nothing is on its way, whatever becomes of it."""
-        futures.wait([future for future, _ in self._writes])
-        self._writes.clear()
-
 
 def _work(future: Future[None], write: Callable[[], None]) -> None:
     try:

@@ -202,35 +202,81 @@ def test_a_load_that_was_killed_starts_from_an_empty_index(open_store: Open) -> 
     assert [row.key for row in store.scan(None, 10)] == ["1"]
 
 
-def test_a_bulk_of_an_attempt_that_ended_never_reaches_the_next(open_store: Open, stack: Stack) -> None:
+def test_a_bulk_that_is_late_never_reaches_the_next_attempt(
+    open_store: Open, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next one makes the index anew, and its log may not have the row any more: no version would refuse that document."""
-    ended = open_store()
-    stack.server("elasticsearch").pause()
-    try:
-        ended.write([doc("ghost", 1)], None, bulk=True)
-        closing = threading.Thread(target=ended.close)
-        closing.start()
-        closing.join(1)
-        assert closing.is_alive(), "it is on its way"
-    finally:
-        stack.server("elasticsearch").resume()
-    closing.join(60)
-    assert not closing.is_alive()
+    killed, may = open_store(), threading.Event()
+    post = killed._post
+    monkeypatch.setattr(killed, "_post", lambda *bulk: may.wait(60) and post(*bulk))
+    killed.write([doc("ghost", 1)], None, bulk=True)
     store = open_store()
+    may.set()
+    with pytest.raises(Misconfigured) as error:
+        killed.arrive()
+    assert error.value.code == "view-taken-over"
     store.write([doc("1", 2)], at(2))
     assert [row.key for row in store.scan(None, 10)] == ["1"]
+    assert client.count(index="products-g1")["count"] == 2, "its document and the position"
 
 
-def test_a_bulk_of_an_attempt_that_ended_is_refused_where_there_is_a_position(open_store: Open) -> None:
-    """By its version, also of what is deleted (S21): what an attempt has rendered the next renders again, at that state or a later one."""
-    ended = open_store()
-    ended.write([doc("1", 1), doc("2", 1)], at(1))
+def test_a_bulk_that_is_late_never_reaches_an_index_that_has_a_position(open_store: Open) -> None:
+    killed = open_store()
+    killed.write([doc("1", 1), doc("2", 1)], at(1))
     store = open_store()
     store.write([doc("1", 3, "newer"), doc("2", 3, None)], at(3))
-    ended.write([doc("1", 2, "older"), doc("2", 2, "older")], None, bulk=True)
-    ended.arrive()
-    store.write([doc("3", 4)], at(4))
-    assert [(row.key, row.value["name"]) for row in store.scan(None, 10)] == [("1", "newer"), ("3", "kettle")]
+    killed.write([doc("1", 4, "of another history"), doc("3", 2)], None, bulk=True)
+    with pytest.raises(Misconfigured):
+        killed.arrive()
+    store.write([doc("4", 4)], at(4))
+    assert [(row.key, row.value["name"]) for row in store.scan(None, 10)] == [("1", "newer"), ("4", "kettle")]
+
+
+def _aliases(client: Client) -> set[str]:
+    return set(client.indices.get_alias(index="products-g1")["products-g1"]["aliases"])
+
+
+def test_one_writer_has_one_alias_and_may_open_again(open_store: Open, client: Client) -> None:
+    for lsn in (1, 2, 3):
+        open_store().write([doc("1", lsn)], at(lsn))
+    client.indices.put_alias(index="products-g1", name="of-somebody-else")
+    store = open_store()
+    assert store.open(G1) == at(3)
+    store.write([doc("1", 4)], at(4))
+    assert _aliases(client) == {store._target, "of-somebody-else"}
+
+
+def test_who_cannot_open_leaves_no_alias_behind(open_store: Open, client: Client) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    client.indices.put_settings(index="products-g1", settings={"index.blocks.write": True})
+    for _ in range(3):
+        with pytest.raises(Transient):
+            open_store()
+    assert _aliases(client) == {store._target}
+
+
+def test_a_writer_whose_alias_somebody_took_away_opens_again(open_store: Open, client: Client) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    client.indices.delete_alias(index="products-g1", name=store._target)
+    with pytest.raises(Wiped, match="alias is gone"):
+        store.write([doc("1", 2, "newer")], at(2))
+    assert store.open(G1) == at(1)
+    store.write([doc("1", 2, "newer")], at(2))
+    assert store.scan(None, 10)[0].value == {"name": "newer"}
+
+
+def test_of_two_that_load_the_former_finds_out(open_store: Open, client: Client) -> None:
+    """While the later one makes the index anew it is gone for a moment, and not wiped."""
+    former = open_store()
+    client.indices.delete(index="products-g1")
+    later = threading.Timer(0.4, open_store)
+    later.start()
+    with pytest.raises(Misconfigured) as error:
+        former.write([doc("1", 1)], None)
+    later.join()
+    assert error.value.code == "view-taken-over"
 
 
 def test_a_process_that_was_replaced_finds_out(open_store: Open) -> None:

@@ -16,7 +16,7 @@ from headrace.errors import Poison, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.elasticsearch import ElasticsearchIndex, index
-from headrace.stores.elasticsearch.bulks import written
+from headrace.stores.elasticsearch.bulks import is_id, written
 from headrace.stores.sending import Sending
 
 
@@ -61,7 +61,7 @@ def test_the_parts_of_a_bulk_are_not_each_tried_again_and_again(monkeypatch: pyt
     store.bind(Settings(), "parts")
     posts: list[bytes] = []
 
-    def post(bulk: bytes, _answer: str) -> Any:
+    def post(_target: str, bulk: bytes, _answer: str) -> Any:
         posts.append(bulk)
         status = 413 if bulk.count(b'"index"') > 1 else 503
         meta = ApiResponseMeta(status, "1.1", HttpHeaders(), 0.0, NodeConfig("http", "127.0.0.1", 9200))
@@ -72,6 +72,15 @@ def test_the_parts_of_a_bulk_are_not_each_tried_again_and_again(monkeypatch: pyt
     with pytest.raises(Transient, match="busy"):
         store.write([Doc(str(number), {"n": number}, Version(1, 1)) for number in range(8)], None)
     assert len(posts) == 3 * 4, "three times: eight, four, two, one"
+
+
+def test_an_id_that_elasticsearch_does_not_take_is_poison_and_its_delete_is_nothing() -> None:
+    """It refuses all of a bulk that has such an id."""
+    long = "é" * 257
+    with pytest.raises(Poison, match="more than 512 bytes") as refused:
+        written(Doc(long, {"n": 1}, Version(1, 1)))
+    assert refused.value.cursor == ("", long)
+    assert [is_id(id_) for id_ in (long, "é" * 256, "e" * 512, "e" * 513)] == [False, True, True, False]
 
 
 def test_a_field_that_is_the_stores_own_is_refused_by_name() -> None:

@@ -1,20 +1,24 @@
-"""What is sent to Elasticsearch at once: actions, each the lines of a bulk that write a document, gathered up to a number and a size."""
+"""What is sent to Elasticsearch at once: actions, each the lines of a bulk that write a document, gathered up to a number and a size.
+And what it means that one of them failed."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from headrace import codec
-from headrace.errors import Poison
+from headrace.errors import Poison, Transient
 from headrace.stores import Doc
+from headrace.stores.elasticsearch.client import blocked, is_block, reason_of
 
 BULK_DOCS = 1000
 _BULK_BYTES = 8 * 1024 * 1024
 _INDEX = b'{"index":{"_id":%b,"version":%d,"version_type":"external_gte"}}\n{"headrace":{"id":%b}%b\n'
 _TOO_LARGE = 413
+_ID_BYTES = 512
+"""Elasticsearch refuses a whole bulk for a longer id."""
 _SHARE = re.compile(r"operation_bytes=(\d+), max_\w+_bytes=(\d+)")
 """In what Elasticsearch says when operations have taken their share of its heap: how large this one is, and the share."""
 
@@ -31,19 +35,25 @@ class Action(NamedTuple):
 
 
 def written(doc: Doc) -> Action:
-    """Return what writes a document, or its delete. Raises Poison: `document-refused`, of one that has what is ours."""
-    if doc.body is not None and "headrace" in doc.body:
-        raise Poison(
-            "document-refused",
-            f"Document {doc.id!r} has a field `headrace`, which is where the store keeps its own.",
-            "Rename it in render.",
-            cursor=("", doc.id),
+    """Return what writes a document, or its delete. Raises Poison: `document-refused`, of one that cannot be in an index."""
+    if not is_id(doc.id):
+        said = (
+            f"Document {doc.id[:100]!r}… has an id of more than {_ID_BYTES} bytes, which Elasticsearch does not take."
         )
+        raise Poison("document-refused", said, "Define a shorter id(table, key).", cursor=("", doc.id))
+    if doc.body is not None and "headrace" in doc.body:
+        said = f"Document {doc.id!r} has a field `headrace`, which is where the store keeps its own."
+        raise Poison("document-refused", said, "Rename it in render.", cursor=("", doc.id))
     id_ = codec.dumps(doc.id)
     ours = id_ if doc.body is not None else b'%b,"kind":"deleted","at":%d' % (id_, time.time())
     body = b"{}" if doc.body is None else doc.text or codec.dumps(doc.body)
     rest = body[1:] if body == b"{}" else b"," + body[1:]
     return Action(doc.id, _INDEX % (id_, doc.version.packed(), ours, rest))
+
+
+def is_id(id_: str) -> bool:
+    """Whether a document of an index may have this id."""
+    return len(id_) * 4 <= _ID_BYTES or len(id_.encode()) <= _ID_BYTES
 
 
 def bulks(actions: Iterable[Action]) -> Iterator[list[Action]]:
@@ -64,6 +74,28 @@ def never_fits(status: int, reason: str) -> bool:
     """Whether something is refused that is larger than a request may be, or than all of what operations may have of the heap."""
     share = _SHARE.search(reason)
     return status == _TOO_LARGE or (share is not None and int(share[1]) > int(share[2]))
+
+
+def judge(item: Mapping[str, Any], index: str, consumer: str, moved: Callable[[], Exception]) -> None:
+    """Raise what an item that failed means. A version conflict is fine: an older write has lost."""
+    status, error = item["status"], item.get("error") or {}
+    reason = f"{error.get('type')}: {reason_of(error)}"
+    if status == 409:
+        return
+    if status == 404:
+        raise moved()
+    if never_fits(status, reason):
+        raise TooLarge
+    if is_block(status, reason):
+        raise blocked(reason)
+    if status in (429, 403) or status >= 500:
+        raise Transient("elasticsearch-busy", f"Elasticsearch does not take {item['_id']}: {reason}.", "See its log.")
+    raise Poison(
+        "document-refused",
+        f"Elasticsearch refuses document {item['_id']!r} of {index}: {reason}.",
+        f"Change render or the mappings of {consumer}, then: headrace rebuild {consumer}",
+        cursor=("", item["_id"]),
+    )
 
 
 def halves(bulk: Sequence[Action], index: str, consumer: str) -> tuple[Sequence[Action], Sequence[Action]]:

@@ -16,7 +16,8 @@ from elasticsearch import (
     TransportError,
 )
 
-from headrace.change import Row
+from headrace.change import Row, Version
+from headrace.consumer import ViewRow
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
 
@@ -92,3 +93,13 @@ def reason_of(error: Mapping[str, Any]) -> str:
 def body_of(hit: Mapping[str, Any]) -> Row:
     """Return the document of a hit as it was rendered."""
     return {name: value for name, value in hit["_source"].items() if name != "headrace"}
+
+
+def row_of(hit: Mapping[str, Any]) -> ViewRow:
+    """Return a hit as a row of the view."""
+    return ViewRow("", hit["_id"], body_of(hit), Version.unpacked(hit["_version"]))
+
+
+def sequence_of(found: Mapping[str, Any]) -> dict[str, int]:
+    """Return by what the next write says that it follows this one."""
+    return {"if_seq_no": found["_seq_no"], "if_primary_term": found["_primary_term"]}

@@ -1,8 +1,8 @@
 """Documents in Elasticsearch: an index a generation, an alias for readers.
 
-`<alias>-g<N>` is generation N; the alias points at the live one and is swapped in one cluster state. Everything is
-written through a second alias of the index, ``<index>-write``, with `require_alias`, so that an index somebody deleted
-is never made by a write.
+`<alias>-g<N>` is generation N; the alias points at the live one and is swapped in one cluster state. Everything is written through
+an alias of who writes, ``<index>-write-<owner>``, with `require_alias`: an index that somebody deleted is never made by a write, and
+what is on its way from a process that was replaced or killed finds no alias, or the versions of its documents refused (S21).
 
 *Versions.* Documents are written with `external_gte` versions (S1). A delete is a document too, ``{"headrace": {"kind":
 "deleted"}}`` under its version, because Elasticsearch forgets the version of a deleted id after a minute (S21); it is
@@ -30,19 +30,30 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from elasticsearch import ApiError, ConflictError, NotFoundError
 
 from headrace import codec
-from headrace.change import Position, Version
+from headrace.change import Position
 from headrace.consumer import Cursor, Generation, ViewRow
-from headrace.errors import Misconfigured, Poison, Transient, Wiped
+from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc
-from headrace.stores.elasticsearch.bulks import BULK_DOCS, Action, TooLarge, bulks, halves, never_fits, written
-from headrace.stores.elasticsearch.client import blocked, body_of, client, errors, is_block, reason_of
+from headrace.stores.elasticsearch.bulks import (
+    BULK_DOCS,
+    Action,
+    TooLarge,
+    bulks,
+    halves,
+    is_id,
+    judge,
+    never_fits,
+    written,
+)
+from headrace.stores.elasticsearch.client import client, errors, row_of, sequence_of
 from headrace.stores.sending import MOST, Sending
 
 _POSITION = "headrace:position"
@@ -59,6 +70,7 @@ _OURS: dict[str, Any] = {
     }
 }
 _PAUSES = (0.1, 0.5, 1.0, 2.0, 4.0)
+_MOMENTS = (0.0, 0.2, 0.5, 1.0)
 _DELETED_SECONDS = 24 * 3600
 _PURGE_SECONDS = 3600
 _FOREIGN = 1000
@@ -94,7 +106,6 @@ class ElasticsearchIndex:
         self._consumer = consumer
         self.alias = self.alias or consumer
         self._name = re.compile(re.escape(self.alias) + r"-g(\d+)")
-        self._owner = uuid.uuid4().hex
         self._sending = Sending("bulk", MOST)
         self._client = client(settings)
 
@@ -112,6 +123,7 @@ class ElasticsearchIndex:
 
     def open(self, generation: Generation) -> Position | None:
         """Take the index of `generation` if it is whole, else make it anew, empty."""
+        self._owner = uuid.uuid4().hex
         self._index = f"{self.alias}-g{generation.number}"
         with errors():
             if self._find(generation):
@@ -130,7 +142,7 @@ class ElasticsearchIndex:
             Misconfigured: `elasticsearch-refused`, `view-taken-over`.
         """
         with errors():
-            self._write_all(map(written, docs), wait=not bulk)
+            self._write_all((written(doc) for doc in docs if doc.body is not None or is_id(doc.id)), wait=not bulk)
             self._unseen = self._unseen or bool(docs)
             if position is not None:
                 self._write_position(codec.encode_position(position).decode(), show=not bulk)
@@ -156,12 +168,7 @@ class ElasticsearchIndex:
             self._client.options(ignore_status=404).indices.delete(index=self._index)
 
     def close(self) -> None:
-        """Close the connections, when nothing is on its way any more.
-
-        What arrived later could not be told from what the next attempt writes: where there is a position its version is refused (S21), but
-        an index without one is made anew, and a row of which this attempt knew may be gone from the log by then.
-        """
-        self._sending.drain()
+        """Close the connections, whatever is still on its way."""
         self._client.close()
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
@@ -192,6 +199,11 @@ class ElasticsearchIndex:
 
     # Opening
 
+    @property
+    def _target(self) -> str:
+        """The alias that this process writes through."""
+        return f"{self._index}-write-{self._owner}"
+
     def _find(self, generation: Generation) -> bool:
         """Look for the index; refuse one of other code."""
         try:
@@ -213,7 +225,7 @@ class ElasticsearchIndex:
         self._uuid, self._one_shard = index["uuid"], index["number_of_shards"] == "1"
 
     def _take(self) -> Position | None:
-        """Become the owner of the position; None when there is none of this index."""
+        """Become the owner of the position, and take the aliases of others away; None when there is no position of this index."""
         try:
             found = self._client.get(index=self._index, id=_POSITION)
         except NotFoundError:
@@ -221,11 +233,25 @@ class ElasticsearchIndex:
         state = found["_source"]["headrace"]["state"]
         if state["uuid"] != self._uuid or state["position"] is None:
             return None
-        self._written = _sequence(found.body)
-        self._put_state(state["position"])
+        self._client.indices.put_alias(index=self._index, name=self._target)
+        self._written = sequence_of(found.body)
+        try:
+            self._put_state(state["position"])
+        except Exception:
+            self._drop_aliases([self._target])
+            raise
+        # Only now: who finds his alias gone finds the new owner too.
+        aliases = self._client.indices.get_alias(index=self._index)[self._index]["aliases"]
+        self._drop_aliases(
+            [name for name in aliases if name.startswith(f"{self._index}-write") and name != self._target]
+        )
         self._unseen = True
         self._show()
         return codec.decode_position(state["position"])
+
+    def _drop_aliases(self, names: Sequence[str]) -> None:
+        if names:  # in a body, of any size
+            self._client.indices.update_aliases(actions=[{"remove": {"index": self._index, "aliases": names}}])
 
     def _make(self, generation: Generation) -> None:
         self._client.options(ignore_status=404).indices.delete(index=self._index)
@@ -235,7 +261,7 @@ class ElasticsearchIndex:
             index=self._index,
             mappings={**self._mappings, "properties": properties, "_meta": about},
             settings={**self._index_settings, "refresh_interval": -1},
-            aliases={f"{self._index}-write": {}},
+            aliases={self._target: {}},
         )
         self._know(self._client.indices.get(index=self._index)[self._index])
         self._written = {}
@@ -249,67 +275,43 @@ class ElasticsearchIndex:
             self._sending.arrive()
         for bulk in bulks(actions):
             if wait:
-                self._send(bulk)
+                self._send(self._target, bulk)
             else:
-                self._sending.send({action.id for action in bulk}, partial(self._send, bulk))
+                self._sending.send({action.id for action in bulk}, partial(self._send, self._target, bulk))
 
-    def _send(self, bulk: Sequence[Action]) -> None:
+    def _send(self, target: str, bulk: Sequence[Action]) -> None:
         """Send a bulk, again while Elasticsearch is busy, up to a point: an error here begins a rebuild again."""
         for pause in _PAUSES:
             try:
-                return self._send_once(bulk)
+                return self._send_once(target, bulk)
             except Transient as error:
                 if error.code != "elasticsearch-busy":
                     raise
             time.sleep(pause)
-        return self._send_once(bulk)
+        return self._send_once(target, bulk)
 
-    def _send_once(self, bulk: Sequence[Action]) -> None:
+    def _send_once(self, target: str, bulk: Sequence[Action]) -> None:
         with errors():
             try:
-                for item in self._refused(b"".join(action.lines for action in bulk)):
-                    self._judge(item)
+                for item in self._refused(target, b"".join(action.lines for action in bulk)):
+                    judge(item, self._index, self._consumer, self._moved)
             except (ApiError, TooLarge) as error:
                 if isinstance(error, ApiError) and not never_fits(error.status_code, str(error)):
                     raise
                 for half in halves(bulk, self._index, self._consumer):
-                    self._send_once(half)
+                    self._send_once(target, half)
 
-    def _refused(self, bulk: bytes) -> list[dict[str, Any]]:
+    def _refused(self, target: str, bulk: bytes) -> list[dict[str, Any]]:
         """Send a bulk; return the items that are not written."""
-        if not self._post(bulk, "errors")["errors"]:
+        if not self._post(target, bulk, "errors")["errors"]:
             return []
         # Which ones, and why: sent again, it says so. What has been written is written again, equal.
-        items = self._post(bulk, "items.*._id,items.*.status,items.*.error")["items"]
+        items = self._post(target, bulk, "items.*._id,items.*.status,items.*.error")["items"]
         found = [next(iter(item.values())) for item in items]
         return [item for item in found if item["status"] >= 300]
 
-    def _post(self, bulk: bytes, answer: str) -> Any:
-        target = f"{self._index}-write"
+    def _post(self, target: str, bulk: bytes, answer: str) -> Any:
         return self._client.bulk(index=target, require_alias=True, operations=[bulk], filter_path=answer)  # type: ignore[list-item]
-
-    def _judge(self, item: dict[str, Any]) -> None:
-        """Decide what an item that failed means. A version conflict is fine: an older write has lost."""
-        status, error = item["status"], item.get("error") or {}
-        reason = f"{error.get('type')}: {reason_of(error)}"
-        if status == 409:
-            return
-        if status == 404:
-            raise _wiped(self._index)
-        if never_fits(status, reason):
-            raise TooLarge
-        if is_block(status, reason):
-            raise blocked(reason)
-        if status in (429, 403) or status >= 500:
-            raise Transient(
-                "elasticsearch-busy", f"Elasticsearch does not take {item['_id']}: {reason}.", "See its log."
-            )
-        raise Poison(
-            "document-refused",
-            f"Elasticsearch refuses document {item['_id']!r} of {self._index}: {reason}.",
-            f"Change render or the mappings of {self._consumer}, then: headrace rebuild {self._consumer}",
-            cursor=("", item["_id"]),
-        )
 
     def _write_position(self, position: str, *, show: bool) -> None:
         """Write the position if it is another; with `show` what is unseen of an index of one shard is shown by the same request."""
@@ -318,7 +320,7 @@ class ElasticsearchIndex:
         show = show and self._unseen and self._one_shard
         try:
             self._put_state(position, refresh=show)
-        except ConflictError as error:
+        except (ConflictError, NotFoundError) as error:
             raise self._moved() from error
         self._unseen = self._unseen and not show
 
@@ -327,19 +329,25 @@ class ElasticsearchIndex:
         how: dict[str, Any] = dict(self._written) or {"op_type": "create"}
         document = {"headrace": {"kind": "position", "state": state}}
         written = self._client.index(
-            index=f"{self._index}-write", id=_POSITION, document=document, require_alias=True, refresh=refresh, **how
+            index=self._target, id=_POSITION, document=document, require_alias=True, refresh=refresh, **how
         )
-        self._written = _sequence(written.body)
+        self._written = sequence_of(written.body)
         self._position = position
 
     def _moved(self) -> Exception:
-        """Return what a position means that is not the one that this process wrote."""
-        try:
-            owner = self._client.get(index=self._index, id=_POSITION)["_source"]["headrace"]["state"]["owner"]
-        except NotFoundError:
+        """Return what it means that position or alias are not this process's own. Who makes the index anew needs a moment for it."""
+        owner = None
+        for pause in _MOMENTS:
+            time.sleep(pause)
+            with suppress(NotFoundError):
+                owner = self._client.get(index=self._index, id=_POSITION)["_source"]["headrace"]["state"]["owner"]
+                break
+        if owner is None:
             return _wiped(self._index)
         if owner == self._owner:
-            return Wiped("view-moved", f"The position of {self._index} is not the one last written.")
+            return Wiped(
+                "view-moved", f"The position of {self._index} is not the one last written, or its alias is gone."
+            )
         return Misconfigured(
             "view-taken-over",
             f"Another process has opened {self._index} since.",
@@ -362,7 +370,8 @@ class ElasticsearchIndex:
         )
         hits = found["hits"]["hits"]
         self._write_all(
-            Action(hit["_id"], b"%b\n" % codec.dumps({"delete": {"_id": hit["_id"], **_sequence(hit)}})) for hit in hits
+            Action(hit["_id"], b"%b\n" % codec.dumps({"delete": {"_id": hit["_id"], **sequence_of(hit)}}))
+            for hit in hits
         )
         self._unseen = self._unseen or bool(hits)
         if len(hits) < BULK_DOCS:
@@ -378,7 +387,7 @@ class ElasticsearchIndex:
         found = self._client.search(
             index=self._index, query=query, size=size, version=True, track_total_hits=False, **how
         )
-        return [_row(hit) for hit in found["hits"]["hits"]]
+        return [row_of(hit) for hit in found["hits"]["hits"]]
 
 
 def _wiped(index: str) -> Wiped:
@@ -388,11 +397,3 @@ def _wiped(index: str) -> Wiped:
 def _about(facts: Mapping[str, Any]) -> dict[str, str]:
     about: dict[str, str] = facts["mappings"].get("_meta", {}).get("headrace", {})
     return about
-
-
-def _sequence(found: Mapping[str, Any]) -> dict[str, int]:
-    return {"if_seq_no": found["_seq_no"], "if_primary_term": found["_primary_term"]}
-
-
-def _row(hit: Mapping[str, Any]) -> ViewRow:
-    return ViewRow("", hit["_id"], body_of(hit), Version.unpacked(hit["_version"]))
