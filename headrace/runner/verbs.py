@@ -137,10 +137,8 @@ class Verbs:
     def _meet(self, live: Worker | None, target: Worker, at: Version) -> None:
         held = _held(live, 2 * CALL_SECONDS)
         if at != NOWHERE and held > at:
-            said = (
-                f"{self._name} went on to {held}: it was held for {HOLD_SECONDS:.0f} s, or its process started again."
-            )
-            raise Transient("hold-ended", said, "Promote them again.")
+            said = f"it was held for {HOLD_SECONDS:.0f} s, or its process started again."
+            raise Transient("hold-ended", f"{self._name} went on to {held}: {said}", "Promote them again.")
         wanted = max(held, at)
         if not reach(target, wanted, _PATIENCE_SECONDS):
             raise Misconfigured(
@@ -150,6 +148,9 @@ class Verbs:
                 if target.paused
                 else "Use rollback --stale to accept that, or rebuild.",
             )
+        if live is not None and live.state.version > wanted:
+            said = f"{self._name} waited, and went on to {live.state.version} when it came back."
+            raise Transient("hold-ended", said, "Promote it again.")
 
     # Standing still, and going
 
@@ -198,9 +199,10 @@ def _check_whole(target: Worker, live: Worker | None) -> None:
 
 
 def _held(live: Worker | None, seconds: float) -> Version:
-    """Stop the live generation for so long; return where it stands, NOWHERE when there is none."""
+    """Stop the live generation for so long; return where it stands, NOWHERE when there is none. One that waits is not waited for."""
     if live is None:
         return NOWHERE
+    live.stand(seconds)
     if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
         return live.hold(seconds, _PATIENCE_SECONDS)
     return live.state.version

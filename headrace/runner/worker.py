@@ -125,16 +125,23 @@ class Worker(threading.Thread):
         deadline = time.monotonic() + patience
         try:
             while True:
-                self._hold_until = time.monotonic() + patience + seconds
+                self.stand(patience + seconds)
                 version = self.call(self._stands).result(max(0.0, deadline - time.monotonic()))
                 if version is not None:
-                    self._hold_until = time.monotonic() + seconds
+                    self.stand(seconds)
                     return version
                 time.sleep(_STEP_SECONDS)
         except NoAnswer as error:
             self.release()
             said = f"{self.name} did not reach a complete state in {patience:.0f} s."
             raise Transient("does-not-hold", said, "Try again.") from error
+        except HeadraceError:
+            self.release()
+            raise
+
+    def stand(self, seconds: float) -> None:
+        """Apply nothing for so long from now, but what ends a state; also when it waits, and comes back meanwhile."""
+        self._hold_until = time.monotonic() + seconds
 
     def unpark(self, consumer: Consumer, function: Callable[[Consumer, Parking, Position], T]) -> T | None:
         """Return what `function` does with what is parked, in this thread, at a complete state; None within one, when it is not called."""
@@ -224,6 +231,8 @@ class Worker(threading.Thread):
             if self._resting:
                 return
             if self._whole and time.monotonic() < self._hold_until:
+                if self.state.phase == "waiting":
+                    self._tell(consumer, reader)
                 time.sleep(_STEP_SECONDS)
                 continue
             batch = reader.poll(_POLL_SECONDS if self._calls.empty() else 0.0)

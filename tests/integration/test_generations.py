@@ -52,13 +52,15 @@ class Switch(NamedTuple):
 class Noted(Plain):
     """A view in a file of its own, that notes its promotions.
 
-    `refuses` are the views whose pointer does not move. A new generation applies nothing while `may` is not set, and sets `waits`.
+    `refuses` are the views whose pointer does not move, `fails` says that the first generation cannot apply. A new generation applies
+    nothing while `may` is not set, and sets `waits`.
     """
 
     switches: ClassVar[list[Switch]] = []
     refuses: ClassVar[set[str]] = set()
     may: ClassVar[threading.Event] = threading.Event()
     waits: ClassVar[threading.Event] = threading.Event()
+    fails: ClassVar[threading.Event] = threading.Event()
 
     def __init__(self, settings: Settings, name: str) -> None:
         super().__init__(settings, name)
@@ -68,6 +70,8 @@ class Noted(Plain):
         if self._number > 1 and not self.may.is_set():
             self.waits.set()
             self.may.wait(60)
+        if self._number == 1 and self.fails.is_set():
+            raise Transient("noted-away", "Its store is away.", "Wait.")
         super().apply(batch)
 
     def promote(self) -> None:
@@ -91,6 +95,7 @@ def two(feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(Noted, "refuses", set())
     Noted.may.set()
     Noted.waits.clear()
+    Noted.fails.clear()
     feed.cut((ITEMS, 1, 0))
     with ExitStack() as processes:
         controls = [processes.enter_context(serving(settings, **{name: Noted})) for name in ("one", "other")]
@@ -235,6 +240,22 @@ def test_a_held_view_shows_nothing_newer_until_it_is_released(two: Control, feed
     assert two.ask("one", "hold")["version"] == stood
     two.ask("one", "release")
     eventually("it goes on", lambda: Noted(settings, "one").rows() == {KEY: 7})
+
+
+def test_a_view_that_waits_when_it_is_held_shows_nothing_newer_when_it_comes_back(
+    two: Control, feed: Feed, settings: Settings
+) -> None:
+    Noted.fails.set()
+    first = feed.cut((ITEMS, 1, 7))
+    await_phase(two, "one", 1, "waiting")
+    stood = Version(*two.ask("one", "hold")["version"])
+    assert stood < first.version
+    Noted.fails.clear()
+    await_phase(two, "one", 1, "live")
+    assert two.ask("one", "hold")["version"] == list(stood)
+    assert Noted(settings, "one").rows() == {KEY: 0}
+    assert two.ask("one", "promote", {"at": list(stood)})["generation"] == 2
+    await_version(two, "one", first.version)
 
 
 # Standing still, and gone
