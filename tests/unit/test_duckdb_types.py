@@ -9,7 +9,7 @@ import pytest
 
 from headrace import codec
 from headrace.settings import Settings
-from headrace.stores.duckdb import Database, DuckDBStore, query
+from headrace.stores.duckdb import Database, DuckDBStore, query, tables
 from tests.fixtures.tables import FIRST, batch, put, schema
 
 OF_TYPE: list[tuple[str, str, list[Any]]] = [
@@ -67,8 +67,10 @@ OF_TYPE: list[tuple[str, str, list[Any]]] = [
 ]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Any:
+@pytest.fixture(params=[0, 100], ids=["arrow", "lists"])
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """Of each value both ways by which rows come into a table."""
+    monkeypatch.setattr(tables, "_FEW", request.param)
     made = DuckDBStore(Settings(warehouse=str(tmp_path / "w.duckdb")), "warehouse")
     made.open(FIRST)
     yield made

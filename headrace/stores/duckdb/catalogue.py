@@ -96,7 +96,8 @@ def position_of(cursor: duckdb.DuckDBPyConnection, number: int) -> Position:
 
 
 def shown(cursor: duckdb.DuckDBPyConnection) -> Position:
-    """Return where the generation stands that readers see, at NOWHERE when there is none. Raises as `ready`."""
+    """Return where the generation stands that readers see, at NOWHERE when there is none. Of a file that is not headrace's it raises as
+    `ready`; who opened one of another format has been told."""
     try:
         found = first(cursor, "SELECT position FROM headrace.live JOIN headrace.generations USING (number)")
     except duckdb.CatalogException:

@@ -23,6 +23,9 @@ from headrace.stores.duckdb.names import quoted, reader_schema, text, unique
 
 KEY, VERSION, EXACT = "_headrace_key", "_headrace_version", "_headrace_exact"
 _RAW = "headrace_raw"
+_FEW = 100
+"""Rows up to which they are parameters: DuckDB takes longer to learn of an Arrow table than to insert a few."""
+_LISTS = {pa.int64(): "BIGINT[]", pa.float64(): "DOUBLE[]", pa.bool_(): "BOOLEAN[]", pa.string(): "VARCHAR[]"}
 
 
 class Record(NamedTuple):
@@ -156,6 +159,11 @@ def write(cursor: duckdb.DuckDBPyConnection, table: Table, records: Sequence[Rec
         if typed is None:
             untyped.add(index)
         arrays[f"r{index}"] = fragments(values) if typed is None else typed
+    if len(kept) <= _FEW:
+        lists = ", ".join(f"unnest(?::{_LISTS[array.type]}) AS {name}" for name, array in arrays.items())
+        columns = [array.to_pylist() for array in arrays.values()]
+        cursor.execute(_insertion(table, f"(SELECT {lists})", untyped), columns)
+        return
     with registered(cursor, pa.table(arrays)) as raw:
         cursor.execute(_insertion(table, raw, untyped))
 
