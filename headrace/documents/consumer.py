@@ -211,8 +211,7 @@ class DocumentConsumer:
     def _take(self, local: LocalRows, batch: Batch) -> None:
         """Take the changes of a batch in. From zero, documents of one row each are written as rows come: the store works as we read."""
         if not batch.loading:
-            for change in batch.changes:
-                local.apply(change, loading=False)
+            local.follow(batch.changes)
             return
         early = self._early and not batch.complete
         new = local.load(batch.changes, touch=not early, unknown=self._view is not None)

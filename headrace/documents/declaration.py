@@ -28,11 +28,15 @@ from headrace.errors import Misconfigured
 _With = TypeVar("_With")
 
 
+_OF_DICT = frozenset(name for name in set(dir(dict)) - set(dir(Mapping)) if not name.startswith("_"))
+"""Methods that only a dictionary has: columns and joins of these names come first."""
+
+
 class Node(dict[str, Any]):
     """A row as `render` gets it: its columns by `row["name"]`, its joins by `row.category`, its table by `row.table`.
 
     The values are the codec's: a `numeric` is text, a timestamp ISO 8601 text. A template may write ``product.name``
-    for a column, where no join and no method of a dictionary has that name. It is one so that a template reads it as fast.
+    for a column, where no join and no method of a mapping has that name. It is a dictionary so that a template reads it as fast as one.
     """
 
     def __init__(self, table: str, columns: Row, joins: Mapping[str, Node | list[Node] | None] | None = None) -> None:
@@ -40,6 +44,8 @@ class Node(dict[str, Any]):
         super().__init__(columns)
         self.table = table
         self._joins = joins or {}
+        if not _OF_DICT.isdisjoint(columns):
+            vars(self).update((name, columns[name]) for name in _OF_DICT & columns.keys())
         if joins:
             vars(self).update(joins)
 
@@ -52,7 +58,7 @@ class Node(dict[str, Any]):
         return f"Node({self.table}, {super().__repr__()})"
 
 
-_TAKEN = frozenset(dir(Node)) | {"table", "_joins"}
+_TAKEN = frozenset(dir(Node)) - _OF_DICT | {"table", "_joins"}
 
 
 class Level:

@@ -33,6 +33,7 @@ TOUCH_ALL = f"INSERT INTO touched SELECT ?, key, version, 0 FROM rows WHERE tbl 
 LINK = "INSERT OR IGNORE INTO links VALUES (?, ?, ?)"
 LINK_BACK = "INSERT OR REPLACE INTO back VALUES (?, ?, ?)"
 INSERT = "INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+DELETE = "DELETE FROM rows WHERE tbl = ? AND key = ?"
 STORE = """
     INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET row = excluded.row,
     version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,

@@ -114,6 +114,25 @@ class LocalRows:
         if not loading:
             self._touch_joined(change.table, key, old, change.row, since)
 
+    def follow(self, changes: Sequence[Change]) -> None:
+        """Take changes in, in their order. Rows that neither have a join nor are in one go in together: their old values touch nothing."""
+        alone: dict[str, list[tuple[str, Change]]] = {}
+        for change in changes:
+            if self._paths.links[change.table] or self._paths.climbs[change.table]:
+                self.apply(change, loading=False)
+            else:
+                alone.setdefault(change.table, []).append((self._key_of(change), change))
+        for table, keyed in alone.items():
+            since = [(key, change.version.packed()) for key, change in keyed]
+            for number in self._paths.roots[table]:
+                self._db.executemany(layout.TOUCH, ((number, *each) for each in since))
+            last, at = dict(keyed), now()
+            self._db.executemany(layout.DELETE, ((table, key) for key, change in last.items() if change.row is None))
+            kept = ((key, change) for key, change in last.items() if change.row is not None)
+            self._db.executemany(
+                layout.STORE, (_stored(change, key, change.version.packed(), at) for key, change in kept)
+            )
+
     def load(self, changes: Sequence[Change], *, touch: bool, unknown: bool) -> list[Change]:
         """Take changes in while nothing is shown, at most one of each key; return those of rows that were not there yet.
 
@@ -249,7 +268,7 @@ class LocalRows:
 
     def _store(self, change: Change, key: str, since: int) -> None:
         if change.row is None:
-            self._db.execute("DELETE FROM rows WHERE tbl = ? AND key = ?", (change.table, key))
+            self._db.execute(layout.DELETE, (change.table, key))
             return
         self._db.execute(layout.STORE, _stored(change, key, since, now()))
 

@@ -3,6 +3,7 @@
 from fractions import Fraction
 from typing import Any
 
+import jinja2
 import pytest
 
 from headrace.change import Column, TableSchema, Version
@@ -40,6 +41,16 @@ def test_columns_are_items_and_joins_are_attributes() -> None:
     assert (node["name"], node.table, node.category) == ("kettle", "public.products", None)
     with pytest.raises(AttributeError):
         _ = node.name
+
+
+def test_columns_and_joins_may_have_the_names_that_only_a_dictionary_has() -> None:
+    Document("t", update=One("u", on="update_id"))
+    node = Node("t", {"id": 1, "copy": "text"}, {"update": None})
+    assert (node.copy, node.update, dict(node)) == ("text", None, {"id": 1, "copy": "text"})
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True).from_string(
+        "{{ row.copy }} {{ row.id }}"
+    )
+    assert template.render(row=node) == "text 1"
 
 
 def test_who_reads_a_column_as_a_join_is_told_how() -> None:
