@@ -188,7 +188,7 @@ class KafkaTopic:
         return self._writer
 
     def _packed(self, doc: Doc) -> bytes | None:
-        body = codec.dumps(doc.body) if doc.body is not None else None
+        body = (doc.text or codec.dumps(doc.body)) if doc.body is not None else None
         if body is None or len(body) <= self._settings.message_max_bytes:
             return body
         raise Poison(
