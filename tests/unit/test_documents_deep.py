@@ -217,6 +217,36 @@ def test_a_root_with_100000_children_is_rendered_in_little_memory(tmp_path: Path
     assert most < _BOUND
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.sampled_from(["new", "changed", None])), min_size=1, max_size=12),
+    st.data(),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_without_joins_that_go_in_together_are_as_if_one_by_one(
+    history: list[tuple[int, str | None]], data: st.DataObject
+) -> None:
+    made = []
+    for at, (id_, name) in enumerate(history, 1):
+        row = {"id": id_, "name": name} if name else None
+        place = (Version(1, at), at, 1, 1, 0, at)
+        made.append(Change(PRODUCTS, "u" if row else "d", codec.encode_key({"id": id_}), row, *place))
+    cut = data.draw(st.integers(0, len(made)))
+    with tempfile.TemporaryDirectory() as folder:
+        one, many = (LocalRows(Path(folder) / name, [Document(PRODUCTS)], "abc") for name in ("one", "many"))
+        for change in made:
+            one.apply(change, loading=False)
+        many.follow(made[:cut])
+        many.follow(made[cut:])
+        for query in (
+            "SELECT tbl, key, row, version, ordinal, came FROM rows",
+            "SELECT * FROM touched",
+            "SELECT * FROM meta",
+        ):
+            assert many._db.execute(query).fetchall() == one._db.execute(query).fetchall()
+        one.close()
+        many.close()
+
+
 def test_a_row_that_100000_documents_share_is_changed_in_little_memory(tmp_path: Path) -> None:
     document = Document(PRODUCTS, category=One(CATEGORIES, on="category_id", parent=One(CATEGORIES, on="parent_id")))
     local = LocalRows(tmp_path / "rows", [document], "abc")
