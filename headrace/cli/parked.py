@@ -167,7 +167,8 @@ def _agree(*, json: bool) -> None:
     if json or not sys.stdin.isatty():
         typer.echo("Nothing was dropped. Say --yes to do it.", err=True)
         raise typer.Exit(USAGE)
-    typer.confirm("Do this?", abort=True)
+    if not typer.confirm("Do this?"):
+        raise typer.Exit(USAGE)
 
 
 def _check_named(key: str | None, *, everything: bool) -> None:

@@ -94,8 +94,9 @@ def settings(json: AsJson = False) -> None:
 
 
 def _masked(value: str) -> str:
-    """Hide the password of an address."""
-    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)
+    """Hide the password of an address, in each of the forms that libpq takes."""
+    value = re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)
+    return re.sub(r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", value)
 
 
 def _package(entry: object) -> str:

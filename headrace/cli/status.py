@@ -211,6 +211,8 @@ def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> N
     inexact: set[str] = set()
     for who, found in wanted.items():
         for report in [report for report in found if report.live] or found[-1:]:
+            if name is None and report.phase == "dropped" and (report.dead or report.ended):
+                continue  # it was given up, and its process too
             _check_one(who, report, most)
             inexact.update(report.facts.get("inexact", ()))
     typer.echo(f"ok, but inexact (S12): {', '.join(sorted(inexact))}" if inexact else "ok")

@@ -46,6 +46,16 @@ def edited(client: httpx.Client, price: str) -> httpx.Response:
     return client.post("/products/1/price", data={"price": price})
 
 
+def test_who_is_asked_to_stop_ends_well(shop: Serve, system: System) -> None:
+    system.up("pages")
+    with shop("log"):
+        system.start("work", "shop", "work", "--rate", "20/s")
+        system.wait("some work", lambda: bool(system.numbers()))
+        assert system.ends("work") == 0
+        assert "transactions committed" in system.output("work").read_text()
+        assert system.ends("shop") == 0
+
+
 def test_a_page_is_validated_by_its_etag_and_a_writer_sees_his_write(shop: Serve, system: System) -> None:
     system.up("pages")
     with shop("log") as client:

@@ -49,6 +49,18 @@ def test_check_fails_when_nobody_has_ever_reported(settings: Settings, control: 
     assert ended.stdout == "capture: nobody has ever reported; run: headrace capture\n"
 
 
+def test_a_view_that_was_given_up_is_wrong_only_for_who_asks_for_it(settings: Settings, control: Control) -> None:
+    running, given_up = (
+        Report("plain", 1, live=True, phase="live", version=Version(1, 5)),
+        Report("pages", phase="dropped"),
+    )
+    say(control, running, given_up)
+    assert status(settings, "--check").exit_code == 1, "its process is there, and has nothing to do"
+    say(control, running, replace(given_up, ended=True))
+    assert status(settings, "--check").stdout == "ok\n"
+    assert status(settings, "--check", "pages").exit_code == 1
+
+
 @pytest.mark.parametrize("name", ["plain", "capture"])
 def test_check_fails_beyond_the_lag_that_is_allowed(settings: Settings, control: Control, name: str) -> None:
     say(control, Report(name, 1, live=True, phase="live", version=Version(1, 5), lag=(7, 4096, 61.0)))

@@ -443,6 +443,16 @@ def test_the_command_prints_a_table_json_or_csv(command: Any) -> None:
 
 
 @pytest.mark.usefixtures("at_warehouse")
+def test_a_csv_that_lacks_rows_says_so_and_fails(command: Any) -> None:
+    whole, cut = (command("--csv", f"FROM range({rows})") for rows in (endpoint.ROWS, endpoint.ROWS + 1))
+    assert (whole.exit_code, whole.stderr) == (0, "")
+    assert cut.stdout == whole.stdout
+    assert cut.exit_code == 1
+    assert "more rows than these 10000" in cut.stderr
+    assert "more rows than these" in command(f"FROM range({endpoint.ROWS + 1})").output
+
+
+@pytest.mark.usefixtures("at_warehouse")
 def test_the_command_says_why_a_query_failed(command: Any) -> None:
     failed = command("SELECT nothing FROM items")
     assert isinstance(failed.exception, HeadraceError)

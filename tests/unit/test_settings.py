@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from headrace.cli import app
 from headrace.errors import Misconfigured
 from headrace.settings import Settings, environment, load, table
 
@@ -51,6 +53,22 @@ def test_the_environment_of_settings_gives_them_back() -> None:
     settings = Settings(source="shop", partitions=4)
     assert environment(settings) == {"HEADRACE_SOURCE": "shop", "HEADRACE_PARTITIONS": "4"}
     assert load(environment(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://x:secret@db/shop",
+        "postgresql://db/shop?user=x&password=secret&connect_timeout=5",
+        "host=db user=x password=secret dbname=y",
+        r"host=db password = 'secret \'secret' dbname=y",
+    ],
+)
+def test_no_form_of_a_password_is_printed(dsn: str) -> None:
+    shown = CliRunner().invoke(app, ["settings", "--json"], env={"HEADRACE_DSN": dsn}).stdout
+    assert "***" in shown
+    assert "db" in shown
+    assert "secret" not in shown
 
 
 def test_every_setting_has_a_meaning() -> None:

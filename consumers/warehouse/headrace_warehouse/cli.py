@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace import settings as settings_of
-from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured, Transient
 
 _WAIT_SECONDS = 90
 _LOADING = 503
@@ -29,13 +29,13 @@ def sql(
 ) -> None:
     """Ask the running warehouse.
 
-    Every answer is one state that Postgres really had. Tables of the schema public by their plain name, others by
-    schema.table.
+    Every answer is one state that Postgres really had, and has 10,000 rows at most: it says when there are more. Tables of the
+    schema public by their plain name, others by schema.table.
 
     Example: `headrace sql "SELECT count(*) FROM products"`
 
-    Exit codes: 0 answered; 1 refused or failed in DuckDB; 2 wrong use; 3 no warehouse is running; 5 the warehouse is
-    still loading.
+    Exit codes: 0 answered; 1 refused or failed in DuckDB, or a CSV that lacks rows; 2 wrong use; 3 no warehouse is running; 5 the warehouse
+    is still loading.
     """
     if json and as_csv:
         raise typer.BadParameter("--json and --csv exclude each other.")
@@ -46,6 +46,9 @@ def sql(
         writer = csv.writer(sys.stdout)
         writer.writerow(answer["columns"])
         writer.writerows([[_text(value, "") for value in row] for row in answer["rows"]])
+        _say_what_lacks(answer, Console(stderr=True))
+        if answer["truncated"]:
+            raise typer.Exit(CHECK_FAILED)
     else:
         _show(answer)
 
@@ -100,8 +103,13 @@ def _show(answer: dict[str, Any]) -> None:
         table.add_row(*(Text(_text(value, "NULL")) for value in row))
     console = Console()
     console.print(table)
-    more = ", more not shown" if answer["truncated"] else ""
-    console.print(f"{len(answer['rows'])} rows at LSN {answer['lsn']}{more}", style="dim", highlight=False)
+    console.print(f"{len(answer['rows'])} rows at LSN {answer['lsn']}", style="dim", highlight=False)
+    _say_what_lacks(answer, console)
+
+
+def _say_what_lacks(answer: dict[str, Any], console: Console) -> None:
+    if answer["truncated"]:
+        console.print(f"there are more rows than these {len(answer['rows'])}: ask for less at once", markup=False)
     if answer["inexact"]:
         tables = ", ".join(answer["inexact"])
         console.print(f"{tables} may differ from Postgres: inexact since DDL without events (S12)", markup=False)

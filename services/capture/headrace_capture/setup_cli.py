@@ -165,4 +165,5 @@ def _agree(*, yes: bool) -> None:
     if not sys.stdin.isatty():
         typer.echo("Nothing was changed. Say --yes to do it.", err=True)
         raise typer.Exit(USAGE)
-    typer.confirm("Do this?", abort=True)
+    if not typer.confirm("Do this?"):
+        raise typer.Exit(USAGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,6 +88,7 @@ def work(
     """
     address = dsn or settings.load().dsn
     writes = LogWrites(address, connections=1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with database.connect(address) as connection:
         done = workload.work(workload.Load(connection, seed), writes, workload.paced(_rate(rate), seconds), journal)
     writes.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 
 import typer
@@ -37,6 +38,8 @@ def serve(settings: Settings, dsn: str, mode: str, host: str, port: int) -> None
             shop = Shop(views(settings, mode), writes, database)
             typer.echo(f"The shop is open at http://{host}:{listening.getsockname()[1]}/")
             config = uvicorn.Config(shop.application(), log_level="warning", timeout_graceful_shutdown=3)
+            for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises again what it was ended by
+                signal.signal(number, signal.SIG_IGN)
             uvicorn.Server(config).run(sockets=[listening])
         finally:
             writes.close()
