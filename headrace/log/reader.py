@@ -166,9 +166,17 @@ class Reader:
             and checkpoint.complete
             and (self._until is None or checkpoint.version <= self._until)
         ):
-            self._newest = checkpoint
+            before, self._newest = self._newest, checkpoint
             self._behind_since = self._behind_since or time.time()
+            if before is not None and before.version.epoch != checkpoint.version.epoch:
+                self._check_topics([topic for topic in checkpoint.ends if topic in self.position.topics])
             self._add_topics(checkpoint)
+
+    def _check_topics(self, topics: list[str]) -> None:
+        """Refuse to go on in topics that a recovery has made anew meanwhile (S2): what was read of them says nothing of what they have."""
+        for topic, (identity, _) in self._log.topics.describe(topics).items():
+            if self.position.topics[topic] != identity:
+                raise _refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
 
     def _add_topics(self, checkpoint: Checkpoint) -> None:
         new = [topic for topic in checkpoint.ends if self._reads(topic) and (topic, 0) not in self._read_to]
@@ -327,7 +335,10 @@ class Reader:
         if time.time() * 1000 - target.appended < self._log.settings.min_compaction_lag_ms:
             return True
         # Nothing follows the target anywhere, so nothing below its ends can have given way to something beyond them.
-        return self._at_end >= self._read_to.keys() and not self._waiting
+        return self._at_end >= self._read_to.keys() and not any(
+            kept and (kept[-1].offset() or 0) >= (target.ends[topic][partition] if topic in target.ends else 0)
+            for (topic, partition), kept in self._kept.items()
+        )
 
     def _after_newest(self) -> int:
         return self._newest.offset + 1 if self._newest else BEGINNING
@@ -341,7 +352,7 @@ class Reader:
             )
         if position.version > newest.version:
             raise _refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
-        if position.offsets:
+        if position.offsets and position.version != newest.version:
             self._check_age()
 
     def _check_age(self) -> None:

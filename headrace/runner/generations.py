@@ -79,7 +79,7 @@ class Generations:
         ready = [worker for worker in self.workers.values() if worker.state.exact and not worker.still]
         if ready and (self._first is None or self._first.done()):
             newest = max(ready, key=lambda worker: worker.generation.number)
-            self._first = newest.call(lambda consumer: consumer.promote())
+            self._first = newest.call(lambda consumer: consumer.promote() if newest.state.exact else None)
 
     def stay(self, phase: str) -> None:
         """Let the view stay so, also after a restart; empty: let it go on. A paused one stands when this returns.
@@ -180,10 +180,13 @@ class Generations:
         self._shelf.clear(self.name, lambda each: each == number)
 
     def wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
-        """Return what `function(consumer)` returns in the worker's thread. Raises Transient: `worker-busy`."""
+        """Return what `function(consumer)` returns in the worker's thread. Raises Transient: `worker-busy`; then it has not been begun,
+        and is not, unless it is what takes so long."""
+        future = worker.call(function)
         try:
-            return worker.call(function).result(CALL_SECONDS)
+            return future.result(CALL_SECONDS)
         except NoAnswer as error:
+            future.cancel()
             raise Transient(
                 "worker-busy", f"{worker.name} is busy ({worker.state.phase}).", "Try again; see headrace status"
             ) from error

@@ -125,7 +125,8 @@ class Parking:
         """Yield the entries of one error: of a row each of its changes, of which the first tells the error."""
         assert error.cursor is not None
         if _leaves(consumer):
-            entry = self._entry(error.cursor, "", self._version, batch.position.version)
+            held = min(self._version, delayed(consumer) or self._version)
+            entry = self._entry(error.cursor, "", held, batch.position.version)
             where = among(error, batch, self._log.topic_of)
             yield replace(_because(entry, error), body=error.body, where=where)
             return
@@ -248,6 +249,13 @@ def standing(position: Position, *, hurry: bool = False) -> Batch:
     source = position.source or _UNKNOWN
     checkpoint = Checkpoint(position.version, 0, 0, position.offsets, source, appended=position.appended)
     return Batch([], position, checkpoint, loading=False, hurry=hurry)
+
+
+def delayed(consumer: Consumer) -> Version | None:
+    """Return the version up to which a view shows everything that it delays, None when it delays nothing."""
+    delays: Callable[[], Version | None] | None = getattr(consumer, "pending", None)
+    pending = delays() if delays else None
+    return pending.before() if pending else None
 
 
 def _leaves(consumer: Consumer) -> bool:

@@ -22,7 +22,7 @@ from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Batch, Consumer, Generation
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
 from headrace.log import FeedReader, Lag, Log, Reader
-from headrace.runner.parking import Parking, standing
+from headrace.runner.parking import Parking, delayed, standing
 
 _POLL_SECONDS = 0.25
 _BACKOFF_SECONDS = (0.5, 30.0)
@@ -183,6 +183,8 @@ class Worker(threading.Thread):
                 if not isinstance(error, Transient):
                     self._halt(error)
                     continue
+                if isinstance(error, Wiped):
+                    self._set(version=NOWHERE)  # before it is opened anew: nobody may take it for what it was
                 wait = _BACKOFF_SECONDS[0] if self.state.phase != "waiting" else min(2 * wait, _BACKOFF_SECONDS[1])
                 self._set(phase="waiting", error=error)
                 self._answer_nothing(wait, error)
@@ -268,6 +270,8 @@ class Worker(threading.Thread):
         until = time.monotonic() + _ANSWER_SECONDS
         while not self._calls.empty() and time.monotonic() < until:
             function, future = self._calls.get()
+            if not future.set_running_or_notify_cancel():
+                continue  # who asked has been told that it is not done
             try:
                 future.set_result(function(consumer))
             except Transient as error:
@@ -281,7 +285,9 @@ class Worker(threading.Thread):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self._stopping.wait(0.05):
             while not self._calls.empty():
-                self._calls.get()[1].set_exception(error)
+                _, future = self._calls.get()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
 
     def _halt(self, error: HeadraceError) -> None:
         """Stay stopped, with the reason in status. A refused view can still be read, so it still answers."""
@@ -316,9 +322,7 @@ class Worker(threading.Thread):
 
     def _set_held(self, consumer: Consumer) -> None:
         """Take in what holds tokens back: what is parked, and what the consumer delays (S25)."""
-        delays: Callable[[], Version | None] | None = getattr(consumer, "pending", None)
-        pending = delays() if delays else None
-        before = pending.before() if pending else None
+        before = delayed(consumer)
         held = min((each for each in (self._parking.held, before) if each is not None), default=None)
         self._set(held=held, delayed=before is not None, parked=self._parking.count)
 

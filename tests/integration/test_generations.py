@@ -18,13 +18,13 @@ import orjson
 import pytest
 from typer.testing import CliRunner, Result
 
-from headrace.change import Version
+from headrace.change import NOWHERE, Position, Version
 from headrace.cli import app, together
 from headrace.consumer import Batch, Generation
 from headrace.control import Control, Report
-from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.errors import HeadraceError, Misconfigured, Transient, Wiped
 from headrace.log import Log
-from headrace.runner import verbs
+from headrace.runner import generations, verbs
 from headrace.runner.scratch import NUMBER
 from headrace.settings import Settings, environment
 from headrace.stores.elasticsearch import SearchReader
@@ -256,6 +256,56 @@ def test_a_view_that_waits_when_it_is_held_shows_nothing_newer_when_it_comes_bac
     assert Noted(settings, "one").rows() == {KEY: 0}
     assert two.ask("one", "promote", {"at": list(stood)})["generation"] == 2
     await_version(two, "one", first.version)
+
+
+def test_a_promotion_that_is_answered_as_busy_does_not_happen_later(
+    two: Control, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stood = two.ask("one", "hold")["version"]
+    Noted.may.clear()
+    last = feed.cut((ITEMS, 1, 7))
+    assert Noted.waits.wait(30)
+    monkeypatch.setattr(generations, "CALL_SECONDS", 1.0)
+    with pytest.raises(Transient) as busy:
+        two.ask("one", "promote", {"at": stood})
+    assert busy.value.code == "worker-busy"
+    Noted.may.set()
+    await_version(two, "one", last.version)
+    assert Noted.switches == []
+    assert report(two, "one", 1).live
+
+
+class Forgets(Noted):
+    """Loses everything once, and takes its time to begin anew."""
+
+    wiped: ClassVar[threading.Event] = threading.Event()
+    again: ClassVar[threading.Event] = threading.Event()
+
+    def open(self, generation: Generation) -> Position | None:
+        if self.wiped.is_set():
+            self.again.wait(60)
+        return super().open(generation)
+
+    def apply(self, batch: Batch) -> None:
+        if batch.position.version.lsn > 110 and not self.wiped.is_set():
+            self.drop()
+            self.wiped.set()
+            raise Wiped("noted-wiped", "It is gone.")
+        super().apply(batch)
+
+
+def test_a_view_that_was_wiped_is_at_nothing_until_it_is_loaded_again(feed: Feed, settings: Settings) -> None:
+    Forgets.wiped.clear()
+    Forgets.again.clear()
+    Noted.fails.clear()
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, wiped=Forgets) as control:
+        await_live(control, "wiped")
+        last = feed.cut((ITEMS, 1, 2))
+        eventually("it is at nothing", lambda: report(control, "wiped", 1).version == NOWHERE)
+        Forgets.again.set()
+        eventually("it is live again", lambda: report(control, "wiped", 1).version == last.version)
+        eventually("readers see it", lambda: report(control, "wiped", 1).live)
 
 
 # Standing still, and gone

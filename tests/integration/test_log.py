@@ -304,9 +304,51 @@ def test_a_position_that_makes_no_sense_is_refused(feed: Feed, spoil: object, co
     reader = feed.log.reader([ITEMS], None)
     position: Position = drain(reader, first.version)[-1].position
     reader.close()
+    feed.cut((ITEMS, 2, 20))
     with pytest.raises(Refused) as caught:
         feed.log.reader([ITEMS], spoil(position))  # type: ignore[operator]
     assert caught.value.code == code
+
+
+def test_a_view_that_was_away_for_long_and_lacks_nothing_is_not_refused(feed: Feed) -> None:
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = drain(reader, first.version)[-1].position
+    reader.close()
+    reader = feed.log.reader([ITEMS], replace(position, appended=1))
+    second = feed.cut((ITEMS, 2, 20))
+    assert rows(drain(reader, second.version)) == {(ITEMS, b'{"id":2}'): 20}
+    reader.close()
+
+
+def test_a_few_records_that_are_old_are_a_state_though_nothing_follows(settings: Settings) -> None:
+    """Capture is off, and its last cuts are older than what a compaction leaves alone."""
+    feed = Feed(replace(settings, min_compaction_lag_ms=0))
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS, TAGS], None)
+    position = drain(reader, first.version)[-1].position
+    reader.close()
+    feed.cut((ITEMS, 1, 11), (TAGS, 1, 1))
+    last = feed.cut((ITEMS, 2, 20))
+    reader = feed.log.reader([ITEMS, TAGS], position)
+    expected = {(ITEMS, b'{"id":1}'): 11, (ITEMS, b'{"id":2}'): 20, (TAGS, b'{"id":1}'): 1}
+    assert rows(drain(reader, last.version)) == expected
+    reader.close()
+
+
+def test_a_topic_that_a_recovery_makes_anew_under_a_running_view_is_noticed(feed: Feed) -> None:
+    first = feed.cut(*((ITEMS, n, n) for n in range(20)))
+    reader = feed.log.reader([ITEMS], None)
+    drain(reader, first.version)
+    topic = feed.log.topic_of(ITEMS)
+    feed.log.topics.delete([topic], wait=True)
+    feed.log.ensure_table(ITEMS)
+    feed.epoch, feed.writer._ends[topic] = 2, [0]
+    feed.cut((ITEMS, 1, 100))
+    with pytest.raises(Refused) as caught:
+        drain(reader, Version(2, 0))
+    assert caught.value.code == "topic-replaced"
+    reader.close()
 
 
 def test_a_log_that_ends_below_its_checkpoint_is_refused(feed: Feed) -> None:

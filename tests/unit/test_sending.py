@@ -77,10 +77,11 @@ def test_the_parts_of_a_bulk_are_not_each_tried_again_and_again(monkeypatch: pyt
 def test_an_id_that_elasticsearch_does_not_take_is_poison_and_its_delete_is_nothing() -> None:
     """It refuses all of a bulk that has such an id."""
     long = "é" * 257
-    with pytest.raises(Poison, match="more than 512 bytes") as refused:
+    with pytest.raises(Poison, match="of more than 512 bytes") as refused:
         written(Doc(long, {"n": 1}, Version(1, 1)))
     assert refused.value.cursor == ("", long)
     assert [is_id(id_) for id_ in (long, "é" * 256, "e" * 512, "e" * 513)] == [False, True, True, False]
+    assert [is_id(id_) for id_ in ("", "headrace:position", " ")] == [False, False, True]
 
 
 def test_a_field_that_is_the_stores_own_is_refused_by_name() -> None:

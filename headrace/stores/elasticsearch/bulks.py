@@ -17,6 +17,8 @@ BULK_DOCS = 1000
 _BULK_BYTES = 8 * 1024 * 1024
 _INDEX = b'{"index":{"_id":%b,"version":%d,"version_type":"external_gte"}}\n{"headrace":{"id":%b}%b\n'
 _TOO_LARGE = 413
+POSITION = "headrace:position"
+"""The id of the document that is the position."""
 _ID_BYTES = 512
 """Elasticsearch refuses a whole bulk for a longer id."""
 _SHARE = re.compile(r"operation_bytes=(\d+), max_\w+_bytes=(\d+)")
@@ -37,10 +39,8 @@ class Action(NamedTuple):
 def written(doc: Doc) -> Action:
     """Return what writes a document, or its delete. Raises Poison: `document-refused`, of one that cannot be in an index."""
     if not is_id(doc.id):
-        said = (
-            f"Document {doc.id[:100]!r}… has an id of more than {_ID_BYTES} bytes, which Elasticsearch does not take."
-        )
-        raise Poison("document-refused", said, "Define a shorter id(table, key).", cursor=("", doc.id))
+        said = f"The id {doc.id[:100]!r} is empty, of more than {_ID_BYTES} bytes or the store's own: no document may have it."
+        raise Poison("document-refused", said, "Define another id(table, key).", cursor=("", doc.id))
     if doc.body is not None and "headrace" in doc.body:
         said = f"Document {doc.id!r} has a field `headrace`, which is where the store keeps its own."
         raise Poison("document-refused", said, "Rename it in render.", cursor=("", doc.id))
@@ -53,7 +53,7 @@ def written(doc: Doc) -> Action:
 
 def is_id(id_: str) -> bool:
     """Whether a document of an index may have this id."""
-    return len(id_) * 4 <= _ID_BYTES or len(id_.encode()) <= _ID_BYTES
+    return bool(id_) and id_ != POSITION and (len(id_) * 4 <= _ID_BYTES or len(id_.encode()) <= _ID_BYTES)
 
 
 def bulks(actions: Iterable[Action]) -> Iterator[list[Action]]:

@@ -44,6 +44,7 @@ from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.elasticsearch.bulks import (
     BULK_DOCS,
+    POSITION,
     Action,
     TooLarge,
     bulks,
@@ -56,7 +57,6 @@ from headrace.stores.elasticsearch.bulks import (
 from headrace.stores.elasticsearch.client import client, errors, row_of, sequence_of
 from headrace.stores.sending import MOST, Sending
 
-_POSITION = "headrace:position"
 _INTERNAL = {"exists": {"field": "headrace.kind"}}
 _VISIBLE = {"bool": {"must_not": [_INTERNAL]}}
 _NAMED = {"exists": {"field": "headrace.id"}}
@@ -227,7 +227,7 @@ class ElasticsearchIndex:
     def _take(self) -> Position | None:
         """Become the owner of the position, and take the aliases of others away; None when there is no position of this index."""
         try:
-            found = self._client.get(index=self._index, id=_POSITION)
+            found = self._client.get(index=self._index, id=POSITION)
         except NotFoundError:
             return None
         state = found["_source"]["headrace"]["state"]
@@ -329,7 +329,7 @@ class ElasticsearchIndex:
         how: dict[str, Any] = dict(self._written) or {"op_type": "create"}
         document = {"headrace": {"kind": "position", "state": state}}
         written = self._client.index(
-            index=self._target, id=_POSITION, document=document, require_alias=True, refresh=refresh, **how
+            index=self._target, id=POSITION, document=document, require_alias=True, refresh=refresh, **how
         )
         self._written = sequence_of(written.body)
         self._position = position
@@ -340,7 +340,7 @@ class ElasticsearchIndex:
         for pause in _MOMENTS:
             time.sleep(pause)
             with suppress(NotFoundError):
-                owner = self._client.get(index=self._index, id=_POSITION)["_source"]["headrace"]["state"]["owner"]
+                owner = self._client.get(index=self._index, id=POSITION)["_source"]["headrace"]["state"]["owner"]
                 break
         if owner is None:
             return _wiped(self._index)

@@ -274,7 +274,8 @@ class _Rows:
         return [_row(found) for id_ in ids for found in self._db.execute(query, (id_,))]
 
     def next(self, after: str | None, limit: int) -> list[ViewRow]:
-        query = "SELECT id, body, version FROM docs WHERE id > ? AND body IS NOT NULL ORDER BY id LIMIT ?"
+        than = ">=" if after is None else ">"  # the empty text is an id too
+        query = f"SELECT id, body, version FROM docs WHERE id {than} ? AND body IS NOT NULL ORDER BY id LIMIT ?"
         rows = [_row(found) for found in self._db.execute(query, (after or "", limit))]
         self.last = rows[-1].key if rows else ""
         return rows

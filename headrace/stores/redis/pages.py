@@ -261,7 +261,8 @@ class _Ids:
         return int(found)
 
     def next(self, after: str | None, limit: int) -> list[str]:
-        query = "SELECT id FROM ids WHERE id > ? ORDER BY id LIMIT ?"
+        than = ">=" if after is None else ">"  # the empty text is an id too
+        query = f"SELECT id FROM ids WHERE id {than} ? ORDER BY id LIMIT ?"
         return [id_ for (id_,) in self._db.execute(query, (after or "", limit))]
 
 
