@@ -138,8 +138,8 @@ def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, clie
     store = open_store()
     other = open_store(Generation("pages", 11, "abc"))
     other.write([doc("other", 1)], at(1))
-    ids = ["10", "9", "a", "ä", "Z", "1,2", "b", "[x]", "1:2"]
-    store.write([doc(id_, 1, id_) for id_ in ids], at(1))
+    ids = ["", "10", "9", "a", "ä", "Z", "1,2", "b", "[x]", "1:2"]
+    store.write([doc(id_, 1, id_ or "empty") for id_ in ids], at(1))
     client.hset("pages:1:aa", mapping={"html": "foreign"})
     client.set("pages:1:ab", "of another type")
     found: list[ViewRow] = []
