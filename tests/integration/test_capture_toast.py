@@ -168,6 +168,37 @@ def test_of_a_row_that_is_gone_though_its_value_is_in_the_open_cut(settings: Set
     assert all(c.row["big"] == W for c in changes(settings, T) if c.row)
 
 
+@pytest.mark.parametrize("identity", ["FULL", "DEFAULT"])
+def test_a_value_that_is_remembered_is_of_its_column_whatever_becomes_of_the_others(
+    settings: Settings, identity: str
+) -> None:
+    """One wide column goes and another comes: as many as before, but not the same ones."""
+    prepare(settings, "CREATE TABLE docs (id int PRIMARY KEY, n int, title text, body text)")
+    execute(settings, "ALTER TABLE docs ALTER COLUMN body SET STORAGE EXTERNAL")
+    execute(settings, f"ALTER TABLE docs REPLICA IDENTITY {identity}")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, f"INSERT INTO docs VALUES (1, 0, 't', '{W}')")
+        capture.reach()
+        execute(settings, "ALTER TABLE docs DROP COLUMN title", "ALTER TABLE docs ADD COLUMN summary text")
+        execute(settings, "UPDATE docs SET n = 1")
+        capture.reach()
+    assert last(settings)[0] == {"id": 1, "n": 1, "body": W, "summary": None}
+
+
+def test_nothing_is_remembered_of_another_table_of_the_same_name_and_shape(settings: Settings) -> None:
+    prepare(settings, DOCS)
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, f"INSERT INTO docs VALUES (1, 0, '{W}')")
+        capture.reach()
+        execute(settings, "DROP TABLE docs", *DOCS.split("; "), f"INSERT INTO docs VALUES (1, 0, '{X}')")
+        execute(settings, f"ALTER PUBLICATION {settings.publication} ADD TABLE docs", "UPDATE docs SET n = 1")
+        capture.reach()
+    assert {change.row["big"] for change in changes(settings, T) if change.row and change.row["n"] == 1} == {X}
+
+
 def test_memory_is_bounded() -> None:
     """The key that was seen longest ago is forgotten first."""
 
