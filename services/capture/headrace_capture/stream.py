@@ -256,7 +256,8 @@ class Stream:
         table = self._tables[oid]
         if table is None:
             return
-        if table.wide and (UNCHANGED in new or self._ordinal <= self._skip):
+        # `wide` is of now, the change perhaps of before, and a value that is out of line stays so under SET STORAGE PLAIN.
+        if UNCHANGED in new or (table.wide and self._ordinal <= self._skip):
             self._update_of_wide(table, update)
             return
         key = before = table.key(new)
