@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from headrace.change import format_lsn, parse_lsn
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
+from headrace_capture import catalog
 from headrace_shop.edits import Made
 from headrace_shop.writes import commit
 from tests.fixtures.capture import (
@@ -240,6 +244,37 @@ def awaited(settings: Settings, xid: int) -> bool:
     return bool(rows(settings, waits)[0][0])
 
 
+def test_a_connection_of_the_snapshot_that_sees_another_moment_ends_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind a pool that leads to several servers: none of its rows is written, and the snapshot starts again."""
+    settings = replace(settings, snapshot_connections=2)
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'a', 1)")
+    connect, astray = catalog.connect, list[str]()
+
+    def misled(dsn: str, **how: Any) -> catalog.Connection:
+        connection = connect(dsn, **how)
+        if how.get("name") == "headrace snapshot":
+            astray.append("")
+            if len(astray) == 2:
+                monkeypatch.setattr(connection, "execute", partial(beside, connection.execute))
+        return connection
+
+    def beside(execute_: Callable[..., Any], query: Any, *args: Any) -> Any:
+        if isinstance(query, sql.Composed):
+            execute(settings, "INSERT INTO items VALUES (2, 'b', 2)")
+            return execute_("SELECT")
+        return execute_(query, *args)
+
+    monkeypatch.setattr(catalog, "connect", misled)
+    with capturing(settings) as capture:
+        assert "[snapshot-differs]" in capture.hear("waiting: ")
+        capture.hear("snapshot complete")
+        capture.reach()
+    assert [(c.op, c.key) for c in changes(settings, T)] == [("r", b'{"id":1}'), ("r", b'{"id":2}')]
+    assert len(astray) == 4
+
+
 # S25: tokens
 
 
@@ -397,6 +432,20 @@ def test_s14_the_servers_settings_do_not_shape_values(settings: Settings) -> Non
             "raw": "AP8=",
         }
     )
+
+
+@pytest.mark.parametrize("connect", [catalog.connect, catalog.connect_replication])
+def test_s14_every_connection_sets_what_shapes_a_value(
+    settings: Settings, connect: Callable[[str], catalog.Connection]
+) -> None:
+    """Money too. Whether a server has a locale with other money depends on its machine; C and POSIX print the same, and all have both."""
+    name = settings.dsn.rpartition("/")[2]
+    odd = {"lc_monetary": "POSIX", "DateStyle": "German", "row_security": "on", "search_path": "public"}
+    execute(settings, *[f"ALTER DATABASE {name} SET {setting} = '{value}'" for setting, value in odd.items()])
+    assert rows(settings, "SHOW lc_monetary") == [("POSIX",)]
+    with closing(connect(settings.dsn)) as connection:
+        said = {setting: connection.execute(f"SHOW {setting}".encode()).fetchone() for setting in odd}
+    assert said == {"lc_monetary": ("C",), "DateStyle": ("ISO, MDY",), "row_security": ("off",), "search_path": ("",)}
 
 
 def test_s14_row_security_is_an_error_not_an_empty_snapshot(settings: Settings) -> None:

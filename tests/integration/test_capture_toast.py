@@ -13,7 +13,7 @@ from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
 from headrace_capture import toast
-from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, rows
+from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, replay, rows
 
 T = "public.docs"
 DOCS = "CREATE TABLE docs (id int PRIMARY KEY, n int, big text); ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL"
@@ -166,6 +166,65 @@ def test_of_a_row_that_is_gone_though_its_value_is_in_the_open_cut(settings: Set
         ("d", None),
     ]
     assert all(c.row["big"] == W for c in changes(settings, T) if c.row)
+
+
+@pytest.mark.parametrize("identity", ["FULL", "DEFAULT"])
+def test_a_value_that_is_remembered_is_of_its_column_whatever_becomes_of_the_others(
+    settings: Settings, identity: str
+) -> None:
+    """One wide column goes and another comes: as many as before, but not the same ones."""
+    prepare(settings, "CREATE TABLE docs (id int PRIMARY KEY, n int, title text, body text)")
+    execute(settings, "ALTER TABLE docs ALTER COLUMN body SET STORAGE EXTERNAL")
+    execute(settings, f"ALTER TABLE docs REPLICA IDENTITY {identity}")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, f"INSERT INTO docs VALUES (1, 0, 't', '{W}')")
+        capture.reach()
+        execute(settings, "ALTER TABLE docs DROP COLUMN title", "ALTER TABLE docs ADD COLUMN summary text")
+        execute(settings, "UPDATE docs SET n = 1")
+        capture.reach()
+    assert last(settings)[0] == {"id": 1, "n": 1, "body": W, "summary": None}
+
+
+def test_nothing_is_remembered_of_another_table_of_the_same_name_and_shape(settings: Settings) -> None:
+    prepare(settings, DOCS)
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, f"INSERT INTO docs VALUES (1, 0, '{W}')")
+        capture.reach()
+        execute(settings, "DROP TABLE docs", *DOCS.split("; "), f"INSERT INTO docs VALUES (1, 0, '{X}')")
+        execute(settings, f"ALTER PUBLICATION {settings.publication} ADD TABLE docs", "UPDATE docs SET n = 1")
+        capture.reach()
+    assert {change.row["big"] for change in changes(settings, T) if change.row and change.row["n"] == 1} == {X}
+
+
+def test_of_a_column_that_is_out_of_line_no_more(settings: Settings) -> None:
+    """SET STORAGE is of later values: an update still leaves out the one that is out of line."""
+    prepare(settings, DOCS, f"INSERT INTO docs VALUES (1, 0, '{W}')")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "ALTER TABLE docs ALTER COLUMN big SET STORAGE PLAIN", "UPDATE docs SET n = 1")
+        capture.reach()
+    assert last(settings) == ({"id": 1, "n": 1, "big": W}, None)
+
+
+@pytest.mark.parametrize(("identity", "read"), [("FULL", None), ("DEFAULT", "reread")])
+def test_of_a_table_that_was_written_anew_in_line_before_capture_came_to_the_change(
+    settings: Settings, identity: str, read: str | None
+) -> None:
+    """The catalogue says by then that nothing is out of line."""
+    prepare(settings, DOCS, f"INSERT INTO docs VALUES (1, 0, '{W}')")
+    execute(settings, f"ALTER TABLE docs REPLICA IDENTITY {identity}")
+    with capturing(settings) as capture:
+        capture.reach()
+    execute(settings, "UPDATE docs SET n = 1", "ALTER TABLE docs ALTER COLUMN big TYPE varchar(10) USING left(big, 10)")
+    with capturing(settings) as capture:
+        capture.reach()
+        capture.hear("public.docs was read again")
+    log = [change for change in changes(settings, T) if change.row]
+    assert (log[1].op, log[1].row, log[1].read) == ("u", {"id": 1, "n": 1, "big": W if read is None else W[:10]}, read)
+    assert replay(settings, T) == {b'{"id":1}': {"id": 1, "n": 1, "big": W[:10]}}
 
 
 def test_memory_is_bounded() -> None:

@@ -234,7 +234,9 @@ class Stream:
             self._seal_here()
 
     def _relation(self, relation: Relation) -> None:
-        self._relations.take(relation)
+        before, table = self._tables.get(relation.oid), self._relations.take(relation)
+        if table is not None and (before is None or (before.shape, before.wide) != (table.shape, table.wide)):
+            self._filler.memory.forget_table(table)  # what is remembered goes by the places of columns
 
     def _insert(self, insert: Insert) -> None:
         oid, new = insert
@@ -254,7 +256,8 @@ class Stream:
         table = self._tables[oid]
         if table is None:
             return
-        if table.wide and (UNCHANGED in new or self._ordinal <= self._skip):
+        # `wide` is of now, the change perhaps of before, and a value that is out of line stays so under SET STORAGE PLAIN.
+        if UNCHANGED in new or (table.wide and self._ordinal <= self._skip):
             self._update_of_wide(table, update)
             return
         key = before = table.key(new)

@@ -2,9 +2,10 @@
 
 Where such a value comes from, in this order:
 
-1. *memory*: the key's newest row in the stream, of this transaction or an earlier one, if its large values are still remembered;
-   the log holds the same. A bounded number of bytes is kept, the least recently seen key is forgotten first (I10);
-2. the old row, where REPLICA IDENTITY FULL sends it;
+1. the old row, where REPLICA IDENTITY FULL sends it;
+2. *memory*: the key's newest row in the stream, of this transaction or an earlier one, if its large values are still remembered;
+   the log holds the same. A bounded number of bytes is kept, the least recently seen key is forgotten first (I10), and all of a table
+   when it comes in another shape;
 3. Postgres, read again in a statement of its own, believed only if that statement's snapshot sees the change's transaction. It may show
    a later value, which the stream brings as well: the record is marked ``read=reread``, the table is approximate until then;
 4. the log: when the row is gone by now or has another key, its delete is still to come, and the key's newest record is exactly the row
@@ -94,7 +95,7 @@ class Memory:
             self._bytes -= self._rows.pop((table.name, key), (0,))[0]
 
     def forget_table(self, table: Table) -> None:
-        """Forget all of a table's keys: it was truncated."""
+        """Forget all of a table's keys: it was truncated, or has another shape."""
         self.forget_named(table.name)
 
     def forget_named(self, table: str) -> None:
@@ -103,9 +104,9 @@ class Memory:
             self._bytes -= self._rows.pop((name, key))[0]
 
     def recall(self, table: Table, key: bytes, row: list[Datum]) -> None:
-        """Fill what is missing in `row` from the key's newest row, if it is remembered with the same columns."""
+        """Fill what is missing in `row` from the key's newest row, if it is remembered: then with the columns of now."""
         found = self._rows.get((table.name, key))
-        if found is None or len(found[1]) != len(table.wide):
+        if found is None:
             return
         self._rows.move_to_end((table.name, key))
         for at, value in zip(table.wide, found[1], strict=True):
@@ -156,9 +157,10 @@ class Filler:
             Nowhere: a value is in none of them.
         """
         whole = list(row)
-        self.memory.recall(table, keys[0], whole)
         if old is not None:
-            whole = [before if value is UNCHANGED else value for value, before in zip(whole, old, strict=True)]
+            whole = [before if value is UNCHANGED else value for value, before in zip(row, old, strict=True)]
+        else:
+            self.memory.recall(table, keys[0], whole)
         if UNCHANGED not in whole:
             return whole, None
         try:

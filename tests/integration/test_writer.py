@@ -1,0 +1,98 @@
+"""The writer of cuts against a real broker: a commit whose outcome is unknown, and where keys are placed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import pytest
+from confluent_kafka import KafkaException
+
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.settings import Settings
+from headrace_ops.kafka import Kafka
+from tests.fixtures.capture import eventually
+from tests.fixtures.feed import ITEMS, Feed
+
+
+class Interrupted:
+    """A real producer; the first commits are not answered in time, though the broker gets to them at last."""
+
+    def __init__(self, feed: Feed, kafka: Kafka, times: int) -> None:
+        self.raised: list[KafkaException] = []
+        self.asked = 0
+        self._producer: Any = feed.writer._producer
+        self._feed = feed
+        self._kafka = kafka
+        self._times = times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def commit_transaction(self, timeout: float) -> None:
+        self.asked += 1
+        if self.asked > self._times:
+            self._producer.commit_transaction(timeout)
+            return
+        self._producer.flush()  # of the checkpoint, too: nothing but the commit itself is not answered
+        self._kafka.pause()
+        eventually("it stands still", lambda: not self._kafka.healthy())
+        try:
+            self._producer.commit_transaction(1.0)
+        except KafkaException as error:
+            self.raised.append(error)
+            raise
+        finally:
+            if self.asked == self._times:
+                self._kafka.resume()
+                eventually(
+                    "it lands", lambda: [change for change in self._feed.log.scan(ITEMS) if change.row == NEW], 15
+                )
+
+    def abort_transaction(self, _timeout: float) -> NoReturn:
+        raise AssertionError("a cut that may be in the log is aborted")
+
+
+NEW = {"id": 1, "n": 11}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_s3_a_commit_of_unknown_outcome_is_asked_for_again_and_never_aborted(
+    settings: Settings, kafka: Kafka, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """The broker stands still, once or twice, for longer than is waited; it has committed before it is asked again."""
+    feed = Feed(settings)
+    first = feed.cut((ITEMS, 1, 10))
+    interrupted = Interrupted(feed, kafka, times)
+    monkeypatch.setattr(feed.writer, "_producer", interrupted)
+    second = feed.cut((ITEMS, 1, 11))
+    third = feed.cut((ITEMS, 1, 12))
+    assert [error.args[0].retriable() for error in interrupted.raised] == [True] * times
+    assert interrupted.asked == times + 2
+    assert [change.row for change in feed.log.scan(ITEMS)] == [{"id": 1, "n": n} for n in (10, 11, 12)]
+    sealed = {checkpoint.version: checkpoint.ends for checkpoint in feed.log.checkpoints()}
+    assert sealed == {checkpoint.version: checkpoint.ends for checkpoint in (first, second, third)}
+    feed.log.check_ends(third)
+
+
+MURMUR2 = {
+    b"21": -973932308,
+    b"foobar": -790332482,
+    b"a-little-bit-long-string": -985981536,
+    b"a-little-bit-longer-string": -1486304829,
+    b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8": -58897971,
+    b"abc": 479470107,
+}
+"""What Kafka's own test of `Utils.murmur2` says."""
+
+
+def test_a_key_is_in_the_partition_where_every_java_client_looks_for_it(settings: Settings) -> None:
+    partitions = 7
+    feed = Feed(replace(settings, partitions=partitions))
+    topic = feed.log.topic_of(ITEMS)
+    for key in MURMUR2:
+        feed.writer.produce(topic, key, b"{}", [])
+    feed.seal()
+    starts = {(topic, partition): BEGINNING for partition in range(partitions)}
+    placed = {record.key: record.partition for record in read_to_end(settings, starts)}
+    assert placed == {key: (hashed & 0x7FFFFFFF) % partitions for key, hashed in MURMUR2.items()}
