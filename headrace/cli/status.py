@@ -54,7 +54,7 @@ def status(
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
     Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked or too far behind,
-    or Kafka does not answer; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
+    the heartbeat fails, or Kafka does not answer; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
 
     Examples:
 
@@ -186,8 +186,8 @@ def _notes(name: str, report: Facts) -> Iterator[str]:
         yield f"[red]{name}[/red]: no word for {seconds(report['age_seconds'])}; run: {_command(name)}"
     elif reason := f"{report['reason']} {report['remedy']}".strip():
         yield f"[yellow]{name} g{report['generation']}[/yellow]: {escape(reason)}"
-    if failing := report.get("failing"):
-        yield f"[red]{name}[/red]: UPDATE and DELETE fail in the source (S8); run: {escape(failing)}"
+    for trouble in _troubles(report):
+        yield f"[red]{name}[/red]: {escape(trouble)}"
     if parked := report.get("parked"):
         yield f"[yellow]{name} g{report['generation']}[/yellow]: {_parked(name, parked)}"
     if inexact := report.get("inexact"):
@@ -223,12 +223,20 @@ def _check_one(name: str, report: Report, most: float) -> None:
         _wrong(f"{name}: no process reports (last {seconds(report.age)} ago); run: {_command(name)}")
     if report.phase in {"stopped", "stale", "waiting", "paused", "dropped"}:
         _wrong(f"{name}: {report.phase}: {report.reason} {report.remedy}")
-    if failing := report.facts.get("failing"):
-        _wrong(f"{name}: UPDATE and DELETE of a captured table fail in the source (S8); run: {failing}")
+    for trouble in _troubles(report.facts):
+        _wrong(f"{name}: {trouble}")
     if parked := report.facts.get("parked"):
         _wrong(f"{name}: {_parked(name, parked)}")
     if report.lag[2] > most:
         _wrong(f"{name}: {seconds(report.lag[2])} behind ({report.lag[0]} records); see: headrace status --watch")
+
+
+def _troubles(facts: Facts) -> Iterator[str]:
+    """Return what capture finds wrong in the source though the stream goes on."""
+    if failing := facts.get("failing"):
+        yield f"UPDATE and DELETE of a captured table fail in the source (S8); run: {failing}"
+    if (told := str(facts.get("heartbeat", ""))).startswith("failed"):
+        yield f"the heartbeat {told}"  # an idle source no longer shows that it lives, nor how much WAL it holds (S17)
 
 
 def _parked(name: str, count: int) -> str:

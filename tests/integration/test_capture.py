@@ -33,6 +33,7 @@ from tests.fixtures.capture import (
     rows,
     selected,
 )
+from tests.integration.test_resnapshot_order import waiting
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, n int)"
 T = "public.items"
@@ -541,3 +542,21 @@ def test_s17_a_heartbeat_moves_an_idle_source(settings: Settings) -> None:
     with capturing(settings) as capture:
         capture.reach()
     assert [c.key for c in changes(settings, T)] == [b'{"id":1}'], format_lsn(start)
+
+
+def test_s17_a_heartbeat_that_hangs_does_not_stop_the_stream(settings: Settings) -> None:
+    """Its commit waits for a standby that is away, longer than its timeout; who does not wait for one is in the log all the same."""
+    settings = replace(settings, heartbeat_ms=100)
+    prepare(settings, ITEMS)
+    hangs = f"datname = '{settings.source}' AND wait_event = 'SyncRep' AND application_name = 'headrace heartbeat'"
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        with waiting(settings, "INSERT INTO items VALUES (1, 'waits', 1)"):
+            query = f"SELECT pid FROM pg_stat_activity WHERE {hangs} AND clock_timestamp() - query_start > '6 s'"
+            hanging = capture.eventually("the heartbeat hangs", lambda: rows(settings, query))
+            execute(settings, "SET synchronous_commit = local; INSERT INTO items VALUES (2, 'does not', 2)")
+            capture.reach()
+            assert rows(settings, query) == hanging
+            assert [c.key for c in changes(settings, T)] == [b'{"id":1}', b'{"id":2}']
+        beyond = capture.reach().version.lsn
+        reached(settings, beyond + 1)

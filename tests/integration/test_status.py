@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psycopg
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -20,7 +21,7 @@ from headrace.control import Control, Report
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace_ops.postgres import Postgres
-from tests.fixtures.capture import capturing, execute, prepare
+from tests.fixtures.capture import capturing, execute, prepare, replay
 from tests.fixtures.feed import ITEMS, TAGS, Feed
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import serving
@@ -88,6 +89,35 @@ def test_a_capture_that_has_caught_up_is_not_behind_whatever_its_neighbours_writ
         capture.eventually("it has caught up again", lambda: lag() == (0, 0, 0.0))
         ended = status(settings, "--check", "capture", "--max-lag", "10s")
     assert ended.stdout == "ok\n"
+
+
+def test_a_heartbeat_that_fails_is_told_while_the_stream_goes_on(settings: Settings, postgres: Postgres) -> None:
+    """It gets no connection any more (S17): until it does, an idle source and a dead one look the same."""
+    settings = replace(settings, heartbeat_ms=100)
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with (
+        psycopg.connect(postgres.address(), autocommit=True) as other,
+        psycopg.connect(settings.dsn, autocommit=True) as connection,
+        capturing(settings) as capture,
+    ):
+        capture.reach()
+        capture.eventually("all is well", lambda: status(settings, "--check", "capture").stdout == "ok\n")
+        other.execute(f"ALTER DATABASE {settings.source} ALLOW_CONNECTIONS false".encode())
+        try:
+            end_it = (
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND application_name = %s"
+            )
+            other.execute(end_it, [settings.source, "headrace heartbeat"])
+            capture.eventually("it fails", lambda: status(settings, "--check", "capture").exit_code == 1)
+            told = status(settings, "--check", "capture").stdout
+            assert told.startswith("capture: the heartbeat failed: ")
+            assert told.count("\n") == 1
+            assert "capture: the heartbeat failed: " in status(settings).stdout
+            connection.execute("INSERT INTO items VALUES (1)")
+            capture.eventually("the stream goes on", lambda: replay(settings, "public.items"))
+        finally:
+            other.execute(f"ALTER DATABASE {settings.source} ALLOW_CONNECTIONS true".encode())
+        capture.eventually("all is well again", lambda: status(settings, "--check", "capture").stdout == "ok\n")
 
 
 def test_check_says_in_one_line_that_kafka_is_away(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

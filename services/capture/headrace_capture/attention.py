@@ -16,7 +16,7 @@ from typing import NamedTuple
 import psycopg
 
 from headrace.control import Control, Request
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, Misconfigured
 from headrace.settings import Settings
 from headrace_capture import catalog, fingerprints, identities
 from headrace_capture.fingerprints import Fingerprint
@@ -95,19 +95,28 @@ class CatalogueWatch(_Asking):
         super().__init__("catalogue")
         self._settings = settings
         self._known = known
-        self._newest: Findings | None = None
+        self._newest: Findings | Misconfigured | None = None
         self.start()
 
     def take(self) -> Findings | None:
-        """Return what was found last, once."""
+        """Return what was found last, once.
+
+        Raises:
+            Misconfigured: `publication-missing`: Postgres 18 says nothing of it in the stream, and sends no more changes.
+        """
         found, self._newest = self._newest, None
+        if isinstance(found, Misconfigured):
+            raise found
         return found
 
     def _ask(self) -> None:
         with catalog.connect(self._settings.dsn, name="headrace catalogue", lock_s=_LOCK_SECONDS) as connection:
             while not self._ended.is_set():
                 asked = time.monotonic()
-                prints = fingerprints.read(connection, self._settings.publication, self._known())
-                failing = identities.failing(connection, self._settings.publication)
-                self._newest = Findings(prints, asked, failing)
+                try:
+                    prints = fingerprints.read(connection, self._settings.publication, self._known())
+                    failing = identities.failing(connection, self._settings.publication)
+                    self._newest = Findings(prints, asked, failing)
+                except Misconfigured as error:
+                    self._newest = error
                 self._ended.wait(max(LOOK_SECONDS, 20 * (time.monotonic() - asked)))

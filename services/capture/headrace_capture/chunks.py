@@ -164,13 +164,12 @@ class ChunkReader:
         return self._locked(connection, ask)
 
     def _locked(self, connection: catalog.Connection, ask: Ask) -> Chunk:
+        publication = self._settings.publication
         none = _nothing(connection, ask, exists=True)
+        none = none._replace(print=fingerprints.read(connection, publication, ask.leaves, ask.table).get(ask.table))
         if not none.covered:
             return none
-        publication = self._settings.publication
         table = next(iter(catalog.published_tables(connection, publication, only=ask.table)), None)
-        print_ = fingerprints.read(connection, publication, ask.leaves, ask.table).get(ask.table)
-        none = none._replace(print=print_)
         if table is not None and not table.key and (ask.appended or _is_named(connection, publication, ask.table)):
             return none._replace(table=table, spool=self._spooled(connection, table, ask))
         if table is None or not table.key:

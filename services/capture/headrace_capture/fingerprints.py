@@ -6,11 +6,13 @@ signs are chosen so that daily work is not taken for a change of rows:
 
 - a column keeps its number for ever: another name or type at the same number is a rename or a change of type;
 - a new column changes rows if old ones show a value for it (`atthasmissing`, of a partitioned table that of its partitions; virtual) or the
-  table was written anew for it;
+  table was written anew for it; and if the log has values under its name from before: an earlier column was dropped, and rows show null;
 - a table's file changes when it is written anew. VACUUM FULL and CLUSTER do that too and touch no column, so an ordinary table is suspected
   only when a column's entry changed as well; TRUNCATE of an ordinary table is in the stream. For a partition no such difference
   can be seen: it is suspected always;
-- a new partition that is empty changes nothing; one with rows may have brought them.
+- a new partition that is empty changes nothing; one with rows may have brought them;
+- what makes a table published, its entry in the publication, has an oid of its own: another one means that the stream was silent between,
+  or that the rows it sends are others (a row filter).
 """
 
 from __future__ import annotations
@@ -43,23 +45,29 @@ class Fingerprint:
         kind: ``r`` ordinary, ``p`` partitioned.
         columns: By number.
         leaves: (oid, file) of each table that holds its rows.
+        sent: The oids of the publication and of what in it names the table; empty: not known.
+        width: How many columns it ever had; 0: not known.
         empty: Leaves that were new to who asked, and empty. Not part of the print.
     """
 
     kind: str
     columns: tuple[ColumnPrint, ...]
     leaves: tuple[tuple[int, int], ...]
+    sent: str = ""
+    width: int = 0
     empty: frozenset[int] = field(default=frozenset(), compare=False)
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
-        return {"kind": self.kind, "columns": [list(c) for c in self.columns], "leaves": [list(x) for x in self.leaves]}
+        columns, leaves = [list(column) for column in self.columns], [list(leaf) for leaf in self.leaves]
+        return {"kind": self.kind, "columns": columns, "leaves": leaves, "sent": self.sent, "width": self.width}
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Fingerprint:
         """Undo `plain`."""
         columns = tuple(ColumnPrint(*column) for column in plain["columns"])
-        return cls(plain["kind"], columns, tuple((oid, file) for oid, file in plain["leaves"]))
+        leaves = tuple((oid, file) for oid, file in plain["leaves"])
+        return cls(plain["kind"], columns, leaves, plain.get("sent", ""), plain.get("width", 0))
 
 
 def read(
@@ -70,32 +78,48 @@ def read(
     One that is locked cannot be asked, and counts as not there yet. Without any that are known nothing is asked.
     """
     found: dict[str, Fingerprint] = {}
-    for name, kind, columns, leaves in connection.execute(_PRINTS, {"publication": publication, "table": table}):
+    for name, kind, columns, leaves, sent, width in connection.execute(
+        _PRINTS, {"publication": publication, "table": table}
+    ):
         new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known]
         is_empty = {oid: _is_empty(connection, schema, leaf) for oid, _, schema, leaf in new}
         files = tuple((oid, file) for oid, file, _, _ in leaves if is_empty.get(oid, False) is not None)
         empty = frozenset(oid for oid, said in is_empty.items() if said)
-        found[name] = Fingerprint(kind, tuple(ColumnPrint(*column) for column in columns), files, empty)
+        found[name] = Fingerprint(kind, tuple(ColumnPrint(*c) for c in columns), files, sent, width, empty)
     return found
 
 
-def silent(before: Fingerprint, after: Fingerprint) -> str:
-    """Return why rows may have changed without an event between two fingerprints; empty when they did not."""
-    return _columns(before, after) or _leaves(before, after)
+def silent(before: Fingerprint, after: Fingerprint, logged: Collection[str] = ()) -> str:
+    """Return why rows may have changed without an event between two fingerprints; empty when they did not.
+
+    `logged`: the names of all columns that the table's rows in the log have, or had.
+    """
+    if unsent(before, after):
+        return "it left the publication and came back, or its row filter changed"
+    return _columns(before, after, {*logged, *(column.name for column in before.columns)}) or _leaves(before, after)
 
 
-def _columns(before: Fingerprint, after: Fingerprint) -> str:
+def unsent(before: Fingerprint, after: Fingerprint) -> bool:
+    """Whether the stream may have been silent about the table for a while between two fingerprints."""
+    return bool(before.sent) and before.sent != after.sent
+
+
+def _columns(before: Fingerprint, after: Fingerprint, names: Collection[str]) -> str:
     old = {column.number: column for column in before.columns}
+    new = [column for column in after.columns if column.number not in old]
     for column in after.columns:
         was = old.get(column.number)
         if was is None:
             if column.filled:
                 return f"column {column.name} was added with a default"
+            if column.name in names:
+                return f"column {column.name} was dropped and added again"
         elif was.name != column.name:
             return f"column {was.name} was renamed to {column.name}"
         elif not widened(was.type, column.type):
             return f"the type of {column.name} changed from {was.type} to {column.type}"
-    return ""
+    passed = after.width - before.width - len(new) if before.width else 0
+    return "a column was added and dropped, and perhaps added again" if new and passed > 0 else ""
 
 
 def _leaves(before: Fingerprint, after: Fingerprint) -> str:
@@ -144,7 +168,12 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
                                                   a.attgenerated = 'v' OR (c.oid, a.attname) IN (SELECT root, name FROM filled),
                                                   a.xmin::text) ORDER BY a.attnum), '[]')
         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
-       coalesce(leaves.told, '[]')
+       coalesce(leaves.told, '[]'),
+       concat_ws(' ', published.pub,
+         (SELECT string_agg(r.oid::text, ' ' ORDER BY r.oid) FROM pg_publication_rel r WHERE r.prpubid = published.pub
+          AND r.prrelid IN (SELECT c.oid UNION ALL SELECT a.ancestor FROM above a WHERE a.oid = c.oid)),
+         (SELECT s.oid::text FROM pg_publication_namespace s WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace)),
+       c.relnatts
 FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN (
   SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname) ORDER BY l.oid) AS told

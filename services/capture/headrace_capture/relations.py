@@ -6,6 +6,7 @@ told to `suspected`, which looks closer (`fingerprints`) and lets the table be r
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -26,7 +27,14 @@ class _ByOid(dict[int, Table | None]):
 
 
 class Relations:
-    """The tables of one stream, by the oid that row messages name. None: seen, and left out."""
+    """The tables of one stream, by the oid that row messages name. None: seen, and left out.
+
+    Attributes:
+        shapes: The newest schema version of each table.
+        names: The names of the columns of all versions, by table.
+        suspected: Is told of each new version, with why rows may have changed without an event (empty: they did not), or None for a
+            table's first.
+    """
 
     def __init__(self, log: Log, cut: Cut, connection: catalog.Connection, say: Callable[[str], None]) -> None:
         """Know the schema versions that are in the log; `connection` reads the catalogue, `say` warns people."""
@@ -34,7 +42,11 @@ class Relations:
         self._cut = cut
         self._connection = connection
         self._say = say
-        self.shapes = newest(log.schemas().values())
+        shapes = log.schemas().values()
+        self.shapes = newest(shapes)
+        self.names: dict[str, set[str]] = defaultdict(set)
+        for shape in shapes:
+            self._name(shape)
         self.suspected: Callable[[str, str | None], None] = lambda table, _why: cut.inexact.add(table)
         self.by_oid = _ByOid()
 
@@ -107,6 +119,10 @@ class Relations:
         self._cut.writer.add_topic(self._log.ensure_table(shape.table))
         self._cut.writer.schema(shape)
         self.shapes[shape.table] = shape
+        self._name(shape)
+
+    def _name(self, shape: TableSchema) -> None:
+        self.names[shape.table].update(column.name for column in shape.columns)
 
     def settle(self, wanted: TableSchema) -> TableSchema:
         """Return the version for a shape that was read beside the stream; publish it if it is a new one.
@@ -121,13 +137,8 @@ class Relations:
         return shape
 
     def _judge(self, known: TableSchema | None, shape: TableSchema, oid: int) -> None:
-        """Say whether rows may have changed, or have been there, without an event."""
-        if known is not None:
-            why = silent_change(known, shape, self._with_default(oid))
-            if why:
-                self.suspected(shape.table, why)
-        else:
-            self.suspected(shape.table, None)
+        """Say whether rows may have changed, or have been there, without an event: before the new version is among those known."""
+        self.suspected(shape.table, silent_change(known, shape, self._with_default(oid)) if known else None)
 
     def _with_default(self, oid: int) -> set[str]:
         rows = self._connection.execute(

@@ -65,7 +65,10 @@ MEND = "Run: headrace resnapshot --recover, then capture. It makes a new slot an
 """What to do when log and source have parted (see `recovery`)."""
 _CODES = {
     "42501": ("postgres-rights", _SETUP),
-    "42704": ("publication-missing", _SETUP),
+    "42704": (
+        "publication-missing",
+        f"{_SETUP} Where changes came while it was gone the slot cannot be read past them; then: {MEND}",
+    ),
     "55000": ("slot-lost", MEND),  # object_not_in_prerequisite_state: the slot can no longer be read from
     "53400": ("too-many-slots", "Raise max_replication_slots and max_wal_senders, or drop a slot that is not needed."),
 }

@@ -28,6 +28,7 @@ from headrace_capture.asked import Asked
 from headrace_capture.attention import CatalogueWatch, Findings, Requests
 from headrace_capture.chunks import Ask, Chunk, ChunkReader
 from headrace_capture.cut import Cut
+from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.jobs import DONE, FAILED, JOINED, READING, WAITING, Job, Jobs
 from headrace_capture.pgoutput import Message
 from headrace_capture.progress import Progress
@@ -129,7 +130,10 @@ class Resnapshot:
         self._progress.say(f"warning: {table} is inexact: {why} (rule S12); it is read again beside the stream")
 
     def suspect(self, table: str, why: str | None) -> None:
-        """The stream shows a table in another shape (`why` that may have changed rows), or for the first time (None)."""
+        """The stream shows a table in another shape (`why` that may have changed rows, or empty), or for the first time (None).
+
+        The catalogue is asked at each new shape: what is looked at later must not take a column that is new for one that came back.
+        """
         if why is None:
             self.mark(table, "it joined the publication", JOINED)
             return
@@ -143,11 +147,18 @@ class Resnapshot:
                 found.kind == known.kind == "p"
             ):  # whether a new one has rows is asked beside the stream: it may be locked
                 found = replace(found, leaves=known.leaves)
-            why = fingerprints.silent(known, found)
-            self._jobs.know(table, found)
+            self._compare(table, known, found)
             self._printed_at = time.monotonic()
-        if why:
+        elif why:
             self.mark(table, why)
+
+    def _compare(self, table: str, known: Fingerprint, found: Fingerprint) -> bool:
+        """Take a newer fingerprint of a table; return whether it must be read again because of what has changed since `known`."""
+        why = fingerprints.silent(known, found, self._relations.names[table])
+        if why:
+            self.mark(table, why, JOINED if fingerprints.unsent(known, found) else "")
+        self._jobs.know(table, found)
+        return bool(why)
 
     def _doubted(self, table: str) -> bool:
         """Whether the log may not have what Postgres has of this table."""
@@ -167,12 +178,21 @@ class Resnapshot:
             if table not in self._relations.shapes:
                 if self._writing.left_out.get(table) != print_ and table not in self._jobs.all:
                     self._jobs.put(Job(table, why="it joined the publication", floor=JOINED))
-                continue
-            why = fingerprints.silent(known, print_) if known else ""
-            if why:
-                self.mark(table, why)
-            self._jobs.know(table, print_)
+            elif known is not None:
+                self._compare(table, known, print_)
+            elif not self._joining(table):
+                self._came(table, print_)
         self._jobs.know_only(findings.prints)
+
+    def _joining(self, table: str) -> bool:
+        """Whether the next chunk takes the table for one that has just joined, and learns its fingerprint."""
+        job = self._jobs.all.get(table)
+        return job is not None and job.floor == JOINED
+
+    def _came(self, table: str, print_: Fingerprint) -> None:
+        """A table that the log has is published, and was not when the catalogue was read before: changes may be missing [I4]."""
+        self.mark(table, "it joined the publication", JOINED)
+        self._jobs.know(table, print_)
 
     def _leaves(self) -> frozenset[int]:
         return frozenset(oid for print_ in list(self._jobs.prints.values()) for oid, _ in print_.leaves)
@@ -270,19 +290,24 @@ class Resnapshot:
 
     def _usable(self, job: Job, chunk: Chunk) -> bool:
         """Whether the chunk sees what it must, and is of the table that the chunks before it were of."""
-        job.floor = chunk.floor
+        joining, job.floor = job.floor == JOINED, chunk.floor
+        if job.key is None and chunk.print is not None and not self._same(job, chunk.print, joining=joining):
+            return False
         if not chunk.covered:
             self._wait(job, "waits for transactions that began before it")
-            return False
-        known = self._jobs.prints.get(job.table)
-        if chunk.table is None or chunk.print is None or job.key is not None:
-            return True
-        why = fingerprints.silent(known, chunk.print) if job.first and known else ""
-        self._jobs.know(job.table, chunk.print)
+        return chunk.covered
+
+    def _same(self, job: Job, print_: Fingerprint, *, joining: bool) -> bool:
+        """Take the fingerprint that came with a chunk; return whether the job can go on with it."""
+        table, known = job.table, self._jobs.prints.get(job.table)
         self._printed_at = time.monotonic()
-        if why:
-            self.mark(job.table, why)
-        return not why
+        if joining or (known and not job.first and not fingerprints.unsent(known, print_)):
+            self._jobs.know(table, print_)
+            return True
+        if known:
+            return not self._compare(table, known, print_)
+        self._came(table, print_)
+        return False
 
     def _tell(self) -> None:
         jobs = self._jobs.all.values()

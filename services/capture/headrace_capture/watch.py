@@ -59,7 +59,7 @@ class Watch:
             if every and time.monotonic() - beaten >= every:
                 connection.execute("SELECT pg_logical_emit_message(true, 'headrace', '')")
                 beaten = time.monotonic()
-                self._progress.fact("heartbeat", "ok")
+            self._progress.fact("heartbeat", "ok" if every else "off")
             self._ended.wait(min(_LOOK_SECONDS, every or _LOOK_SECONDS))
 
 
