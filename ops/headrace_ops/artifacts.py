@@ -52,10 +52,10 @@ class Artifact:
 def cache() -> Path:
     """Return the folder of the cache.
 
-    Where XDG_CACHE_HOME is not set it is for root one that the unprivileged user of the servers can read, which root's home is not.
+    For root it is one that the unprivileged user of the servers can read, which root's home is not.
     """
-    usual = "/var/cache" if os.geteuid() == 0 else "~/.cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser().absolute() / "headrace"
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (Path("/var/cache") if os.geteuid() == 0 else own) / "headrace"
 
 
 def get(artifact: Artifact, report: Report = silent) -> Path:
@@ -86,7 +86,7 @@ def disk_full(folder: Path, said: str = "") -> Misconfigured:
     return Misconfigured(
         "disk-full",
         said or f"There was no space left on the disk of {folder}.",
-        "Free some space, or choose another folder (--dir for the data, XDG_CACHE_HOME for downloads).",
+        "Free some space, or choose another folder: --dir for the data, XDG_CACHE_HOME for downloads (for root that is /var/cache).",
     )
 
 

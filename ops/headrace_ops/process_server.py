@@ -218,7 +218,7 @@ class ProcessServer(ABC):
     def _take_places(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         check_space(self.folder, 300 << 20)
-        check_reachable(self.folder, "--dir")
+        _check_reachable(self.folder)
         wanted = self.ports  # recorded first: whatever has state is known to be ours
         for place in (self.data, self.conf, self.log.parent):
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -290,16 +290,16 @@ class ProcessServer(ABC):
         new.rename(self._state_file)
 
 
-def check_reachable(folder: Path, setting: str) -> None:
-    """Raise Misconfigured `stack-folder` if the servers' user cannot get to `folder`, which `setting` chooses."""
+def _check_reachable(folder: Path) -> None:
+    """Raise Misconfigured `stack-folder` if the servers' user cannot get to `folder`."""
     user = processes.server_user()
     if user is None:
         return
-    for parent in filter(Path.exists, (folder, *folder.parents)):
+    for parent in (folder, *folder.parents):
         facts = parent.stat()
         if not facts.st_mode & stat.S_IXOTH and facts.st_uid != user.pw_uid:
             raise Misconfigured(
                 "stack-folder",
                 f"The servers run as the user {user.pw_name}, who may not enter {parent}.",
-                f"Choose another folder with {setting}, for example under /var/tmp, or run as an ordinary user.",
+                "Choose another folder with --dir, for example under /var/tmp, or run as an ordinary user.",
             )

@@ -16,7 +16,7 @@ from headrace_ops import artifacts, guard, java
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_ops.kafka import Kafka
 from headrace_ops.postgres import Postgres
-from headrace_ops.process_server import ProcessServer, check_reachable
+from headrace_ops.process_server import ProcessServer
 from headrace_ops.redis import Redis
 from headrace_ops.registry import Registry
 from headrace_ops.server import ALL, NAMES, Report, silent
@@ -147,7 +147,6 @@ class Stack:
         for server in servers:
             artifact = server.artifact()
             if artifact:
-                check_reachable(artifacts.cache(), "XDG_CACHE_HOME")
                 artifacts.get(artifact, self._report)
 
     def _start(self, servers: Sequence[ProcessServer]) -> None:

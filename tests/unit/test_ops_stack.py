@@ -108,11 +108,6 @@ def test_elsewhere_than_on_linux_containers_are_named_before_anything_is_fetched
     assert not (tmp_path / "s").exists()
 
 
-def test_the_cache_is_where_xdg_cache_home_says_for_root_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert artifacts.cache() == tmp_path / "headrace"
-
-
 def test_a_disk_that_somebody_found_full_is_named_without_a_made_up_need(tmp_path: Path) -> None:
     error = artifacts.disk_full(tmp_path)
     assert str(tmp_path) in error.message
