@@ -78,11 +78,16 @@ def check_space(folder: Path, wanted: int = _SPACE) -> None:
     """Raise Misconfigured `disk-full` if `folder` has less than `wanted` bytes left."""
     left = shutil.disk_usage(folder).free
     if left < wanted:
-        raise Misconfigured(
-            "disk-full",
-            f"{folder} has {left >> 20} MB left; {wanted >> 20} MB are needed.",
-            "Free some space, or choose another folder (--dir for the data, XDG_CACHE_HOME for downloads).",
-        )
+        raise disk_full(folder, f"{folder} has {left >> 20} MB left; {wanted >> 20} MB are needed.")
+
+
+def disk_full(folder: Path, said: str = "") -> Misconfigured:
+    """Return `disk-full`; what was `said`, else that somebody found no space in `folder`."""
+    return Misconfigured(
+        "disk-full",
+        said or f"There was no space left on the disk of {folder}.",
+        "Free some space, or choose another folder: --dir for the data, XDG_CACHE_HOME for downloads (for root that is /var/cache).",
+    )
 
 
 @contextmanager
@@ -135,7 +140,7 @@ def _run(artifact: Artifact, command: list[str], folder: Path) -> None:
         return
     output = done.stdout + done.stderr
     if "No space left on device" in output:
-        check_space(Path.home(), 1 << 60)
+        raise disk_full(Path.home(), f"Maven found no space left, in {Path.home()}/.m2 or in {cache()}.")
     first = next((line for line in output.splitlines() if "[ERROR]" in line), output.strip())
     raise Transient(
         "download-failed",

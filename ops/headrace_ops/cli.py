@@ -34,7 +34,9 @@ Only = Annotated[
 Ports = Annotated[list[str], typer.Option("--port", help="A port that must be used, as `postgres=5433`. Repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 Server = Annotated[str, typer.Argument(help=", ".join(ALL))]
-Remove = Annotated[bool, typer.Option("--remove", help="Remove the data of all servers too.")]
+Remove = Annotated[
+    bool, typer.Option("--remove", help="Remove the data of all servers too; what else is in the folder stays.")
+]
 Lines = Annotated[int, typer.Option(help="How many lines.")]
 _DIR = Path(".stack")
 _BACKENDS: dict[str, type[Stack | DockerStack]] = {"processes": Stack, "docker": DockerStack}
@@ -62,7 +64,8 @@ def down(folder: Folder = _DIR, only: Only = "", remove: Remove = False, json_: 
 
     Example: `headrace stack down --dir .stack`
 
-    Exit codes: 0 none of them runs any more; 2 wrong use; 3 with HEADRACE_STACK=docker no engine answers.
+    Exit codes: 0 none of them runs any more; 2 wrong use; 3 with --remove it is not a stack's folder; with
+    HEADRACE_STACK=docker no engine answers.
     """
     if only and remove:
         raise typer.BadParameter("--remove removes everything; --only names some.")

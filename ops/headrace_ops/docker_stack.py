@@ -66,7 +66,11 @@ class DockerStack:
         """Start those of `names` that do not run, all at once; return when all are healthy.
 
         If one of them cannot, those that were started now are taken down again.
+
+        Raises:
+            Misconfigured: `server-runs`, if the project was made with other ports than those given.
         """
+        self._check_given()
         wanted = [self.server(name) for name in names]
         stopped = [server.name for server in wanted if not server.running()]
         absent = [server.name for server in wanted if server.found() is None]
@@ -95,6 +99,18 @@ class DockerStack:
     def environment(self) -> dict[str, str]:
         """Return the settings that lead to the servers that run."""
         return {_SETTINGS[name]: server.address() for name, server in self._servers.items() if server.running()}
+
+    def _check_given(self) -> None:
+        """Ports are those of the first `up`, as passwords are."""
+        path = self.folder / ".env"
+        made = set(path.read_text().splitlines()) if path.exists() else None
+        for name, port in self._ports.items():
+            if made is not None and f"{_PORTS[name][0]}={port}" not in made:
+                raise Misconfigured(
+                    "server-runs",
+                    f"The ports of {self.project} are those in {path}; {name} is not at {port}.",
+                    "Leave --port out; or remove the project with its data: headrace stack down --remove, then up --port again.",
+                )
 
     def _create(self, names: Sequence[str]) -> None:
         program = shutil.which("docker")

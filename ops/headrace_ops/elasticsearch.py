@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import urllib.request
+from pathlib import Path
 from typing import ClassVar, Final
 
-from headrace_ops import artifacts, java, ports
+from headrace_ops import artifacts, java, ports, processes
 from headrace_ops.process_server import ProcessServer
 
 # The breaker that looks at the real use of the heap is made for G1: with the serial collector it counts garbage, and refuses bulks (429).
@@ -52,6 +53,11 @@ class Elasticsearch(ProcessServer):
     usual_ports: ClassVar = {"elasticsearch": 9200, "elasticsearch-transport": None}
     usual_seconds = 14
 
+    @property
+    def _temporary(self) -> Path:
+        """Its temporary files: it makes another folder in /tmp at each start, and leaves it, where it is not told of one."""
+        return self.data / "tmp"
+
     def artifact(self) -> artifacts.Artifact:
         """See `ProcessServer.artifact`."""
         return artifacts.ELASTICSEARCH
@@ -61,7 +67,9 @@ class Elasticsearch(ProcessServer):
         return f"http://{ports.HOST}:{self.port}"
 
     def prepare(self) -> None:
-        """Write the configuration beside what the distribution brings."""
+        """Write the configuration beside what the distribution brings; empty its folder of temporary files."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        processes.own(self._temporary)
         transport = self.ports["elasticsearch-transport"]
         shutil.copytree(artifacts.get(artifacts.ELASTICSEARCH) / "config", self.conf, dirs_exist_ok=True)
         conf = _CONF.format(host=ports.HOST, port=self.port, transport=transport, data=self.data)
@@ -75,7 +83,8 @@ class Elasticsearch(ProcessServer):
 
     def environ(self) -> dict[str, str]:
         """See `ProcessServer.environ`."""
-        return super().environ() | {"ES_JAVA_HOME": str(java.find()), "ES_PATH_CONF": str(self.conf)}
+        own = {"ES_PATH_CONF": str(self.conf), "ES_TMPDIR": str(self._temporary)}
+        return super().environ() | own | {"ES_JAVA_HOME": str(java.find())}
 
     def probe(self) -> None:
         """Wait for every index to have its primary shards."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import stat
 import time
@@ -21,7 +23,7 @@ from typing import Any, ClassVar
 
 from headrace.errors import Misconfigured, Transient
 from headrace_ops import ports, processes
-from headrace_ops.artifacts import Artifact, check_space
+from headrace_ops.artifacts import Artifact, check_space, disk_full
 from headrace_ops.processes import Process
 from headrace_ops.server import Report, silent
 
@@ -100,12 +102,18 @@ class ProcessServer(ABC):
         """Its output."""
         return self.folder / "logs" / f"{self.name}.log"
 
+    @property
+    def _old_log(self) -> Path:
+        """Its output before it was started the last time."""
+        return self.log.with_suffix(".log.1")
+
     @cached_property
     def ports(self) -> dict[str, int]:
-        """Return its ports: those given, else the ones it had before, else chosen now. Recorded at once."""
+        """Return its ports: those it runs at, else those given, those it had before, else chosen now. Recorded at once."""
         before = self._state().get("ports", {})
+        given = {} if self.process() else self._given
         chosen = {
-            name: self._given.get(name) or before.get(name) or ports.choose(None if self._spread else usual)
+            name: given.get(name) or before.get(name) or ports.choose(None if self._spread else usual)
             for name, usual in self.usual_ports.items()
         }
         if chosen != before:
@@ -116,6 +124,27 @@ class ProcessServer(ABC):
     def port(self) -> int:
         """The port of its address."""
         return self.ports[self.name]
+
+    def check_given(self) -> None:
+        """Raise Misconfigured `server-runs` if it runs at other ports than those given."""
+        if self.process() and self._given.items() - self.ports.items():
+            raise Misconfigured(
+                "server-runs",
+                f"{self.name} runs at {self.address()}; it keeps that port while it runs.",
+                f"Run: headrace stack down --only {self.name} --dir {shlex.quote(str(self.folder))}, then up --port again.",
+            )
+
+    def recorded(self) -> bool:
+        """Whether this folder has its state: it was started here, or about to be."""
+        return "ports" in self._state()
+
+    def remove(self) -> None:
+        """Remove all that it has in the folder; it does not run."""
+        for place in (self.data, self.conf):
+            if place.exists():
+                shutil.rmtree(place)
+        for file in (self.log, self._old_log, *self.folder.glob(f"{self.name}.*.new"), self._state_file):
+            file.unlink(missing_ok=True)
 
     # the interface
 
@@ -190,12 +219,15 @@ class ProcessServer(ABC):
         self.folder.mkdir(parents=True, exist_ok=True)
         check_space(self.folder, 300 << 20)
         _check_reachable(self.folder)
+        wanted = self.ports  # recorded first: whatever has state is known to be ours
         for place in (self.data, self.conf, self.log.parent):
             place.parent.mkdir(parents=True, exist_ok=True)
             processes.own(place)
-        for name, port in self.ports.items():
+        for name, port in wanted.items():
             if not ports.free(port):
                 self._raise_taken(name, port)
+        if self.log.exists():
+            self.log.replace(self._old_log)
 
     def _raise_taken(self, name: str, port: int) -> None:
         raise Misconfigured(
@@ -232,7 +264,7 @@ class ProcessServer(ABC):
         """Say why it ended, from the end of its log."""
         tail = self.log.read_text(errors="replace")[-6000:]
         if "No space left on device" in tail:
-            check_space(self.folder, 1 << 60)
+            raise disk_full(self.folder)
         if "ddress already in use" in tail:
             self._raise_taken(self.name, self.port)
         lines = [line for line in tail.splitlines() if line.strip()][-5:]

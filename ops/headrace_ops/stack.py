@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import shutil
+import platform
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -66,8 +66,19 @@ class Stack:
         """Start those of `names` that do not run, all at once; return when all answer.
 
         If one of them cannot, or we are interrupted or killed, those that were started now are taken down again.
+
+        Raises:
+            Misconfigured: `not-linux`, `server-runs`; what a server's start raises.
         """
+        if platform.system() != "Linux":
+            raise Misconfigured(
+                "not-linux",
+                f"This is {platform.system()}; the servers run as processes on Linux only.",
+                "Run them as containers: set HEADRACE_STACK=docker.",
+            )
         wanted = [self.server(name) for name in names]
+        for server in self._servers.values():
+            server.check_given()
         absent = [server for server in wanted if not server.process()]
         if not absent:
             self._start(wanted)
@@ -81,11 +92,15 @@ class Stack:
                 raise
 
     def down(self, names: Sequence[str] = ALL, *, remove: bool = False) -> list[str]:
-        """Stop those of `names` that run; return them. With `remove` the folder goes with its data."""
+        """Stop those of `names` that run; return them. With `remove` the data goes, and the folder unless others' files are in it.
+
+        Raises:
+            Misconfigured: `stack-folder`, and nothing is removed, if with `remove` the folder is not that of a stack.
+        """
         running = [server for name in names if (server := self.server(name)).process()]
         self._stop(running)
-        if remove:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if remove and self.folder.exists():
+            self._remove()
         return [server.name for server in running]
 
     def status(self) -> list[dict[str, Any]]:
@@ -95,6 +110,28 @@ class Stack:
     def environment(self) -> dict[str, str]:
         """Return the settings that lead to the servers that run."""
         return {_SETTINGS[server.name]: server.address() for server in self._servers.values() if server.process()}
+
+    def _remove(self) -> None:
+        """Remove what we have made and nothing else: `--dir` may name any folder."""
+        made = [server for server in self._servers.values() if server.recorded()]
+        lock = self.folder / ".lock"
+        if not made and {*self.folder.iterdir()} - {lock}:
+            raise Misconfigured(
+                "stack-folder",
+                f"{self.folder} is not the folder of a stack: there is none of its servers' files. Nothing was removed.",
+                "Name the folder that headrace stack up was given, with --dir.",
+            )
+        try:
+            for server in made:
+                server.remove()
+            lock.unlink(missing_ok=True)
+            for place in (*(self.folder / name for name in ("data", "conf", "logs")), self.folder):
+                if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
+                    place.rmdir()
+        except OSError as error:
+            raise Misconfigured(
+                "stack-folder", f"{self.folder} could not be removed: {error}.", "Mend that, then run it again."
+            ) from error
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -144,6 +144,11 @@ def test_whatever_runs_on_comes_back_and_has_a_health_check() -> None:
     assert all(service["init"] for service in OURS.values())
 
 
+def test_what_a_container_says_does_not_fill_the_disk() -> None:
+    for name, service in SERVICES.items():
+        assert {"max-size", "max-file"} <= service.get("logging", {}).get("options", {}).keys(), name
+
+
 def test_images_are_pinned_to_the_versions_that_are_tested() -> None:
     def version(artifact: artifacts.Artifact) -> str:
         return artifact.coordinates[0].split(":")[2]

@@ -127,7 +127,10 @@ class Act:
         for name, address in settings.items():
             say(f"{name.removeprefix('HEADRACE_').lower()} at {address}")
         state = self.folder / "state"
+        config = self.folder / "headrace.toml"
+        config.touch()  # an empty one: the one of the current folder is not the demo's
         settings |= {
+            "HEADRACE_CONFIG": str(config),
             "HEADRACE_SOURCE": "shop",
             "HEADRACE_STATE": str(state),
             "HEADRACE_WAREHOUSE": str(state / "warehouse.duckdb"),

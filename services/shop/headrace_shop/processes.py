@@ -20,15 +20,16 @@ from headrace.errors import Misconfigured, Transient
 HEADRACE = (sys.executable, "-m", "headrace")
 _STOP_SECONDS = 15.0
 _WELL = b"well"
+_ELSEWHERE = ("COMPOSE_PROJECT_NAME", "SHOP_DSN")
 
 
 class Programs:
     """Runs `headrace` with one environment; nothing that it started outlives `stop_all`."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        """Keep outputs in `folder`; add `environment` to ours."""
+        """Keep outputs in `folder`; add `environment` to what is `inherited`."""
         self.folder = folder
-        self.environment = {**os.environ, **environment}
+        self.environment = {**inherited(), **environment}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str) -> int:
@@ -130,12 +131,21 @@ def _holds(reached: Callable[[], bool]) -> bool:
         return False
 
 
+def inherited() -> dict[str, str]:
+    """Return our environment without what leads to servers that are not the demo's own: it loads into them and removes them."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "HEADRACE_STACK" or not (name.startswith("HEADRACE_") or name in _ELSEWHERE)
+    }
+
+
 @contextmanager
 def watched(folder: Path) -> Iterator[None]:
     """Within it, our death, even by SIGKILL, ends the programs and the stack whose files are in `folder`."""
     program = "import sys; from headrace_shop.processes import watch; watch(sys.argv[1])"
     command = [sys.executable, "-c", program, str(folder)]
-    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    watcher = subprocess.Popen(command, env=inherited(), stdin=subprocess.PIPE, start_new_session=True)
     said = _WELL
     try:
         yield
