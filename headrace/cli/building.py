@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from headrace import plugins
 from headrace.cli.show import err, out, seconds
-from headrace.control import Control, Report
+from headrace.control import DEAD_SECONDS, Control, Report
 from headrace.errors import CHECK_FAILED, Misconfigured
 
 _LOOK_SECONDS = 0.5
@@ -32,7 +32,7 @@ def wait(control: Control, building: Mapping[str, int], *, quiet: bool) -> None:
     """Wait until the generations have caught up; show how far each is, and how long it will take.
 
     Raises:
-        Misconfigured: `consumer-not-running`, `view-paused`, and what stopped a build.
+        Misconfigured: `consumer-not-running`, `view-paused`, `stale-generation`, `no-such-generation`, and what stopped a build.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
     with Progress(*columns, console=out, disable=quiet or not out.is_terminal) as progress:
@@ -49,15 +49,19 @@ class _Bar:
 
     def __init__(self, progress: Progress, name: str, number: int) -> None:
         self._progress = progress
-        self._number = number
+        self._name, self._number = name, number
+        self._heard = time.monotonic()
         self._task: TaskID = progress.add_task(f"{name} g{number}", total=None, left="")
         self._most = 1
 
     def show(self, reports: Sequence[Report]) -> bool:
         """Show how far the build is; return whether it has caught up."""
-        report = next((report for report in reports if report.generation == self._number), None)
-        if report is None:
+        told = {report.generation: report for report in reports}
+        report = told.get(self._number) or told.get(0)  # which stands for all until the store has said which there are
+        if report is None or report.phase == "dropped":
+            self._check_not_gone()
             return False
+        self._heard = time.monotonic()
         if _ready(report):
             self._progress.update(self._task, total=1, completed=1, left="caught up")
             return True
@@ -70,10 +74,19 @@ class _Bar:
         )
         return False
 
+    def _check_not_gone(self) -> None:
+        """A build of which its process says nothing has just begun, or is gone."""
+        if time.monotonic() - self._heard > DEAD_SECONDS:
+            said = f"Generation {self._number} of {self._name} is gone: somebody dropped it, or its store lost it."
+            raise Misconfigured("no-such-generation", said, f"Run: headrace rebuild {self._name}")
+
 
 def _ready(report: Report) -> bool:
     if report.phase == "stopped":
         raise Misconfigured(report.code, f"The build has stopped: {report.reason}", report.remedy)
+    if report.phase == "stale":
+        said = f"Generation {report.generation} of {report.name} stands still: its process has other code since."
+        raise Misconfigured("stale-generation", said, f"Run: headrace rebuild {report.name}")
     if report.phase == "paused":
         raise Misconfigured("view-paused", f"{report.name} is paused.", f"Run: headrace resume {report.name}")
     return report.phase in {"following", "live"}

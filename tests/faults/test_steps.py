@@ -65,6 +65,6 @@ def _as_selected(settings: Settings, name: str) -> dict[str, object]:
     log = Log(settings)
     shapes = {table: schema for (table, _), schema in sorted(log.schemas().items())}
     with closing(connect(settings)) as connection, moment(connection):
-        names = set(published(connection, settings.publication))
-        made = expectation(connection, plugins.load(name), name, settings, shapes, names)
+        sent = published(connection, settings.publication)
+        made = expectation(connection, plugins.load(name), name, settings, shapes, sent)
         return {f"{each.row.collection} {each.row.key}": each.row.value for each in everything(made, connection)}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from headrace.change import NOWHERE, Version
 from headrace.control import Control
 from headrace.log import Log
 from headrace.settings import Settings, environment
+from tests.fixtures.capture import eventually
 from tests.fixtures.feed import ITEMS, Feed
 from tests.fixtures.plain import Plain
+from tests.fixtures.serving import serving
 
 MANY = 12_000
 """Rows that come in several batches."""
@@ -127,6 +130,64 @@ def test_a_rebuild_that_is_killed_half_way_goes_on_where_it_was(
     assert len(whole) == MANY
     assert [generation.live for generation in view.generations()] == [False, True]
     assert len(view.rows()) == MANY
+
+
+class Newer(Plain):
+    """Other code, for all that a fingerprint knows."""
+
+
+@pytest.fixture
+def half_built(
+    settings: Settings, runner: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    """The process of a view whose second generation stands half way, and a `rebuild --wait` that waits for that."""
+    feed = Feed(settings)
+    for number in range(500):
+        feed.put(ITEMS, number, number)
+    feed.seal()
+    process = runner(HALTING, HEADRACE_BATCH_RECORDS="50")
+    await_live(settings, "halting")
+    settings.path("halt").touch()
+    command = [sys.executable, "-m", "headrace", "rebuild", "halting", "--wait", "--gate", "none"]
+    environ = os.environ | environment(settings) | {"COLUMNS": "160"}
+    out = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environ, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT, text=True
+    ) as waiter:
+        try:
+            offsets_of_second(settings)
+            reports = Control(Log(settings)).reports
+            eventually("it is told", lambda: any(each.generation == 2 for each in reports()["halting"]))
+            yield process, waiter
+        finally:
+            waiter.kill()
+            settings.path("halt").unlink(missing_ok=True)
+
+
+def test_who_waits_for_a_build_is_told_when_other_code_is_deployed(
+    settings: Settings, half_built: tuple[subprocess.Popen[str], subprocess.Popen[str]]
+) -> None:
+    process, waiter = half_built
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    with serving(settings, halting=Newer):
+        said = waiter.communicate(timeout=60)[0]
+    assert (waiter.returncode, "stale-generation" in said) == (3, True), said
+    assert "Run: headrace rebuild halting" in said
+
+
+def test_who_waits_for_a_build_is_told_when_it_is_dropped(
+    settings: Settings, headrace: Run, half_built: tuple[subprocess.Popen[str], subprocess.Popen[str]]
+) -> None:
+    kept = Control(Log(settings)).kept
+    with ThreadPoolExecutor(1) as pool:
+        dropped = pool.submit(headrace, "drop", "halting", "2", "--json")
+        eventually("it is asked for", lambda: kept("halting", "request") != [{}])
+        settings.path("halt").unlink()
+        assert json.loads(dropped.result().stdout) == {"dropped": [2]}
+    said = half_built[1].communicate(timeout=60)[0]
+    assert (half_built[1].returncode, "no-such-generation" in said) == (3, True), said
+    assert "Run: headrace rebuild halting" in said
 
 
 def await_live(settings: Settings, name: str, version: Version = NOWHERE) -> None:

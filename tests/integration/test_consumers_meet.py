@@ -231,7 +231,7 @@ def test_every_view_holds_an_append_only_table(
         as_selected(shop)
         shapes = {schema.table: schema for schema in Log(settings).schemas().values()}
         with connect(settings) as postgres, pytest.raises(Misconfigured, match="append-only"):
-            expectation(postgres, OfClicks, "clicks", settings, shapes, set(shapes))
+            expectation(postgres, OfClicks, "clicks", settings, shapes, dict.fromkeys(shapes))
 
 
 class OfClicks(DocumentConsumer):

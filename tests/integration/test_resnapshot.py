@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -276,6 +280,64 @@ def test_pause_resume_cancel(commands: Settings, capsys: pytest.CaptureFixture[s
         assert json.loads(capsys.readouterr().out) == []
         capture.reach()
     assert replay(settings, T) == selected(settings, T)
+
+
+@contextmanager
+def awaited(settings: Settings, table: str) -> Iterator[subprocess.Popen[str]]:
+    """Run `headrace resnapshot TABLE --wait`; go on when capture has answered that it will be done."""
+    kept = Control(Log(settings)).kept
+    command = [sys.executable, "-m", "headrace", "resnapshot", table, "--wait"]
+    environ = os.environ | environment(settings) | {"COLUMNS": "200"}
+    reporting(settings)
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as waiter:
+        try:
+            eventually("it is to be read again", lambda: f"public.{table}" in phases(settings))
+            eventually("that is answered", lambda: kept("capture", "request") == [{}])
+            yield waiter
+        finally:
+            waiter.kill()
+
+
+@pytest.mark.parametrize("ends", ["killed", "off", "row-too-large"])
+def test_who_waits_for_a_pass_is_told_when_capture_is_gone(settings: Settings, ends: str) -> None:
+    """However it ended; the table is still to be read then, here because somebody holds it."""
+    prepare(settings, ITEMS, "CREATE TABLE large (id int PRIMARY KEY, a text)", "INSERT INTO items VALUES (1, 1)")
+    capture = spawn(replace(settings, message_max_bytes=100_000))
+    try:
+        reporting(settings)
+        with psycopg.connect(settings.dsn) as application:
+            application.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+            with awaited(settings, "items") as waiter:
+                if ends == "row-too-large":
+                    execute(settings, "INSERT INTO large VALUES (1, repeat('x', 200000))")
+                else:
+                    capture.send_signal(signal.SIGKILL if ends == "killed" else signal.SIGTERM)
+                said = waiter.communicate(timeout=60)[0]
+        assert phases(settings)[T] == "waiting"
+    finally:
+        end(capture)
+    assert (waiter.returncode, "capture-not-running" in said) == (3, True), said
+    assert ("It stopped: " in said) == (ends == "row-too-large"), said
+
+
+def test_who_waits_for_a_pass_is_told_when_it_is_paused(settings: Settings) -> None:
+    """Before it was asked for, or meanwhile; what is asked for again stays paused."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1)")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        reporting(settings)
+        with psycopg.connect(settings.dsn) as application:
+            application.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+            for paused in (False, True):
+                with awaited(settings, "items") as waiter:
+                    if not paused:
+                        assert ask(settings, "pause") == {"jobs": [T]}
+                    said = waiter.communicate(timeout=60)[0]
+                assert (waiter.returncode, "resnapshot-paused" in said) == (3, True), said
+                assert "headrace resnapshot --resume" in said
+                assert phases(settings) == {T: "paused"}
+        assert ask(settings, "resume") == {"jobs": [T]}
+        done(settings, capture)
 
 
 def test_the_initial_snapshot_in_chunks(settings: Settings) -> None:

@@ -435,7 +435,7 @@ def test_the_expectation_of_documents_is_what_hand_written_sql_says(shop: Settin
     shapes = {table: schema for (table, _), schema in sorted(Log(shop).schemas().items())}
     with connect(shop) as connection:
         with moment(connection):
-            expected = expectation(connection, Products, "view", shop, shapes, set(shapes))
+            expected = expectation(connection, Products, "view", shop, shapes, dict.fromkeys(shapes))
             made = {each.row.key: each.row.value for each in everything(expected, connection)}
         some = [("public.products", codec.encode_key({"id": key}).decode()) for key in (1, 33, 9999)]
         film = Film(connection, list(expected.queries(connection, some)), 0.0, 1)

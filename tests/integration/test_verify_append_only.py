@@ -187,7 +187,7 @@ def test_a_row_without_a_key_that_goes_excuses_every_document_that_holds_one(set
     shapes = {schema.table: schema for schema in log.schemas().values()}
     execute(settings, clicks[1])
     with connect(settings) as connection, moment(connection):
-        expected = expectation(connection, Clicked, "clicked", settings, shapes, set(shapes))
+        expected = expectation(connection, Clicked, "clicked", settings, shapes, dict.fromkeys(shapes))
         write(ledger, everything(expected, connection))
     gone = [change for change in log.scan("public.clicks") if change.row is None]
     assert len({change.key for change in gone}) == 3

@@ -68,7 +68,7 @@ def expected(settings: Settings, consumer: type[DocumentConsumer]) -> tuple[dict
     shapes = {table: schema for (table, _), schema in sorted(Log(settings).schemas().items())}
     with connect(settings) as connection:
         with moment(connection):
-            said = expectation(connection, consumer, "view", settings, shapes, set(shapes))
+            said = expectation(connection, consumer, "view", settings, shapes, dict.fromkeys(shapes))
             made = [each.row for each in everything(said, connection)]
         film = Film(connection, list(said.queries(connection, [row.root for row in made])), 0.0, 1)
         film.shoot()
@@ -135,7 +135,7 @@ def test_a_change_excuses_the_documents_that_hold_its_row_at_any_level(deep: Set
     shapes = {schema.table: schema for schema in log.schemas().values()}
     execute(deep, "DELETE FROM comments WHERE id = 9999", "INSERT INTO comments VALUES (1, 1, 'b')")
     with connect(deep) as connection, moment(connection):
-        said = expectation(connection, Kept, "view", deep, shapes, set(shapes))
+        said = expectation(connection, Kept, "view", deep, shapes, dict.fromkeys(shapes))
         write(ledger, everything(said, connection))
     changed = {codec.decode_key(change.key)["id"]: change for change in log.scan(COMMENTS)}
     new, gone = changed[9999], changed[1]

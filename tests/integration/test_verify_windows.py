@@ -50,7 +50,7 @@ def expected(connection: Connection, settings: Settings) -> tuple[dict[str, Any]
     """Return what verify expects of all windows, and of each as one of a few."""
     shapes = {schema.table: schema for schema in SCHEMAS.values()}
     with moment(connection):
-        said = expectation(connection, Kept, "view", settings, shapes, set(shapes))
+        said = expectation(connection, Kept, "view", settings, shapes, dict.fromkeys(shapes))
         made = [each.row for each in everything(said, connection)]
     few: dict[str, Any] = {}
     if made:

@@ -17,7 +17,7 @@ from headrace.errors import USAGE, Misconfigured
 from headrace.log import Log
 from headrace.settings import load
 from headrace_capture import recovery
-from headrace_capture.jobs import FAILED, Job, Jobs
+from headrace_capture.jobs import FAILED, PAUSED, Job, Jobs
 from headrace_capture.progress import NAME
 from headrace_capture.tables import newest
 
@@ -61,7 +61,7 @@ def resnapshot(
     the runbook's entry of the code that it stopped with.
 
     Exit codes: 0 it will be done, or with --wait is; 2 no table was named; 3 capture does not run, or does not know the table, or could not
-    read it; 5 a server does not answer.
+    read it, with --wait also: it is paused; 5 a server does not answer.
 
     Examples:
 
@@ -115,15 +115,17 @@ def _verb(**given: bool) -> str:
 
 def _ask(log: Log, verb: str, args: dict[str, Any]) -> dict[str, Any]:
     control = Control(log)
+    _check_running(control, log.settings.source)
+    return control.ask(NAME, verb, args)
+
+
+def _check_running(control: Control, source: str) -> None:
     reports = control.reports().get(NAME, [])
     if not reports or reports[-1].dead or reports[-1].phase in {"off", "stopped"}:
         why = (
             f" It stopped: {reports[-1].reason} {reports[-1].remedy}".rstrip() if reports and reports[-1].reason else ""
         )
-        raise Misconfigured(
-            "capture-not-running", f"No capture of source {log.settings.source} runs.{why}", "Run: headrace capture"
-        )
-    return control.ask(NAME, verb, args)
+        raise Misconfigured("capture-not-running", f"No capture of source {source} runs.{why}", "Run: headrace capture")
 
 
 def _key(log: Log, tables: list[str], text: str) -> dict[str, str]:
@@ -149,6 +151,8 @@ def _text(value: Any) -> str:
 
 
 def _wait(log: Log, names: list[str]) -> None:
+    """Wait until the jobs are done. It is no longer waited for what nobody does: capture has ended, or somebody paused one of them."""
+    control = Control(log)
     while True:
         jobs = Jobs(log).all
         waited = [jobs[name] for name in names if name in jobs]
@@ -157,6 +161,11 @@ def _wait(log: Log, names: list[str]) -> None:
             raise Misconfigured("resnapshot-failed", f"{failed[0].name}: {failed[0].reason}", "Mend that, ask again.")
         if not any(job.open for job in waited):
             return
+        paused = [job.name for job in waited if job.phase == PAUSED]
+        if paused:
+            said = f"{', '.join(paused)}: paused, to be read again once that ends."
+            raise Misconfigured("resnapshot-paused", said, "Run: headrace resnapshot --resume")
+        _check_running(control, log.settings.source)
         time.sleep(0.5)
 
 

@@ -22,7 +22,7 @@ from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.settings import Settings
 from headrace_verify.joins import Members, Select, key_of, node, places, window
 from headrace_verify.ledger import Expected, Member, Touched
-from headrace_verify.postgres import Connection, Table, stream
+from headrace_verify.postgres import Connection, Published, Table, stream
 from headrace_verify.postgres import table as read_table
 
 RootKey = tuple[str, str]
@@ -93,7 +93,7 @@ def count(expectation: Expectation, connection: Connection) -> dict[str, int]:
     found: dict[str, int] = {}
     for collection, tables in expectation.counted().items():
         for table in tables:
-            query = sql.SQL("SELECT count(*) FROM {}").format(table.identifier)
+            query = sql.SQL("SELECT count(*) FROM {} t").format(table.source)
             row = connection.execute(query).fetchone()
             found[collection] = found.get(collection, 0) + (row[0] if row else 0)
     return found
@@ -111,7 +111,12 @@ Shapes = dict[str, TableSchema]
 
 
 def expectation(
-    connection: Connection, consumer: type[Consumer], name: str, settings: Settings, shapes: Shapes, published: set[str]
+    connection: Connection,
+    consumer: type[Consumer],
+    name: str,
+    settings: Settings,
+    shapes: Shapes,
+    published: Published,
 ) -> Expectation:
     """Return what a view should hold.
 
@@ -119,7 +124,7 @@ def expectation(
         Misconfigured: `verify-no-expectation`, `table-not-captured`.
     """
     if consumer.mirrors_rows:
-        wanted = published if tuple(consumer.tables) == ALL else set(consumer.tables)
+        wanted = set(published) if tuple(consumer.tables) == ALL else set(consumer.tables)
         tables, notes = _tables(connection, sorted(wanted), shapes, published)
         return Rows(tables, notes)
     if issubclass(consumer, DocumentConsumer):
@@ -148,15 +153,15 @@ _KEYLESS = "in Postgres its rows have no key by which to find them (S10)"
 
 
 def _tables(
-    connection: Connection, wanted: list[str], shapes: Shapes, published: set[str]
+    connection: Connection, wanted: list[str], shapes: Shapes, published: Published
 ) -> tuple[list[Table], tuple[str, ...]]:
     """Return how to read the wanted tables; one that Postgres has and the log does not is an error."""
-    gone = sorted(set(wanted) - published)
-    unknown = sorted((set(wanted) & published) - shapes.keys())
+    gone = sorted(set(wanted) - published.keys())
+    unknown = sorted((set(wanted) & published.keys()) - shapes.keys())
     if unknown:
         said = f"The log does not know {', '.join(unknown)} yet."
         raise Misconfigured("table-not-captured", said, "Let `headrace capture` run until its snapshot is complete.")
-    found = [read_table(connection, shapes[name]) for name in wanted if name in published]
+    found = [read_table(connection, shapes[name], published[name]) for name in wanted if name in published]
     there = [table for table in found if table]
     notes = [f"{name} is not captured and not compared" for name in gone]
     notes += [
@@ -335,7 +340,7 @@ class Documents:
 
 def _plain(table: Table, keys: Sequence[str] | None) -> sql.Composed:
     """Return the SQL of the rows of these keys as they are, of all rows when None."""
-    return sql.SQL("SELECT {}::text FROM {} t WHERE {}").format(table.json("t"), table.identifier, _any_of(table, keys))
+    return sql.SQL("SELECT {}::text FROM {} t WHERE {}").format(table.json("t"), table.source, _any_of(table, keys))
 
 
 def _any_of(table: Table, keys: Sequence[str] | None) -> sql.Composable:

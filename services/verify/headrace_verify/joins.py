@@ -45,7 +45,7 @@ class Select:
         columns, sources = self._joined(document, "t")
         texts = sql.SQL(", ").join(sql.SQL("{}::text").format(each) for each in (root.json("t"), *columns))
         return sql.SQL("SELECT {} FROM {} t {} WHERE {}").format(
-            texts, root.identifier, sql.SQL(" ").join(sources), condition
+            texts, root.source, sql.SQL(" ").join(sources), condition
         )
 
     def windows(self, window: Window, starts: Sequence[str] | None) -> sql.Composed:
@@ -72,7 +72,7 @@ class Select:
         return sql.SQL("SELECT to_json({0})::text, {1}::text FROM {2} {3} WHERE {4} GROUP BY {0}").format(
             start,
             _aggregated(window, table, alias),
-            table.identifier,
+            table.source,
             sql.Identifier(alias),
             sql.SQL(" AND ").join(conditions),
         )
@@ -88,7 +88,7 @@ class Select:
                 there = sql.Identifier(name, other.key[0])
                 values.append(sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(there, row))
                 on = _on(name, other.key, alias, join.on)
-                sources.append(sql.SQL("LEFT JOIN {} {} ON {}").format(other.identifier, sql.Identifier(name), on))
+                sources.append(sql.SQL("LEFT JOIN {} {} ON {}").format(other.source, sql.Identifier(name), on))
                 sources += further
             else:
                 values.append(sql.SQL("{}").format(sql.Identifier(name, "found")))
@@ -114,7 +114,7 @@ class Select:
         else:
             row, sources = self._row(join, child)
             found = sql.SQL("json_agg({})").format(row)
-        source = sql.SQL("{} {} {}").format(table.identifier, sql.Identifier(child), sql.SQL(" ").join(sources))
+        source = sql.SQL("{} {} {}").format(table.source, sql.Identifier(child), sql.SQL(" ").join(sources))
         if isinstance(join, Many) and in_order(join, table):
             source = _numbered(join, table, child, row, source, condition)
             by = [sql.Identifier("q", f"k{number}") for number in range(len(by))]

@@ -7,7 +7,7 @@ Values are turned into the codec's form by SQL, not by capture's converters: so 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class Table:
     """A table as it is read: its columns that the log has too, and its key.
 
     It is approximate when a large value that an update left alone may have been read again, later than the update (S7); an append-only
-    table has no updates.
+    table has no updates. The filter is the publication's, as SQL.
     """
 
     name: str
@@ -59,11 +59,19 @@ class Table:
     columns: tuple[_Column, ...]
     only: bool
     approximate: bool
+    filter: str | None = None
 
     @property
-    def identifier(self) -> sql.Composed:
-        """Return the table to select from; rows of tables that inherit from it are their own tables' rows."""
-        return sql.SQL("ONLY {}" if self.only else "{}").format(sql.Identifier(*self.name.split(".", 1)))
+    def source(self) -> sql.Composed:
+        """Return the item of FROM that has the rows which are captured: it wants an alias.
+
+        Rows of tables that inherit from it are their own tables' rows. What the publication's row filter leaves out is not in the log.
+        """
+        source = sql.SQL("ONLY {}" if self.only else "{}").format(sql.Identifier(*self.name.split(".", 1)))
+        if self.filter is None:
+            return source
+        columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in self.columns)
+        return sql.SQL("(SELECT {} FROM {} WHERE {})").format(columns, source, sql.SQL(self.filter))
 
     def json(self, alias: str) -> sql.Composed:
         """Return the SQL of a whole row of `alias` as JSON."""
@@ -175,13 +183,17 @@ def _reading(connection: Connection, isolation: psycopg.IsolationLevel) -> Itera
         connection.rollback()
 
 
-def published(connection: Connection, publication: str) -> dict[str, set[str]]:
-    """Return the columns of the tables that are captured now, by ``schema.table``."""
-    query = "SELECT schemaname || '.' || tablename, attnames FROM pg_publication_tables WHERE pubname = %s"
-    return {table: set(columns) for table, columns in connection.execute(query, [publication])}
+Published = Mapping[str, str | None]
+"""The tables that are captured now, by ``schema.table``, each with its row filter, or None. (Their columns are those that the log has.)"""
 
 
-def table(connection: Connection, schema: TableSchema) -> Table | None:
+def published(connection: Connection, publication: str) -> Published:
+    """Return what a publication sends, as Postgres says it."""
+    query = "SELECT schemaname || '.' || tablename, rowfilter FROM pg_publication_tables WHERE pubname = %s"
+    return dict(connection.execute(query, [publication]).fetchall())
+
+
+def table(connection: Connection, schema: TableSchema, row_filter: str | None) -> Table | None:
     """Return how to read a table in the shape that the log has; None when Postgres has no such table."""
     rows = connection.execute(_COLUMNS, schema.table.split(".", 1)).fetchall()
     if not rows:
@@ -189,7 +201,7 @@ def table(connection: Connection, schema: TableSchema) -> Table | None:
     kind, approximate = rows[0][:2]
     there = {row[2]: _Column(*row[2:]) for row in rows}
     columns = tuple(there[column.name] for column in schema.columns if column.name in there)
-    return Table(schema.table, schema.key, columns, kind == "r", approximate and bool(schema.key))
+    return Table(schema.table, schema.key, columns, kind == "r", approximate and bool(schema.key), row_filter)
 
 
 def stream(connection: Connection, query: bytes) -> Iterator[tuple[Any, ...]]:

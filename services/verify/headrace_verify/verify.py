@@ -173,8 +173,8 @@ class Verifier:
     def _expectation(self, connection: Connection, consumer: type[Consumer], name: str) -> Expectation:
         settings = self._log.settings
         shapes: Shapes = {table: schema for (table, _), schema in sorted(self._log.schemas().items())}
-        names = set(published(connection, settings.publication))
-        return expectation(connection, consumer, name, settings, shapes, names)
+        sent = published(connection, settings.publication)
+        return expectation(connection, consumer, name, settings, shapes, sent)
 
     def _fill(self, connection: Connection, view: View) -> None:
         said = f"{view.name}: reading Postgres"
