@@ -7,7 +7,7 @@ LSNs are integers here and in every record; people see them as Postgres prints t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from headrace.errors import Misconfigured
 
@@ -120,6 +120,10 @@ class TableSchema:
     version: int
     columns: tuple[Column, ...]
     key: tuple[str, ...]
+
+
+UNKNOWN_SCHEMA: Final = 0
+"""What a delete names where the table's shape is not known yet (S28), below every version; no batch has such a schema."""
 
 
 class Change(NamedTuple):

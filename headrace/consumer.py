@@ -41,7 +41,7 @@ class Batch:
             readers a state that ends so.
         loading: Whether the generation has not yet reached its first exact checkpoint: it shows readers nothing.
         schemas: The schema version of every (table, version) that occurs in `changes`, and the newest one of each table
-            that the reader knows.
+            that the reader knows; none for `UNKNOWN_SCHEMA`.
         parked: What was set aside because it could not be done: (collection, key). Nothing of it is to be shown. Of rows the runner has
             taken the changes out already; of documents see `Consumer.leaves_parked`.
         dropped: What was set aside and is given up: it stays as it is until it changes again.

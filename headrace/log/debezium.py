@@ -6,7 +6,8 @@ Debezium's envelope is the one that capture writes, but for what it lacks: heade
   order as a commit LSN does; where there is none (a snapshot, the first transaction after a start) it is the record's own LSN. Neither may
   fall below what came before in the partition: a feed is in log order, whatever its LSNs say;
 - the shape of a table is what Connect's schema says, or else what the values look like, and a new version when it changes. Versions
-  are the seconds at which they were first seen, so that those of one reader are above those of every reader before it;
+  are the seconds at which they were first seen, so that those of one reader are above those of every reader before it. A delete says
+  nothing of a shape: before the first row it names `UNKNOWN_SCHEMA`;
 - values are as the connector writes them, and documents (`io.debezium.data.Json`) as themselves where the schema tells them.
 
 A row with Debezium's placeholder for a value that an update left alone is no whole row, and is refused [I3].
@@ -23,7 +24,7 @@ from uuid import UUID
 import orjson
 
 from headrace import codec
-from headrace.change import DELETE, READ, Change, Column, Row, TableSchema, Version
+from headrace.change import DELETE, READ, UNKNOWN_SCHEMA, Change, Column, Row, TableSchema, Version
 from headrace.errors import Poison
 
 EPOCH: Final = 1
@@ -100,10 +101,8 @@ class Decoder:
             if row is not None:
                 row = _documents(row, fields)
                 self._learn(table, of_key, row, fields)
-        if table not in self._newest:
-            self._learn(table, of_key, of_key, None)
         version = Version(EPOCH, self._version(table, partition, lsn))
-        schema = self._newest[table].version
+        schema = self._newest[table].version if table in self._newest else UNKNOWN_SCHEMA
         return Change(table, op, canonical, row, version, offset, self.xid, schema, partition, offset, read)
 
     def _see(self, source: Row) -> int:

@@ -18,6 +18,7 @@ from headrace.control import Report
 from headrace.documents import Document, DocumentConsumer, Many, Node
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log
+from headrace.log.plain import PlainWriter
 from headrace.log.topics import CONTROL, checkpoints_topic
 from headrace.settings import Settings, environment
 from headrace.stores.duckdb import DuckDBStore
@@ -25,7 +26,7 @@ from headrace.stores.redis import PageReader, RedisPages
 from tests.fixtures.capture import eventually, execute, refused, rows, selected
 from tests.fixtures.debezium import connecting
 from tests.fixtures.plain import Plain
-from tests.fixtures.serving import serving
+from tests.fixtures.serving import await_live, serving
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, n int)"
 
@@ -164,6 +165,35 @@ def test_with_schemas_tables_are_typed_and_documents_are_themselves(
             assert sorted(database.sql("SELECT id, customer_id, what FROM orders").fetchall()) == rows(
                 fed, "SELECT id, customer_id, what FROM orders ORDER BY id"
             )
+
+
+def test_a_delete_that_is_read_first_takes_no_column_away(fed: Settings, redis_server: object) -> None:
+    """A reader knows no shapes when it is opened, at each start and after each error: records as the connector writes them."""
+    writer = PlainWriter(fed)
+
+    def write(table: str, id_: int, row: dict[str, Any] | None, lsn: int) -> None:
+        key, topic = b'{"id":%d}' % id_, Log(fed).topic_of(table)
+        source = {"ts_ms": 1795642386484, "txId": 7, "lsn": lsn, "sequence": f'["{lsn}","{lsn}"]'}
+        said = {"op": "c" if row else "d", "before": None, "after": row, "source": source}
+        writer.write(topic, key, orjson.dumps(said))
+        if row is None:
+            writer.write(topic, key, None)
+
+    for table in ("public.customers", "public.orders", "public.gone"):
+        Log(fed).ensure_table(table)
+    write("public.gone", 1, None, 5)
+    for id_ in (1, 2):
+        write("public.customers", id_, {"id": id_, "name": "n"}, 10)
+        write("public.orders", id_, {"id": id_, "customer_id": 1, "what": f"w{id_}"}, 10)
+    with serving(fed, tables=Tables, orders=Orders) as control:
+        await_live(control, "tables", "orders")
+    write("public.orders", 1, None, 20)
+    with serving(fed, tables=Tables, orders=Orders) as control:
+        eventually("the page follows", lambda: _pages(fed) == {"1": "w2", "2": ""})
+        eventually("the warehouse follows", lambda: _at_end(control))
+    with duckdb.connect(fed.warehouse, read_only=True) as database:
+        assert database.sql("SELECT * FROM orders").fetchall() == [(2, 1, "w2")]
+        assert sorted(database.sql("SELECT * FROM customers").fetchall()) == [(1, "n"), (2, "n")]
 
 
 def test_what_is_no_whole_row_or_no_feed_is_refused(fed: Settings, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from headrace.change import Version
+from headrace.change import UNKNOWN_SCHEMA, Version
 from headrace.errors import Poison
 from headrace.log.debezium import Decoder
 
@@ -83,6 +83,17 @@ def test_a_shape_is_what_the_values_look_like_and_grows_in_versions() -> None:
     assert [column.type for column in shapes[4].columns] == ["bigint", "double precision", "jsonb"]
     assert [shape.version for shape in shapes] == sorted(shape.version for shape in shapes)
     assert all(shape.key == ("id",) for shape in shapes)
+
+
+def test_a_delete_says_nothing_of_a_shape() -> None:
+    """A decoder is new at each opening: what it reads first may be a delete."""
+    decoder = Decoder(0)
+    for offset, said in enumerate([value("d", None, [10, 10]), None]):
+        assert decoder.change(T, 0, offset, key(1), said).schema == UNKNOWN_SCHEMA
+    assert decoder.schemas == {}
+    row = decoder.change(T, 0, 2, key(2), value("c", {"id": 2, "n": 1}, [20, 20]))
+    assert [column.name for column in decoder.schemas[T, row.schema].columns] == ["id", "n"]
+    assert decoder.change(T, 0, 3, key(2), None).schema == row.schema > UNKNOWN_SCHEMA
 
 
 def test_connects_schema_tells_types_and_documents() -> None:

@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from headrace.change import Version
+from headrace.change import UNKNOWN_SCHEMA, Version
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores.duckdb import Database, DuckDBStore, Result, query
@@ -74,6 +74,33 @@ def test_a_file_that_must_be_opened_anew_waits_for_a_query_that_runs(store: Duck
     assert store.open(FIRST) is not None
     assert rows(store) == {("public.items", '{"id":1}'): {"id": 1, "name": "a"}}
     database.release()
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_delete_that_says_no_schema_leaves_the_table_as_it_is(store: DuckDBStore, staged: bool) -> None:
+    """So are those that a Debezium feed begins with; of a table that never had a row there is nothing to delete."""
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), put(ITEMS, 10, id=2, name="b"), schemas=(ITEMS,)))
+    store.close()
+    store.open(FIRST)
+    first, never = (gone(shape, 20, 1)._replace(schema=UNKNOWN_SCHEMA) for shape in (ITEMS, TAGS))
+    if staged:
+        store.apply(batch(20, first, never, schemas=(), shown=10))
+        store.apply(batch(30, put(TAGS, 30, id=2, tag="t"), schemas=(TAGS,)))
+    else:
+        store.apply(batch(20, first, never, schemas=()))
+        store.apply(batch(30, never, put(TAGS, 30, id=2, tag="t"), schemas=(TAGS,)))
+    assert rows(store) == {
+        ("public.items", '{"id":2}'): {"id": 2, "name": "b"},
+        ("sales.tags", '{"id":2}'): {"id": 2, "tag": "t"},
+    }
+
+
+def test_a_table_of_nothing_but_deletes_that_say_no_schema_is_not_made(store: DuckDBStore) -> None:
+    unknown = gone(TAGS, 20, 1)._replace(schema=UNKNOWN_SCHEMA)
+    store.apply(batch(10, unknown, schemas=()))
+    store.apply(batch(20, unknown, schemas=(), shown=10))
+    store.apply(batch(30, schemas=()))
+    assert store.count() == {}
 
 
 # Exact states only

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Change, TableSchema
+from headrace.change import UNKNOWN_SCHEMA, Change, TableSchema
 from headrace.errors import Poison
 from headrace.stores.duckdb import catalogue, tables
 from headrace.stores.duckdb.database import first
@@ -57,6 +57,8 @@ class Build:
             records.setdefault(change.table, {})[record.key] = record
         for source, changed in records.items():
             newest = max(changed.values(), key=lambda record: record.schema)
+            if self._has_nothing(source, newest.schema):
+                continue
             tables.write(self._cursor, self._shape(source, newest.schema, newest.key), list(changed.values()))
         for source, version in sorted(self._schemas, reverse=True):
             if source not in self.tables:
@@ -65,7 +67,10 @@ class Build:
     def stage(self, changes: Sequence[Change]) -> None:
         """Keep changes for later, with the schemas that they name."""
         named = {(change.table, change.schema): change.key.decode() for change in changes}
-        new = {name: self._schema(*name, key) for name, key in sorted(named.items()) if name not in self._kept}
+        asked = {
+            name: key for name, key in sorted(named.items()) if name not in self._kept and name[1] != UNKNOWN_SCHEMA
+        }
+        new = {name: self._schema(*name, key) for name, key in asked.items()}
         catalogue.keep_schemas(self._cursor, self._number, list(new.values()))
         self._kept |= new
         if changes:
@@ -82,7 +87,8 @@ class Build:
         done = 0
         for source, newest, count in found:
             progress(done, self.staged)
-            tables.merge(self._cursor, self._shape(source, newest), self._staging)
+            if not self._has_nothing(source, newest):
+                tables.merge(self._cursor, self._shape(source, newest), self._staging)
             done += count
         self._cursor.execute(f"DELETE FROM {self._staging}")
         self.staged = 0
@@ -96,6 +102,10 @@ class Build:
         for view in found:
             if _folded(view) not in wanted:
                 tables.hide(self._cursor, view)
+
+    def _has_nothing(self, source: str, newest: int) -> bool:
+        """Whether there is nothing to do: these are deletes before the first row of a table (S28)."""
+        return newest == UNKNOWN_SCHEMA and source not in self.tables
 
     def _shape(self, source: str, version: int, key: str = "") -> Table:
         """Return a table in the shape of its newest schema so far; `key` is of the row that is in this version."""
