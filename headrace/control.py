@@ -143,28 +143,35 @@ class Control:
         """Send rows that were asked for, in pages; `last` ends them. Return how many bytes they are.
 
         Raises:
-            Transient: `kafka-away`; and what Kafka refuses a page with.
+            Transient: `kafka-away`; Misconfigured: `record-too-large`, by the row; and what else Kafka refuses a page with.
         """
         page: list[bytes] = []
         size = sent = 0
+        ends = ("", "")
         for row in rows:
             made = codec.dumps((*row[:3], list(row.version)))
             if page and size + len(made) > PAGE_BYTES:
-                self._send_page(request, page, last=False)
+                self._send_page(request, page, ends, last=False)
                 page, size = [], 0
             page.append(made)
+            ends = row[:2]
             size += len(made)
             sent += len(made)
-        self._send_page(request, page, last=last)
+        self._send_page(request, page, ends, last=last)
         return sent
 
     def break_off(self, request: Request, error: HeadraceError) -> None:
         """End rows by an error, which is raised where they are read."""
         self._writer.write(ANSWERS, request.id.encode(), codec.dumps(refusal(error)))
 
-    def _send_page(self, request: Request, rows: Sequence[bytes], *, last: bool) -> None:
+    def _send_page(self, request: Request, rows: Sequence[bytes], ends: tuple[str, str], *, last: bool) -> None:
+        """Send a page; `ends` is its last row, and the only one of a page that is too large."""
         page = b'{"rows":[%b],"last":%b}' % (b",".join(rows), b"true" if last else b"false")
-        self._writer.write(ANSWERS, request.id.encode(), page)
+        try:
+            self._writer.write(ANSWERS, request.id.encode(), page)
+        except Misconfigured as error:
+            said = f"Sending the row {ends[1]} of {ends[0] or 'the view'}, {len(page)} bytes: {error.message}"
+            raise Misconfigured(error.code, said, error.remedy) from error
 
     # What everybody else does
 

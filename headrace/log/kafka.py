@@ -103,6 +103,12 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
             f"Kafka has no such topic while {doing}: {error.str()}.",
             "Run: headrace capture. If somebody deleted it: headrace resnapshot --recover",
         )
+    if name == "MSG_SIZE_TOO_LARGE":
+        return Misconfigured(
+            "record-too-large",
+            f"Kafka does not take a record that large while {doing}.",
+            "Raise HEADRACE_MESSAGE_MAX_BYTES for everybody, or make less of it.",
+        )
     if name in {"_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"}:
         return Transient("fenced", f"Another process took over while {doing}.", "Stop one of the two.")
     if "AUTH" in name or name == "CLUSTER_AUTHORIZATION_FAILED":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Consumer, Cursor, Origin, ViewRow
 from headrace.control import PAGE_BYTES, Control, Request
+from headrace.errors import HeadraceError
 from headrace.runner.generations import Generations
 from headrace.runner.worker import Worker, as_ours
 
@@ -76,9 +78,17 @@ class Rows:
         sent.add_done_callback(lambda done: self._tell_failure(request, done))
 
     def _page(self, worker: Worker, consumer: Consumer, request: Request, after: Cursor | None, limit: int) -> None:
-        """Send some rows and queue the next, so that the worker reads on between them: fewer at once where rows are large."""
+        """Send some rows and queue the next, so that the worker reads on between them: fewer at once where rows are large.
+
+        What hinders the sending is no fault of the view: it is told to who reads the rows, and not to the worker.
+        """
         rows = consumer.scan(after, limit)
-        size = self._control.send_rows(request, rows, last=len(rows) < limit)
+        try:
+            size = self._control.send_rows(request, rows, last=len(rows) < limit)
+        except HeadraceError as error:
+            with suppress(HeadraceError):
+                self._control.break_off(request, as_ours(error, self._generations.name))
+            return
         if len(rows) == limit:
             fit = PAGE_BYTES * limit // max(size, 1)
             last = (rows[-1].collection, rows[-1].key)

@@ -549,6 +549,35 @@ def test_rows_of_any_size_come_through_a_scan_and_by_their_keys(
     assert [len(page) for page in large] == [1, 1], "the row of 3 MB, by a scan and by its key"
 
 
+class Opened(Plain):
+    opens = 0
+
+    def open(self, generation: Generation) -> Position | None:
+        type(self).opens += 1
+        return super().open(generation)
+
+
+def test_a_row_that_no_record_can_hold_is_named_and_the_view_goes_on(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1), (ITEMS, 2, 2))
+    served = serve(Opened)
+    served.await_phase(1, "live")
+    opens = Opened.opens
+    view.widen({2: settings.message_max_bytes + 2 * 1024 * 1024})
+    control = Control(Log(settings))
+    for ask in (lambda: list(control.scan("plain")), lambda: control.rows("plain", 1, [(ITEMS, '{"id":2}')])):
+        with pytest.raises(Misconfigured, match=r'"id":2.*public\.items|public\.items.*"id":2') as caught:
+            ask()
+        assert caught.value.code == "record-too-large"
+        assert "HEADRACE_MESSAGE_MAX_BYTES" in caught.value.remedy
+    last = feed.cut((ITEMS, 1, 3))
+    wait_for(lambda: served.report(1).version == last.version)
+    assert served.report(1).phase == "live"
+    assert Opened.opens == opens
+
+
 class Torn(Plain):
     """Its server goes away between the rows and the position of a batch, and comes back when told."""
 
