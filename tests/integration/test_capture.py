@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -18,7 +20,7 @@ from headrace.change import format_lsn, parse_lsn
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
-from headrace_capture import catalog
+from headrace_capture import catalog, stream
 from headrace_shop.edits import Made
 from headrace_shop.writes import commit
 from tests.fixtures.capture import (
@@ -118,6 +120,49 @@ def test_empty_cuts_come_at_most_every_100_ms(settings: Settings) -> None:
         capture.reach()
     empty = [c for c in Log(settings).checkpoints() if c.xid == 0 and c.snapshot is None]
     assert all(later.appended - earlier.appended >= 90 for earlier, later in pairwise(empty))
+
+
+def partials(settings: Settings) -> list[tuple[int, int]]:
+    """Return for each cut that ended inside a transaction the ordinal where, and when its checkpoint came, ms."""
+    return [(c.partial[1], c.appended) for c in Log(settings).checkpoints() if c.partial]
+
+
+def test_a_transaction_that_takes_long_is_cut_by_the_clock(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few rows there are by then: who reads its partitions would wait for all of it (S5)."""
+    monkeypatch.setattr(stream, "LONGEST_SECONDS", 0.1)
+    settings = replace(settings, cut_records=10**9)
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 100000) i")
+        capture.reach()
+    found = partials(settings)
+    assert len(found) > 1, "it took a second or so"
+    assert all(later[1] - earlier[1] >= 90 for earlier, later in pairwise(found))
+    assert len(replay(settings, T)) == 100_000
+
+
+def test_a_transaction_of_which_no_more_comes_for_a_while_is_cut_by_the_clock(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres sends a part of it, and then nothing: what has come does not wait for the rest (S5)."""
+    monkeypatch.setattr(stream, "LONGEST_SECONDS", 3.0)
+    prepare(settings, ITEMS)
+    sender = f"SELECT active_pid FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        capture.reach()
+        ((pid,),) = rows(settings, sender)
+        execute(settings, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 300000) i")
+        capture.eventually("it has begun", lambda: partials(settings))
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            full = settings.cut_records
+            capture.eventually("that is cut", lambda: any(ordinal % full for ordinal, _ in partials(settings)), 20)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        capture.reach()
+    assert len(replay(settings, T)) == 300_000
 
 
 def test_a_transaction_larger_than_a_cut_spans_several(settings_of_small_cuts: Settings) -> None:

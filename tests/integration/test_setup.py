@@ -20,6 +20,7 @@ from headrace_capture import catalog, setup, teardown
 from headrace_capture.cli import setup as setup_command
 from headrace_capture.slot import slot_facts
 from headrace_ops.postgres import Postgres
+from tests.fixtures.capture import eventually
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 LONG = "repeat(md5('x'), 400)"
@@ -355,3 +356,33 @@ def test_a_table_whose_topic_kafka_would_not_take_is_left_out(db: Connection, so
     (left,) = made.left_out
     assert "too long for Kafka" in left.reason
     assert len(made.tables) == 1
+
+
+def test_setup_says_when_a_failover_could_lose_what_was_published(
+    each_postgres: Postgres, each_source: Settings
+) -> None:
+    """A standby that promotion could choose may lack what is in the log, unless Postgres waits for it (S2)."""
+
+    def warnings() -> list[str]:
+        with closing(catalog.connect(each_source.dsn)) as connection:
+            return setup.plan(connection, each_source, []).warnings
+
+    with psycopg.connect(each_postgres.address(), autocommit=True) as server:
+        with psycopg.connect(each_source.dsn) as application:
+            application.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        assert warnings() == []
+        server.execute("SELECT pg_create_physical_replication_slot('standby')")
+        try:
+            (warning,) = warnings()
+            if server.info.server_version < 170000:
+                assert "use 17 or newer" in warning
+                return
+            assert "synchronized_standby_slots is empty" in warning
+            server.execute("ALTER SYSTEM SET synchronized_standby_slots = 'standby'")
+            server.execute("SELECT pg_reload_conf()")
+            eventually("it is set", lambda: warnings() == [])
+        finally:
+            if server.info.server_version >= 170000:
+                server.execute("ALTER SYSTEM RESET synchronized_standby_slots")
+                server.execute("SELECT pg_reload_conf()")
+            server.execute("SELECT pg_drop_replication_slot('standby')")

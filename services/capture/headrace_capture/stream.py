@@ -144,7 +144,7 @@ class Stream:
         return self._stamp is None and self._half is None
 
     def _idle(self) -> None:
-        """Nothing more to read: seal what there is, else confirm keepalives by an empty cut, else wait."""
+        """Nothing more to read: seal what there is (amid a transaction: what is old), else confirm keepalives by empty cuts, else wait."""
         wait = _IDLE_SECONDS
         if self._between_transactions:
             self._beside.look()
@@ -159,6 +159,8 @@ class Stream:
                 self._cut.seal_empty(self._sent_up_to)
                 self._sealed()
                 return
+        else:
+            self._look_at_clock()
         self._replication.alive()
         self._replication.wait(wait)
 
