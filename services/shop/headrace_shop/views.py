@@ -61,11 +61,9 @@ class Views:
             Misconfigured: `token-void`, when the token is of an earlier epoch than the view (S2).
         """
         deadline = time.monotonic() + WAIT
-        page = self._pages.get(page_id)
         while after > NOWHERE and not self._reached(after) and time.monotonic() < deadline:
             time.sleep(0.02)
-            page = self._pages.get(page_id)
-        return page
+        return self._pages.get(page_id)  # only now: one that was read before could be older than what is reached
 
     def token(self, lsn: int) -> str:
         """Return the token of a commit that ended before `lsn`, as it stands in an address: ``1:0/17ABA90`` (S25).
