@@ -50,6 +50,6 @@ stack-down: .venv/synced
 # uv comes by pip, so that nothing but Python is needed; it then makes .venv exactly what uv.lock says.
 .venv/synced: uv.lock pyproject.toml $(wildcard */pyproject.toml */*/pyproject.toml)
 	(test -x $(BIN)/uv && test -x $(BIN)/python) || $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
-	(test -x $(BIN)/uv && test -x $(BIN)/python) || $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv sync --quiet --frozen
 	touch $@
