@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from headrace.change import NOWHERE, format_lsn
-from headrace.cli.show import out, print_json
+from headrace.cli.show import agree, out, print_json
 from headrace.control import Control
 from headrace.errors import CHECK_FAILED, USAGE, Misconfigured
 from headrace.log import Log
@@ -154,21 +153,13 @@ def drop(
         live = next((report.generation for report in control.running(name) if report.live), None)
         for entry in [] if json else _chosen(name, key, collection, generation or live):
             out.print(f"lost: {_lost(entry)}", markup=False, soft_wrap=True)
-        _agree(json=json)
+        agree("Nothing was dropped.", ask=not json)
     answer = control.ask(name, "drop-parked", _args(key, collection, generation), _SECONDS)
     if json:
         print_json({"name": name} | answer)
         return
     for each in answer["dropped"]:
         out.print(f"dropped {name} {' '.join(each)}", markup=False)
-
-
-def _agree(*, json: bool) -> None:
-    if json or not sys.stdin.isatty():
-        typer.echo("Nothing was dropped. Say --yes to do it.", err=True)
-        raise typer.Exit(USAGE)
-    if not typer.confirm("Do this?"):
-        raise typer.Exit(USAGE)
 
 
 def _check_named(key: str | None, *, everything: bool) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import orjson
 import typer
 from rich.console import Console
 
-from headrace.errors import HeadraceError
+from headrace.errors import USAGE, HeadraceError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -28,6 +29,15 @@ def print_error(error: HeadraceError) -> None:
 def print_json(facts: Any) -> None:
     """Print facts as one JSON document."""
     typer.echo(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
+
+
+def agree(refused: str, *, ask: bool = True) -> None:
+    """Ask whether what was told is done. Raises typer.Exit: 2, when nobody agrees, or there is nobody to `ask`: then it says `refused`."""
+    if not ask or not sys.stdin.isatty():
+        typer.echo(f"{refused} Say --yes to do it.", err=True)
+        raise typer.Exit(USAGE)
+    if not typer.confirm("Do this?"):
+        raise typer.Exit(USAGE)
 
 
 def size(count: float) -> str:

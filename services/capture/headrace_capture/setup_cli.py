@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Annotated
 
@@ -10,8 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table as Shown
 
-from headrace.cli.show import out, print_json
-from headrace.errors import USAGE
+from headrace.cli.show import agree, out, print_json
 from headrace.log import Log
 from headrace.settings import Settings, load
 from headrace_capture import setup as making
@@ -106,7 +104,8 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
             print_json(removal.facts() | {"topics": own, "applied": yes})
         else:
             _tell(settings, removal, own, topics=topics)
-            _agree(yes=yes)
+            if not yes:
+                agree("Nothing was changed.")
         if json and not yes:
             return
         removing.run(connection, settings, removal)
@@ -157,13 +156,3 @@ def _tell(settings: Settings, removal: removing.Removal, own: list[str], *, topi
         lines.append(f"-- Kafka has no topic of source {settings.source}")
     for line in lines:
         typer.echo(line)
-
-
-def _agree(*, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        typer.echo("Nothing was changed. Say --yes to do it.", err=True)
-        raise typer.Exit(USAGE)
-    if not typer.confirm("Do this?"):
-        raise typer.Exit(USAGE)
