@@ -192,17 +192,19 @@ class Control:
         """Return the reports of a consumer whose process is alive.
 
         Raises:
-            Misconfigured: `consumer-not-running`, or what stopped its process.
+            Misconfigured: `consumer-not-running`, `capture-not-running`, or what stopped its process.
         """
         found = self.reports().get(name, [])
         alive = [report for report in found if report.age <= DEAD_SECONDS and not report.ended]
         if alive:
             return alive
-        command = f"Run: headrace run {name}"
+        command = f"Run: {command_of(name)}"
         for report in sorted(found, key=lambda report: report.live, reverse=True):
             if report.phase == "stopped":
                 said = f"{name} has stopped, and its process with it: {report.reason}"
                 raise Misconfigured(report.code, said, f"{report.remedy} It has to run for that. {command}")
+        if name == "capture":
+            raise Misconfigured("capture-not-running", "No capture runs.", command)
         raise Misconfigured("consumer-not-running", f"No process runs the consumer {name}.", command)
 
     def ask(self, name: str, verb: str, args: dict[str, Any] | None = None, timeout: float = 30.0) -> dict[str, Any]:
@@ -373,6 +375,11 @@ def _pages(values: Iterator[dict[str, Any]]) -> Iterator[ViewRow]:
             yield ViewRow(collection, key, value, Version(*version))
         if page["last"]:
             return
+
+
+def command_of(name: str) -> str:
+    """Return the command that runs a service or a view."""
+    return "headrace capture" if name == "capture" else f"headrace run {name}"
 
 
 def refusal(error: HeadraceError) -> dict[str, Any]:

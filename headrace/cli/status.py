@@ -17,7 +17,7 @@ from rich.table import Table
 from headrace.change import format_lsn
 from headrace.cli.show import out, print_json, seconds, size
 from headrace.cli.source import source_facts
-from headrace.control import Control, Report
+from headrace.control import Control, Report, command_of
 from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings, load
@@ -183,7 +183,7 @@ def _behind(lag: Facts) -> str:
 
 def _notes(name: str, report: Facts) -> Iterator[str]:
     if report["phase"] == "dead":
-        yield f"[red]{name}[/red]: no word for {seconds(report['age_seconds'])}; run: {_command(name)}"
+        yield f"[red]{name}[/red]: no word for {seconds(report['age_seconds'])}; run: {command_of(name)}"
     elif reason := f"{report['reason']} {report['remedy']}".strip():
         yield f"[yellow]{name} g{report['generation']}[/yellow]: {escape(reason)}"
     for trouble in _troubles(report):
@@ -207,7 +207,7 @@ def _reports(control: Control) -> dict[str, list[Report]]:
 def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> None:
     wanted = {who: found for who, found in reports.items() if name in {None, who}}
     if not wanted:
-        _wrong(f"{name or 'capture'}: nobody has ever reported; run: {_command(name or 'capture')}")
+        _wrong(f"{name or 'capture'}: nobody has ever reported; run: {command_of(name or 'capture')}")
     inexact: set[str] = set()
     for who, found in wanted.items():
         for report in [report for report in found if report.live] or found[-1:]:
@@ -220,7 +220,7 @@ def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> N
 
 def _check_one(name: str, report: Report, most: float) -> None:
     if report.dead or report.phase == "off":
-        _wrong(f"{name}: no process reports (last {seconds(report.age)} ago); run: {_command(name)}")
+        _wrong(f"{name}: no process reports (last {seconds(report.age)} ago); run: {command_of(name)}")
     if report.phase in {"stopped", "stale", "waiting", "paused", "dropped"}:
         _wrong(f"{name}: {report.phase}: {report.reason} {report.remedy}")
     for trouble in _troubles(report.facts):
@@ -242,10 +242,6 @@ def _troubles(facts: Facts) -> Iterator[str]:
 def _parked(name: str, count: int) -> str:
     said = "records are" if count > 1 else "record is"
     return f"{count} {said} parked, and no token is answered beyond; run: headrace parked list {name}"
-
-
-def _command(name: str) -> str:
-    return "headrace capture" if name == "capture" else f"headrace run {name}"
 
 
 def _wrong(line: str) -> NoReturn:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from headrace.change import Version
 from headrace.cli import app
 from headrace.control import Control, Report
+from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace_ops.postgres import Postgres
@@ -42,6 +43,16 @@ def say(control: Control, *reports: Report) -> None:
 
 def status(settings: Settings, *options: str) -> Result:
     return CliRunner().invoke(app, ["status", *options], env=environment(settings) | {"COLUMNS": "160"})
+
+
+def test_who_asks_what_does_not_run_is_told_how_to_run_it(control: Control) -> None:
+    for name, code, remedy in (
+        ("capture", "capture-not-running", "Run: headrace capture"),
+        ("pages", "consumer-not-running", "Run: headrace run pages"),
+    ):
+        with pytest.raises(Misconfigured) as error:
+            control.ask(name, "anything")
+        assert (error.value.code, error.value.remedy) == (code, remedy)
 
 
 def test_check_fails_when_nobody_has_ever_reported(settings: Settings, control: Control) -> None:
