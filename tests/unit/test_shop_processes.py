@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,14 +32,20 @@ def test_programs_inherit_the_kind_of_stack_and_nothing_that_leads_to_another(tm
 @pytest.mark.usefixtures("somebodys")
 def test_whoever_removes_the_stack_after_a_death_removes_no_other(tmp_path: Path) -> None:
     with watched(tmp_path):
-        environ = next(environ_of(str(tmp_path)))
+        environ = environ_of(str(tmp_path))
     assert b"HEADRACE_STACK=docker" in environ
     assert not [line for line in environ if line.endswith(b"=somebodys")]
 
 
-def environ_of(folder: str) -> Iterator[list[bytes]]:
-    """Yield the environment of each process that names the folder, which is the test's own."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended
-            if folder.encode() in (process / "cmdline").read_bytes():
-                yield (process / "environ").read_bytes().split(b"\0")
+def environ_of(folder: str) -> list[bytes]:
+    """Return the environment of the process that names the folder, which is the test's own. Just begun it shows neither for a moment."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                if folder.encode() in (process / "cmdline").read_bytes() and (
+                    environ := (process / "environ").read_bytes()
+                ):
+                    return environ.split(b"\0")
+        time.sleep(0.01)
+    raise AssertionError(folder)
