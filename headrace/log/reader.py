@@ -175,8 +175,11 @@ class Reader:
     def _check_topics(self, topics: list[str]) -> None:
         """Refuse to go on in topics that a recovery has made anew meanwhile (S2): what was read of them says nothing of what they have."""
         for topic, (identity, _) in self._log.topics.describe(topics).items():
-            if self.position.topics[topic] != identity:
-                raise _refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
+            self._check_topic(topic, identity)
+
+    def _check_topic(self, topic: str, identity: str) -> None:
+        if self.position.topics.setdefault(topic, identity) != identity:
+            raise _refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
 
     def _add_topics(self, checkpoint: Checkpoint) -> None:
         new = [topic for topic in checkpoint.ends if self._reads(topic) and (topic, 0) not in self._read_to]
@@ -190,9 +193,7 @@ class Reader:
             identity, count = described[topic]
             if count != len(checkpoint.ends[topic]):
                 raise partitions_changed(topic, count, len(checkpoint.ends[topic]))
-            known = self.position.topics.setdefault(topic, identity)
-            if known != identity:
-                raise _refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
+            self._check_topic(topic, identity)
             offsets = self.position.offsets.setdefault(topic, [0] * count)
             starts |= {(topic, partition): offset for partition, offset in enumerate(offsets)}
         self._read_to |= starts
@@ -286,7 +287,7 @@ class Reader:
         changes: list[Change] = []
         envelope_of = self._log.values.envelope
         for (topic, partition), kept in self._kept.items():
-            end = target.ends[topic][partition] if topic in target.ends else 0
+            end = _end((topic, partition), target)
             table = table_of(topic)
             before: Change | None = None
             while kept and (offset := kept[0].offset() or 0) < end:
@@ -336,8 +337,7 @@ class Reader:
             return True
         # Nothing follows the target anywhere, so nothing below its ends can have given way to something beyond them.
         return self._at_end >= self._read_to.keys() and not any(
-            kept and (kept[-1].offset() or 0) >= (target.ends[topic][partition] if topic in target.ends else 0)
-            for (topic, partition), kept in self._kept.items()
+            kept and (kept[-1].offset() or 0) >= _end(place, target) for place, kept in self._kept.items()
         )
 
     def _after_newest(self) -> int:
@@ -378,6 +378,12 @@ def _refused(code: str, seen: str) -> Refused:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _end(place: Place, target: Checkpoint) -> int:
+    """Return where the target ends in a partition; 0 in one that it does not name."""
+    topic, partition = place
+    return target.ends[topic][partition] if topic in target.ends else 0
 
 
 def _says_nothing_new(change: Change, before: Change | None) -> bool:
