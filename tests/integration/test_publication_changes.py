@@ -126,6 +126,8 @@ def test_what_leaves_the_publication_as_it_was_lets_nothing_be_read_again(settin
             f"ALTER PUBLICATION {settings.publication} SET TABLE items, others",
             f"ALTER PUBLICATION {settings.publication} DROP TABLE others",
             "VACUUM FULL pg_publication_rel",
+            "VACUUM FULL pg_publication",
+            "VACUUM FREEZE pg_publication",
             "VACUUM FREEZE pg_publication_rel",
             "ALTER TABLE items ADD COLUMN more text",
         )
@@ -204,6 +206,42 @@ def test_a_publication_that_is_made_anew_between_two_looks(settings: Settings, d
         prepare(settings)
         capture.reach()
         discovered.set()
+        exact(settings, capture)
+
+
+def publishes(settings: Settings, what: str) -> str:
+    return f"ALTER PUBLICATION {settings.publication} SET (publish = '{what}')"
+
+
+EVERYTHING = "insert, update, delete, truncate"
+
+
+def test_operations_that_were_left_out_for_a_while_are_made_up_for(
+    each_version: Settings, discovered: threading.Event
+) -> None:
+    settings = each_version
+    prepare(settings, ITEMS, ROWS)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, publishes(settings, "insert"), *MISSED, publishes(settings, EVERYTHING))
+        capture.reach()
+        assert replay(settings, T) != selected(settings, T)
+        discovered.set()
+        exact(settings, capture)
+
+
+def test_capture_stops_while_operations_are_left_out(settings: Settings) -> None:
+    prepare(settings, ITEMS, ROWS)
+    running = Running(settings)
+    running.hear("streaming")
+    execute(settings, publishes(settings, "insert, delete"), *MISSED)
+    error = eventually("capture stops", lambda: running.error)
+    running.join()
+    assert error.code == "publication-incomplete"
+    assert "UPDATE, TRUNCATE" in str(error)
+    assert refused(settings).code == "publication-incomplete"
+    execute(settings, *error.remedy.split(", then")[:1])
+    with capturing(settings) as capture:
         exact(settings, capture)
 
 

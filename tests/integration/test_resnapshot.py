@@ -41,6 +41,8 @@ from tests.fixtures.capture import (
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
 
+pytestmark = pytest.mark.usefixtures("blind")
+
 
 def ask(settings: Settings, verb: str = "resnapshot", **args: Any) -> dict[str, Any]:
     """Ask the running capture, as soon as it has reported."""

@@ -39,6 +39,8 @@ from tests.integration.test_resnapshot_order import waiting
 
 MANY = "INSERT INTO events SELECT 'many', i, NULL FROM generate_series(1, 3000) i"
 
+pytestmark = pytest.mark.usefixtures("blind")
+
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:

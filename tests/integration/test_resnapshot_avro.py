@@ -31,6 +31,8 @@ ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int, j jsonb, d int[], f flo
 ROWS = """INSERT INTO items SELECT i, i, '{"a": [1.50, null]}', '{1,NULL}', i / 4.0 FROM generate_series(1, 2000) i"""
 MORE = "ALTER TABLE items ADD COLUMN more real DEFAULT 2.5"
 
+pytestmark = pytest.mark.usefixtures("blind")
+
 
 @pytest.fixture
 def avro(settings: Settings, registry: Registry) -> Settings:

@@ -102,7 +102,8 @@ class CatalogueWatch(_Asking):
         """Return what was found last, once.
 
         Raises:
-            Misconfigured: `publication-missing`: Postgres 18 says nothing of it in the stream, and sends no more changes.
+            Misconfigured: `publication-missing`: Postgres 18 says nothing of it in the stream, and sends no more changes;
+                `publication-incomplete`: it sends some.
         """
         found, self._newest = self._newest, None
         if isinstance(found, Misconfigured):
@@ -116,6 +117,7 @@ class CatalogueWatch(_Asking):
                 try:
                     prints = fingerprints.read(connection, self._settings.publication, self._known())
                     failing = identities.failing(connection, self._settings.publication)
+                    catalog.check_operations(connection, self._settings.publication)
                     self._newest = Findings(prints, asked, failing)
                 except Misconfigured as error:
                     self._newest = error

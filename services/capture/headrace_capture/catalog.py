@@ -191,6 +191,21 @@ def published_tables(connection: Connection, publication: str, only: str | None 
     return [_published(table, sent[table.oid]) for table in _read(connection, list(sent))]
 
 
+def check_operations(connection: Connection, publication: str) -> None:
+    """Refuse a publication that does not send every operation.
+
+    Raises:
+        Misconfigured: `publication-incomplete`.
+    """
+    row = connection.execute(_LEFT_OUT, [publication]).fetchone()
+    if row is not None and row[0]:
+        raise Misconfigured(
+            "publication-incomplete",
+            f"Publication {publication} does not send {row[0]}: such changes would never reach a view.",
+            f"ALTER PUBLICATION {publication} SET (publish = 'insert, update, delete, truncate'), then capture: all is read again.",
+        )
+
+
 def _published(table: Table, sent: set[str]) -> Table:
     """Mark the columns that the stream sends."""
     return replace(table, columns=tuple(replace(column, published=column.name in sent) for column in table.columns))
@@ -286,6 +301,12 @@ _CANDIDATES = """
 SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND NOT c.relispartition
   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+"""
+
+_LEFT_OUT = """
+SELECT concat_ws(', ', CASE WHEN NOT pubinsert THEN 'INSERT' END, CASE WHEN NOT pubupdate THEN 'UPDATE' END,
+                 CASE WHEN NOT pubdelete THEN 'DELETE' END, CASE WHEN NOT pubtruncate THEN 'TRUNCATE' END)
+FROM pg_publication WHERE pubname = %s
 """
 
 # Before 18 no publication sends generated columns, and none has `pubgencols`.

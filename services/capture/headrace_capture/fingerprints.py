@@ -12,7 +12,8 @@ signs are chosen so that daily work is not taken for a change of rows:
   can be seen: it is suspected always;
 - a new partition that is empty changes nothing; one with rows may have brought them;
 - what makes a table published, its entry in the publication, has an oid of its own: another one means that the stream was silent between,
-  or that the rows it sends are others (a row filter).
+  or that the rows it sends are others (a row filter). So has the publication, and which transaction touched its own entry last tells that
+  its options were others for a while: it may have left operations out.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Fingerprint:
         kind: ``r`` ordinary, ``p`` partitioned.
         columns: By number.
         leaves: (oid, file) of each table that holds its rows.
-        sent: The oids of the publication and of what in it names the table; empty: not known.
+        sent: The oid of the publication, which transaction touched its entry, and the oids of what in it names the table; empty: not known.
         width: How many columns it ever had; 0: not known.
         empty: Leaves that were new to who asked, and empty. Not part of the print.
     """
@@ -95,7 +96,7 @@ def silent(before: Fingerprint, after: Fingerprint, logged: Collection[str] = ()
     `logged`: the names of all columns that the table's rows in the log have, or had.
     """
     if unsent(before, after):
-        return "it left the publication and came back, or its row filter changed"
+        return "it left the publication and came back, or its row filter or the publication's options changed"
     return _columns(before, after, {*logged, *(column.name for column in before.columns)}) or _leaves(before, after)
 
 
@@ -169,7 +170,7 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
                                                   a.xmin::text) ORDER BY a.attnum), '[]')
         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
        coalesce(leaves.told, '[]'),
-       concat_ws(' ', published.pub,
+       concat_ws(' ', published.pub, (SELECT p.xmin::text FROM pg_publication p WHERE p.oid = published.pub),
          (SELECT string_agg(r.oid::text, ' ' ORDER BY r.oid) FROM pg_publication_rel r WHERE r.prpubid = published.pub
           AND r.prrelid IN (SELECT c.oid UNION ALL SELECT a.ancestor FROM above a WHERE a.oid = c.oid)),
          (SELECT s.oid::text FROM pg_publication_namespace s WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace)),

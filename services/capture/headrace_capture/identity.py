@@ -55,7 +55,7 @@ def look(connection: catalog.Connection, slot: str, publication: str, dsn: str) 
     """Return which server answers; refuse one that cannot be captured.
 
     Raises:
-        Misconfigured: `wal-level`, `publication-missing`.
+        Misconfigured: `wal-level`, `publication-missing`, `publication-incomplete`.
         Transient: `postgres-standby`: somebody may be promoting it.
     """
     with postgres_errors("looking at the source"):
@@ -70,6 +70,7 @@ def look(connection: catalog.Connection, slot: str, publication: str, dsn: str) 
                 "ALTER SYSTEM SET wal_level = 'logical', then restart Postgres.",
             )
         tables = tuple(table.full_name for table in catalog.published_tables(connection, publication))
+        catalog.check_operations(connection, publication)
         flushed = connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
         assert flushed is not None
         replication = Replication(dsn)
