@@ -15,6 +15,7 @@ import yaml
 from typer.main import get_command
 
 from headrace import cli, plugins, settings
+from headrace.log import kafka
 from headrace.settings import Settings
 from headrace_ops import ALL, artifacts
 
@@ -122,6 +123,18 @@ def test_health_checks_ask_status_for_each_ones_own_lag() -> None:
             continue
         asked = name.removeprefix("consumer-")
         assert OURS[name]["healthcheck"]["test"] == f"CMD headrace status --check {asked} --max-lag 60s".split()
+
+
+def test_a_health_check_is_given_the_time_to_say_that_kafka_is_away() -> None:
+    for name in OURS:
+        if check := OURS[name].get("healthcheck"):
+            assert int(check["timeout"].removesuffix("s")) > kafka.TIMEOUT + 5
+
+
+def test_what_is_said_of_health_checks_shows_the_newest_of_them() -> None:
+    """Docker keeps five, the oldest first."""
+    (told,) = re.findall(r"docker inspect --format .*", (ROOT / "docs/operating.md").read_text())
+    assert "{{range .State.Health.Log}}" in told
 
 
 def test_what_starts_waits_for_health_and_for_setups_success() -> None:
