@@ -57,12 +57,18 @@ class Generations:
             self.standing = kept.get("", {}).get("phase", "")
             self._remembers = True
         held = {generation.number: generation for generation in self._store.generations()}
-        if not self._tidy:
-            self._shelf.clear(self.name, lambda number: number not in held)  # what a drop that was cut short has left
-            self._tidy = True
+        if not self._tidy:  # what a drop that was cut short has left
+            self._shelf.clear(self.name, lambda number: number not in held and number not in self.workers)
         if self.standing == DROPPED:
             self.drop_all()
-            return
+        else:
+            self._serve(held)
+        if not self._tidy:
+            self._forget_lost()
+            self._tidy = True
+
+    def _serve(self, held: dict[int, Generation]) -> None:
+        """Begin what the store holds and nothing serves, the first build when there is none."""
         if not held and not self.workers:
             number = self.next()
             held = {number: Generation(self.name, number, self.fingerprint)}
@@ -73,6 +79,12 @@ class Generations:
                 self.begin(generation)
         if held and not any(generation.live for generation in held.values()):
             self._promote_first()
+
+    def _forget_lost(self) -> None:
+        """Take away what was said of generations that are no more: their store was lost while nobody ran them, or a drop was cut short."""
+        for report in self._control.reports().get(self.name, []):
+            if report.generation and report.generation not in self.workers:
+                self._control.forget(self.name, report.generation)
 
     def _promote_first(self) -> None:
         """Promote the newest generation that shows a state, when none is live: the first build, or after a wipe."""

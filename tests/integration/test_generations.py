@@ -390,6 +390,25 @@ def test_a_drop_of_everything_that_was_killed_half_way_is_ended_by_the_next_proc
         eventually("it is gone", lambda: view.generations() == [])
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+def test_nothing_is_said_any_more_of_a_view_whose_store_was_lost_while_nobody_ran_it(
+    feed: Feed, settings: Settings, dropped: bool
+) -> None:
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+    view.wipe()
+    if dropped:
+        control.keep("plain", "standing", {"phase": "dropped"})
+    number, phase = (0, "dropped") if dropped else (2, "live")
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", number, phase)
+        eventually("the lost one is gone", lambda: [r.generation for r in control.reports()["plain"]] == [number])
+        checked = command(settings, "status", "plain", "--check")
+        assert checked.stdout == "ok\n" if not dropped else "headrace rebuild plain" in checked.stdout
+
+
 class Newer(Plain):
     """Other code, for all that a fingerprint knows."""
 
