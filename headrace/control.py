@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from headrace import codec
 from headrace.change import NOWHERE, Version
@@ -30,26 +30,12 @@ from headrace.log import Log
 from headrace.log.plain import PlainWriter
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL
+from headrace.requests import Request, RequestBox
 
 DEAD_SECONDS = 10.0
 _LOOK_SECONDS = 2.0
 PAGE_BYTES = 512 * 1024
 _KINDS = {"Transient": Transient, "Misconfigured": Misconfigured, "Poison": Poison}
-
-
-class Request(NamedTuple):
-    """What somebody asks of a runner. `at` is the broker's timestamp, ms; `timeout` how long the asker waits, seconds."""
-
-    id: str
-    verb: str
-    args: dict[str, Any]
-    at: int
-    timeout: float
-
-    @property
-    def given_up(self) -> bool:
-        """Whether the asker no longer waits: who was told "no answer" must not see it carried out at the next start."""
-        return time.time() > self.at / 1000 + self.timeout
 
 
 @dataclass(slots=True)
@@ -68,6 +54,8 @@ class Report:
         reason, code, remedy: Why it is stopped or waiting.
         facts: What a service adds.
         ended: The process has ended by itself, and this is its last word.
+        age: Seconds since it was written.
+        at: The broker's time of that, ms.
     """
 
     name: str
@@ -86,6 +74,13 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     ended: bool = False
     age: float = 0.0
+    at: int = 0
+
+    @property
+    def shows(self) -> float:
+        """How old the state that a view shows was when this was written, seconds, both by the broker's clock; 0 when there is none."""
+        written: int = self.facts.get("written_ms", self.at)
+        return max(0.0, (self.at - written) / 1000)
 
     @property
     def dead(self) -> bool:
@@ -119,7 +114,7 @@ class Control:
     def report(self, report: Report) -> None:
         """Publish what a generation or a service says of itself; does not wait for Kafka."""
         value = asdict(report) | {"version": list(report.version)}
-        del value["age"]
+        del value["age"], value["at"]
         self._put(self._key(report.name, "report", str(report.generation)), value)
 
     def forget(self, name: str, generation: int) -> None:
@@ -184,7 +179,7 @@ class Control:
                 "lag": tuple(value["lag"]),
                 "progress": tuple(value["progress"]),
             }
-            report = Report(**value, age=max(0.0, time.time() - timestamp / 1000))
+            report = Report(**value, age=max(0.0, time.time() - timestamp / 1000), at=timestamp)
             found.setdefault(key[1], []).append(report)
         return found
 
@@ -313,44 +308,6 @@ class Control:
 def record_key(source: str, name: str, kind: str, id_: str) -> bytes:
     """Return the key of a record in control."""
     return codec.dumps({"source": source, "name": name, "kind": kind, "id": id_})
-
-
-class RequestBox:
-    """The requests to some names: first those that wait, then those that come."""
-
-    def __init__(self, log: Log, names: set[str]) -> None:
-        """Begin at the beginning of control: a request may have come while nobody ran."""
-        self._source = log.settings.source
-        self._names = names
-        self._tail = Tail(log.settings, {(CONTROL, 0): BEGINNING})
-        self._open: dict[tuple[str, str], Request] = {}
-        self._caught_up = False
-
-    def poll(self, timeout: float) -> list[tuple[str, Request]]:
-        """Return requests as (name, request); each is returned once."""
-        for message in self._tail.poll(timeout):
-            if end_of_partition(message):
-                self._caught_up = True
-                continue
-            key = codec.loads(message.key() or b"{}")
-            if key["source"] != self._source or key["kind"] != "request" or key["name"] not in self._names:
-                continue
-            value = message.value()
-            self._open.pop((key["name"], key["id"]), None)
-            if value is not None:
-                said = codec.loads(value)
-                self._open[key["name"], key["id"]] = Request(
-                    key["id"], said["verb"], said["args"], message.timestamp()[1], said.get("timeout", 0.0)
-                )
-        if not self._caught_up:
-            return []
-        ready = [(name, request) for (name, _), request in self._open.items()]
-        self._open.clear()
-        return ready
-
-    def close(self) -> None:
-        """Leave."""
-        self._tail.close()
 
 
 def _values(tail: Tail, key: bytes, timeout: float, name: str, look: Callable[[], object]) -> Iterator[dict[str, Any]]:

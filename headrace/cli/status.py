@@ -103,8 +103,8 @@ def _slot(settings: Settings) -> Facts:
 def _said(report: Report, source: Report | None) -> Facts:
     records, wal, behind = report.lag
     if source is not None and source.version.epoch == report.version.epoch:
-        # Counted to what is captured now: a process that died still says what was missing when it last spoke.
-        wal = max(wal, source.version.lsn - report.version.lsn) if report.dead or report.phase == "paused" else wal
+        # Counted to what is captured now: who died, stands still or hangs still says what was missing when it last read.
+        wal = max(wal, source.version.lsn - report.version.lsn)
     return {
         "generation": report.generation,
         "fingerprint": report.fingerprint,
@@ -208,12 +208,17 @@ def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> N
     wanted = {who: found for who, found in reports.items() if name in {None, who}}
     if not wanted:
         _wrong(f"{name or 'capture'}: nobody has ever reported; run: {command_of(name or 'capture')}")
+    heartbeat = max((int(each.facts.get("heartbeat_ms", 0)) for each in reports.get("capture", [])), default=0) / 1000
     inexact: set[str] = set()
     for who, found in wanted.items():
         for report in [report for report in found if report.live] or found[-1:]:
             if name is None and report.phase == "dropped" and (report.dead or report.ended):
                 continue  # it was given up, and its process too
             _check_one(who, report, most)
+            if heartbeat and report.shows > most + heartbeat:
+                _wrong(
+                    f"{who}: shows a state {seconds(report.shows)} old, no heartbeat has come since (S17); see: headrace status"
+                )
             inexact.update(report.facts.get("inexact", ()))
     typer.echo(f"ok, but inexact (S12): {', '.join(sorted(inexact))}" if inexact else "ok")
 

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Consumer, Cursor, Origin, ViewRow
-from headrace.control import PAGE_BYTES, Control, Request
+from headrace.control import PAGE_BYTES, Control
 from headrace.errors import HeadraceError
+from headrace.requests import Request
 from headrace.runner.generations import Generations
 from headrace.runner.worker import Worker, as_ours
 

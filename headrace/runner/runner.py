@@ -13,9 +13,10 @@ from typing import Any
 
 from headrace.change import format_lsn
 from headrace.consumer import Consumer, Generation
-from headrace.control import Control, Report, Request, refusal
+from headrace.control import Control, Report, refusal
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log
+from headrace.requests import Request
 from headrace.runner.generations import DROPPED, Generations
 from headrace.runner.rows import Rows
 from headrace.runner.unparking import Unparking
@@ -145,7 +146,7 @@ class Runner:
             live=generation.live,
             phase=state.phase,
             version=state.reached,
-            lag=(state.lag.records, state.lag.wal, state.lag.seconds),
+            lag=(state.lag.records, state.lag.wal, state.behind),
             rate=round(state.rate, 1),
             eta=round(state.lag.records / state.rate, 1) if state.rate and state.lag.records else -1.0,
             progress=state.progress,
@@ -159,7 +160,9 @@ class Runner:
     def _facts(self, state: State) -> dict[str, Any]:
         inexact = {"inexact": list(state.inexact)} if state.inexact else {}
         parked = {"parked": state.parked} if state.parked else {}
-        return inexact | parked | ({"checkpoints": "none"} if self._log.fed_by_debezium else {})
+        if self._log.fed_by_debezium:
+            return inexact | parked | {"checkpoints": "none"}
+        return inexact | parked | ({"written_ms": state.written} if state.exact else {})
 
     def _reason(self, state: State) -> str:
         hours = self._log.settings.delete_retention_ms / 3_600_000

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from headrace.change import Position
 from headrace.consumer import Consumer, Cursor
-from headrace.control import Request
 from headrace.errors import Misconfigured, Transient
+from headrace.requests import Request
 from headrace.runner.generations import Generations
 from headrace.runner.parking import Parking
 from headrace.runner.worker import Worker

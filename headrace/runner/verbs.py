@@ -13,9 +13,9 @@ from typing import Any
 
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Generation
-from headrace.control import Request
 from headrace.errors import Misconfigured, Refused, Transient
 from headrace.parked import records_parked
+from headrace.requests import Request
 from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, reach
 from headrace.runner.worker import Worker
 

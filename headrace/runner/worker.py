@@ -40,17 +40,19 @@ Call = tuple[Callable[[Consumer], Any], "Future[Any]"]
 class State:
     """What a worker says of itself; written by its thread, read by the runner.
 
-    `version` is that of the view's position, `held` what is parked or delayed holds tokens back to, `ahead` the newest state that the log
-    had when the view was opened.
+    `version` is that of the view's position, `written` the broker's time of its checkpoint, ms; `held` what is parked or delayed holds
+    tokens back to, `ahead` the newest state that the log had when the view was opened; `begun` when what is being applied was begun.
     """
 
     phase: str = "starting"
     version: Version = NOWHERE
+    written: int = 0
     held: Version | None = None
     delayed: bool = False
     parked: int = 0
     ahead: Version = NOWHERE
     lag: Lag = field(default_factory=lambda: Lag(0, 0, 0.0))
+    begun: float | None = None
     rate: float = 0.0
     progress: tuple[int, int] = (0, 0)
     inexact: tuple[str, ...] = ()
@@ -65,6 +67,12 @@ class State:
     def reached(self) -> Version:
         """The version up to which readers see everything: what tokens, status and verify go by (S25)."""
         return self.version if self.held is None else min(self.version, self.held)
+
+    @property
+    def behind(self) -> float:
+        """For how many seconds the view has not been up to date; what is being applied is not shown yet, however long that takes."""
+        begun = self.begun
+        return self.lag.seconds + (time.monotonic() - begun if begun is not None else 0.0)
 
     @property
     def shown(self) -> Version:
@@ -198,7 +206,7 @@ class Worker(threading.Thread):
             self._stood = None
             self._parking.open(position)
             self._set_held(consumer)  # before the version, which it bounds
-            self._set(version=known.version, inexact=known.inexact)
+            self._set(version=known.version, written=known.appended, inexact=known.inexact)
             if self._resting:
                 self._set(phase="stale" if self.still else "paused", error=None)
                 self._rest(consumer, lambda: self._resting)
@@ -248,7 +256,11 @@ class Worker(threading.Thread):
                 mirrored = time.monotonic()
 
     def _apply(self, consumer: Consumer, batch: Batch) -> None:
-        self._parking.apply(consumer, batch)
+        self.state.begun = time.monotonic()
+        try:
+            self._parking.apply(consumer, batch)
+        finally:
+            self.state.begun = None
         self._whole = batch.checkpoint is not None
         self._stood = batch.position if self._whole else None
         self._rate.add(len(batch.changes))
@@ -311,14 +323,12 @@ class Worker(threading.Thread):
 
     def _tell(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
         self._set_held(consumer)
-        lag = reader.lag()
-        version = reader.position.version
-        behind = lag.seconds > _BEHIND_SECONDS
+        lag, at = reader.lag(), reader.position
         live = "live" if self.generation.live else "following"
-        phase = "loading" if version == NOWHERE else "catching up" if behind else live
-        progress = (0, 0) if version != NOWHERE else self.state.progress
-        inexact = reader.position.inexact
-        self._set(phase=phase, version=version, lag=lag, progress=progress, inexact=inexact, error=None)
+        phase = "loading" if at.version == NOWHERE else "catching up" if lag.seconds > _BEHIND_SECONDS else live
+        progress = (0, 0) if at.version != NOWHERE else self.state.progress
+        self._set(phase=phase, version=at.version, written=at.appended, lag=lag)
+        self._set(progress=progress, inexact=at.inexact, error=None)
 
     def _set_held(self, consumer: Consumer) -> None:
         """Take in what holds tokens back: what is parked, and what the consumer delays (S25)."""

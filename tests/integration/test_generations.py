@@ -423,6 +423,10 @@ def test_each_code_goes_on_with_its_own_generation_and_leaves_the_other_as_it_is
     with serving(settings, plain=Newer) as control:
         assert "headrace rebuild plain" in await_phase(control, "plain", 1, "stale").reason
         second = feed.cut((ITEMS, 1, 2))
+        control.report(Report("capture", live=True, phase="streaming", version=second.version))
+        control.flush()
+        stale = orjson.loads(command(settings, "status", "plain", "--json").stdout)["consumers"]["plain"][0]
+        assert stale["lag"]["wal_bytes"] == second.version.lsn - first.version.lsn
         assert headrace(settings, "rebuild", "plain", "--wait", "--gate", "none").returncode == 0
         assert view.rows() == {KEY: 2}
         assert report(control, "plain", 1).version == first.version, "its LSN is shown"

@@ -7,25 +7,29 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
+import orjson
 import psycopg
 import pytest
 from typer.testing import CliRunner, Result
 
 from headrace.change import Version
 from headrace.cli import app
+from headrace.consumer import Batch
 from headrace.control import Control, Report
 from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace_ops.postgres import Postgres
-from tests.fixtures.capture import capturing, execute, prepare, replay
+from tests.fixtures.capture import capturing, eventually, execute, prepare, replay
 from tests.fixtures.feed import ITEMS, TAGS, Feed
 from tests.fixtures.plain import Plain
-from tests.fixtures.serving import serving
+from tests.fixtures.serving import await_live, serving
 
 
 @pytest.fixture
@@ -155,6 +159,62 @@ def test_a_table_that_is_inexact_is_named_for_capture_and_for_the_views_that_rea
         shown = status(settings).stdout
         assert f"plain: {ITEMS} may differ from Postgres" in shown
         assert f"capture: {ITEMS}, {TAGS} may differ from Postgres" in shown
+
+
+@pytest.mark.parametrize("phase", ["live", "stale", "stopped", "waiting", "paused"])
+def test_what_is_missing_is_counted_to_what_is_captured_now(settings: Settings, control: Control, phase: str) -> None:
+    """A view that stands still reads nothing, so that it cannot know."""
+    say(
+        control,
+        Report("capture", live=True, phase="streaming", version=Version(1, 500)),
+        Report("plain", 1, live=True, phase=phase, version=Version(1, 100)),
+    )
+    (said,) = orjson.loads(status(settings, "--json", "plain").stdout)["consumers"]["plain"]
+    assert said["lag"]["wal_bytes"] == 400
+
+
+class Hangs(Plain):
+    """Applies nothing beyond its first state while it may not."""
+
+    may: ClassVar[threading.Event] = threading.Event()
+
+    def apply(self, batch: Batch) -> None:
+        if not batch.loading:
+            self.may.wait(60)
+        super().apply(batch)
+
+
+def test_a_view_whose_apply_hangs_is_behind_and_more_so_each_second(settings: Settings) -> None:
+    Hangs.may.clear()
+    feed = Feed(settings)
+    feed.cut((ITEMS, 1, 1))
+    asked = ("--check", "plain", "--max-lag", "1s")
+    with serving(settings, plain=Hangs) as control:
+        await_live(control, "plain")
+        assert status(settings, *asked).stdout == "ok\n"
+        feed.cut((ITEMS, 1, 2))
+        try:
+            eventually("it is behind", lambda: status(settings, *asked).exit_code == 1, 15)
+            assert status(settings, *asked).stdout.startswith("plain: ")
+            assert " behind (" in status(settings, *asked).stdout
+        finally:
+            Hangs.may.set()
+        eventually("it is up to date again", lambda: status(settings, *asked).stdout == "ok\n")
+
+
+def test_a_view_that_no_heartbeat_reaches_is_wrong_by_its_own_check(settings: Settings) -> None:
+    """S17: what is shown may be the newest that the log has, and an hour old."""
+    settings = replace(settings, heartbeat_ms=100)
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)")
+    asked = ("--check", "plain", "--max-lag", "2s")
+    with serving(settings, plain=Plain) as control:
+        with capturing(settings) as capture:
+            capture.reach()
+            await_live(control, "plain")
+            capture.eventually("all is well", lambda: status(settings, *asked).stdout == "ok\n")
+        eventually("no heartbeat comes", lambda: status(settings, *asked).exit_code == 1, 15)
+        assert status(settings, *asked).stdout.startswith("plain: ")
+        assert "see: headrace status" in status(settings, *asked).stdout
 
 
 def test_a_standby_is_called_one(settings: Settings, control: Control, postgres: Postgres) -> None:

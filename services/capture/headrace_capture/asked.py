@@ -11,8 +11,9 @@ from contextlib import suppress
 from typing import Any
 
 from headrace.change import Checkpoint
-from headrace.control import Control, Request, refusal
+from headrace.control import Control, refusal
 from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.requests import Request
 from headrace_capture.cut import Cut
 from headrace_capture.jobs import CANCELLED, FAILED, PAUSED, READING, WAITING, Job, Jobs
 from headrace_capture.progress import NAME

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import psycopg
 
-from headrace.control import Control, Request
+from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured
+from headrace.requests import Request
 from headrace.settings import Settings
 from headrace_capture import catalog, fingerprints, identities
 from headrace_capture.fingerprints import Fingerprint
