@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 from headrace.change import Version
@@ -32,6 +33,7 @@ class Generations:
         workers: By number; all that the store holds, and those that are being begun.
         standing: What somebody asked the view to stay: PAUSED or DROPPED, until asked otherwise; else empty. It is a record of
             control, so that it outlives this process.
+        none: Stands for them while there is none.
         reporting: Held while what the workers say is written, so that nothing is said of a generation that is gone.
     """
 
@@ -41,17 +43,28 @@ class Generations:
         self.workers: dict[int, Worker] = {}
         self.standing = ""
         self.make: Callable[[], Consumer] = lambda: _made(consumer, log, name)
-        self.fingerprint = fingerprint(consumer)
+        self.none = Generation(name, 0, "")
+        self._consumer = consumer
         self._log = log
         self._control = control
         self._shelf = Shelf(log)
         self.reporting = threading.Lock()
-        self._store = self.make()
         self._remembers = self._tidy = False
         self._first: Future[None] | None = None
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return that of this process's code; a plugin may raise anything."""
+        return fingerprint(self._consumer)
+
+    @cached_property
+    def _store(self) -> Consumer:
+        """Return one that serves nothing and is asked what there is; a plugin may raise anything."""
+        return self.make()
+
     def look(self) -> None:
         """Look at the store, and begin what is missing: the first build too, unless the view is to stay dropped."""
+        self.none = Generation(self.name, 0, self.fingerprint)  # taken of the code as it was loaded, whatever is away
         if not self._remembers:
             (kept,) = self._control.kept(self.name, _STANDING)
             self.standing = kept.get("", {}).get("phase", "")

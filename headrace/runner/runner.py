@@ -79,7 +79,7 @@ class Runner:
         if not workers and (self._failure or dropped):
             phase = "waiting" if isinstance(self._failure, Transient) else "stopped"
             state = State(phase=phase if self._failure else DROPPED, error=self._failure)
-            self._control.report(self._report(Generation(self.name, 0, self.generations.fingerprint), state))
+            self._control.report(self._report(self.generations.none, state))
             self._placeholder = True
         elif workers and self._placeholder:
             self._control.forget(self.name, 0)  # a predecessor's too
@@ -110,6 +110,8 @@ class Runner:
 
     def phases(self) -> dict[str, str]:
         """Return the phase of each generation, with its reason, for a line to people when it changes."""
+        if self._failure and not self.generations.workers:
+            return {self.name: str(self._failure)}
         return {
             worker.name: f"{worker.state.phase}: {worker.state.error}" if worker.state.error else worker.state.phase
             for worker in self.generations.workers.values()

@@ -662,3 +662,35 @@ def test_an_unknown_request_is_refused(feed: Feed, settings: Settings, serve: Ca
     with pytest.raises(Misconfigured, match="does not know"):
         Control(feed.log).ask("plain", "dance")
     assert served.report(1).version != NOWHERE
+
+
+class Unmade(Plain):
+    """Cannot be made."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        super().__init__(settings, name)
+        raise KeyError("MINE_TOKEN")
+
+
+class Unread(Plain):
+    """Names a file of its code that cannot be read."""
+
+    @classmethod
+    def fingerprint_files(cls) -> list[str]:
+        raise KeyError("MINE_TOKEN")
+
+
+@pytest.mark.parametrize("faulty", [Unmade, Unread])
+def test_a_plugin_that_cannot_be_made_stops_alone_and_says_why(
+    feed: Feed, settings: Settings, faulty: type[Plain]
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, mine=faulty, plain=Plain) as control:
+        await_live(control, "plain")
+        wait_for(lambda: control.reports().get("mine"))
+        (report,) = control.reports()["mine"]
+        assert (report.generation, report.phase, report.code) == (0, "stopped", "consumer-failed")
+        assert "MINE_TOKEN" in report.reason
+        with pytest.raises(Misconfigured, match="MINE_TOKEN"):
+            control.ask("mine", "rebuild")
+        assert Plain(settings, "plain").rows() == {'{"id":1}': 1}
