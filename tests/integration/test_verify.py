@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sqlite3
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import redis
 from elasticsearch import Elasticsearch as Client
 
-from headrace import codec
+from headrace import codec, plugins
 from headrace.change import Row
 from headrace.consumer import ALL, Consumer, Cursor, ViewRow
 from headrace.control import Control
@@ -657,3 +658,39 @@ def test_without_a_view_or_postgres_it_says_what_to_do(settings: Settings) -> No
         assert away.value.code == "postgres-away"
     with pytest.raises(Misconfigured, match="No process runs"):
         found(settings, Other)
+
+
+def test_what_has_effects_is_not_compared_and_keeps_nobody_else_from_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / "calls-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: calls\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[headrace.consumers]\nplain = tests.fixtures.plain:Plain\ncalls = calls:Calls\n"
+    )
+    (tmp_path / "calls.py").write_text(
+        "from headrace.effects import EffectConsumer\n\nclass Calls(EffectConsumer):\n"
+        f"    tables = ('{T}',)\n\n    def effect(self, changes):\n        pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1, 'one')")
+    consumers = {name: plugins.load(name) for name in ("plain", "calls")}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        environ = os.environ | environment(settings) | {"COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, "-m", "headrace", *words], env=environ, capture_output=True, text=True, check=False
+        )
+
+    with capturing(settings) as capture, serving(settings, **consumers) as control:
+        capture.reach()
+        await_live(control, "plain", "calls")
+        ended = run("verify", "--json")
+        assert ended.returncode == 0, ended.stderr
+        assert [fact["consumer"] for fact in orjson.loads(ended.stdout)] == ["plain"]
+        assert "not compared calls" in ended.stderr
+        ended = run("rebuild", "calls", "--wait")
+        assert ended.returncode == 0, ended.stderr
+        assert [report.live for report in control.reports()["calls"]] == [False, True]

@@ -126,8 +126,8 @@ def test_health_checks_ask_status_for_each_ones_own_lag() -> None:
 
 
 def test_a_health_check_is_given_the_time_to_say_that_kafka_is_away() -> None:
-    for name in OURS:
-        if check := OURS[name].get("healthcheck"):
+    for service in OURS.values():
+        if check := service.get("healthcheck"):
             assert int(check["timeout"].removesuffix("s")) > kafka.TIMEOUT + 5
 
 

@@ -18,6 +18,7 @@ from headrace.change import format_lsn
 from headrace.cli.show import err, out, print_json
 from headrace.consumer import Consumer
 from headrace.control import Control
+from headrace.effects import EffectConsumer
 from headrace.errors import CHECK_FAILED, Misconfigured
 from headrace.log import Log
 from headrace.settings import load
@@ -115,13 +116,20 @@ def _chosen(control: Control, names: list[str], files: list[str]) -> dict[str, t
     if not ran:
         said = "No consumer has been run yet: there is no view to verify."
         raise Misconfigured("consumer-not-running", said, "Run: headrace run NAME")
-    known = [name for name in ran if name in plugins.installed()]
-    for name in ran if known else []:
-        if name not in known:
-            err.print(f"[yellow]not compared[/yellow] {escape(_from_file(name))}")
-    if not known:
+    known = {name: plugins.load(name) for name in ran if name in plugins.installed()}
+    left_out = {name: _from_file(name) for name in ran if name not in known}
+    left_out |= {
+        name: f"{name} has effects and keeps no view." for name in known if issubclass(known[name], EffectConsumer)
+    }
+    chosen = {name: made for name, made in known.items() if name not in left_out}
+    if not chosen and not known:
         raise Misconfigured("unknown-consumer", _from_file(ran[0]), "Name it by --consumer FILE.py:CLASS.")
-    return {name: plugins.load(name) for name in known}
+    if not chosen:
+        said = f"No view is there to verify: {' '.join(left_out.values())}"
+        raise Misconfigured("verify-no-expectation", said, "Run: headrace run NAME, of a consumer that keeps a view.")
+    for said in left_out.values():
+        err.print(f"[yellow]not compared[/yellow] {escape(said)}")
+    return chosen
 
 
 def _from_file(name: str) -> str:
