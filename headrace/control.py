@@ -5,6 +5,7 @@ One compacted topic, `headrace.control`. Keys are ``{"source","name","kind","id"
 - ``report``, id = generation (or 0 for a service): what the runner says of it every second;
 - ``request``, id = a unique text: what somebody asks of the runner of `name`; tombstoned by the runner when it has answered;
 - ``answer``, id = the request's: what the runner says to it;
+- ``clock``: a tombstone, for the broker's time of it, when the clock here may differ: ages are counted by the broker's clock;
 - anything else is a service's own memory, kept beside them (capture's ``resnapshot`` and ``catalogue``, written in its cuts; a
   runner's ``standing``: whether its view is to stay paused or dropped).
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ from headrace.requests import Request, RequestBox
 
 DEAD_SECONDS = 10.0
 _LOOK_SECONDS = 2.0
+_AGREE_SECONDS = 2.0
+_CLOCK_SECONDS = 60.0
 PAGE_BYTES = 512 * 1024
 _KINDS = {"Transient": Transient, "Misconfigured": Misconfigured, "Poison": Poison}
 
@@ -89,13 +92,19 @@ class Report:
 
 
 class Control:
-    """Reads and writes `headrace.control` for one source."""
+    """Reads and writes `headrace.control` for one source.
+
+    Attributes:
+        ahead: By how many seconds the clock here is ahead of the broker's, by which records are timed; 0 while nothing hints that it is.
+    """
 
     def __init__(self, log: Log) -> None:
         """Connect to nothing yet."""
         self._log = log
         self._source = log.settings.source
         self._writer = PlainWriter(log.settings)
+        self._asked = 0.0
+        self.ahead = 0.0
 
     def kept(self, name: str, *kinds: str) -> list[dict[str, dict[str, Any]]]:
         """Return the records of each of `kinds` that the service `name` keeps for itself, by id, oldest first."""
@@ -173,15 +182,28 @@ class Control:
     def reports(self) -> dict[str, list[Report]]:
         """Return the newest report of each generation and service, by name, oldest generation first."""
         found: dict[str, list[Report]] = {}
-        for key, (timestamp, value) in sorted(self._newest("report").items(), key=lambda item: int(item[0][2])):
+        reports = self._newest("report")
+        now = self._now(max((timestamp for timestamp, _ in reports.values()), default=0) / 1000)
+        for key, (timestamp, value) in sorted(reports.items(), key=lambda item: int(item[0][2])):
             value |= {
                 "version": Version(*value["version"]),
                 "lag": tuple(value["lag"]),
                 "progress": tuple(value["progress"]),
             }
-            report = Report(**value, age=max(0.0, time.time() - timestamp / 1000), at=timestamp)
+            report = Report(**value, age=max(0.0, now - timestamp / 1000), at=timestamp)
             found.setdefault(key[1], []).append(report)
         return found
+
+    def _now(self, newest: float) -> float:
+        """Return the broker's time, seconds. The clock here is believed if somebody has reported just now by it; else it is compared."""
+        if not self._asked or time.monotonic() - self._asked > _CLOCK_SECONDS:
+            self._asked = self.ahead = 0.0
+            if newest and abs(time.time() - newest) > _AGREE_SECONDS:
+                self._asked = time.monotonic()
+                with suppress(HeadraceError):  # who may only read has but the clock here
+                    written = self._writer.write(CONTROL, self._key("clock", "clock", ""), None)
+                    self.ahead = time.time() - written / 1000
+        return time.time() - self.ahead
 
     def running(self, name: str) -> list[Report]:
         """Return the reports of a consumer whose process is alive.

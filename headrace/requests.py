@@ -10,20 +10,29 @@ from headrace.log import Log
 from headrace.log.tail import BEGINNING, Tail, end_of_partition
 from headrace.log.topics import CONTROL
 
+_MOMENT_SECONDS = 2.0
+
 
 class Request(NamedTuple):
-    """What somebody asks of a runner. `at` is the broker's timestamp, ms; `timeout` how long the asker waits, seconds."""
+    """What somebody asks of a runner.
+
+    Attributes:
+        at: The broker's timestamp, ms.
+        timeout: How long the asker waits, seconds.
+        ahead: By how many seconds the clock here is ahead of the broker's, as far as is known.
+    """
 
     id: str
     verb: str
     args: dict[str, Any]
     at: int
     timeout: float
+    ahead: float = 0.0
 
     @property
     def given_up(self) -> bool:
         """Whether the asker no longer waits: who was told "no answer" must not see it carried out at the next start."""
-        return time.time() > self.at / 1000 + self.timeout
+        return time.time() - self.ahead > self.at / 1000 + self.timeout
 
 
 class RequestBox:
@@ -36,13 +45,17 @@ class RequestBox:
         self._tail = Tail(log.settings, {(CONTROL, 0): BEGINNING})
         self._open: dict[tuple[str, str], Request] = {}
         self._caught_up = False
+        self._ended = 0.0
+        self._ahead: float | None = None
 
     def poll(self, timeout: float) -> list[tuple[str, Request]]:
         """Return requests as (name, request); each is returned once."""
         for message in self._tail.poll(timeout):
             if end_of_partition(message):
                 self._caught_up = True
+                self._ended = time.monotonic()
                 continue
+            self._compare(message.timestamp()[1] / 1000)
             key = codec.loads(message.key() or b"{}")
             if key["source"] != self._source or key["kind"] != "request" or key["name"] not in self._names:
                 continue
@@ -50,14 +63,19 @@ class RequestBox:
             self._open.pop((key["name"], key["id"]), None)
             if value is not None:
                 said = codec.loads(value)
-                self._open[key["name"], key["id"]] = Request(
-                    key["id"], said["verb"], said["args"], message.timestamp()[1], said.get("timeout", 0.0)
-                )
+                at, timeout = message.timestamp()[1], said.get("timeout", 0.0)
+                self._open[key["name"], key["id"]] = Request(key["id"], said["verb"], said["args"], at, timeout)
         if not self._caught_up:
             return []
-        ready = [(name, request) for (name, _), request in self._open.items()]
+        ready = [(name, request._replace(ahead=self._ahead or 0.0)) for (name, _), request in self._open.items()]
         self._open.clear()
         return ready
+
+    def _compare(self, written: float) -> None:
+        """Compare the clocks by what was written a moment ago: it came when the end had been read just before."""
+        if time.monotonic() - self._ended < _MOMENT_SECONDS:
+            late = time.time() - written
+            self._ahead = late if self._ahead is None else min(self._ahead, late)
 
     def close(self) -> None:
         """Leave."""

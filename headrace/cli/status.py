@@ -23,6 +23,7 @@ from headrace.log import Log
 from headrace.settings import Settings, load
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_CLOCK_SECONDS = 2.0
 _COLOURS = {
     "live": "green",
     "following": "green",
@@ -85,7 +86,7 @@ def _facts(settings: Settings, control: Control, name: str | None) -> Facts:
     captures = reports.get("capture", [])
     source = captures[-1] if captures else None
     return {
-        "source": {"name": settings.source} | _slot(settings),
+        "source": {"name": settings.source, "clock_ahead_seconds": round(control.ahead, 1)} | _slot(settings),
         "capture": [_said(report, source) for report in captures],
         "consumers": {n: [_said(report, source) for report in found] for n, found in wanted.items() if n != "capture"},
     }
@@ -127,6 +128,11 @@ def _said(report: Report, source: Report | None) -> Facts:
 
 def _view(facts: Facts) -> Group:
     notes = [note for name, report in _named(facts) for note in _notes(name, report)]
+    if abs(ahead := facts["source"]["clock_ahead_seconds"]) > _CLOCK_SECONDS:
+        said = "ahead of" if ahead > 0 else "behind"
+        notes.append(
+            f"[yellow]clock[/yellow]: here it is {seconds(abs(ahead))} {said} the broker's; let both follow NTP"
+        )
     return Group(_source_line(facts), _table(facts), *notes)
 
 

@@ -30,21 +30,23 @@ class PlainWriter:
         """
         self._hand_over(topic, key, value, None)
 
-    def write(self, topic: str, key: bytes, value: bytes | None, seconds: float = 15.0) -> None:
-        """Write a record and wait up to `seconds` until Kafka has it.
+    def write(self, topic: str, key: bytes, value: bytes | None, seconds: float = 15.0) -> int:
+        """Write a record and wait up to `seconds` until Kafka has it; return the record's timestamp, ms.
 
         Raises:
             Transient: `kafka-away`; and what Kafka refuses the record with.
         """
-        said: list[KafkaError | None] = []
-        producer = self._hand_over(topic, key, value, lambda error, _message: said.append(error))
+        said: list[tuple[KafkaError | None, int]] = []
+        producer = self._hand_over(topic, key, value, lambda error, made: said.append((error, made.timestamp()[1])))
         deadline = time.monotonic() + seconds
         while not said:
             if time.monotonic() > deadline:
                 raise _away()
             producer.poll(_POLL_SECONDS)  # whichever thread polls, the report ends in `said`
-        if said[0] is not None:
-            raise kafka.translate(said[0], f"writing to {topic}")
+        error, written = said[0]
+        if error is not None:
+            raise kafka.translate(error, f"writing to {topic}")
+        return written
 
     def flush(self, seconds: float) -> None:
         """Wait up to `seconds` until nothing is on its way.

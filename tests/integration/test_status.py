@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_a_table_that_is_inexact_is_named_for_capture_and_for_the_views_that_rea
     view = Plain(settings, "plain")
     with serving(settings, plain=Plain) as control:
         deadline = time.monotonic() + 20
-        while not view.rows() or not any(r.facts for r in control.reports().get("plain", [])):
+        while not view.rows() or not any(r.facts.get("inexact") for r in control.reports().get("plain", [])):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert status(settings, "--check", "plain").stdout == f"ok, but inexact (S12): {ITEMS}\n"
@@ -171,6 +172,48 @@ def test_what_is_missing_is_counted_to_what_is_captured_now(settings: Settings, 
     )
     (said,) = orjson.loads(status(settings, "--json", "plain").stdout)["consumers"]["plain"]
     assert said["lag"]["wal_bytes"] == 400
+
+
+class Clock:
+    """A clock that is ahead, or behind."""
+
+    monotonic = staticmethod(time.monotonic)
+
+    def __init__(self, ahead: float) -> None:
+        self._ahead = ahead
+
+    def time(self) -> float:
+        return time.time() + self._ahead
+
+
+@pytest.mark.parametrize("ahead", [15.0, -15.0])
+def test_who_asks_by_another_clock_knows_who_runs_and_who_does_not(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    Feed(settings).cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        monkeypatch.setattr("headrace.control.time", Clock(ahead))
+        other = Control(Log(settings))
+        assert [report.live for report in other.running("plain")] == [True]
+        assert status(settings, "--check", "plain").stdout == "ok\n"
+        assert other.ask("plain", "release") == {}
+    say(control, Report("dead", 1, live=True, phase="live"))
+    monkeypatch.setattr("headrace.control.DEAD_SECONDS", 3.0)
+    monkeypatch.setattr("headrace.control._CLOCK_SECONDS", 0.0)
+    eventually("it is dead", lambda: control.reports()["dead"][0].dead, 15)
+    assert control.reports()["dead"][0].age < 10
+    assert re.search(rf"1[45]\.\d s {'ahead of' if ahead > 0 else 'behind'} the broker's", status(settings).stdout)
+
+
+def test_a_request_is_carried_out_by_a_process_whose_clock_is_ahead(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Feed(settings).cut((ITEMS, 1, 1))
+    monkeypatch.setattr("headrace.requests.time", Clock(60.0))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        assert control.ask("plain", "release", timeout=10.0) == {}
 
 
 class Hangs(Plain):
