@@ -103,6 +103,19 @@ def test_columns_though_no_row_changes_afterwards_and_capture_was_off(settings: 
         exact(settings, capture, T)
 
 
+@pytest.mark.parametrize("shown", [False, True], ids=["by the catalogue", "by the stream"])
+def test_a_text_that_became_an_array_while_capture_runs(settings: Settings, *, shown: bool) -> None:
+    """Their lengths do not compare."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n varchar(5))", "INSERT INTO items VALUES (1, 'a')")
+    with capturing(settings) as capture:
+        capture.reach()
+        eventually("it was looked at", lambda: "varying" in fingerprint(settings, T))
+        execute(settings, "ALTER TABLE items ALTER COLUMN n TYPE varchar(5)[] USING ARRAY[n]")
+        if shown:
+            execute(settings, "INSERT INTO items VALUES (2, ARRAY['b'])")
+        exact(settings, capture, T)
+
+
 @pytest.mark.parametrize("capture_was_off", [False, True])
 def test_a_default_for_the_rows_of_partitions(settings: Settings, capture_was_off: bool) -> None:
     """Only the partitions' own entries in the catalogue tell that old rows show it."""
@@ -227,6 +240,13 @@ def print_of(*columns: ColumnPrint, kind: str = "r", leaves: tuple[tuple[int, in
         ("character varying(9)", "character varying(5)", False),
         ("text", "character varying", False),
         ("integer", "bigint", False),
+        ("character varying(5)", "character varying(5)[]", False),
+        ("character varying(5)[]", "character varying(9)", False),
+        ("character varying(5)[]", "character varying(9)[]", False),
+        ("character varying[]", "character varying(9)[]", False),
+        ("character varying", "character varying[]", False),
+        ("character varying[]", "text", False),
+        ("character varying[]", "text[]", False),
     ],
 )
 def test_types_that_say_the_same(old: str, new: str, *, harmless: bool) -> None:

@@ -141,7 +141,7 @@ def widened(old: str, new: str) -> bool:
     before, after = old.partition("("), new.partition("(")
     if old == new:
         return True
-    if before[0] != "character varying":
+    if before[0] != "character varying" or old.endswith("[]") or new.endswith("[]"):
         return False
     return new == "text" or (after[0] == before[0] and _length(after[2]) >= _length(before[2]))
 
