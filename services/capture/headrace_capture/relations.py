@@ -69,6 +69,8 @@ class Relations:
         key = now.key if now else known.key if known else ()
         if not key and not self._append_only(relation, known):
             self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))
+            if known is not None:  # what is passed over from now on is read again when the key is back
+                self._cut.inexact.add(known.table)
             return None
         sent = {column.name for column in relation.columns}
         if not sent.issuperset(key):
