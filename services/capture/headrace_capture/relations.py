@@ -106,7 +106,10 @@ class Relations:
         for sent, (name, base, element, below) in zip(relation.columns, types, strict=True):
             column = columns.get(sent.name)
             nullable, wide = (column.nullable, column.out_of_line) if column else (True, True)
-            plans.append(ColumnPlan(Column(sent.name, name, nullable, below), base, element, out_of_line=wide))
+            kind = sent.type_oid, sent.modifier
+            plans.append(
+                ColumnPlan(Column(sent.name, name, nullable, below), base, element, out_of_line=wide, sent=kind)
+            )
         return plans
 
     @staticmethod
