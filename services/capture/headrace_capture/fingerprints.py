@@ -206,13 +206,16 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
                  FROM pg_index i LEFT JOIN pg_constraint k ON k.conrelid = c.oid AND k.conindid = i.indexrelid AND k.contype IN ('p', 'u')
                  WHERE i.indrelid = c.oid AND i.indimmediate AND i.indisvalid
                  AND CASE WHEN c.relkind = 'r' AND c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END), '{NO_KEY}'),
-       (SELECT coalesce(json_agg(json_build_array(l.oid::bigint, l.enumlabel) ORDER BY l.oid), '[]') FROM pg_enum l
-        WHERE l.enumtypid IN (SELECT e.below FROM enum e JOIN pg_attribute a ON a.atttypid = e.oid
-                              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped))
+       coalesce(labels.told, '[]')
 FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN (
   SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname) ORDER BY l.oid) AS told
   FROM leaf x JOIN pg_class l ON l.oid = x.oid JOIN pg_namespace ln ON ln.oid = l.relnamespace GROUP BY x.root
 ) leaves ON leaves.root = c.oid
+LEFT JOIN (
+  SELECT a.attrelid, jsonb_agg(DISTINCT jsonb_build_array(l.oid::bigint, l.enumlabel)) AS told
+  FROM enum e JOIN pg_attribute a ON a.atttypid = e.oid AND a.attnum > 0 AND NOT a.attisdropped JOIN pg_enum l ON l.enumtypid = e.below
+  GROUP BY a.attrelid
+) labels ON labels.attrelid = c.oid
 WHERE %(table)s::text IS NULL OR %(table)s::text = n.nspname || '.' || c.relname
 """
