@@ -13,7 +13,8 @@ from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
 from headrace_capture import toast
-from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, replay, rows
+from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, replay, rows, selected
+from tests.integration.test_silent_changes import fingerprint
 
 T = "public.docs"
 DOCS = "CREATE TABLE docs (id int PRIMARY KEY, n int, big text); ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL"
@@ -84,6 +85,21 @@ def test_read_again_and_marked(settings: Settings) -> None:
         execute(settings, "UPDATE docs SET n = 1")
         capture.reach()
     assert last(settings) == ({"id": 1, "n": 1, "big": W}, "reread")
+
+
+def test_read_again_by_names_with_a_percent_sign(settings: Settings) -> None:
+    """What stands for a parameter elsewhere is a name's here."""
+    columns = '"100%" int PRIMARY KEY, "a%b" int, "%s" text'
+    prepare(settings, 'CREATE SCHEMA "%(s"', f'CREATE TABLE "%(s"."do%cs" ({columns})')
+    execute(settings, 'ALTER TABLE "%(s"."do%cs" ALTER COLUMN "%s" SET STORAGE EXTERNAL')
+    execute(settings, 'ALTER TABLE "%(s"."do%cs" REPLICA IDENTITY DEFAULT')
+    execute(settings, f"""INSERT INTO "%(s"."do%cs" VALUES (1, 0, '{W}')""")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, 'UPDATE "%(s"."do%cs" SET "a%b" = 1')
+        capture.reach()
+    log = changes(settings, "%(s.do%cs")
+    assert [(c.row, c.read) for c in log][-1:] == [({"100%": 1, "a%b": 1, "%s": W}, "reread")]
 
 
 @pytest.mark.usefixtures("forgetful")
@@ -209,22 +225,88 @@ def test_of_a_column_that_is_out_of_line_no_more(settings: Settings) -> None:
     assert last(settings) == ({"id": 1, "n": 1, "big": W}, None)
 
 
-@pytest.mark.parametrize(("identity", "read"), [("FULL", None), ("DEFAULT", "reread")])
+@pytest.mark.parametrize(
+    ("identity", "type_", "read"),
+    [("FULL", "varchar(10)", None), ("DEFAULT", "varchar(10)", None), ("DEFAULT", "text", "reread")],
+)
 def test_of_a_table_that_was_written_anew_in_line_before_capture_came_to_the_change(
-    settings: Settings, identity: str, read: str | None
+    settings: Settings, identity: str, type_: str, read: str | None
 ) -> None:
-    """The catalogue says by then that nothing is out of line."""
+    """Postgres is asked only for a value of the column's type; the catalogue says by then that nothing of a short one is out of line."""
     prepare(settings, DOCS, f"INSERT INTO docs VALUES (1, 0, '{W}')")
     execute(settings, f"ALTER TABLE docs REPLICA IDENTITY {identity}")
     with capturing(settings) as capture:
         capture.reach()
-    execute(settings, "UPDATE docs SET n = 1", "ALTER TABLE docs ALTER COLUMN big TYPE varchar(10) USING left(big, 10)")
+    execute(settings, "UPDATE docs SET n = 1", f"ALTER TABLE docs ALTER COLUMN big TYPE {type_} USING left(big, 10)")
     with capturing(settings) as capture:
         capture.reach()
         capture.hear("public.docs was read again")
     log = [change for change in changes(settings, T) if change.row]
     assert (log[1].op, log[1].row, log[1].read) == ("u", {"id": 1, "n": 1, "big": W if read is None else W[:10]}, read)
     assert replay(settings, T) == {b'{"id":1}': {"id": 1, "n": 1, "big": W[:10]}}
+
+
+@pytest.mark.parametrize(
+    ("key", "type_", "value", "ddl"),
+    [
+        (
+            "int",
+            "bytea",
+            "decode(repeat('ab', 5000), 'hex')",
+            "ALTER TABLE docs ALTER COLUMN big TYPE text USING encode(big, 'base64')",
+        ),
+        ("int", "text[]", "ARRAY[repeat('W', 5000)]", "ALTER TABLE docs ALTER COLUMN big TYPE text USING big[1]"),
+        (
+            "int",
+            "text",
+            "repeat('W', 5000)",
+            "ALTER TABLE docs ALTER COLUMN id TYPE uuid USING lpad(id::text, 32, '0')::uuid",
+        ),
+        ("mood", "text", "repeat('W', 5000)", "ALTER TYPE mood RENAME VALUE '1' TO 'one'"),
+        ("positive", "text", "repeat('W', 5000)", "ALTER TABLE docs ALTER COLUMN id TYPE bigint"),
+    ],
+    ids=["bytea", "array", "key", "key's label", "key's domain"],
+)
+def test_of_a_type_that_changed_before_capture_came_to_the_change(
+    settings: Settings, key: str, type_: str, value: str, ddl: str
+) -> None:
+    """Postgres has a value of another type by now, or finds no row by the key's text: the log has what the change left alone."""
+    prepare(
+        settings,
+        "CREATE TYPE mood AS ENUM ('1', '2')",
+        "CREATE DOMAIN positive AS int",
+        f"CREATE TABLE docs (id {key} PRIMARY KEY, n int, big {type_})",
+        "ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL",
+        f"INSERT INTO docs VALUES ('1', 0, {value})",
+    )
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.reach()
+        eventually("it was looked at", lambda: fingerprint(settings, T) != "null")
+    execute(settings, "UPDATE docs SET n = 1", ddl)
+    with capturing(settings) as capture:
+        capture.reach()
+        capture.hear("public.docs was read again")
+        capture.reach()
+    before, update = [change for change in changes(settings, T) if change.row][:2]
+    assert (update.op, update.row, update.read) == ("u", {**(before.row or {}), "n": 1}, None)
+    assert replay(settings, T) == selected(settings, "docs")
+
+
+def test_a_domain_s_value_is_read_again(settings: Settings) -> None:
+    prepare(
+        settings,
+        "CREATE DOMAIN name AS varchar(9000)",
+        "CREATE TABLE docs (id int PRIMARY KEY, n numeric(5, 2), big public.name, more varchar(9000))",
+        "ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL, ALTER COLUMN more SET STORAGE EXTERNAL",
+        f"INSERT INTO docs VALUES (1, 0, '{W}', '{X}')",
+    )
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "UPDATE docs SET n = 1")
+        capture.reach()
+    assert last(settings) == ({"id": 1, "n": "1.00", "big": W, "more": X}, "reread")
 
 
 def test_memory_is_bounded() -> None:

@@ -257,7 +257,7 @@ def test_recovered_twice_and_under_another_key(captured: Settings) -> None:
 
 
 def test_tables_that_went_meanwhile(settings: Settings) -> None:
-    """A dropped one has dead keys only; one that is no longer published, or has lost its key, stays as the log has it."""
+    """A dropped one has dead keys only; one that is no longer published, or has lost its key, stays as the log has it, this one inexact."""
     for name in ("dropped", "private", "keyless"):
         execute(settings, f"CREATE TABLE {name} (id int PRIMARY KEY)", f"INSERT INTO {name} VALUES (1)")
     prepare(settings, ITEMS)
@@ -272,7 +272,7 @@ def test_tables_that_went_meanwhile(settings: Settings) -> None:
     recover(settings, lambda _: None)
     with capturing(settings) as capture:
         capture.hear("public.dropped was read again")
-        eventually("all is exact", lambda: capture.reach().inexact == ())
+        eventually("all is exact that can be", lambda: capture.reach().inexact == ("public.keyless",))
     left = {name: len(replay(settings, f"public.{name}")) for name in ("dropped", "private", "keyless")}
     assert left == {"dropped": 0, "private": 1, "keyless": 1}
 

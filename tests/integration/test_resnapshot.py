@@ -108,6 +108,22 @@ def test_rows_and_deletes_that_were_never_seen_are_in_the_log_afterwards(setting
     assert {c.read for c in changes(settings, T) if c.op == "r"} == {"snapshot", "resnapshot"}
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_table_of_large_rows_is_read_in_chunks_of_a_bounded_size(settings: Settings, *, chunked: bool) -> None:
+    """A chunk ends with the row that reaches its most bytes: the COPY that has more rows is given up (I10)."""
+    docs = "CREATE TABLE docs (id int PRIMARY KEY, big text); ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL"
+    prepare(
+        settings, docs, f"INSERT INTO docs SELECT i, repeat(i::text, {100_000 // 3}) FROM generate_series(100, 299) i"
+    )
+    with capturing(settings, chunked=chunked) as capture:
+        if not chunked:
+            capture.hear("streaming")
+            ask(settings, tables=["public.docs"])
+        capture.hear("public.docs was read again: 200 rows")
+        capture.reach()
+    assert replay(settings, "public.docs") == selected(settings, "docs")
+
+
 class Load:
     """Writes until told to stop: inserts, updates, deletes, changed keys, in transactions of one or many."""
 

@@ -19,7 +19,7 @@ from headrace.settings import Settings, environment
 from headrace_capture import attention
 from headrace_capture.fingerprints import ColumnPrint, Fingerprint, silent
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
-from tests.integration.test_resnapshot import jobs
+from tests.integration.test_resnapshot import ask, jobs
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int)"
@@ -103,6 +103,19 @@ def test_columns_though_no_row_changes_afterwards_and_capture_was_off(settings: 
         exact(settings, capture, T)
 
 
+@pytest.mark.parametrize("shown", [False, True], ids=["by the catalogue", "by the stream"])
+def test_a_text_that_became_an_array_while_capture_runs(settings: Settings, *, shown: bool) -> None:
+    """Their lengths do not compare."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n varchar(5))", "INSERT INTO items VALUES (1, 'a')")
+    with capturing(settings) as capture:
+        capture.reach()
+        eventually("it was looked at", lambda: "varying" in fingerprint(settings, T))
+        execute(settings, "ALTER TABLE items ALTER COLUMN n TYPE varchar(5)[] USING ARRAY[n]")
+        if shown:
+            execute(settings, "INSERT INTO items VALUES (2, ARRAY['b'])")
+        exact(settings, capture, T)
+
+
 @pytest.mark.parametrize("capture_was_off", [False, True])
 def test_a_default_for_the_rows_of_partitions(settings: Settings, capture_was_off: bool) -> None:
     """Only the partitions' own entries in the catalogue tell that old rows show it."""
@@ -152,6 +165,111 @@ def test_what_changes_no_row_lets_nothing_be_read_again(settings: Settings) -> N
         assert {
             key: {name: row.get(name) for name in rows[key]} for key, row in replay(settings, f"public.{table}").items()
         } == rows
+
+
+DROPPED, ADDED = "ALTER TABLE items DROP CONSTRAINT items_pkey", "ALTER TABLE items ADD PRIMARY KEY (id)"
+
+
+@pytest.mark.parametrize("when", ["capture ran", "capture was off", "capture began between"])
+@pytest.mark.parametrize(
+    ("identity", "changes"),
+    [
+        ("DEFAULT", ["INSERT INTO items VALUES (21, 21)"]),
+        (
+            "FULL",
+            [
+                "INSERT INTO items VALUES (1, 99)",
+                "DELETE FROM items WHERE n IN (1, 3)",
+                "UPDATE items SET id = 30 WHERE n = 2",
+            ],
+        ),
+    ],
+)
+def test_a_table_without_its_key_for_a_while(settings: Settings, identity: str, changes: list[str], when: str) -> None:
+    """Changes that name no key are passed over, and it says so; of two rows with one key the stream may take the wrong one away."""
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 20) i")
+    execute(settings, f"ALTER TABLE items REPLICA IDENTITY {identity}")
+    if when == "capture was off":
+        with off(settings):
+            execute(settings, DROPPED, *changes, ADDED)
+    with capturing(settings) as capture:
+        if when != "capture was off":
+            capture.reach()
+            execute(settings, DROPPED, *changes)
+            capture.hear("public.items cannot be read again")
+            eventually("it is inexact", lambda: capture.reach().inexact == (T,))
+            assert "no primary key" in jobs(settings)[T]["reason"]
+        if when == "capture ran":
+            execute(settings, ADDED, "INSERT INTO items VALUES (40, 40)")
+        if when != "capture began between":
+            exact(settings, capture, T)
+            return
+    execute(settings, "INSERT INTO items VALUES (22, 22)", ADDED)
+    with capturing(settings) as capture:
+        exact(settings, capture, T)
+
+
+def test_a_table_without_its_key_stays_inexact_though_nothing_of_it_changes(settings: Settings) -> None:
+    """Also when it is asked for again: there is nothing that a row of it could be named by."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1)")
+    with capturing(settings) as capture:
+        capture.reach()
+        eventually("it was looked at", lambda: fingerprint(settings, T) != "null")
+        execute(settings, DROPPED, "ALTER TABLE items ADD PRIMARY KEY (id) DEFERRABLE")
+        capture.hear("public.items cannot be read again")
+        ask(settings, tables=[T])
+        eventually(
+            "it has failed again", lambda: jobs(settings)[T]["phase"] == "failed" and jobs(settings)[T]["request"]
+        )
+        assert "deferrable" in jobs(settings)[T]["reason"]
+        assert capture.reach().inexact == (T,)
+        execute(settings, DROPPED, ADDED)
+        exact(settings, capture, T)
+
+
+MOOD = "CREATE TYPE mood AS ENUM ('a', 'b'); CREATE DOMAIN temper AS mood"
+
+
+@pytest.mark.parametrize("capture_was_off", [False, True])
+@pytest.mark.parametrize(
+    ("key", "type_"),
+    [("int", "mood"), ("int", "mood[]"), ("int", "temper[]"), ("mood", "mood"), ("temper", "mood")],
+)
+def test_a_value_of_an_enum_that_was_renamed(
+    settings: Settings, key: str, type_: str, *, capture_was_off: bool
+) -> None:
+    """Every row's text changes, its key's too; rows that are written before anybody knows have the new one."""
+    first, second = ("1", "2") if key == "int" else ("'a'", "'b'")
+    old, new = ("'{a}'", "'{z}'") if type_.endswith("[]") else ("'a'", "'z'")
+    table = f"CREATE TABLE items (id {key} PRIMARY KEY, n {type_})"
+    prepare(settings, *MOOD.split("; "), table, f"INSERT INTO items VALUES ({first}, {old})")
+    ddl = "ALTER TYPE mood RENAME VALUE 'a' TO 'z'", f"INSERT INTO items VALUES ({second}, {new})"
+    if capture_was_off:
+        with off(settings):
+            execute(settings, *ddl)
+    with capturing(settings) as capture:
+        if not capture_was_off:
+            capture.reach()
+            eventually("it was looked at", lambda: fingerprint(settings, T) != "null")
+            execute(settings, *ddl)
+        exact(settings, capture, T)
+
+
+def test_a_value_that_an_enum_gained_changes_no_row(settings: Settings) -> None:
+    prepare(
+        settings,
+        *MOOD.split("; "),
+        "CREATE TABLE items (id int PRIMARY KEY, n mood)",
+        "INSERT INTO items VALUES (1, 'a')",
+    )
+    with capturing(settings) as capture:
+        capture.reach()
+        eventually("it was looked at", lambda: fingerprint(settings, T) != "null")
+        execute(settings, "ALTER TYPE mood ADD VALUE 'new' BEFORE 'b'", "INSERT INTO items VALUES (2, 'new')")
+        eventually("it was looked at", lambda: "new" in fingerprint(settings, T))
+        assert capture.reach().inexact == ()
+    assert jobs(settings) == {}
+    assert replay(settings, T) == selected(settings, "items")
 
 
 TWICE = "ALTER TABLE items ALTER COLUMN n TYPE int USING n * 2"
@@ -227,6 +345,13 @@ def print_of(*columns: ColumnPrint, kind: str = "r", leaves: tuple[tuple[int, in
         ("character varying(9)", "character varying(5)", False),
         ("text", "character varying", False),
         ("integer", "bigint", False),
+        ("character varying(5)", "character varying(5)[]", False),
+        ("character varying(5)[]", "character varying(9)", False),
+        ("character varying(5)[]", "character varying(9)[]", False),
+        ("character varying[]", "character varying(9)[]", False),
+        ("character varying", "character varying[]", False),
+        ("character varying[]", "text", False),
+        ("character varying[]", "text[]", False),
     ],
 )
 def test_types_that_say_the_same(old: str, new: str, *, harmless: bool) -> None:

@@ -210,14 +210,19 @@ def _nothing(connection: catalog.Connection, ask: Ask, *, exists: bool) -> Chunk
 
 
 def _rows(connection: catalog.Connection, query: sql.Composed, most: int) -> tuple[list[list[Any]], bool]:
-    rows, size = [], 0
-    with connection.cursor().copy(query) as copy:
+    """Return rows up to so many or so many bytes, and whether there are no more.
+
+    A COPY that is not read to its end is cancelled, which it is only by an exception; the savepoint keeps the transaction whole.
+    """
+    rows: list[list[Any]] = []
+    size = 0
+    with connection.transaction(), connection.cursor().copy(query) as copy:
         for line in copy:
             rows.append(copy_fields(bytes(line)[:-1]))
             size += len(line)
             if size > MOST_BYTES:
-                return rows, False
-    return rows, len(rows) < most
+                raise psycopg.Rollback
+    return rows, size <= MOST_BYTES and len(rows) < most
 
 
 def _query(connection: catalog.Connection, publication: str, table: catalog.Table, ask: Ask) -> sql.Composed:

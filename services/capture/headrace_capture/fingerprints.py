@@ -11,6 +11,9 @@ signs are chosen so that daily work is not taken for a change of rows:
   only when a column's entry changed as well; TRUNCATE of an ordinary table is in the stream. For a partition no such difference
   can be seen: it is suspected always;
 - a new partition that is empty changes nothing; one with rows may have brought them;
+- a label of an enum has an oid of its own: another label at the same one is a rename, and rows show it. Added labels change no row;
+- so has the constraint (or, as a replica identity, the index) that is the key: while there was none, changes named no row, and two rows may
+  have had one key;
 - what makes a table published, its entry in the publication, has an oid of its own: another one means that the stream was silent between,
   or that the rows it sends are others (a row filter). So has the publication, and which transaction touched its own entry last tells that
   its options were others for a while: it may have left operations out.
@@ -26,6 +29,8 @@ from psycopg import errors, sql
 
 from headrace_capture.catalog import Connection
 from headrace_capture.published import published
+
+NO_KEY = "none"
 
 
 class ColumnPrint(NamedTuple):
@@ -48,6 +53,8 @@ class Fingerprint:
         leaves: (oid, file) of each table that holds its rows.
         sent: The oid of the publication, which transaction touched its entry, and the oids of what in it names the table; empty: not known.
         width: How many columns it ever had; 0: not known.
+        key: The oid of what is the key, `NO_KEY` where nothing is; empty: not known.
+        labels: (oid, label) of each enum that is the type of a column, below arrays and domains.
         empty: Leaves that were new to who asked, and empty. Not part of the print.
     """
 
@@ -56,19 +63,29 @@ class Fingerprint:
     leaves: tuple[tuple[int, int], ...]
     sent: str = ""
     width: int = 0
+    key: str = ""
+    labels: tuple[tuple[int, str], ...] = ()
     empty: frozenset[int] = field(default=frozenset(), compare=False)
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
         columns, leaves = [list(column) for column in self.columns], [list(leaf) for leaf in self.leaves]
-        return {"kind": self.kind, "columns": columns, "leaves": leaves, "sent": self.sent, "width": self.width}
+        rest = {
+            "sent": self.sent,
+            "width": self.width,
+            "key": self.key,
+            "labels": [list(label) for label in self.labels],
+        }
+        return {"kind": self.kind, "columns": columns, "leaves": leaves} | rest
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Fingerprint:
         """Undo `plain`."""
         columns = tuple(ColumnPrint(*column) for column in plain["columns"])
         leaves = tuple((oid, file) for oid, file in plain["leaves"])
-        return cls(plain["kind"], columns, leaves, plain.get("sent", ""), plain.get("width", 0))
+        labels = tuple((oid, label) for oid, label in plain.get("labels", ()))
+        rest = plain.get("sent", ""), plain.get("width", 0), plain.get("key", ""), labels
+        return cls(plain["kind"], columns, leaves, *rest)
 
 
 def read(
@@ -79,14 +96,15 @@ def read(
     One that is locked cannot be asked, and counts as not there yet. Without any that are known nothing is asked.
     """
     found: dict[str, Fingerprint] = {}
-    for name, kind, columns, leaves, sent, width in connection.execute(
+    for name, kind, columns, leaves, sent, width, key, labels in connection.execute(
         _PRINTS, {"publication": publication, "table": table}
     ):
         new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known]
         is_empty = {oid: _is_empty(connection, schema, leaf) for oid, _, schema, leaf in new}
         files = tuple((oid, file) for oid, file, _, _ in leaves if is_empty.get(oid, False) is not None)
         empty = frozenset(oid for oid, said in is_empty.items() if said)
-        found[name] = Fingerprint(kind, tuple(ColumnPrint(*c) for c in columns), files, sent, width, empty)
+        prints, told = tuple(ColumnPrint(*c) for c in columns), tuple((oid, label) for oid, label in labels)
+        found[name] = Fingerprint(kind, prints, files, sent, width, key, told, empty)
     return found
 
 
@@ -97,6 +115,11 @@ def silent(before: Fingerprint, after: Fingerprint, logged: Collection[str] = ()
     """
     if unsent(before, after):
         return "it left the publication and came back, or its row filter or the publication's options changed"
+    if before.key and before.key != after.key:
+        return "its key was dropped or added"
+    labels = dict(before.labels)
+    if any(labels.get(oid, label) != label for oid, label in after.labels):
+        return "a value of an enum was renamed"
     return _columns(before, after, {*logged, *(column.name for column in before.columns)}) or _leaves(before, after)
 
 
@@ -141,7 +164,7 @@ def widened(old: str, new: str) -> bool:
     before, after = old.partition("("), new.partition("(")
     if old == new:
         return True
-    if before[0] != "character varying":
+    if before[0] != "character varying" or old.endswith("[]") or new.endswith("[]"):
         return False
     return new == "text" or (after[0] == before[0] and _length(after[2]) >= _length(before[2]))
 
@@ -163,6 +186,10 @@ def _is_empty(connection: Connection, schema: str, name: str) -> bool | None:
 _PRINTS = f"""
 WITH RECURSIVE {published("p.pubname = %(publication)s")}, filled(root, name) AS (
   SELECT x.root, a.attname FROM leaf x JOIN pg_attribute a ON a.attrelid = x.oid WHERE a.atthasmissing AND NOT a.attisdropped
+), enum(oid, below) AS (
+  SELECT oid, oid FROM pg_type WHERE typtype = 'e'
+  UNION SELECT t.oid, e.below FROM enum e JOIN pg_type t
+  ON (t.typtype = 'd' AND t.typbasetype = e.oid) OR (t.typcategory = 'A' AND t.typelem = e.oid)
 )
 SELECT n.nspname || '.' || c.relname, c.relkind::text,
        (SELECT coalesce(json_agg(json_build_array(a.attnum, a.attname, format_type(a.atttypid, a.atttypmod),
@@ -174,11 +201,21 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
          (SELECT string_agg(r.oid::text, ' ' ORDER BY r.oid) FROM pg_publication_rel r WHERE r.prpubid = published.pub
           AND r.prrelid IN (SELECT c.oid UNION ALL SELECT a.ancestor FROM above a WHERE a.oid = c.oid)),
          (SELECT s.oid::text FROM pg_publication_namespace s WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace)),
-       c.relnatts
+       c.relnatts,
+       coalesce((SELECT coalesce(k.oid, i.indexrelid)::text
+                 FROM pg_index i LEFT JOIN pg_constraint k ON k.conrelid = c.oid AND k.conindid = i.indexrelid AND k.contype IN ('p', 'u')
+                 WHERE i.indrelid = c.oid AND i.indimmediate AND i.indisvalid
+                 AND CASE WHEN c.relkind = 'r' AND c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END), '{NO_KEY}'),
+       coalesce(labels.told, '[]')
 FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN (
   SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname) ORDER BY l.oid) AS told
   FROM leaf x JOIN pg_class l ON l.oid = x.oid JOIN pg_namespace ln ON ln.oid = l.relnamespace GROUP BY x.root
 ) leaves ON leaves.root = c.oid
+LEFT JOIN (
+  SELECT a.attrelid, jsonb_agg(DISTINCT jsonb_build_array(l.oid::bigint, l.enumlabel)) AS told
+  FROM enum e JOIN pg_attribute a ON a.atttypid = e.oid AND a.attnum > 0 AND NOT a.attisdropped JOIN pg_enum l ON l.enumtypid = e.below
+  GROUP BY a.attrelid
+) labels ON labels.attrelid = c.oid
 WHERE %(table)s::text IS NULL OR %(table)s::text = n.nspname || '.' || c.relname
 """

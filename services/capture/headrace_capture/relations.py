@@ -69,6 +69,8 @@ class Relations:
         key = now.key if now else known.key if known else ()
         if not key and not self._append_only(relation, known):
             self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))
+            if known is not None:  # what is passed over from now on is read again when the key is back
+                self._cut.inexact.add(known.table)
             return None
         sent = {column.name for column in relation.columns}
         if not sent.issuperset(key):
@@ -104,7 +106,10 @@ class Relations:
         for sent, (name, base, element, below) in zip(relation.columns, types, strict=True):
             column = columns.get(sent.name)
             nullable, wide = (column.nullable, column.out_of_line) if column else (True, True)
-            plans.append(ColumnPlan(Column(sent.name, name, nullable, below), base, element, out_of_line=wide))
+            kind = sent.type_oid, sent.modifier
+            plans.append(
+                ColumnPlan(Column(sent.name, name, nullable, below), base, element, out_of_line=wide, sent=kind)
+            )
         return plans
 
     @staticmethod

@@ -33,10 +33,16 @@ class Stopped(Exception):
 
 @contextmanager
 def postgres_errors(doing: str) -> Iterator[None]:
-    """Turn psycopg's exceptions into ours; `doing` completes the sentence "Postgres failed while …"."""
+    """Turn psycopg's exceptions into ours; `doing` completes the sentence "Postgres failed while …".
+
+    What psycopg itself refuses to send would be refused again: that is not for waiting.
+    """
     try:
         yield
     except psycopg.Error as error:
+        if isinstance(error, psycopg.ProgrammingError | psycopg.DataError) and error.sqlstate is None:
+            said = f"A statement could not be sent while {doing}: {error}."
+            raise Misconfigured("postgres-error", said, "Report this as a defect.") from error
         raise explain(error.sqlstate, str(error), doing) from error
 
 

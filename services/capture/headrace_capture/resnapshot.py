@@ -223,7 +223,7 @@ class Resnapshot:
         self._reading = None
         error = reading.future.exception()
         self._not_before = time.monotonic() + _AGAIN_SECONDS
-        if isinstance(error, Misconfigured):
+        if isinstance(error, Misconfigured) and not reading.stale:  # it may have asked for a shape of before
             self._fail(reading.job, error)
         elif isinstance(error, HeadraceError):
             self._wait(reading.job, error.message)

@@ -32,16 +32,19 @@ class Json(bytes):
 
 
 class ColumnPlan:
-    """A column of the stream: its place in the schema, and how its text becomes JSON."""
+    """A column of the stream: its place in the schema, and how its text becomes JSON; `sent`: its type's oid and modifier there."""
 
-    __slots__ = ("column", "convert", "convert_key", "out_of_line")
+    __slots__ = ("column", "convert", "convert_key", "out_of_line", "sent")
 
-    def __init__(self, column: Column, base: str, element: str, *, out_of_line: bool) -> None:
+    def __init__(
+        self, column: Column, base: str, element: str, *, out_of_line: bool, sent: tuple[int, int] = (0, -1)
+    ) -> None:
         """Choose the converters of the type (see `values.converter`)."""
         self.column = column
         self.convert = converter(base, element)
         self.convert_key = key_converter(base, element)
         self.out_of_line = out_of_line
+        self.sent = sent
 
 
 _Plan = tuple[tuple[tuple[int, Converter], ...], bytes]

@@ -7,10 +7,12 @@ Where such a value comes from, in this order:
    the log holds the same. A bounded number of bytes is kept, the least recently seen key is forgotten first (I10), and all of a table
    when it comes in another shape;
 3. Postgres, read again in a statement of its own, believed only if that statement's snapshot sees the change's transaction. It may show
-   a later value, which the stream brings as well: the record is marked ``read=reread``, the table is approximate until then;
-4. the log: when the row is gone by now or has another key, its delete is still to come, and the key's newest record is exactly the row
-   before this change. The open cut is sealed first, so that the log has all that came before. So too when the table is locked, for the
-   stream waits for nobody; but not while it is to be read again, as then the log may have an older value than Postgres.
+   a later value, which the stream brings as well: the record is marked ``read=reread``, the table is approximate until then. One of a
+   type that is another by now is no value of this record's schema version;
+4. the log: when the row is gone by now or has another key or type, its delete is still to come, or that it is read again, and the key's
+   newest record is exactly the row before this change. The open cut is sealed first, so that the log has all that came before. So too
+   when the table is locked, for the stream waits for nobody; but not while it is to be read again, as then the log may have an older
+   value than Postgres.
 
 Each of the first two and the last is exact. No placeholder is ever written: a change whose value is nowhere (the topic lacks the row, as it
 is just being read for the first time) is left out, and the table is read again.
@@ -210,12 +212,11 @@ class Filler:
 
     def _read(self, table: Table, row: list[Datum]) -> tuple[str, list[Datum] | None] | None:
         """Return what one statement sees, and the row of that key in it; None if the table is gone or has another shape."""
-        key = [row[at].decode() for at in table.key_at]  # type: ignore[union-attr]
         with postgres_errors(f"reading a row of {table.name} again"):
             try:
-                result = self._connection.execute(_reread_query(table), key).pgresult
-            except (errors.UndefinedTable, errors.UndefinedColumn):
-                return None
+                result = self._connection.execute(_reread_query(table, row)).pgresult
+            except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction, errors.DataError):
+                return None  # the key's text may be none of its column's type by now
             except errors.LockNotAvailable as error:
                 raise _Locked from error
         assert result is not None
@@ -246,10 +247,19 @@ def _not_visible(table: Table, xid: int) -> Transient:
     )
 
 
-def _reread_query(table: Table) -> sql.Composed:
+def _reread_query(table: Table, row: list[Datum]) -> sql.Composed:
+    """Return the statement: a row only if its key and what is missing have the types that they had in the stream.
+
+    Its values are literals: beside parameters a % in a name would be one.
+    """
     schema, _, name = table.name.partition(".")
     columns = [sql.Identifier(plan.column.name) for plan in table.columns]
-    where = sql.SQL(" AND ").join(sql.SQL("{} = %s").format(columns[at]) for at in table.key_at)
+    key = [(columns[at], sql.Literal(row[at].decode())) for at in table.key_at]  # type: ignore[union-attr]
+    where = sql.SQL(" AND ").join(sql.SQL("{} = {}").format(*each) for each in key)
+    asked = {*table.key_at, *(at for at, value in enumerate(row) if value is UNCHANGED)}
+    plans = [table.columns[at] for at in sorted(asked)]
+    types = [sql.SQL("({}, {}, {})").format(plan.column.name, *plan.sent) for plan in plans]
     return sql.SQL(
-        "SELECT pg_current_snapshot()::text, t.* FROM (SELECT) one LEFT JOIN (SELECT true, {} FROM {} WHERE {}) t ON true"
-    ).format(sql.SQL(", ").join(columns), sql.Identifier(schema, name), where)
+        "SELECT pg_current_snapshot()::text, t.* FROM (SELECT) one LEFT JOIN (SELECT true, {} FROM {} r WHERE {} AND {} = "
+        "(SELECT count(*) FROM pg_attribute a WHERE a.attrelid = r.tableoid AND (a.attname, a.atttypid, a.atttypmod) IN ({}))) t ON true"
+    ).format(sql.SQL(", ").join(columns), sql.Identifier(schema, name), where, len(plans), sql.SQL(", ").join(types))

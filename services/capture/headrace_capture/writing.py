@@ -84,7 +84,7 @@ class Writing:
             seal: Commits what came before the high watermark.
 
         Raises:
-            Misconfigured: `key-changed`, `row-too-large`; Poison: `bad-value`. The table is as it was, or as far as it was.
+            Misconfigured: `key-changed`, `key-missing`, `row-too-large`; Poison: `bad-value`. The table is as it was, or as far as it was.
         """
         table = self._table(job, chunk)
         if table is None:
@@ -179,6 +179,8 @@ class Writing:
                 self._cut.inexact.add(job.table)
             return self._made(self._relations.settle(chunk.table.shape(1)), chunk)
         shape_then: TableSchema | None = self._relations.shapes.get(job.table)
+        if shape_then is not None and shape_then.key and chunk.print is not None:
+            raise _key_missing(job.table, shape_then)
         if shape_then is None or chunk.exists:
             self.left_out[job.table] = chunk.print
             self._progress.say(f"warning: {job.table} is left out: it is not published, or has no usable key")
@@ -202,6 +204,12 @@ class Writing:
             self._jobs.drop(job.name)
         self.forget_known()
         self._progress.say(f"{job.name} was read again: {job.rows} rows, {job.removed} keys removed")
+
+
+def _key_missing(table: str, shape: TableSchema) -> Misconfigured:
+    said = f"{table} has no primary key any more, or a deferrable one, which is none (rule S9): its changes are passed over."
+    mend = f"ALTER TABLE {table} ADD PRIMARY KEY ({', '.join(shape.key)}): all of it is read again by itself then."
+    return Misconfigured("key-missing", said, mend)
 
 
 def _key(table: Table, chunk: Chunk) -> bytes:
