@@ -54,7 +54,8 @@ def status(
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
     Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked or too far behind,
-    the heartbeat fails, or Kafka does not answer; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
+    the heartbeat or the look at the catalogue fails, or Kafka does not answer; 3 a setting is wrong; 5 without --check, and Kafka does
+    not answer.
 
     Examples:
 
@@ -237,6 +238,8 @@ def _troubles(facts: Facts) -> Iterator[str]:
         yield f"UPDATE and DELETE of a captured table fail in the source (S8); run: {failing}"
     if (told := str(facts.get("heartbeat", ""))).startswith("failed"):
         yield f"the heartbeat {told}"  # an idle source no longer shows that it lives, nor how much WAL it holds (S17)
+    if (told := str(facts.get("catalogue", ""))).startswith("failed"):
+        yield f"the look at the catalogue {told}"  # until it succeeds, DDL that changes rows without events is not found (S12)
 
 
 def _parked(name: str, count: int) -> str:

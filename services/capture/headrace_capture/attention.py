@@ -50,7 +50,8 @@ class _Asking(threading.Thread):
         while not self._ended.is_set():
             try:
                 self._ask()
-            except (psycopg.Error, HeadraceError):
+            except (psycopg.Error, HeadraceError) as error:
+                self._failed(error)
                 self._ended.wait(LOOK_SECONDS)
 
     def close(self) -> None:
@@ -60,6 +61,9 @@ class _Asking(threading.Thread):
 
     def _ask(self) -> None:
         raise NotImplementedError
+
+    def _failed(self, error: Exception) -> None:
+        """Asking has failed with `error`."""
 
 
 class Requests(_Asking):
@@ -88,13 +92,14 @@ class Requests(_Asking):
 
 
 class CatalogueWatch(_Asking):
-    """The newest fingerprints. `known` says which leaves need not be asked whether they are empty."""
+    """The newest fingerprints. `known` says which leaves need not be asked whether they are empty; `tell` is told how asking goes."""
 
-    def __init__(self, settings: Settings, known: Callable[[], Collection[int]]) -> None:
+    def __init__(self, settings: Settings, known: Callable[[], Collection[int]], tell: Callable[[str], None]) -> None:
         """Begin to look."""
         super().__init__("catalogue")
         self._settings = settings
         self._known = known
+        self._tell = tell
         self._newest: Findings | Misconfigured | None = None
         self.start()
 
@@ -119,6 +124,10 @@ class CatalogueWatch(_Asking):
                     failing = identities.failing(connection, self._settings.publication)
                     catalog.check_operations(connection, self._settings.publication)
                     self._newest = Findings(prints, asked, failing)
+                    self._tell("ok")
                 except Misconfigured as error:
                     self._newest = error
                 self._ended.wait(max(LOOK_SECONDS, 20 * (time.monotonic() - asked)))
+
+    def _failed(self, error: Exception) -> None:
+        self._tell(f"failed: {' '.join(str(error).split())}")

@@ -80,7 +80,7 @@ class Resnapshot:
         control = Control(log)
         self._requests = Requests(control)
         self._asked = Asked(control, self._jobs, relations, cut, self._disturb)
-        self._catalogue = CatalogueWatch(log.settings, self._leaves)
+        self._catalogue = CatalogueWatch(log.settings, self._leaves, lambda told: progress.fact("catalogue", told))
         self._reader = ChunkReader(log.settings)
         self._reading: _Reading | None = None
         self._writing = Writing(log, cut, relations, self._jobs, progress, tick, filler)
