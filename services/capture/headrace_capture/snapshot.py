@@ -209,15 +209,19 @@ class Snapshot:
     def _remove_older(self, stamp: Stamp, version: Version, tables: Iterable[Table]) -> None:
         """Delete every key that an earlier attempt wrote and this one did not (S6), also of tables that are captured no more."""
         known = {table.name: table for table in tables}
-        if self._writer.opened_at:
-            self._seal(version, "running")
+
+        def seal() -> None:
+            if self._writer.opened_at:
+                self._seal(version, "running")
+
         for name in (self._log.table_of(topic) for topic, ends in self._intent.ends.items() if any(ends)):
             table = known.get(name) or self._gone(name)
             if table is None:
                 continue
+            seal()
             with LiveKeys(self._log, name) as live:
                 live.catch_up(self._progress.beat)
-                for count, key in enumerate(live.each(below=version), start=1):
+                for count, key in enumerate(live.each(version, seal), start=1):
                     self._writer.produce(table.topic, key, stamp.value(table, 0, DELETE, NULL), stamp.headers(table, 0))
                     self._writer.produce(table.topic, key, None, stamp.headers(table, 0))
                     if not count % _BUNCH:
