@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured, Poison
@@ -80,7 +81,9 @@ class Resnapshot:
         control = Control(log)
         self._requests = Requests(control)
         self._asked = Asked(control, self._jobs, relations, cut, self._disturb)
-        self._catalogue = CatalogueWatch(log.settings, self._leaves, lambda told: progress.fact("catalogue", told))
+        self._catalogue = CatalogueWatch(
+            log, self._leaves, lambda: cut.sealed.ends, partial(progress.fact, "catalogue")
+        )
         self._reader = ChunkReader(log.settings)
         self._reading: _Reading | None = None
         self._writing = Writing(log, cut, relations, self._jobs, progress, tick, filler)
