@@ -155,6 +155,17 @@ class Resnapshot:
         elif why:
             self.mark(table, why)
 
+    def moved(self, table: str, oids: frozenset[int]) -> None:
+        """The stream sends the rows of these tables under this name: what is known of them under another one is of before a rename.
+
+        Changes have gone by the other name since. If it is there again when the catalogue is read next, it is read again (`_came`).
+        """
+        known = self._jobs.prints
+        gone = {name for name in known if name != table and any(oid in oids for oid, _ in known[name].leaves)}
+        if gone:
+            self._jobs.know_only(known.keys() - gone)
+            self._printed_at = time.monotonic()
+
     def _compare(self, table: str, known: Fingerprint, found: Fingerprint) -> bool:
         """Take a newer fingerprint of a table; return whether it must be read again because of what has changed since `known`."""
         why = fingerprints.silent(known, found, self._relations.names[table])
