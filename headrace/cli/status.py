@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -24,6 +25,7 @@ from headrace.settings import Settings, load
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _CLOCK_SECONDS = 2.0
+_PATIENCE_SECONDS = 10.0
 _COLOURS = {
     "live": "green",
     "following": "green",
@@ -55,7 +57,8 @@ def status(
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
     Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked or too far behind,
-    the heartbeat fails, or Kafka does not answer; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
+    the heartbeat or the look at the catalogue fails, or Kafka does not answer; 3 a setting is wrong; 5 without --check, and Kafka does
+    not answer.
 
     Examples:
 
@@ -246,8 +249,16 @@ def _troubles(facts: Facts) -> Iterator[str]:
     """Return what capture finds wrong in the source though the stream goes on."""
     if failing := facts.get("failing"):
         yield f"UPDATE and DELETE of a captured table fail in the source (S8); run: {failing}"
-    if (told := str(facts.get("heartbeat", ""))).startswith("failed"):
+    if (told := str(facts.get("heartbeat", ""))).startswith("failed") or _hangs(told):
         yield f"the heartbeat {told}"  # an idle source no longer shows that it lives, nor how much WAL it holds (S17)
+    if (told := str(facts.get("catalogue", ""))).startswith("failed"):
+        yield f"the look at the catalogue {told}"  # until it succeeds, DDL that changes rows without events is not found (S12)
+
+
+def _hangs(told: str) -> bool:
+    """Whether the heartbeat waits, and not just for a moment: for a synchronous standby that is away, as every commit does then."""
+    since = re.match(r"waits since (\S+)", told)
+    return since is not None and time.time() - datetime.fromisoformat(since[1]).timestamp() > _PATIENCE_SECONDS
 
 
 def _parked(name: str, count: int) -> str:

@@ -31,6 +31,7 @@ from tests.fixtures.capture import capturing, eventually, execute, prepare, repl
 from tests.fixtures.feed import ITEMS, TAGS, Feed
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
+from tests.integration.test_resnapshot_order import waiting
 
 
 @pytest.fixture
@@ -297,3 +298,20 @@ def test_watch_shows_what_is_new_until_ctrl_c(settings: Settings, control: Contr
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def test_a_heartbeat_that_waits_for_a_standby_is_told_with_since_when(settings: Settings) -> None:
+    """Its commit hangs for as long as the standby is away, however short its timeout (S17)."""
+    settings = replace(settings, heartbeat_ms=100)
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.reach()
+        capture.eventually("all is well", lambda: status(settings, "--check", "capture").stdout == "ok\n")
+        with waiting(settings, "INSERT INTO items VALUES (1)"):
+            capture.eventually("it waits", lambda: status(settings, "--check", "capture").exit_code == 1)
+            told = status(settings, "--check", "capture", "--max-lag", "1h").stdout
+            assert re.match(
+                r"capture: the heartbeat waits since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 for its commit", told
+            )
+            assert "the heartbeat waits since " in status(settings).stdout
+        capture.eventually("all is well again", lambda: status(settings, "--check", "capture").stdout == "ok\n")

@@ -1,4 +1,4 @@
-"""What capture pays attention to besides the stream: requests in control, and the catalogue (S12, S30).
+"""What capture pays attention to besides the stream: requests in control, the catalogue (S12, S30), and that its topics are still those.
 
 Both are asked by threads of their own, so that the stream waits for neither; the loop takes what they found between two cuts. A server
 that is away is asked again later: the stream tells what matters.
@@ -17,11 +17,13 @@ import psycopg
 
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured
+from headrace.log import Log
+from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.requests import Request
-from headrace.settings import Settings
 from headrace_capture import catalog, fingerprints, identities
 from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.progress import NAME
+from headrace_capture.replication import MEND
 
 LOOK_SECONDS = 2.0
 """How often the catalogue is read; less often where that takes long."""
@@ -51,7 +53,8 @@ class _Asking(threading.Thread):
         while not self._ended.is_set():
             try:
                 self._ask()
-            except (psycopg.Error, HeadraceError):
+            except (psycopg.Error, HeadraceError) as error:
+                self._failed(error)
                 self._ended.wait(LOOK_SECONDS)
 
     def close(self) -> None:
@@ -61,6 +64,9 @@ class _Asking(threading.Thread):
 
     def _ask(self) -> None:
         raise NotImplementedError
+
+    def _failed(self, error: Exception) -> None:
+        """Asking has failed with `error`."""
 
 
 class Requests(_Asking):
@@ -89,13 +95,27 @@ class Requests(_Asking):
 
 
 class CatalogueWatch(_Asking):
-    """The newest fingerprints. `known` says which leaves need not be asked whether they are empty."""
+    """The newest fingerprints. `known` says which leaves need not be asked whether they are empty; `tell` is told how asking goes.
 
-    def __init__(self, settings: Settings, known: Callable[[], Collection[int]]) -> None:
+    `topics` says which topics the log has: one that somebody deletes, and a broker or a person makes anew, would be written on into.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        known: Callable[[], Collection[int]],
+        topics: Callable[[], Collection[str]],
+        tell: Callable[[str], None],
+    ) -> None:
         """Begin to look."""
         super().__init__("catalogue")
-        self._settings = settings
+        self._log = log
+        self._settings = log.settings
         self._known = known
+        self._topics = topics
+        self._tell = tell
+        self._ids: dict[str, str] = {}
+        self._missing = False
         self._newest: Findings | Misconfigured | None = None
         self.start()
 
@@ -104,7 +124,7 @@ class CatalogueWatch(_Asking):
 
         Raises:
             Misconfigured: `publication-missing`: Postgres 18 says nothing of it in the stream, and sends no more changes;
-                `publication-incomplete`: it sends some.
+                `publication-incomplete`: it sends some; `topic-missing`, `topic-replaced`.
         """
         found, self._newest = self._newest, None
         if isinstance(found, Misconfigured):
@@ -120,6 +140,27 @@ class CatalogueWatch(_Asking):
                     failing = identities.failing(connection, self._settings.publication)
                     catalog.check_operations(connection, self._settings.publication)
                     self._newest = Findings(prints, asked, failing)
+                    self._look_at_topics()
+                    self._tell("ok")
                 except Misconfigured as error:
                     self._newest = error
                 self._ended.wait(max(LOOK_SECONDS, 20 * (time.monotonic() - asked)))
+
+    def _look_at_topics(self) -> None:
+        """Refuse topics that are others of the same name, or are gone twice: one broker may not know yet of a topic that was just made."""
+        source = self._settings.source
+        try:
+            described = self._log.topics.describe({checkpoints_topic(source), schemas_topic(source), *self._topics()})
+        except Misconfigured:
+            before, self._missing = self._missing, True
+            if before:
+                raise
+            return
+        self._missing = False
+        for topic, (identity, _) in described.items():
+            if self._ids.setdefault(topic, identity) != identity:
+                said = f"Topic {topic} was deleted and made anew while capture ran: what it held is gone."
+                raise Misconfigured("topic-replaced", said, f"{MEND} Then rebuild the views that read it.")
+
+    def _failed(self, error: Exception) -> None:
+        self._tell(f"failed: {' '.join(str(error).split())}")

@@ -204,7 +204,7 @@ class Capture:
                 closing(Filler(self._log, connection, tick)) as filler,
                 closing(Resnapshot(self._log, cut, relations, connection, self._progress, tick, filler)) as beside,
             ):
-                relations.suspected = beside.suspect
+                relations.suspected, relations.moved = beside.suspect, beside.moved
                 self._say(f"streaming from {format_lsn(checkpoint.version.lsn)}")
                 self._progress.phase("streaming")
                 Stream(self._log, cut, replication, relations, filler, beside, self._progress).run(self._stopped)

@@ -140,7 +140,7 @@ def pieces(connection: catalog.Connection, table: catalog.Table, only: str | Non
     sizes = _sizes(connection, [leaf.oid for leaf in table.leaves])
     for leaf in table.leaves:
         source = sql.SQL("ONLY {}").format(sql.Identifier(leaf.schema, leaf.name))
-        size = sizes.get(leaf.oid, 0)
+        size = sizes.get(leaf.oid) or 0  # none of one that was dropped since
         for first in range(0, max(size, 1), PAGES):
             last = first + PAGES if first + PAGES < size else None
             where = [f"({only})"] if only else []

@@ -100,7 +100,7 @@ def read(
         _PRINTS, {"publication": publication, "table": table}
     ):
         new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known]
-        is_empty = {oid: _is_empty(connection, schema, leaf) for oid, _, schema, leaf in new}
+        is_empty = {oid: _is_empty(connection, oid, sql.Identifier(schema, leaf)) for oid, _, schema, leaf in new}
         files = tuple((oid, file) for oid, file, _, _ in leaves if is_empty.get(oid, False) is not None)
         empty = frozenset(oid for oid, said in is_empty.items() if said)
         prints, told = tuple(ColumnPrint(*c) for c in columns), tuple((oid, label) for oid, label in labels)
@@ -173,15 +173,21 @@ def _length(text: str) -> int:
     return int(text.rstrip(")")) if text else 1 << 30
 
 
-def _is_empty(connection: Connection, schema: str, name: str) -> bool | None:
-    """Return whether a table has no rows, None while it is locked."""
-    query = sql.SQL("SELECT NOT EXISTS (SELECT FROM {})").format(sql.Identifier(schema, name))
-    try:
-        row = connection.execute(query).fetchone()
-    except errors.LockNotAvailable:
-        return None
-    return row is not None and bool(row[0])
+def _is_empty(connection: Connection, oid: int, name: sql.Identifier) -> bool | None:
+    """Return whether a table has no rows, None while it is locked; of one that may not be read, whether it has no pages."""
+    for query in (sql.SQL("SELECT NOT EXISTS (SELECT FROM {})").format(name), sql.SQL(_NO_PAGES).format(oid)):
+        try:
+            with connection.transaction():
+                row = connection.execute(query).fetchone()
+        except errors.LockNotAvailable:
+            return None
+        except errors.InsufficientPrivilege:
+            continue  # rows are read through the root: nobody has to let us read a new partition
+        return row is not None and bool(row[0])
+    return False
 
+
+_NO_PAGES = "SELECT pg_relation_size(oid) = 0 FROM pg_class WHERE oid = {} AND relkind = 'r'"
 
 _PRINTS = f"""
 WITH RECURSIVE {published("p.pubname = %(publication)s")}, filled(root, name) AS (

@@ -20,6 +20,7 @@ from headrace.log.tail import BEGINNING, Tail, end_of_partition, head
 _BUNCH = 5_000
 _STEPS = 1_000_000
 """Steps of SQLite's machine between two signs of life."""
+_Call = Callable[[], None]
 
 
 class Newest(NamedTuple):
@@ -83,20 +84,21 @@ class KnownKeys:
         """Note what is being written: these keys are live at `version`, read and not streamed."""
         self._take([(key, version.packed(), 0, True) for key in keys])
 
-    def older(self, version: Version, tick: Callable[[], None]) -> Iterator[tuple[bytes, Newest]]:
-        """Yield the live keys whose newest record is older than `version`, in their order."""
-        return self._live("version < ?", version, tick)
+    def older(self, version: Version, seal: _Call, tick: _Call) -> Iterator[tuple[bytes, Newest]]:
+        """Yield the live keys whose newest record is older than `version`, in their order; `seal` is called before each look for some."""
+        return self._live("version < ?", version, seal, tick)
 
-    def at(self, version: Version, tick: Callable[[], None]) -> Iterator[tuple[bytes, Newest]]:
-        """Yield the live keys whose newest record is of `version`, in their order."""
-        return self._live("version = ?", version, tick)
+    def at(self, version: Version, seal: _Call, tick: _Call) -> Iterator[tuple[bytes, Newest]]:
+        """Yield the live keys whose newest record is of `version`, as `older` does."""
+        return self._live("version = ?", version, seal, tick)
 
-    def _live(self, which: str, bound: Version, tick: Callable[[], None]) -> Iterator[tuple[bytes, Newest]]:
+    def _live(self, which: str, bound: Version, seal: _Call, tick: _Call) -> Iterator[tuple[bytes, Newest]]:
         query = f"SELECT key, version, xid FROM known WHERE key > ? AND {which} AND live ORDER BY key LIMIT ?"
         after = b""
         self._db.set_progress_handler(lambda: _quietly(tick), _STEPS)
         try:
             while True:
+                seal()  # where few keys are such, all may have to be looked at
                 rows = self._db.execute(query, (after, bound.packed(), _BUNCH)).fetchall()
                 for key, packed, xid in rows:
                     yield key, Newest(Version.unpacked(packed), xid, live=True)

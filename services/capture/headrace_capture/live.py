@@ -62,11 +62,15 @@ class LiveKeys:
                 tick()
         self._take(bunch)
 
-    def each(self, below: Version | None = None) -> Iterator[bytes]:
-        """Yield the live keys in their order; only those whose newest record is older than `below`, if given."""
+    def each(self, below: Version | None = None, seal: Callable[[], None] = lambda: None) -> Iterator[bytes]:
+        """Yield the live keys in their order; only those whose newest record is older than `below`, if given.
+
+        `seal` is called before each look for some: where few keys are so old, all may have to be looked at.
+        """
         bound = (1 << 63) - 1 if below is None else below.packed()
         after = b""
         while True:
+            seal()
             rows = self._db.execute(
                 "SELECT key FROM live WHERE key > ? AND version < ? ORDER BY key LIMIT ?", (after, bound, _BUNCH)
             ).fetchall()

@@ -34,6 +34,7 @@ class Relations:
         names: The names of the columns of all versions, by table.
         suspected: Is told of each new version, with why rows may have changed without an event (empty: they did not), or None for a
             table's first.
+        moved: Is told, with each Relation message, the name and the oids of the tables that hold the rows.
     """
 
     def __init__(self, log: Log, cut: Cut, connection: catalog.Connection, say: Callable[[str], None]) -> None:
@@ -48,6 +49,7 @@ class Relations:
         for shape in shapes:
             self._name(shape)
         self.suspected: Callable[[str, str | None], None] = lambda table, _why: cut.inexact.add(table)
+        self.moved: Callable[[str, frozenset[int]], None] = lambda _table, _oids: None
         self.by_oid = _ByOid()
 
     def take(self, relation: Relation) -> Table | None:
@@ -66,6 +68,8 @@ class Relations:
         now = {t.oid: t for t in catalog.published_tables(self._connection, self._cut.source.publication)}.get(
             relation.oid
         )
+        oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
+        self.moved(f"{relation.schema}.{relation.name}", oids)
         key = now.key if now else known.key if known else ()
         if not key and not self._append_only(relation, known):
             self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))

@@ -70,7 +70,10 @@ _SETUP = "Run `headrace setup --apply` as an administrator."
 MEND = "Run: headrace resnapshot --recover, then capture. It makes a new slot and reads all tables again beside the stream."
 """What to do when log and source have parted (see `recovery`)."""
 _CODES = {
-    "42501": ("postgres-rights", _SETUP),
+    "42501": (
+        "postgres-rights",
+        "Run `headrace setup --role ROLE --apply` as an administrator: HEADRACE_DSN names the role.",
+    ),
     "42704": (
         "publication-missing",
         f"{_SETUP} Where changes came while it was gone the slot cannot be read past them; then: {MEND}",

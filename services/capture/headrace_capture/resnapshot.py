@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured, Poison
@@ -80,7 +81,9 @@ class Resnapshot:
         control = Control(log)
         self._requests = Requests(control)
         self._asked = Asked(control, self._jobs, relations, cut, self._disturb)
-        self._catalogue = CatalogueWatch(log.settings, self._leaves)
+        self._catalogue = CatalogueWatch(
+            log, self._leaves, lambda: cut.sealed.ends, partial(progress.fact, "catalogue")
+        )
         self._reader = ChunkReader(log.settings)
         self._reading: _Reading | None = None
         self._writing = Writing(log, cut, relations, self._jobs, progress, tick, filler)
@@ -151,6 +154,17 @@ class Resnapshot:
             self._printed_at = time.monotonic()
         elif why:
             self.mark(table, why)
+
+    def moved(self, table: str, oids: frozenset[int]) -> None:
+        """The stream sends the rows of these tables under this name: what is known of them under another one is of before a rename.
+
+        Changes have gone by the other name since. If it is there again when the catalogue is read next, it is read again (`_came`).
+        """
+        known = self._jobs.prints
+        gone = {name for name in known if name != table and any(oid in oids for oid, _ in known[name].leaves)}
+        if gone:
+            self._jobs.know_only(known.keys() - gone)
+            self._printed_at = time.monotonic()
 
     def _compare(self, table: str, known: Fingerprint, found: Fingerprint) -> bool:
         """Take a newer fingerprint of a table; return whether it must be read again because of what has changed since `known`."""

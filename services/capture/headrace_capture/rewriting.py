@@ -50,7 +50,8 @@ class Rewriting:
         table: In the shape of what was read.
         version: Epoch and commit LSN of the low watermark; of the high one for a table without a key.
         now: ms since the Unix epoch.
-        breathe: Called now and then: seals a full cut, and says that capture lives, as `tick` does.
+        breathe: Called now and then: seals a cut that is full or old, and says that capture lives, as `tick` does.
+        seal: Commits what is written, before work that takes long and writes nothing.
     """
 
     writer: CutWriter
@@ -59,6 +60,7 @@ class Rewriting:
     version: Version
     now: int
     breathe: Callable[[], None]
+    seal: Callable[[], None]
     tick: Callable[[], None]
 
     def rows(self, chunk: Chunk) -> int:
@@ -88,7 +90,7 @@ class Rewriting:
 
     def undo(self) -> None:
         """Write the deletes of what `anew` has written and `known` knows of."""
-        self._delete(key for key, _ in self.known.at(self.version, self.tick))
+        self._delete(key for key, _ in self.known.at(self.version, self.seal, self.tick))
 
     def absent(self, key: bytes, chunk: Chunk) -> int:
         """Write the delete of a key that was looked for and not found, if the log has it alive; return how many that were."""
@@ -104,7 +106,7 @@ class Rewriting:
             first: Commit LSN of the pass's first low watermark; for a table without a key, of its high one.
             seen: The snapshot of its first chunk.
         """
-        older = self.known.older(Version(self.version.epoch, first), self.tick)
+        older = self.known.older(Version(self.version.epoch, first), self.seal, self.tick)
         return self._delete(key for key, newest in older if not self._unseen(newest, seen))
 
     def _may_replace(self, newest: Newest | None, snapshot: str) -> bool:

@@ -40,8 +40,9 @@ def role_of(connection: Connection, name: str) -> Role:
 
 
 def missing(connection: Connection, tables: list[Table], role: Role) -> list[Grant]:
-    """Return the rights that `role` lacks to capture `tables`."""
-    lacks = connection.execute(_LACKS, {"role": role.name, "oids": [table.oid for table in tables]}).fetchall()
+    """Return the rights that `role` lacks to capture `tables`; the initial snapshot reads each partition by its own name."""
+    oids = {oid for table in tables for oid in (table.oid, *(leaf.oid for leaf in table.leaves))}
+    lacks = connection.execute(_LACKS, {"role": role.name, "oids": list(oids)}).fetchall()
     found = [] if role.replicates else [Grant(role.name, "REPLICATION")]
     if not role.sees_all and any(hidden for *_, hidden in lacks):
         found.append(Grant(role.name, "BYPASSRLS"))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
-from psycopg import sql
+from psycopg import errors, sql
 
 from headrace.change import Checkpoint, TableSchema, Version
 from headrace.errors import Transient
@@ -35,6 +35,8 @@ from headrace_capture.values import template
 READ: Final = b"r"
 _BUNCH = 512
 """Rows of one connection before the others get their turn."""
+_ALTERED = (errors.UndefinedColumn, errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction)
+"""A name of the table's, or what its old type is read by, is gone since the snapshot was taken."""
 _LOCK_SECONDS = 5.0
 """So long a connection waits for a table that is locked, while the others read on; then it reads something else first."""
 
@@ -99,7 +101,7 @@ class Snapshot:
 
         Raises:
             Stopped: it was asked to stop.
-            Transient: `postgres-away`, `kafka-away`, `cut-lost`: the whole snapshot starts again.
+            Transient: `postgres-away`, `kafka-away`, `cut-lost`, `table-altered`: the whole snapshot starts again.
             Misconfigured: `postgres-rights`, `too-many-slots`, `row-too-large`, `key-changed`.
         """
         settings = self._log.settings
@@ -169,7 +171,7 @@ class Snapshot:
                 if waiting and connection not in under_way:
                     rows, piece = waiting.popleft()
                     under_way[connection] = rows, Copy(connection, piece)
-            got = sum(rows.write(copy.take(_BUNCH), native=copy.piece.native) for rows, copy in under_way.values())
+            got = sum(_take(rows, copy) for rows, copy in under_way.values())
             for connection in [connection for connection, (_, copy) in under_way.items() if copy.done]:
                 rows, copy = under_way.pop(connection)
                 if copy.locked:
@@ -209,15 +211,19 @@ class Snapshot:
     def _remove_older(self, stamp: Stamp, version: Version, tables: Iterable[Table]) -> None:
         """Delete every key that an earlier attempt wrote and this one did not (S6), also of tables that are captured no more."""
         known = {table.name: table for table in tables}
-        if self._writer.opened_at:
-            self._seal(version, "running")
+
+        def seal() -> None:
+            if self._writer.opened_at:
+                self._seal(version, "running")
+
         for name in (self._log.table_of(topic) for topic, ends in self._intent.ends.items() if any(ends)):
             table = known.get(name) or self._gone(name)
             if table is None:
                 continue
+            seal()
             with LiveKeys(self._log, name) as live:
                 live.catch_up(self._progress.beat)
-                for count, key in enumerate(live.each(below=version), start=1):
+                for count, key in enumerate(live.each(version, seal), start=1):
                     self._writer.produce(table.topic, key, stamp.value(table, 0, DELETE, NULL), stamp.headers(table, 0))
                     self._writer.produce(table.topic, key, None, stamp.headers(table, 0))
                     if not count % _BUNCH:
@@ -240,6 +246,18 @@ class Snapshot:
         )
         self._progress.sealed(checkpoint)
         return checkpoint
+
+
+def _take(rows: Rows, copy: Copy) -> int:
+    """Write what a connection has by now; return how many rows that were. What is read is named as the snapshot knows it."""
+    try:
+        return rows.write(copy.take(_BUNCH), native=copy.piece.native)
+    except _ALTERED as error:
+        name, said = rows.table.name, str(error).partition("\n")[0]
+        remedy = "It starts again by itself; let DDL wait for it, or start with --snapshot=chunked."
+        raise Transient(
+            "table-altered", f"{name} was altered before the snapshot had read it: {said}.", remedy
+        ) from error
 
 
 def _wait(sockets: Iterable[int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import UTC, datetime
 
 import psycopg
 
@@ -57,6 +58,8 @@ class Watch:
             if row:
                 self._progress.wal(int(row[0] or 0), parse_lsn(row[1]))
             if every and time.monotonic() - beaten >= every:
+                since = datetime.now(UTC).isoformat(timespec="seconds")
+                self._progress.fact("heartbeat", f"waits since {since} for its commit")
                 connection.execute("SELECT pg_logical_emit_message(true, 'headrace', '')")
                 beaten = time.monotonic()
             self._progress.fact("heartbeat", "ok" if every else "off")

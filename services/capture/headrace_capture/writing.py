@@ -19,7 +19,7 @@ from headrace.change import TableSchema, Version
 from headrace.errors import Misconfigured, Poison
 from headrace.log import Log
 from headrace_capture.chunks import Chunk
-from headrace_capture.cut import Cut
+from headrace_capture.cut import LONGEST_SECONDS, Cut
 from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.jobs import DONE, READING, REMOVING, WRITING, Job, Jobs
 from headrace_capture.known import KnownKeys
@@ -163,14 +163,14 @@ class Writing:
 
         def breathe() -> None:
             self._tick()
-            if self._cut.full:
+            if self._cut.full or self._cut.age >= LONGEST_SECONDS:
                 seal()
 
         seal()
         known = self.known_of(table.name)
         known.catch_up(self._cut.sealed.ends.get(table.topic, []), self._tick)
         version = Version(self._cut.epoch, lsn)
-        return Rewriting(self._cut.writer, known, table, version, self._progress.now_ms(), breathe, self._tick)
+        return Rewriting(self._cut.writer, known, table, version, self._progress.now_ms(), breathe, seal, self._tick)
 
     def _table(self, job: Job, chunk: Chunk) -> Table | None:
         """Return the table in the shape of the chunk, published if it is a new one; None when there is nothing to do."""

@@ -1,0 +1,105 @@
+"""Capture by a role of its own, which may read what setup let it read and nothing else: partitions have rights of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+
+import psycopg
+import pytest
+
+from headrace.control import Control
+from headrace.log import Log
+from headrace.settings import Settings
+from headrace_capture import attention, catalog, setup
+from tests.fixtures.capture import capturing, eventually, execute, replay, selected
+from tests.integration.test_silent_changes import exact
+
+PARTS = (
+    "CREATE SCHEMA s",
+    "CREATE TABLE parts (id int PRIMARY KEY, n int) PARTITION BY RANGE (id)",
+    "CREATE TABLE s.low PARTITION OF parts FOR VALUES FROM (0) TO (10)",
+    "CREATE TABLE high PARTITION OF parts FOR VALUES FROM (10) TO (20)",
+    "INSERT INTO parts SELECT i, i FROM generate_series(0, 19) i",
+    "CREATE TABLE items (id int PRIMARY KEY, n int)",
+    "INSERT INTO items VALUES (1, 1), (2, 2)",
+)
+NEXT = "CREATE TABLE next PARTITION OF parts FOR VALUES FROM (20) TO (30)"
+ATTACH = (
+    "CREATE TABLE more (id int PRIMARY KEY, n int)",
+    "INSERT INTO more VALUES (35, 1)",
+    "ALTER TABLE parts ATTACH PARTITION more FOR VALUES FROM (30) TO (40)",
+)
+TWICE = "ALTER TABLE items ALTER COLUMN n TYPE int USING n * 2"
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
+
+
+@pytest.fixture
+def theirs(settings: Settings) -> Iterator[Settings]:
+    """Settings of a role that nobody has given anything."""
+    role = f"{settings.source}_role"
+    execute(settings, f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
+    yield replace(settings, dsn=psycopg.conninfo.make_conninfo(settings.dsn, user=role, password="x"))
+    execute(settings, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+def prepare(settings: Settings, *statements: str) -> None:
+    """Run statements, then what `headrace setup --role --apply` does; a second time there is nothing left to do."""
+    execute(settings, *statements)
+    role = f"{settings.source}_role"
+    with closing(catalog.connect(settings.dsn)) as connection:
+        setup.apply(connection, setup.plan(connection, settings, [], role))
+        assert setup.plan(connection, settings, [], role).statements == []
+
+
+@pytest.mark.parametrize("secure", ["", "ALTER TABLE high ENABLE ROW LEVEL SECURITY"], ids=["rights", "row security"])
+def test_the_partitions_can_be_read_by_the_role_that_setup_names(
+    settings: Settings, theirs: Settings, secure: str
+) -> None:
+    """The initial snapshot reads each partition by its own name, and Postgres asks for a right to that."""
+    prepare(settings, *PARTS, *filter(None, [secure]))
+    with capturing(theirs) as capture:
+        capture.reach()
+    assert replay(settings, "public.parts") == selected(settings, "parts")
+
+
+def test_a_new_partition_that_may_not_be_read_does_not_hide_what_the_catalogue_says_of_others(
+    settings: Settings, theirs: Settings
+) -> None:
+    """S12: whoever makes partitions grants the role of capture nothing, and rows are read through the root."""
+    prepare(settings, *PARTS)
+    with capturing(theirs) as capture:
+        capture.reach()
+        execute(settings, NEXT, TWICE)
+        exact(settings, capture, "public.items")
+        assert not any("public.parts" in line for line in capture.said if "inexact" in line), "it is empty"
+        execute(settings, *ATTACH, "INSERT INTO parts VALUES (20, 1)")
+        exact(settings, capture, "public.parts")
+
+
+def test_a_catalogue_that_cannot_be_read_is_told_in_the_status(settings: Settings, theirs: Settings) -> None:
+    prepare(settings, *PARTS)
+    role = f"{settings.source}_role"
+
+    def told() -> str:
+        found = Control(Log(settings)).reports().get("capture", [])
+        return str(found[-1].facts.get("catalogue", "")) if found else ""
+
+    with capturing(theirs) as capture:
+        capture.reach()
+        eventually("it is well", lambda: told() == "ok")
+        execute(
+            settings,
+            f"ALTER ROLE {role} CONNECTION LIMIT 0",
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}' AND application_name = 'headrace catalogue'",
+        )
+        eventually("it is told", lambda: told().startswith("failed"))
+        assert role in told()
+        execute(settings, f"ALTER ROLE {role} CONNECTION LIMIT -1")
+        eventually("it is well again", lambda: told() == "ok")

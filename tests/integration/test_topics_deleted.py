@@ -1,0 +1,58 @@
+"""A topic that is deleted under a running capture, and perhaps made anew by somebody: capture stops, and writes on into no other topic."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.control import Control
+from headrace.errors import HeadraceError
+from headrace.log import Log
+from headrace.log.topics import checkpoints_topic, schemas_topic
+from headrace.settings import Settings
+from headrace_capture import attention
+from tests.fixtures.capture import Running, eventually, execute, prepare
+
+
+@pytest.mark.parametrize(
+    ("which", "anew", "busy"),
+    [
+        ("checkpoints", True, False),
+        ("checkpoints", True, True),
+        ("schemas", True, False),
+        ("table", True, True),
+        ("table", False, False),
+        ("checkpoints", False, True),
+    ],
+)
+def test_a_running_capture_stops(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, which: str, *, anew: bool, busy: bool
+) -> None:
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1)")
+    log, source = Log(settings), settings.source
+    names = {"checkpoints": checkpoints_topic(source), "schemas": schemas_topic(source)}
+    topic = names.get(which, log.topic_of("public.items"))
+
+    def looked() -> bool:
+        return any(report.facts.get("catalogue") == "ok" for report in Control(log).reports().get("capture", []))
+
+    running = Running(settings)
+    try:
+        running.eventually("it has looked", looked)
+        execute(settings, "INSERT INTO items SELECT i, i FROM generate_series(2, 100) i")
+        running.reach()
+        log.topics.delete([topic], wait=True)
+        if anew:
+            log.topics.make({topic: (1, {})})
+        if busy:
+            execute(settings, "INSERT INTO items VALUES (1000, 1)")
+        eventually(
+            "it stops", lambda: running.error, 120.0
+        )  # a cut that Kafka does not take is given up after a minute
+    finally:
+        running.stop()
+    error = running.error
+    assert isinstance(error, HeadraceError)
+    assert error.exit_code == 3
+    assert error.code in ({"topic-replaced"} if anew else {"topic-missing", "checkpoints-missing"})
+    assert anew is False or topic in error.message
