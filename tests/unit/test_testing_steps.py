@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.testing import FailBeforeWrite, Steps
+from headrace.testing import FailBeforeWrite, Steps, dies_before
 
 
 def test_what_changes_nothing_outside_of_the_process_is_no_step() -> None:
@@ -59,6 +60,32 @@ def test_a_write_that_fails_fails_as_its_client_says_it_and_does_not_arrive(tmp_
     assert db.execute("SELECT n FROM rows").fetchall() == [(1,)]
     assert (tmp_path / "a").exists()
     db.close()
+
+
+class Client:
+    """Must be ended where it was made, as librdkafka's: a fork has not its threads. In a cycle, as clients are that call back."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.calls = self.__init__  # type: ignore[misc]  # a bound method
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            os._exit(11)
+
+
+def test_a_process_that_dies_does_not_end_what_its_parent_has_left() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        Client()
+        assert not dies_before(0, _collect)
+    finally:
+        gc.enable()
+
+
+def _collect() -> None:
+    gc.collect()
 
 
 def _insert(db: sqlite3.Connection, *numbers: int) -> None:
