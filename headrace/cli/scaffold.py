@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import keyword
 import re
+import shlex
+from collections.abc import Iterable
 from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -43,7 +47,7 @@ def consumer(
 ) -> None:
     """Write a consumer's package: what the view holds, an entry point, and the test that every consumer passes.
 
-    Exit codes: 0 written; 3 the name cannot be used, or the folder is there already.
+    Exit codes: 0 written; 3 the name cannot be used or is taken, or the folder is there already.
 
     Examples:
 
@@ -51,21 +55,45 @@ def consumer(
 
         headrace new consumer titles --store redis && pip install -e './headrace-titles[test]' && pytest headrace-titles
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise Misconfigured(
-            "bad-name", f"{name!r} is not a name of lower case letters, digits and _.", "Choose another name."
-        )
+    cls = "".join(part.title() for part in name.split("_"))
     root = folder / f"headrace-{name}"
-    if root.exists():
-        raise Misconfigured("exists", f"{root} exists already.", "Choose another name or --dir.")
-    fields = {"name": name, "table": table, "cls": "".join(part.title() for part in name.split("_"))}
     written = {
         root / "pyproject.toml": "pyproject.toml.txt",
         root / f"headrace_{name}" / "__init__.py": f"{store}.py.txt",
         root / "tests" / f"test_{name}.py": "test.py.txt",
     }
-    for path, scaffold in written.items():
+    texts = {
+        path: files("headrace.cli").joinpath("scaffolds", scaffold).read_text() for path, scaffold in written.items()
+    }
+    _check(name, cls, texts.values())
+    if root.exists():
+        raise Misconfigured("exists", f"{root} exists already.", "Choose another name or --dir.")
+    for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = files("headrace.cli").joinpath("scaffolds", scaffold).read_text()
-        path.write_text(Template(text).substitute(fields))
-    out.print(f"wrote {root}; next: pip install -e {root} && headrace run {name}")
+        path.write_text(Template(text).substitute(name=name, table=table, cls=cls))
+    place = shlex.quote(str(root))
+    out.print(f"wrote {root}; next: pip install -e {place} && headrace run {name}", soft_wrap=True, markup=False)
+
+
+def _check(name: str, cls: str, texts: Iterable[str]) -> None:
+    """Refuse a name that a package, a class or a view cannot have, or that another has: `pip install` would put this one in its place."""
+    if not re.fullmatch(r"[a-z]([a-z0-9_]*[a-z0-9])?", name):
+        said = f"{name!r} is not a name of lower case letters, digits and _ within."
+        raise Misconfigured("bad-name", said, "Choose another name.")
+    imports = [line for text in texts for line in text.splitlines() if line.startswith(("from ", "import "))]
+    if keyword.iskeyword(cls) or cls in re.findall(r"\w+", " ".join(imports)):
+        raise Misconfigured(
+            "bad-name", f"The class of {name} would be {cls}, which is something else.", "Choose another name."
+        )
+    groups = ("headrace.consumers", "headrace.commands")
+    if _has(f"headrace-{name}") or any(name in entry_points(group=group).names for group in groups):
+        said = f"A package headrace-{name}, or a consumer or command {name}, is installed already."
+        raise Misconfigured("bad-name", said, "Choose another name, or uninstall that first.")
+
+
+def _has(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,5 +1,5 @@
-"""What a plugin's author tests with: a log in memory, steps at which a process dies or an answer is lost, and the suite that every
-consumer passes.
+"""What a plugin's author tests with: a log in memory, steps at which a process dies, a write fails or an answer is lost, and the suite
+that every consumer passes.
 
     class TestTitles(ConsumerConformance):
         consumer = Titles
@@ -14,6 +14,6 @@ It needs the view's own server and nothing else: no Postgres, no Kafka, no headr
 
 from headrace.testing.conformance import ConsumerConformance
 from headrace.testing.history import History, shape
-from headrace.testing.steps import FailAfterWrite, Steps, dies_before
+from headrace.testing.steps import FailAfterWrite, FailBeforeWrite, Steps, dies_before
 
-__all__ = ["ConsumerConformance", "FailAfterWrite", "History", "Steps", "dies_before", "shape"]
+__all__ = ["ConsumerConformance", "FailAfterWrite", "FailBeforeWrite", "History", "Steps", "dies_before", "shape"]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from headrace.change import Position, Row, TableSchema
-from headrace.consumer import Batch, Consumer, Cursor, Generation, no_progress
+from headrace.consumer import Batch, Consumer, Cursor, Generation, ViewRow, no_progress
 from headrace.settings import Settings, load
 from headrace.testing.history import History
-from headrace.testing.steps import FailAfterWrite
+from headrace.testing.steps import Fails
 
 Shown = list[tuple[str, str, Row]]
 """(collection, key, value) of every row that readers see."""
@@ -121,15 +123,26 @@ class Harness:
         with closing(self._made(host)) as consumer:
             yield consumer, consumer.open(Generation(self._name, number, "conformance"))
 
-    def _catch_up(
-        self, log: History, fault: FailAfterWrite | None = None, *, number: int = 1, twice: bool = False
-    ) -> None:
+    def _catch_up(self, log: History, fault: Fails | None = None, *, number: int = 1, twice: bool = False) -> None:
         """Open the generation and apply all that it has not, as a process does that was started."""
         with self._opened(number) as (consumer, position):
             for batch in log.batches(position):
                 _apply(consumer, batch, fault)
                 if twice:
                     consumer.apply(batch)
+
+    def _begin(self, log: History) -> None:
+        """Open the generation and apply the first piece of what it has not."""
+        with self._opened() as (consumer, position):
+            consumer.apply(next(log.batches(position, piece=1)))
+
+    def _check(self, log: History, said: str = "", *, number: int = 1) -> None:
+        """Find the generation at the log's end, with the rows that belong there."""
+        expected = self._expected(log)
+        with self._opened(number) as (consumer, position):
+            assert position is not None, "it forgot where it is"
+            assert position.version == log.version, said
+            assert shown(consumer) == expected, said
 
     def _shown(self, number: int = 1) -> Shown:
         with self._opened(number) as (consumer, _):
@@ -139,12 +152,19 @@ class Harness:
         with closing(self._made()) as consumer:
             return consumer.generations()
 
+    def _live(self) -> list[int]:
+        return [generation.number for generation in self._generations() if generation.live]
+
+    def _promote(self, number: int) -> None:
+        with self._opened(number) as (consumer, _):
+            consumer.promote()
+
     def _drop(self, number: int) -> None:
         with self._opened(number) as (consumer, _):
             consumer.drop()
 
 
-def _apply(consumer: Consumer, batch: Batch, fault: FailAfterWrite | None) -> None:
+def _apply(consumer: Consumer, batch: Batch, fault: Fails | None) -> None:
     if fault is None:
         consumer.apply(batch)
     else:
@@ -154,13 +174,35 @@ def _apply(consumer: Consumer, batch: Batch, fault: FailAfterWrite | None) -> No
 
 def shown(consumer: Consumer, limit: int = 1000) -> Shown:
     """Return all that readers see, read in pages of `limit`."""
-    found: Shown = []
+    return [(row.collection, row.key, row.value) for row in _scanned(consumer, limit)]
+
+
+def compare_with_scan(consumer: Consumer, asked: Collection[Cursor]) -> set[Cursor]:
+    """Compare the consumer's `get` and `count`, where it has them, with a scan; return the keys that there are.
+
+    `asked` are further keys to ask for: rows that are gone are not given.
+    """
+    rows = {(row.collection, row.key): row for row in _scanned(consumer)}
+    if get := getattr(consumer, "get", None):
+        found = list(get([*{*rows, *asked}]))
+        assert {(row.collection, row.key): row for row in found} == rows, "get gives other rows than a scan"
+        assert len(found) == len(rows), "get gives a row twice"
+    counted = count() if (count := getattr(consumer, "count", None)) else None
+    if counted is not None:
+        assert +Counter(counted) == Counter(collection for collection, _ in rows), "count counts other rows than a scan"
+    return set(rows)
+
+
+def _scanned(consumer: Consumer, limit: int = 1000) -> list[ViewRow]:
+    found: list[ViewRow] = []
     after: Cursor | None = None
-    seen: set[Cursor] = set()
     while rows := consumer.scan(after, limit):
-        found += [(row.collection, row.key, row.value) for row in rows]
-        keys = {(row.collection, row.key) for row in rows}
-        assert not keys & seen, f"a scan gives {sorted(keys & seen)} again"
-        seen |= keys
-        after = rows[-1].collection, rows[-1].key
+        assert len(rows) <= limit, f"a scan gives {len(rows)} rows where {limit} are asked for"
+        found += rows
+        keys = [*([after] if after else []), *((row.collection, row.key) for row in rows)]
+        for earlier, later in pairwise(keys):
+            assert earlier < later, (
+                f"a scan gives {later} after {earlier}: again, or in another order than that of (collection, key)"
+            )
+        after = keys[-1]
     return found

@@ -2,16 +2,20 @@
 
 Nothing is known of a store or of its client. Whatever the client is, what it does to a server or to a file ends in a call of a C
 function with one of a few names (`STEPS`), and Python tells a profiler of each: before it, and after. So a process can be ended between
-any two of them, and the answer to any one can be lost after the server has what was sent.
+any two of them, any one can fail before it has begun, and the answer to any one can be lost after the server has what was sent.
 """
 
 from __future__ import annotations
 
+import errno
+import gc
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Collection
-from types import FrameType
+from datetime import date, time
+from io import BytesIO, IOBase, StringIO
+from types import CoroutineType, FrameType, GeneratorType
 from typing import Any, Final, Self
 
 SENT: Final = frozenset({"send", "sendall", "sendmsg"})
@@ -24,6 +28,8 @@ STEPS: Final = SENT | frozenset(
         *("exec_params", "exec_", "send_query", "send_query_params"),  # Postgres
     }
 )
+_IN_MEMORY = (str, bytes, bytearray, date, time, StringIO, BytesIO, GeneratorType, CoroutineType)
+"""Who has methods of these names that change nothing outside of the process: `replace`, `write`, `send`."""
 _DIED = 77
 _SECONDS = 120
 
@@ -64,15 +70,38 @@ class Steps:
 
     def _profile(self, frame: FrameType, event: str, function: Any) -> None:
         if event == "c_call":
-            counts = function.__name__ in self._names
+            counts = self._is_step(function)
         else:
             counts = event == "call" and frame.f_globals.get("__name__", "").startswith(self._modules or ("-",))
         if counts:
             self.count += 1
             self._between(self.count)
 
+    def _is_step(self, function: Any) -> bool:
+        return function.__name__ in self._names and not isinstance(getattr(function, "__self__", None), _IN_MEMORY)
 
-class FailAfterWrite(Steps):
+
+class Fails(Steps):
+    """Fails once, at the n-th step.
+
+    Attributes:
+        failed: Whether there were so many.
+    """
+
+    def __init__(self, number: int, names: Collection[str]) -> None:
+        """Fail at the `number`-th, counted from 1."""
+        super().__init__(names=names)
+        self._number = number
+        self.failed = False
+
+    def _fail(self, error: Exception) -> None:
+        self.count += 1
+        if self.count == self._number:
+            self.failed = True
+            raise error
+
+
+class FailAfterWrite(Fails):
     """Loses the answer to the n-th thing that is sent: the server has it, and whoever sent it sees a broken connection.
 
         with FailAfterWrite(3):
@@ -84,16 +113,47 @@ class FailAfterWrite(Steps):
 
     def __init__(self, number: int, names: Collection[str] = SENT) -> None:
         """Fail once, after the `number`-th is sent, counted from 1."""
-        super().__init__(names=names)
-        self._number = number
-        self.failed = False
+        super().__init__(number, names)
 
     def _profile(self, _frame: FrameType, event: str, function: Any) -> None:
-        if event == "c_return" and function.__name__ in self._names:
-            self.count += 1
-            if self.count == self._number:
-                self.failed = True
-                raise ConnectionResetError(f"what was sent as number {self.count} is lost with its answer")
+        if event == "c_return" and self._is_step(function):
+            self._fail(ConnectionResetError("what was sent is lost with its answer"))
+
+
+class FailBeforeWrite(Fails):
+    """Lets the n-th step fail before it has begun, as its client would say it: a connection that is broken, a disk that is full.
+
+        with FailBeforeWrite(3):
+            consumer.apply(batch)
+
+    Only steps count of which it is known what their client raises: sockets, files, and clients that name their errors as PEP 249 does.
+
+    Attributes:
+        failed: Whether there were so many.
+    """
+
+    def __init__(self, number: int, names: Collection[str] = STEPS) -> None:
+        """Fail once, before the `number`-th step, counted from 1."""
+        super().__init__(number, names)
+
+    def _profile(self, _frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and self._is_step(function) and (error := _refusal(function)):
+            self._fail(error)
+
+
+def _refusal(function: Any) -> Exception | None:
+    """Return what a step raises that could not be done; None where that is not known."""
+    if function.__name__ in SENT:
+        return ConnectionResetError("the connection was broken before this was sent")
+    owner = function.__self__
+    if isinstance(owner, IOBase) or owner is sys.modules[os.name]:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for cls in type(owner).__mro__:
+        client = sys.modules.get(cls.__module__.partition(".")[0])
+        if error := getattr(client, "OperationalError", None):
+            failed: Exception = error("the disk is full")
+            return failed
+    return None
 
 
 def dies_before(step: int, work: Callable[[], None], modules: tuple[str, ...] = ()) -> bool:
@@ -110,6 +170,7 @@ def dies_before(step: int, work: Callable[[], None], modules: tuple[str, ...] = 
             os._exit(_DIED)
 
     def mortal() -> None:
+        gc.freeze()  # what others left is theirs: a client whose threads stayed behind cannot be ended here (librdkafka crashes)
         with Steps(between, modules=modules):
             work()
 

@@ -60,10 +60,10 @@ def product(id_: int, name: str, category: int) -> dict[str, object]:
 
 WHEN = {"created_at": "2026-01-02T03:04:05Z"}
 SHOP = {
-    PRODUCTS: [product(1, "kettle", 5), product(2, "cup", 5), product(1, "pot", 5)],
+    PRODUCTS: [product(2, "kettle", 5), product(10, "cup", 5), product(2, "pot", 5)],
     CATEGORIES: [{"id": 5, "name": "kitchen"}],
     REVIEWS: [
-        {"id": 7, "product_id": 1, "author": "A", "stars": 4, "body": "good", **WHEN},
+        {"id": 7, "product_id": 2, "author": "A", "stars": 4, "body": "good", **WHEN},
         {"id": 8, "product_id": 3, "author": "B", "stars": 1, "body": "of what is not there", **WHEN},
     ],
 }
@@ -105,6 +105,7 @@ class TestWarehouse(ConsumerConformance):
     lost = "description"
     modules = ("headrace.stores.duckdb",)
     test_every_lost_answer = None  # it is a file
+    test_every_write_that_does_not_arrive = None  # DuckDB writes it, which Python does not see
     stride = STRIDE
 
     @pytest.fixture

@@ -10,6 +10,15 @@ from pathlib import Path
 
 import pytest
 
+LATE = """ours = "SELECT 1 FROM generations WHERE number = ? AND owner = ?"
+            if not self._db.execute(ours, (self._number, self._owner)).fetchone():
+                for change in batch.changes:
+                    row = (self._number, change.table, change.key.decode(), codec.dumps(change.row), change.version.packed())
+                    if change.row is not None:
+                        self._db.execute("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?)", row)
+                return
+            self._move(batch.position)"""
+"""What is newer than it wins, but what was deleted since leaves nothing that could."""
 FAULTS = {
     "the position is forgotten": (
         "return codec.decode_position(position) if position else None",
@@ -65,6 +74,93 @@ FAULTS = {
         "for change in batch.changes:",
         "for change in batch.changes:\n                assert change.schema == 1",
         "test_a_column_more",
+    ),
+    "a delete is not seen while it loads": (
+        "for change in batch.changes:",
+        "for change in batch.changes:\n                if batch.loading and change.row is None:\n                    continue",
+        "test_a_build_shows_nothing_before_its_first_state",
+    ),
+    "a promotion takes the earlier generation away": (
+        'SET live = (number = ?)", (self._number,))',
+        'SET live = (number = ?)", (self._number,))\n            self._db.execute("DELETE FROM generations WHERE NOT live")',
+        "test_a_promotion_keeps_the_earlier_generation",
+    ),
+    "a promotion empties the earlier generation": (
+        'SET live = (number = ?)", (self._number,))',
+        'SET live = (number = ?)", (self._number,))\n            self._db.execute("DELETE FROM rows WHERE number <> ?", (self._number,))',
+        "test_a_promotion_keeps_the_earlier_generation",
+    ),
+    "a promotion is two steps": (
+        """with self._transaction():
+            self._db.execute("UPDATE generations SET live = (number = ?)", (self._number,))""",
+        """self._db.execute("UPDATE generations SET live = 0")
+        self._db.execute("UPDATE generations SET live = 1 WHERE number = ?", (self._number,))""",
+        "test_a_kill_between_every_two_steps_of_a_promotion",
+    ),
+    "a drop is three steps, and what is left is taken for whole": (
+        """with self._transaction():
+            for table in ("generations", "rows", "staged"):""",
+        """if True:
+            for table in ("rows", "staged", "generations"):""",
+        "test_a_kill_between_every_two_steps_of_a_drop",
+    ),
+    "whoever was replaced brings back what was deleted since": (
+        "self._move(batch.position)",
+        LATE,
+        "test_a_process_that_was_replaced_changes_nothing_any_more",
+    ),
+    "a write that failed is not noticed": (
+        'self._db.execute("INSERT OR REPLACE INTO staged VALUES (?, ?, ?, ?, ?)", staged)',
+        """try:
+                    self._db.execute("INSERT OR REPLACE INTO staged VALUES (?, ?, ?, ?, ?)", staged)
+                except Exception:
+                    pass""",
+        "test_every_write_that_does_not_arrive",
+    ),
+    "a full disk stops it for good": (
+        "except sqlite3.OperationalError as error:",
+        "except ZeroDivisionError as error:",
+        "test_every_write_that_does_not_arrive",
+    ),
+    "a scan goes backwards": (
+        '(tbl, key) > (?, ?) ORDER BY tbl, key LIMIT ?",\n            (self._number, *(after or ("", "")), limit),',
+        '(tbl, key) < (?, ?) ORDER BY tbl DESC, key DESC LIMIT ?",\n            (self._number, *(after or ("~", "~")), limit),',
+        "test_a_scan_gives_the_same_rows_in_pages_of_any_size",
+    ),
+    "a scan goes by numbers": (
+        """AND (tbl, key) > (?, ?) ORDER BY tbl, key LIMIT ?",
+            (self._number, *(after or ("", "")), limit),""",
+        """AND (tbl, key->>'id') > (?, ?) ORDER BY tbl, key->>'id' LIMIT ?",
+            (self._number, *((after[0], codec.loads(after[1])["id"]) if after else ("", -9)), limit),""",
+        "test_a_scan_gives_the_same_rows_in_pages_of_any_size",
+    ),
+    "it is asked for rows and gives those that nobody sees yet": (
+        "    def scan(",
+        """    def get(self, keys):
+        both = "SELECT * FROM rows UNION SELECT * FROM staged ORDER BY version"
+        newest = {(table, key): (row, version) for number, table, key, row, version in self._db.execute(both) if number == self._number}
+        found = [(key, *newest[key]) for key in map(tuple, keys) if key in newest]
+        return [ViewRow(*key, codec.loads(row), Version.unpacked(version)) for key, row, version in found if row]
+
+    def scan(""",
+        "test_single_rows_and_counts_are_those_of_a_scan",
+    ),
+    "it counts every generation": (
+        "    def scan(",
+        """    def count(self):
+        return dict(self._db.execute("SELECT tbl, count(*) FROM rows GROUP BY tbl"))
+
+    def scan(""",
+        "test_single_rows_and_counts_are_those_of_a_scan",
+    ),
+    "half a state is kept in a variable of the module": (
+        'self._db.execute("INSERT OR REPLACE INTO staged VALUES (?, ?, ?, ?, ?)", staged)',
+        """kept = globals().setdefault("_KEPT", {})
+                kept[staged[:3]] = staged
+                if batch.complete:
+                    for each in list(kept):
+                        self._db.execute("INSERT OR REPLACE INTO staged VALUES (?, ?, ?, ?, ?)", kept.pop(each))""",
+        "test_what_one_process_begins_another_ends",
     ),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from headrace.errors import Misconfigured, Poison, Wiped
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
-from headrace.stores.kafka import KafkaTopic, live_topic
+from headrace.stores.kafka import KafkaTopic, live_topic, topic
 from headrace.testing import History, shape
 from headrace_ops.kafka import Kafka
 
@@ -80,6 +81,49 @@ def test_what_is_written_can_be_read_at_once(stream: Stream) -> None:
             position = batch.position
         assert stream.read() == {"0": f"kettle {turn}", "1": f"cup {turn}"}
     consumer.close()
+
+
+@pytest.mark.parametrize("pages", [(1, 1), (1, 2), (2, 1)])
+def test_scans_that_take_turns_read_the_topic_once_each(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch, pages: tuple[int, int]
+) -> None:
+    """A later one shows what is there when it begins, wherever an earlier one stands meanwhile."""
+    stream.commit(*"abcdef")
+    stream.catch_up()
+    consumer, position = stream.open()
+    with closing(consumer):
+        reads = _counted(monkeypatch)
+        seen: list[list[tuple[str, str]]] = [[], []]
+        seen[0] += _page(consumer, [], pages[0])
+        stream.commit(*"ABCDEF")
+        for batch in stream.log.batches(position):
+            consumer.apply(batch)
+        going = [0, 1]
+        while going:
+            for number in tuple(going):
+                found = _page(consumer, seen[number], pages[number])
+                seen[number] += found
+                if not found:
+                    going.remove(number)
+        assert seen[1] == [(str(number), name) for number, name in enumerate("ABCDEF")]
+        assert [(key, name.upper()) for key, name in seen[0]] == seen[1]
+        assert len(reads) == 2
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Return a list with an entry for each reading of a topic."""
+    reads: list[object] = []
+
+    def counting(*args: Any) -> Any:
+        reads.append(args)
+        return read_to_end(*args)
+
+    monkeypatch.setattr(topic, "read_to_end", counting)
+    return reads
+
+
+def _page(consumer: Titles, rows: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
+    return [(row.key, row.value["name"]) for row in consumer.scan(("", rows[-1][0]) if rows else None, limit)]
 
 
 def test_a_live_topic_that_somebody_deletes_is_pointed_at_again_when_it_is_whole(stream: Stream) -> None:

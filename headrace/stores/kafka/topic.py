@@ -37,6 +37,8 @@ from headrace.stores import Doc
 
 _LIVE = b"live"
 _CLEARED = 1000
+_SCANS = 4
+"""So many may take turns, each with what it reads on disk; one more makes the one that has waited longest read again."""
 _CHECK_SECONDS = 1.0
 _VISIBLE_SECONDS = 15.0
 
@@ -58,7 +60,7 @@ class KafkaTopic:
         self._version = NOWHERE
         self._checked = 0.0
         self._count = partitions
-        self._rows: _Rows | None = None
+        self._scans: dict[str, _Rows] = {}
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Kafka of `settings`."""
@@ -66,6 +68,7 @@ class KafkaTopic:
         self._consumer = consumer
         self.name = self.name or consumer
         self._topics = Log(settings).topics
+        self._scans = {}
         self._known = _Known(settings, self._topics, self._pointers)
 
     def generations(self) -> list[Generation]:
@@ -163,17 +166,28 @@ class KafkaTopic:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._rows = None
+        self._scans = {}
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
         """Return some documents as readers see them."""
         return _Rows(self._documents()).named(ids)
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
-        """Return documents as readers see them, by id. A scan reads the topic when it begins."""
-        if self._rows is None or after is None or self._rows.last != after[1]:
-            self._rows = _Rows(self._documents())
-        return self._rows.next(after[1] if after else None, limit)
+        """Return documents as readers see them, by id. A scan reads the topic when it begins; a few at once go on in turns."""
+        start = after[1] if after else None
+        rows = self._scans.get(start) if start is not None else None
+        rows = rows or _Rows(self._documents())
+        found = rows.next(start, limit)
+        if found:
+            self._keep(found[-1].key, rows)
+        return found
+
+    def _keep(self, last: str, rows: _Rows) -> None:
+        """Let a scan go on from where it stands. Where two stand at one place, both have what was read later."""
+        kept = self._scans.pop(last, rows)
+        self._scans[last] = max(kept, rows, key=lambda each: each.since)
+        if len(self._scans) > _SCANS:
+            del self._scans[next(iter(self._scans))]
 
     # How
 
@@ -264,7 +278,7 @@ class _Rows:
     """The newest document of each id at one moment, on disk in SQLite's temporary database [I10]."""
 
     def __init__(self, documents: Iterator[tuple[str, bytes | None, int]]) -> None:
-        self.last = ""
+        self.since = time.monotonic()
         self._db = sqlite3.connect("", check_same_thread=False)
         self._db.execute("CREATE TABLE docs (id TEXT PRIMARY KEY, body BLOB, version INT) WITHOUT ROWID")
         self._db.executemany("INSERT OR REPLACE INTO docs VALUES (?, ?, ?)", documents)
@@ -276,9 +290,7 @@ class _Rows:
     def next(self, after: str | None, limit: int) -> list[ViewRow]:
         than = ">=" if after is None else ">"  # the empty text is an id too
         query = f"SELECT id, body, version FROM docs WHERE id {than} ? AND body IS NOT NULL ORDER BY id LIMIT ?"
-        rows = [_row(found) for found in self._db.execute(query, (after or "", limit))]
-        self.last = rows[-1].key if rows else ""
-        return rows
+        return [_row(found) for found in self._db.execute(query, (after or "", limit))]
 
 
 class _Known:
