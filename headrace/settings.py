@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -107,6 +108,18 @@ def environment(settings: Settings) -> dict[str, str]:
         for f in fields(settings)
         if getattr(settings, f.name) != f.default
     }
+
+
+def masked(value: str) -> str:
+    """Hide the password of an address: of a URL, with or without its scheme, and in each of the forms that libpq takes."""
+    value = re.sub(r"(^|://)([^:/@\s]*:)\S*@", r"\1\2***@", value)
+    return re.sub(r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", value)
+
+
+def bad_address(name: str, value: str, error: Exception, remedy: str) -> Misconfigured:
+    """Return the refusal of a setting that a client cannot read; its words may quote the password that was in it."""
+    why = "" if "@" in value else f": {error}"
+    return Misconfigured("bad-setting", f"{name}={masked(value)!r} is no address{why}.", remedy)
 
 
 def table() -> list[tuple[str, str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from headrace import plugins as found
 from headrace import runner
 from headrace.cli.show import out, print_json
 from headrace.errors import USAGE
-from headrace.settings import load, table
+from headrace.settings import load, masked, table
 
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="NAME...", help="Consumers, by the names that `headrace plugins` lists.")
@@ -79,7 +78,7 @@ def settings(json: AsJson = False) -> None:
     """
     now = load()
     rows = [
-        {"setting": name, "value": _masked(str(getattr(now, name[9:].lower()))), "default": default, "meaning": doc}
+        {"setting": name, "value": masked(str(getattr(now, name[9:].lower()))), "default": default, "meaning": doc}
         for name, default, doc in table()
     ]
     if json:
@@ -91,12 +90,6 @@ def settings(json: AsJson = False) -> None:
             row["setting"], row["value"], row["default"] if row["default"] != row["value"] else "", row["meaning"]
         )
     out.print(shown)
-
-
-def _masked(value: str) -> str:
-    """Hide the password of an address, in each of the forms that libpq takes."""
-    value = re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)
-    return re.sub(r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", value)
 
 
 def _package(entry: object) -> str:

@@ -109,6 +109,12 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
             f"Kafka does not take a record that large while {doing}.",
             "Raise HEADRACE_MESSAGE_MAX_BYTES for everybody, or make less of it.",
         )
+    if name == "TOPIC_EXCEPTION":
+        return Misconfigured(
+            "topic-refused",
+            f"Kafka does not take the name while {doing}: {error.str()}.",
+            "If it collides with another table's: ALTER PUBLICATION … DROP TABLE one of the two, or choose another HEADRACE_SOURCE.",
+        )
     if name in {"_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"}:
         return Transient("fenced", f"Another process took over while {doing}.", "Stop one of the two.")
     if "AUTH" in name or name == "CLUSTER_AUTHORIZATION_FAILED":

@@ -265,6 +265,28 @@ def test_a_key_that_changed(captured: Settings) -> None:
 # The process
 
 
+def test_two_tables_whose_topics_are_one_for_kafka(settings: Settings) -> None:
+    """Setup leaves the second out; where somebody published it all the same, capture names it, and goes on without it."""
+    first, second = "app.user_log", "app_user.log"
+    prepare(
+        settings, "CREATE SCHEMA app", f"CREATE TABLE {first} (id int PRIMARY KEY)", f"INSERT INTO {first} VALUES (1)"
+    )
+    execute(settings, "CREATE SCHEMA app_user", f"CREATE TABLE {second} (id int PRIMARY KEY)")
+    publication = f"ALTER PUBLICATION {settings.publication}"
+    with capturing(settings) as running:
+        running.reach()
+    execute(settings, f"{publication} ADD TABLE {second}", f"INSERT INTO {second} VALUES (1)")
+    error = refused(settings)
+    assert (error.code, error.exit_code) == ("topic-refused", 3)
+    assert f"{settings.source}.{first}" in error.message
+    assert f"{settings.source}.{second}" in error.message
+    execute(settings, f"{publication} DROP TABLE {second}", f"INSERT INTO {first} VALUES (2)")
+    with capturing(settings) as running:
+        running.reach()
+        running.hear(f"{second} is left out")
+        assert replay(settings, first) == selected(settings, first)
+
+
 def test_sigterm_stops_it_cleanly(captured: Settings) -> None:
     """Exit code 0; what was committed before is in the log, and the slot is free."""
     process = spawn(captured)

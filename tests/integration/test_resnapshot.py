@@ -301,15 +301,17 @@ def test_pause_resume_cancel(commands: Settings, capsys: pytest.CaptureFixture[s
 
 
 @contextmanager
-def awaited(settings: Settings, table: str) -> Iterator[subprocess.Popen[str]]:
+def awaited(settings: Settings, table: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Run `headrace resnapshot TABLE --wait`; go on when capture has answered that it will be done."""
     kept = Control(Log(settings)).kept
-    command = [sys.executable, "-m", "headrace", "resnapshot", table, "--wait"]
+    command = [sys.executable, "-m", "headrace", "resnapshot", table, "--wait", *options]
     environ = os.environ | environment(settings) | {"COLUMNS": "200"}
     reporting(settings)
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as waiter:
         try:
-            eventually("it is to be read again", lambda: f"public.{table}" in phases(settings))
+            eventually(
+                "it is to be read again", lambda: any(name.startswith(f"public.{table}") for name in phases(settings))
+            )
             eventually("that is answered", lambda: kept("capture", "request") == [{}])
             yield waiter
         finally:
@@ -336,6 +338,23 @@ def test_who_waits_for_a_pass_is_told_when_capture_is_gone(settings: Settings, e
         end(capture)
     assert (waiter.returncode, "capture-not-running" in said) == (3, True), said
     assert ("It stopped: " in said) == (ends == "row-too-large"), said
+
+
+@pytest.mark.parametrize("options", [[], ["--key", "1"]])
+def test_who_waits_for_a_pass_is_told_when_it_is_cancelled(settings: Settings, options: list[str]) -> None:
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1)")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        reporting(settings)
+        with psycopg.connect(settings.dsn) as application:
+            application.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+            with awaited(settings, "items", *options) as waiter:
+                ask(settings, "cancel")
+                said = waiter.communicate(timeout=60)[0]
+        assert (waiter.returncode, "resnapshot-cancelled" in said) == (3, True), said
+        with awaited(settings, "items", *options) as waiter:
+            said = waiter.communicate(timeout=60)[0]
+        assert waiter.returncode == 0, said
 
 
 def test_who_waits_for_a_pass_is_told_when_it_is_paused(settings: Settings) -> None:

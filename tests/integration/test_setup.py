@@ -358,6 +358,24 @@ def test_a_table_whose_topic_kafka_would_not_take_is_left_out(db: Connection, so
     assert len(made.tables) == 1
 
 
+def test_of_two_tables_whose_topics_kafka_takes_for_one_the_second_is_left_out(
+    db: Connection, source: Settings
+) -> None:
+    """Kafka writes "." as "_" where it counts topics: what is published keeps its topic, whichever comes first by name."""
+    db.execute(
+        "CREATE SCHEMA app_user; CREATE TABLE app_user.log (id int PRIMARY KEY); CREATE TABLE app_user.x (n int)"
+    )
+    prepared(db, source)
+    db.execute("CREATE SCHEMA app; CREATE TABLE app.user_log (id int PRIMARY KEY); CREATE TABLE app.user_x (n int)")
+    made = prepared(db, source)
+    assert [table.full_name for table in made.tables] == ["app_user.log"]
+    assert {left.table: left.reason for left in made.left_out}["app.user_log"].endswith("app_user.log")
+    with pytest.raises(Misconfigured, match=r"app_user\.log"):
+        setup.plan(db, source, ["app.user_log"])
+    with pytest.raises(Misconfigured, match=r"app_user\.x"):
+        setup.plan(db, source, [], appended=["app_user.x", "app.user_x"])
+
+
 def test_setup_says_when_a_failover_could_lose_what_was_published(
     each_postgres: Postgres, each_source: Settings
 ) -> None:

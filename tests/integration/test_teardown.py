@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+
 import orjson
+import psycopg
+import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from headrace.log import Log
+from headrace.settings import Settings
+from headrace_capture import catalog, setup, teardown
 from headrace_capture.slot import slot_facts
 from tests.fixtures.capture import eventually, execute, rows
 from tests.fixtures.processes import System
@@ -41,3 +49,81 @@ def test_it_names_its_topics_and_deletes_those_and_no_others(system: System) -> 
     assert not slot_facts(settings)["exists"]
     assert rows(settings, "SELECT pubname FROM pg_publication") == []
     assert "nothing of headrace is left" in system.run("teardown", "--topics", "--yes")
+
+
+@pytest.fixture
+def role(fresh_database: Callable[[], str]) -> Iterator[tuple[Settings, str]]:
+    """Settings of an empty database, and a role that may log in and no more."""
+    dsn = fresh_database()
+    name = dsn.rpartition("/")[2]
+    settings = replace(Settings(), source=name, dsn=dsn, slot=name, publication=name)
+    execute(settings, f"CREATE ROLE r_{name} LOGIN PASSWORD 'pw'")
+    yield settings, f"r_{name}"
+    execute(settings, f"DROP OWNED BY r_{name}", f"DROP ROLE r_{name}")
+
+
+def set_up(settings: Settings, role: str, *tables: str) -> None:
+    """Run setup for `role`, and make the slot, as capture would."""
+    with closing(catalog.connect(settings.dsn)) as db:
+        setup.apply(db, setup.plan(db, settings, list(tables), role))
+        db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [settings.slot])
+
+
+def torn_down(settings: Settings) -> list[str]:
+    """Run teardown; return what it says that it keeps."""
+    with closing(catalog.connect(settings.dsn)) as db:
+        removal = teardown.plan(db, settings)
+        teardown.run(db, settings, removal)
+        return list(removal.kept)
+
+
+def test_a_role_that_a_slot_of_another_database_may_need_keeps_its_attributes(
+    role: tuple[Settings, str], fresh_database: Callable[[], str]
+) -> None:
+    """Attributes are the whole server's: without them the other source's capture is refused, and its slot keeps WAL."""
+    shop, name = role
+    dsn = fresh_database()
+    other = dsn.rpartition("/")[2]
+    billing = replace(shop, source=other, dsn=dsn, slot=other, publication=other)
+    for settings in (shop, billing):
+        execute(settings, "CREATE TABLE t (id int PRIMARY KEY)", "ALTER TABLE t ENABLE ROW LEVEL SECURITY")
+        set_up(settings, name)
+    try:
+        kept = torn_down(shop)
+        assert [line.rpartition(": ")[2] for line in kept] == [
+            f'ALTER ROLE "{name}" {attribute}' for attribute in ("NOREPLICATION", "NOBYPASSRLS")
+        ]
+        assert all(f"slot {billing.slot}" in line for line in kept)
+        theirs = psycopg.conninfo.make_conninfo(billing.dsn, user=name, password="pw")
+        catalog.connect_replication(theirs).close()
+        with catalog.connect(theirs) as reading:
+            reading.execute("SELECT FROM public.t")
+        assert torn_down(billing) == []
+    finally:
+        execute(billing, f"DROP OWNED BY {name}")
+
+
+def test_what_another_source_of_the_same_database_relies_on_stays(role: tuple[Settings, str]) -> None:
+    shop, name = role
+    second = replace(shop, source="second", slot=f"{shop.slot}_2", publication=f"{shop.publication}_2")
+    execute(shop, "CREATE SCHEMA s", "CREATE TABLE s.both (id int PRIMARY KEY, big text)")
+    execute(shop, "CREATE TABLE s.parts (id int PRIMARY KEY, big text) PARTITION BY RANGE (id)")
+    execute(shop, "CREATE TABLE s.part PARTITION OF s.parts FOR VALUES FROM (0) TO (10)")
+    execute(shop, "CREATE SCHEMA alone", "CREATE TABLE alone.one (id int PRIMARY KEY, big text)")
+    set_up(shop, name)
+    set_up(second, name, "s.both", "s.parts")
+    kept = torn_down(shop)
+    assert all(second.publication in line for line in kept)
+    full = "SELECT relname FROM pg_class WHERE relreplident = 'f' ORDER BY 1"
+    assert rows(shop, full) == [("both",), ("part",)]
+    may = f"SELECT has_table_privilege('{name}', o, 'SELECT') FROM unnest('{{s.both,s.parts,alone.one}}'::regclass[]) o"
+    assert rows(shop, may) == [(True,), (True,), (False,)]
+    uses = f"SELECT has_schema_privilege('{name}', s, 'USAGE') FROM unnest('{{s,alone}}'::regnamespace[]) s"
+    assert rows(shop, uses) == [(True,), (False,)]
+    assert rows(shop, f"SELECT rolreplication FROM pg_roles WHERE rolname = '{name}'") == [(True,)]
+    assert torn_down(second) == []
+    with closing(catalog.connect(shop.dsn)) as db:
+        for line in kept:
+            db.execute(line.rpartition(": ")[2].encode())
+    assert rows(shop, full) == []
+    assert rows(shop, f"SELECT rolreplication FROM pg_roles WHERE rolname = '{name}'") == [(False,)]

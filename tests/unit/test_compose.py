@@ -255,3 +255,18 @@ def test_compose_itself_accepts_the_file(tmp_path: Path) -> None:
     command[3] = str(nothing)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "see .env.example" in done.stderr
+
+
+def test_the_file_for_a_database_of_ones_own_is_whole_and_as_the_other_but_for_the_source() -> None:
+    text = (ROOT / "docker-compose.own.yml").read_text()
+    own = yaml.safe_load(filled(text))["services"]
+    assert own["kafka"] == SERVICES["kafka"]
+    for name in ("capture", "consumer-warehouse"):
+        same = [{k: v for k, v in service.items() if k != "environment"} for service in (own[name], SERVICES[name])]
+        assert same[0] == same[1]
+        settings.load({k: v for k, v in own[name]["environment"].items() if k.startswith("HEADRACE_")})
+    assert {needed for service in own.values() for needed in service.get("depends_on", {})} <= own.keys()
+    told = (ROOT / "docs/operating.md").read_text()
+    wanted = set(re.findall(r"\$\{(\w+):\?", text))
+    assert wanted == {"OWN_SOURCE", "OWN_DSN", "OWN_SETUP_DSN"}
+    assert all(f"    {name}=" in told for name in wanted)

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 from headrace.cli import app
 from headrace.errors import Misconfigured
 from headrace.settings import Settings, environment, load, table
+from headrace.stores.elasticsearch.client import client as elasticsearch
+from headrace.stores.redis.client import client as redis
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
@@ -73,3 +75,16 @@ def test_no_form_of_a_password_is_printed(dsn: str) -> None:
 
 def test_every_setting_has_a_meaning() -> None:
     assert all(meaning for _, _, meaning in table())
+
+
+@pytest.mark.parametrize("address", ["elastic:hidden@host:9200", "https://u:hidden#1@host:9200"])
+def test_an_address_that_a_store_cannot_read_is_told_without_its_password(address: str) -> None:
+    for settings, client in (
+        (Settings(elasticsearch=address), elasticsearch),
+        (Settings(redis=address), redis),
+    ):
+        with pytest.raises(Misconfigured) as caught:
+            client(settings)
+        assert caught.value.code == "bad-setting"
+        assert "hidden" not in str(caught.value)
+        assert "***@host" in str(caught.value)

@@ -19,7 +19,7 @@ from elasticsearch import (
 from headrace.change import Row, Version
 from headrace.consumer import ViewRow
 from headrace.errors import Misconfigured, Transient, Wiped
-from headrace.settings import Settings
+from headrace.settings import Settings, bad_address
 
 _TIMEOUT = 30
 _NAMED = re.compile(r"index \[([^\]]+)\]")
@@ -31,11 +31,8 @@ def client(settings: Settings) -> Elasticsearch:
     try:
         return Elasticsearch(settings.elasticsearch, request_timeout=_TIMEOUT, max_retries=0, retry_on_timeout=False)
     except ValueError as error:
-        raise Misconfigured(
-            "bad-setting",
-            f"HEADRACE_ELASTICSEARCH={settings.elasticsearch!r}: {error}.",
-            "Write it as http://host:9200 or https://user:password@host:9200.",
-        ) from error
+        remedy = "Write it as http://host:9200 or https://user:password@host:9200."
+        raise bad_address("HEADRACE_ELASTICSEARCH", settings.elasticsearch, error, remedy) from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from redis.retry import Retry
 
 from headrace.change import NOWHERE, Version
 from headrace.errors import Misconfigured, Transient
-from headrace.settings import Settings
+from headrace.settings import Settings, bad_address
 
 _TIMEOUT = 30
 _BUSY = re.compile("(^|-)(BUSY|LOADING|MISCONF|MASTERDOWN|NOREPLICAS|OOM|READONLY|TRYAGAIN) ")
@@ -33,9 +33,8 @@ def client(settings: Settings) -> redis.Redis:
             retry=Retry(NoBackoff(), 0),
         )
     except ValueError as error:
-        raise Misconfigured(
-            "bad-setting", f"HEADRACE_REDIS={settings.redis!r}: {error}.", "Write it as redis://host:6379/0."
-        ) from error
+        remedy = "Write it as redis://host:6379/0 or redis://:password@host:6379/0."
+        raise bad_address("HEADRACE_REDIS", settings.redis, error, remedy) from error
 
 
 @contextmanager

@@ -122,8 +122,8 @@ class Asked:
         for job in jobs:
             job.phase = CANCELLED
             self._disturb(job.table)
-            if job.key is None and job.table in self._cut.inexact:
-                self._jobs.put(job)  # or it would begin again by itself
+            if job.key is not None or job.table in self._cut.inexact:
+                self._jobs.put(job)  # or a row would pass for read, and such a table begin again by itself
             else:
                 self._jobs.drop(job.name)
         return {"jobs": [job.name for job in jobs]}

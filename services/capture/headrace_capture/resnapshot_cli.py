@@ -17,7 +17,7 @@ from headrace.errors import USAGE, Misconfigured
 from headrace.log import Log
 from headrace.settings import load
 from headrace_capture import recovery
-from headrace_capture.jobs import FAILED, PAUSED, Job, Jobs
+from headrace_capture.jobs import CANCELLED, FAILED, PAUSED, Job, Jobs
 from headrace_capture.progress import NAME
 from headrace_capture.tables import newest
 
@@ -61,7 +61,7 @@ def resnapshot(
     the runbook's entry of the code that it stopped with.
 
     Exit codes: 0 it will be done, or with --wait is; 2 no table was named; 3 capture does not run, or does not know the table, or could not
-    read it, with --wait also: it is paused; 5 a server does not answer.
+    read it, with --wait also: it is paused or cancelled; 5 a server does not answer.
 
     Examples:
 
@@ -99,7 +99,7 @@ def _carry_out(log: Log, verb: str, named: list[str], key: str, *, wait: bool, j
         args["key"] = _key(log, named, key)
     answer = _ask(log, verb, args)
     if wait and verb == "resnapshot":
-        _wait(log, answer["jobs"])
+        _wait(log, answer["jobs"], forgotten=bool(key))
     if json:
         print_json(answer)
     else:
@@ -150,8 +150,11 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
-def _wait(log: Log, names: list[str]) -> None:
-    """Wait until the jobs are done. It is no longer waited for what nobody does: capture has ended, or somebody paused one of them."""
+def _wait(log: Log, names: list[str], *, forgotten: bool) -> None:
+    """Wait until the jobs are done. Nobody waits for what nobody does: capture has ended, or one was paused or cancelled.
+
+    A row that was read is `forgotten`; a table that is not among the jobs any more was not read.
+    """
     control = Control(log)
     while True:
         jobs = Jobs(log).all
@@ -159,6 +162,11 @@ def _wait(log: Log, names: list[str]) -> None:
         failed = [job for job in waited if job.phase == FAILED]
         if failed:
             raise Misconfigured("resnapshot-failed", f"{failed[0].name}: {failed[0].reason}", "Mend that, ask again.")
+        gone = [] if forgotten else [name for name in names if name not in jobs]
+        cancelled = gone + [job.name for job in waited if job.phase == CANCELLED]
+        if cancelled:
+            said = f"{', '.join(cancelled)}: not read again: cancelled, or left out of the publication."
+            raise Misconfigured("resnapshot-cancelled", said, "Ask again if it is still to be read.")
         if not any(job.open for job in waited):
             return
         paused = [job.name for job in waited if job.phase == PAUSED]

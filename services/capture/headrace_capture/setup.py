@@ -86,14 +86,17 @@ def plan(
     present = _present(connection, settings.publication, memory)
     loose = _loose(connection, made, memory, appended, present)
     found = catalog.named_tables(connection, names) if names else catalog.all_tables(connection)
-    for table in [table for table in found if table.full_name not in made.append_only]:
-        reason = unusable(table, settings)
-        if reason and names:
+    taken = {_counted(table, settings): table.full_name for table in present}
+    wanted = []
+    for table in [*loose, *(table for table in found if table.full_name not in made.append_only)]:
+        appends = table.full_name in made.append_only
+        reason = (None if appends else unusable(table, settings)) or _same_topic(table, settings, taken)
+        if reason and (names or appends):
             raise Misconfigured(
                 "no-usable-key", f"{table.full_name} cannot be captured: {reason.reason}.", reason.remedy
             )
         made.left_out += [reason] if reason else []
-    wanted = [*loose, *(table for table in found if not unusable(table, settings))]
+        wanted += [] if reason else [table]
     made.tables = sorted({t.oid: t for t in [*present, *wanted]}.values(), key=lambda t: t.full_name)
     _fill(connection, settings, made, memory, {t.oid for t in present}, role)
     return made
@@ -139,6 +142,20 @@ def unusable(table: Table, settings: Settings) -> LeftOut | None:
         why = "a partition names its old rows by another index than the primary key"
         return LeftOut(table.full_name, why, "ALTER TABLE that partition REPLICA IDENTITY DEFAULT.")
     return None
+
+
+def _same_topic(table: Table, settings: Settings, taken: dict[str, str]) -> LeftOut | None:
+    """Return why the table's topic is another table's for Kafka, whose is in `taken`; None when it is not: then it is taken."""
+    other = taken.setdefault(_counted(table, settings), table.full_name)
+    if other == table.full_name:
+        return None
+    why = f'in the names of topics Kafka takes "." and "_" for one, so its topic would be that of {other}'
+    return LeftOut(table.full_name, why, "Rename it or its schema.")
+
+
+def _counted(table: Table, settings: Settings) -> str:
+    """Return the name by which Kafka tells the table's topic from others."""
+    return Log(settings).topic_of(table.full_name).replace(".", "_")
 
 
 def apply(connection: Connection, made: Plan) -> None:

@@ -83,6 +83,7 @@ def setup(
 def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json: AsJson = False) -> None:
     """Take headrace away from Postgres: slot, publication, and everything that setup changed is put back.
 
+    What another source of the server may need stays: it says so, with the statement that takes it away later.
     It says what it would do, and asks. With --json it does not ask: nothing is done without --yes. Views and their stores stay:
     see `headrace drop`.
 

@@ -1,7 +1,8 @@
 """Take headrace away from a source again: the slot, the publication, and everything that setup changed.
 
 A forgotten slot keeps WAL until the disk is full, so the slot goes first. What setup changed is read from its own
-memory in the source; a replica identity is put back only if it is still what setup made it.
+memory in the source; a replica identity is put back only if it is still what setup made it. What another source of the
+server found already given, and so does not remember, stays for it: its capture would be refused, and its slot keep WAL.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from psycopg import sql
 
 from headrace.errors import Misconfigured, Transient
 from headrace.settings import Settings
-from headrace_capture import rights
+from headrace_capture import catalog, rights
 from headrace_capture.catalog import Connection
 from headrace_capture.identities import WORDS
 from headrace_capture.memory import Memory, recall
 
 _LOCK_SECONDS = 3
+_Where = tuple[str, str]
+"""The schema and the name of a table; without a name the schema; without either the attributes of roles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,15 @@ def plan(connection: Connection, settings: Settings) -> Removal:
     if memory is None:
         return Removal(row is not None, (), _not_ours(connection, settings.publication))
     statements = [sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(settings.publication))]
-    statements += _restore(connection, memory)
-    return Removal(row is not None, tuple(statement.as_string() for statement in statements), ())
+    needed, kept = _needed(connection, settings), []
+    for where, statement in _restore(connection, memory):
+        if where in needed:
+            kept.append(
+                f"Stays, for {needed[where]} may need it; take it away when that is gone: {statement.as_string()}"
+            )
+        else:
+            statements.append(statement)
+    return Removal(row is not None, tuple(statement.as_string() for statement in statements), tuple(kept))
 
 
 def run(connection: Connection, settings: Settings, removal: Removal) -> None:
@@ -86,22 +96,43 @@ def _not_ours(connection: Connection, publication: str) -> tuple[str, ...]:
     return (f"The publication {publication} stays: headrace did not make it.",) if row and row[0] else ()
 
 
-def _restore(connection: Connection, memory: Memory) -> list[sql.Composed]:
-    """Return the statements for what still exists and is still as setup left it."""
+def _needed(connection: Connection, settings: Settings) -> dict[_Where, str]:
+    """Return what others rely on, and who: a table, a schema ("" for its name), the attributes of roles ("" for both)."""
+    needed: dict[_Where, str] = {}
+    for slot, database in connection.execute(_OTHER_SLOTS, [settings.slot]):
+        needed["", ""] = f"slot {slot} of database {database}"
+    for (name,) in connection.execute("SELECT pubname FROM pg_publication WHERE pubname <> %s", [settings.publication]):
+        if recall(connection, name) is None:
+            continue
+        for table in catalog.published_tables(connection, name):
+            at = {(table.schema, table.name), *((leaf.schema, leaf.name) for leaf in table.leaves)}
+            spots = at | {(schema, "") for schema, _ in at} | {("", "")}
+            needed = dict.fromkeys(spots, f"publication {name}") | needed
+    return needed
+
+
+def _restore(connection: Connection, memory: Memory) -> list[tuple[_Where, sql.Composed]]:
+    """Return the statements for what still exists and is still as setup left it, each with what it is of."""
     now = {(schema, name): identity for schema, name, identity in connection.execute(_IDENTITIES)}
     schemas = {schema for (schema,) in connection.execute("SELECT nspname FROM pg_namespace")}
     roles = {role for (role,) in connection.execute("SELECT rolname FROM pg_roles")}
-    statements = [
-        sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(sql.Identifier(c.schema, c.name), sql.SQL(WORDS[c.was]))
+    restore = sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}")
+    statements: list[tuple[_Where, sql.Composed]] = [
+        ((c.schema, c.name), restore.format(sql.Identifier(c.schema, c.name), sql.SQL(WORDS[c.was])))
         for c in memory.identities
         if now.get((c.schema, c.name)) == c.now
     ]
     for grant in memory.grants:
         there = not grant.schema or (grant.schema in schemas and (not grant.name or (grant.schema, grant.name) in now))
         if grant.role in roles and there:
-            statements.append(rights.take(grant))
+            statements.append(((grant.schema, grant.name), rights.take(grant)))
     return statements
 
+
+_OTHER_SLOTS = """
+SELECT slot_name, database FROM pg_replication_slots
+WHERE slot_type = 'logical' AND NOT temporary AND slot_name <> %s ORDER BY 1
+"""
 
 _SLOT = "SELECT active FROM pg_replication_slots WHERE slot_name = %s"
 

@@ -204,14 +204,14 @@ def _price(form: Form) -> Decimal:
         price = Decimal(str(form.get("price", "")).strip().replace(",", ".")).quantize(Decimal("0.01"))
     except InvalidOperation as error:
         raise BadFormError("A price is a number such as 9.90.") from error
-    if not 0 <= price <= _DEAREST:
+    if not price.is_finite() or not 0 <= price <= _DEAREST:
         raise BadFormError(f"A price is between 0 and {_DEAREST}.")
     return price
 
 
 def _whole(form: Form, name: str, least: int, most: int) -> int:
     text = str(form.get(name, ""))
-    if not text.isdecimal() or not least <= int(text) <= most:
+    if not text.isdecimal() or len(text) > len(str(_LARGEST)) or not least <= int(text) <= most:
         raise BadFormError(f"{name.capitalize()} is a whole number from {least} to {most}.")
     return int(text)
 
