@@ -139,6 +139,7 @@ def _counts(counted: Counted) -> dict[str, Any]:
             {"collection": name, "expected": expected, "found": found}
             for name, (expected, found) in counted.differing.items()
         ],
+        "notes": list(counted.notes),
     }
 
 
@@ -150,6 +151,8 @@ def _show_counts(facts: list[dict[str, Any]]) -> None:
         )
     out.print(shown)
     for fact in facts:
+        for note in fact["notes"]:
+            out.print(f"[yellow]note[/yellow] {fact['consumer']}: {escape(note)}")
         for each in fact["differences"]:
             what = f"{fact['consumer']} {each['collection']}".strip()
             out.print(f"[red]differs[/red] {escape(what)}: {each['found']} rows, {each['expected']} in Postgres")
