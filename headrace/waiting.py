@@ -38,7 +38,7 @@ def reached(
             return report
         if report is not None:
             check_whole(report)
-            _check_not_paused(report)
+            check_not_paused(report)
         if time.monotonic() > deadline:
             stands = f"is at {report.version}" if report else "has no live generation"
             said = f"{name} {stands}, not at {wanted}, after {seconds:.0f} s."
@@ -51,13 +51,19 @@ def check_whole(report: Report) -> None:
     """Refuse a view that has stopped, with its reason, and one that cannot equal Postgres because records are parked."""
     if parked := report.facts.get("parked"):
         raise records_parked(report.name, report.generation, parked)
+    check_not_stopped(report)
+
+
+def check_not_stopped(report: Report) -> None:
+    """Refuse a view that has stopped, with its reason."""
     if report.phase in {"stopped", "stale"}:
         said = f"{report.name} has stopped at {report.version}: {report.reason or report.phase}"
         remedy = report.remedy or f"Run: headrace rebuild {report.name}"
         raise Misconfigured(report.code or "stale-generation", said, remedy)
 
 
-def _check_not_paused(report: Report) -> None:
+def check_not_paused(report: Report) -> None:
+    """Refuse a view that is paused."""
     if report.phase == "paused":
         said = f"{report.name} is paused at {report.version}."
         raise Misconfigured("view-paused", said, f"Run: headrace resume {report.name}")

@@ -25,6 +25,7 @@ from headrace.log import Log
 from headrace.runner.comparing import Changed, Comparison, Held, compare
 from headrace.runner.scratch import Scratch
 from headrace.settings import load
+from headrace.waiting import check_not_paused, check_not_stopped
 
 _KINDS = {"added": "green", "removed": "red", "changed": "yellow"}
 _SIGNS = {"added": "+", "removed": "-", "changed": "~"}
@@ -78,13 +79,21 @@ def replay(
     log.require_checkpoints()
     live = against or name
     control = Control(log)
-    if not any(report.live for report in control.running(live)):
-        said = f"{live} has no live generation yet."
-        raise Misconfigured("no-live-generation", said, "Wait for its first build: headrace status --watch")
+    _check_goes_on(control, live)
     found = _compared(log, Held(control, live), name, made, limit if diff else 0)
     _show(name, live, found, json=json)
     if found.differs:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _check_goes_on(control: Control, live: str) -> None:
+    """Refuse a live view that will not come to where a replay is built to."""
+    found = [report for report in control.running(live) if report.live]
+    if not found:
+        said = f"{live} has no live generation yet."
+        raise Misconfigured("no-live-generation", said, "Wait for its first build: headrace status --watch")
+    check_not_stopped(found[0])
+    check_not_paused(found[0])
 
 
 def _compared(log: Log, held: Held, name: str, made: Any, limit: int) -> Comparison:

@@ -67,6 +67,7 @@ def why(
         "consumer": name,
         "generation": answer["generation"],
         "version": _version(answer["version"]),
+        "stale": answer.get("stale", False),
         "key": key,
         "waits": any(origin["waits"] for origin in origins),
         "document": _document(shown),
@@ -142,7 +143,10 @@ def _tree(facts: Facts) -> Tree:
         tree.add(Text("readers see nothing under this key", style="yellow"))
     if facts["waits"]:
         tree.add(Text("the rows below have changed since, and wait to be shown", style="yellow"))
-    if origin is None:
+    if facts["stale"]:
+        said = f"the rows it was made from are kept by other code than runs: headrace rebuild {facts['consumer']}"
+        tree.add(Text(said, style="yellow"))
+    elif origin is None:
         tree.add(Text("no rows of it are kept by the view's process", style="dim"))
     else:
         _grow(tree, "made from" if document else "the rows that are kept", origin)

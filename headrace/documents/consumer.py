@@ -40,7 +40,7 @@ from functools import partial
 from typing import ClassVar
 
 from headrace import codec
-from headrace.change import Change, Position, Row, TableSchema, Version
+from headrace.change import Change, Position, Row, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check, check_window
 from headrace.documents.declaration import Node
@@ -152,7 +152,7 @@ class DocumentConsumer:
         """
         local = self._opened()
         with errors(local.path, local.close):
-            self._learn_schemas(local, batch.schemas)
+            self._learn_schemas(local, batch)
             self._take(local, batch)
             if batch.complete:
                 self._publish(local, batch, self._when(batch))
@@ -305,10 +305,11 @@ class DocumentConsumer:
 
     def _of_one_row(self, local: LocalRows, changes: Sequence[Change]) -> Iterator[Sent]:
         for document in self.documents:
+            shape = local.shape(document.table)
             for change in changes:
                 if change.table == document.table:
                     touched = Touched(document, codec.decode_key(change.key), None)
-                    node = Node(change.table, change.row or {})
+                    node = Node(change.table, shape.whole(change.row or {}))
                     try:
                         doc = rendered(self, touched, node, self.id(change.table, touched.key), change.version)
                     except Poison:
@@ -329,18 +330,19 @@ class DocumentConsumer:
             self._local.close()
             self._local = None
 
-    def _learn_schemas(self, local: LocalRows, schemas: Mapping[tuple[str, int], TableSchema]) -> None:
+    def _learn_schemas(self, local: LocalRows, batch: Batch) -> None:
         """Hold the declaration against the newest schemas, once each, and let the local rows know them."""
-        if schemas.keys() <= self._checked:
+        if batch.schemas.keys() <= self._checked:
             return
-        newest = {schema.table: schema for _, schema in sorted(schemas.items())}
+        newest = {schema.table: schema for _, schema in sorted(batch.schemas.items())}
         for document in self.documents:
             if isinstance(document, Window):
                 check_window(document, newest)
             else:
                 check(document, newest)
-        local.learn(newest)
-        self._checked |= schemas.keys()
+        since = batch.changes[0].version if batch.changes else batch.position.version
+        local.learn(newest, since, whole=self.settings.feed == "headrace")
+        self._checked |= batch.schemas.keys()
 
 
 def _behind(local: Position, view: Position) -> bool:

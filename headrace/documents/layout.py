@@ -11,7 +11,7 @@ from typing import Final
 from headrace.documents.paths import TOUCHED
 from headrace.errors import Transient
 
-LAYOUT: Final = 4
+LAYOUT: Final = 5
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
 SCHEMA = """
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB);
@@ -29,7 +29,7 @@ WAITS = "since IS NOT NULL"
 IS_DUE = "(due <= :now OR due > :now + :interval)"
 """A time further away than the interval is of a clock that has been put back."""
 TOUCH = f"INSERT INTO touched VALUES (?, ?, ?, 0) {TOUCHED}"
-TOUCH_ALL = f"INSERT INTO touched SELECT ?, key, version, 0 FROM rows WHERE tbl = ? {TOUCHED}"
+TOUCH_ALL = f"INSERT INTO touched SELECT ?, key, coalesce(?, version), 0 FROM rows WHERE tbl = ? {TOUCHED}"
 LINK = "INSERT OR IGNORE INTO links VALUES (?, ?, ?)"
 LINK_BACK = "INSERT OR REPLACE INTO back VALUES (?, ?, ?)"
 INSERT = "INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"

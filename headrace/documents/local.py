@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headrace import codec
-from headrace.change import Change, Position, Row, TableSchema, Version
+from headrace.change import NOWHERE, Change, Position, Row, TableSchema, Version
 from headrace.documents import layout
-from headrace.documents.declaration import Node
+from headrace.documents.declaration import Folding, Level, Node
 from headrace.documents.nodes import Nodes
 from headrace.documents.order import Shape
 from headrace.documents.paths import Link, Paths, named, text_of, value_of
@@ -86,15 +86,39 @@ class LocalRows:
             self._keys: dict[str, list[str]] = codec.loads(self._meta("keys") or b"{}")
             shapes = codec.loads(self._meta("shapes") or b"{}")
             self.nodes = Nodes(self._db, self._paths, self.shape)
-            self._shapes = {table: Shape(tuple(key), frozenset(numbers)) for table, (key, numbers) in shapes.items()}
+            self._shapes = {
+                table: Shape(tuple(key), frozenset(numbers), columns)
+                for table, (key, numbers, columns) in shapes.items()
+            }
         except sqlite3.DatabaseError:
             self._db.close()
             raise
 
-    def learn(self, schemas: Mapping[str, TableSchema]) -> None:
-        """Take in the newest schemas of tables: how their values compare."""
-        self._shapes |= {table: Shape.of(schema) for table, schema in schemas.items() if table in self._paths.roots}
-        shapes = {table: (list(shape.key), sorted(shape.numbers)) for table, shape in self._shapes.items()}
+    def learn(self, schemas: Mapping[str, TableSchema], since: Version = NOWHERE, *, whole: bool = True) -> None:
+        """Take in the newest schemas of tables: how their values compare, and which columns `render` gets.
+
+        Where the columns of a table are others now, all documents that show rows of it are touched.
+
+        Args:
+            schemas: By the table.
+            since: The version of the change that came with them.
+            whole: Whether a schema has all columns of its table. Of a Debezium feed (S28) it has those of one row, perhaps an old one.
+        """
+        learned = {table: Shape.of(schema) for table, schema in schemas.items() if table in self._paths.roots}
+        if not whole:
+            learned = {table: shape._replace(columns={}) for table, shape in learned.items()}
+        others = {
+            table
+            for table, shape in learned.items()
+            if table in self._shapes and shape.columns.keys() != self._shapes[table].columns.keys()
+        }
+        for number, document in enumerate(self._documents):
+            if not others.isdisjoint(_shown(document)):
+                self._db.execute(layout.TOUCH_ALL, (number, since.packed(), document.table))
+        self._shapes |= learned
+        shapes = {
+            table: (list(key), sorted(numbers), dict(all_)) for table, (key, numbers, all_) in self._shapes.items()
+        }
         self._put("shapes", codec.dumps(shapes))
 
     def apply(self, change: Change, *, loading: bool) -> None:
@@ -190,7 +214,7 @@ class LocalRows:
         """Note all documents of one row each: who showed them as they came is gone."""
         for table, numbers in self._paths.roots.items():
             for number in numbers:
-                self._db.execute(layout.TOUCH_ALL, (number, table))
+                self._db.execute(layout.TOUCH_ALL, (number, None, table))
 
     def _clear(self, when: When) -> None:
         if not when.interval:
@@ -351,6 +375,15 @@ class LocalRows:
 
     def _put(self, name: str, value: bytes) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+
+def _shown(level: Level) -> Iterator[str]:
+    """Yield the tables whose rows `render` gets as they are; of an aggregate it gets values."""
+    if isinstance(level, Folding):
+        return
+    yield level.table
+    for join in level.joins.values():
+        yield from _shown(join)
 
 
 def _stored(change: Change, key: str, version: int, at: int) -> tuple[Any, ...]:

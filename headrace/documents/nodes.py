@@ -87,6 +87,7 @@ class Nodes:
         return Node(window.table, named((window.start,), key) | values)
 
     def _node(self, level: Level, row: Row, key: str, joined: Mapping[str, Under]) -> Node:
+        row = self._shape(level.table).whole(row)
         if not level.joins:
             return Node(level.table, row)
         joins = {name: self._joined(level, join, row, key, joined.get(name)) for name, join in level.joins.items()}

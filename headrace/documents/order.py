@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from headrace import codec
@@ -20,16 +21,25 @@ Comparable = tuple[int, Any, str]
 
 
 class Shape(NamedTuple):
-    """What comparing needs to know of a table: its key, empty when its rows have none, and the columns of numbers."""
+    """What documents need to know of a table: its key, empty when its rows have none, the columns of numbers, and all columns, empty
+    where they are not known."""
 
     key: Sequence[str] = ()
     numbers: Collection[str] = frozenset()
+    columns: Mapping[str, None] = MappingProxyType({})
 
     @classmethod
     def of(cls, schema: TableSchema) -> Shape:
         """Return what a schema says."""
         kinds = {column.name: (column.base or column.type).partition("(")[0] for column in schema.columns}
-        return cls(schema.key, frozenset(name for name, kind in kinds.items() if kind in _NUMBERS))
+        numbers = frozenset(name for name, kind in kinds.items() if kind in _NUMBERS)
+        return cls(schema.key, numbers, dict.fromkeys(kinds))
+
+    def whole(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with the table's columns of now, as Postgres has it: a later one is NULL there, one that is gone is not in it."""
+        if not self.columns or row.keys() == self.columns.keys():
+            return row
+        return {name: row.get(name) for name in self.columns}
 
 
 def comparable(value: Any, *, number: bool) -> Comparable:

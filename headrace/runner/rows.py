@@ -60,18 +60,23 @@ class Rows:
         return found
 
     def why(self, request: Request) -> dict[str, Any]:
-        """Send a row, if readers see it, and then what it was made from, as far as the consumer tells; answer how the view stands."""
+        """Send a row, if readers see it, and then what it was made from, as far as the consumer tells; answer how the view stands.
+
+        Of a generation of other code only the row is sent.
+        """
         worker = self._generations.worker(request.args.get("generation"))
         key, limit = request.args["key"], request.args["limit"]
 
         def look(consumer: Consumer) -> tuple[list[ViewRow], list[Origin], Version]:
-            why = getattr(consumer, "why", None)
+            # A declaration of other code reads the kept rows wrongly: it numbers their joins otherwise.
+            why = getattr(consumer, "why", None) if not worker.still else None
             return _named(consumer, [key]), list(why(tuple(key), limit)) if why else [], worker.state.version
 
         found, origins, version = self._generations.wait_for(worker, look)
         self._control.send_rows(request, [*found, *map(_sent, origins)], last=True)
         number = worker.generation.number
-        return {"rows": request.id, "found": len(found), "generation": number, "version": list(version)}
+        stands = {"generation": number, "version": list(version), "stale": worker.still}
+        return {"rows": request.id, "found": len(found), **stands}
 
     def _send_page(self, worker: Worker, request: Request, after: Cursor | None, limit: int) -> None:
         """Queue the next rows of a scan; whatever becomes of them is told to who reads them."""

@@ -25,7 +25,7 @@ from headrace.control import Control, Report
 from headrace.errors import HeadraceError, Misconfigured, Transient, Wiped
 from headrace.log import Log
 from headrace.runner import generations, verbs
-from headrace.runner.scratch import NUMBER
+from headrace.runner.scratch import NUMBER, Scratch
 from headrace.settings import Settings, environment
 from headrace.stores.elasticsearch import SearchReader
 from headrace.stores.redis.reader import PageReader
@@ -34,7 +34,7 @@ from headrace_warehouse import Warehouse
 from tests.fixtures import ticks
 from tests.fixtures.capture import capturing, eventually, prepare
 from tests.fixtures.feed import ITEMS, Feed, writing
-from tests.fixtures.plain import Loses, Plain
+from tests.fixtures.plain import Doubled, Loses, Plain
 from tests.fixtures.serving import await_live, serving
 
 KEY = '{"id":1}'
@@ -627,6 +627,28 @@ def test_what_has_effects_is_not_replayed(settings: Settings, tmp_path: Path) ->
     refused = command(settings, "replay", "--consumer", f"{file}:Purge").exception
     assert isinstance(refused, Misconfigured)
     assert refused.code == "replay-no-view"
+
+
+def test_a_replay_against_a_view_that_stands_still_builds_nothing(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Scratch] = []
+    monkeypatch.setattr(Scratch, "build", lambda scratch, *_: built.append(scratch))
+    feed.cut((ITEMS, 1, 1))
+    words = ("replay", "doubled", "--consumer", f"{PLAIN}:Doubled", "--against", "plain")
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        control.ask("plain", "pause")
+        eventually("it is paused", lambda: report(control, "plain", 1).phase == "paused")
+        paused = command(settings, *words)
+        control.ask("plain", "resume")
+    with serving(settings, plain=Doubled) as control:
+        eventually("it is stale", lambda: report(control, "plain", 1).phase == "stale")
+        stale = command(settings, *words)
+    for ended, code in ((paused, "view-paused"), (stale, "stale-generation")):
+        assert isinstance(ended.exception, Misconfigured), ended.output
+        assert ended.exception.code == code
+    assert not built
 
 
 def test_a_replay_against_a_view_that_nobody_runs_says_so(feed: Feed, settings: Settings) -> None:

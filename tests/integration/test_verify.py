@@ -21,7 +21,7 @@ import redis
 from elasticsearch import Elasticsearch as Client
 
 from headrace import codec, plugins
-from headrace.change import Row
+from headrace.change import NOWHERE, Row, Version
 from headrace.consumer import ALL, Consumer, Cursor, ViewRow
 from headrace.control import Control
 from headrace.documents import Document, DocumentConsumer, Many, Node, One, count, mean
@@ -210,6 +210,31 @@ def test_rows_that_change_all_the_time_are_decided(settings: Settings) -> None:
     with kept(settings, Mirror), hot(settings):
         for _ in range(3):
             assert found(settings, Mirror).clean
+
+
+def test_so_are_rows_whose_keys_have_a_length(settings: Settings) -> None:
+    coins = "CREATE TABLE coins (id char(3) PRIMARY KEY, n int)"
+    flags = "CREATE TABLE flags (id bit(4) PRIMARY KEY, n int)"
+    prepare(settings, coins, flags, "INSERT INTO coins VALUES ('USD', 1)", "INSERT INTO flags VALUES (B'1010', 1)")
+    with kept(settings, Mirror), churned(settings, "UPDATE coins SET n = n + 1; UPDATE flags SET n = n + 1"):
+        seen = found(settings, Mirror)
+    assert seen.clean, seen.wrong
+
+
+class Undecided(Control):
+    """Asks a view that is always between two states."""
+
+    def counts(self, name: str, generation: int, timeout: float = 150.0) -> tuple[Version, dict[str, int]]:
+        return NOWHERE, super().counts(name, generation, timeout)[1]
+
+
+def test_a_count_that_is_of_no_certain_state_ends_in_time(settings: Settings) -> None:
+    prepare(settings, ITEMS)
+    with kept(settings, Mirror):
+        log = Log(settings)
+        with pytest.raises(Transient, match="between two states") as ended:
+            list(Verifier(log, Undecided(log), lambda *_: None, 1).count({"view": Mirror}))
+    assert ended.value.code == "view-behind"
 
 
 def test_a_row_that_changes_all_the_time_and_is_wrong_is_found(settings: Settings) -> None:

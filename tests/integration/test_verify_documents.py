@@ -12,7 +12,8 @@ from elasticsearch import Elasticsearch as Client
 
 from headrace import codec
 from headrace.change import Row
-from headrace.documents import Aggregate, Avg, Count, Document, DocumentConsumer, Many, Max, Min, Node, One, Sum
+from headrace.documents import Aggregate, Avg, Count, Document, DocumentConsumer, Many, Max, Min, Node, One, Sum, Window
+from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings
 from headrace.stores.elasticsearch import ElasticsearchIndex
@@ -236,3 +237,61 @@ def test_numbers_text_and_nulls_are_sorted_filtered_and_summed_as_in_postgres(se
     assert one["1"]["place"]["n"] == {"n": 3}
     assert one["4"]["place"] is None, "half of its key is NULL"
     assert [line["size"] for line in one["2"]["latest"]] == [20, 17]
+
+
+def _of_shop(**joins: Any) -> Document:
+    return Document("public.products", **joins)
+
+
+USES: dict[str, tuple[str, Document | Window]] = {
+    "by": ("reviews.product_id", _of_shop(r=Many("public.reviews", by="product_id"))),
+    "on": ("products.category_id", _of_shop(c=One("public.categories", on="category_id"))),
+    "where": ("reviews.hidden", _of_shop(r=Many("public.reviews", by="product_ref", where={"hidden": False}))),
+    "order": ("reviews.stars", _of_shop(r=Many("public.reviews", by="product_ref", order="-stars"))),
+    "least": ("reviews.stars", _of_shop(a=Aggregate("public.reviews", by="product_ref", x=Min("stars")))),
+    "sum": ("reviews.stars", _of_shop(a=Aggregate("public.reviews", by="product_ref", x=Sum("stars")))),
+    "count": ("reviews.stars", _of_shop(a=Aggregate("public.reviews", by="product_ref", x=Count("stars")))),
+    "deeper": (
+        "comments.review_id",
+        _of_shop(r=Many("public.reviews", by="product_ref", c=Many("public.comments", by="review_id"))),
+    ),
+    "window": ("reviews.at", Window("public.reviews", on="at", seconds=60, n=Count())),
+    "of a window": ("reviews.stars", Window("public.reviews", on="kept_at", seconds=60, n=Sum("stars"))),
+}
+"""Kinds of use of a column, each with the column."""
+
+
+def test_a_declared_column_that_is_gone_before_the_log_says_so_is_named(settings: Settings) -> None:
+    """No row was written since: the log's newest schema still has it."""
+    prepare(
+        settings,
+        "CREATE TABLE categories (id int PRIMARY KEY)",
+        "CREATE TABLE products (id int PRIMARY KEY, category_id int)",
+        "CREATE TABLE reviews (id int PRIMARY KEY, product_id int, product_ref int, hidden bool, stars int, "
+        "at timestamp, kept_at timestamp)",
+        "CREATE TABLE comments (id int PRIMARY KEY, review_id int)",
+        "INSERT INTO categories VALUES (1)",
+        "INSERT INTO products VALUES (1, 1)",
+        "INSERT INTO reviews VALUES (1, 1, 1, false, 5, '2026-01-01', '2026-01-01')",
+        "INSERT INTO comments VALUES (1, 1)",
+    )
+    with capturing(settings) as capture:
+        capture.reach()
+    for gone in dict.fromkeys(column for column, _ in USES.values()):
+        table, column = gone.split(".")
+        execute(settings, f"ALTER TABLE {table} DROP COLUMN {column}")
+    shapes = {schema.table: schema for schema in Log(settings).schemas().values()}
+    for use, (gone, declared) in USES.items():
+
+        class Declared(DocumentConsumer):
+            """A view of one of them."""
+
+            document = declared
+            store = ElasticsearchIndex("verify-gone", mappings={})
+
+            def render(self, row: Node) -> Row:
+                return dict(row)
+
+        with connect(settings) as postgres, pytest.raises(Misconfigured, match=gone.split(".")[1]) as refused:
+            list(everything(expectation(postgres, Declared, use, settings, shapes, dict.fromkeys(shapes)), postgres))
+        assert refused.value.code == "document-column", use

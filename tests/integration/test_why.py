@@ -12,10 +12,12 @@ import pytest
 
 from headrace.change import Change, format_lsn, parse_lsn
 from headrace.control import Control
+from headrace.documents import Document, Many, One
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from tests.fixtures.capture import eventually, execute, now, prepare, rows
 from tests.fixtures.plain import Plain
+from tests.fixtures.serving import serving
 from tests.integration.test_verify import ITEMS, SHOP, Products, kept
 
 pytestmark = pytest.mark.usefixtures("elasticsearch")
@@ -92,6 +94,33 @@ def test_a_document_is_told_with_its_rows_and_where_each_came_from(settings: Set
         assert "readers see nothing under this key" in hidden
         assert "render returned no document" in hidden
         assert "no rows of it are kept" in why(settings, "view", "3", code=1)
+
+
+class Turned(Products):
+    """The same joins, which other code numbers otherwise."""
+
+    document = Document(
+        "public.products",
+        reviews=Many("public.reviews", by="product_id"),
+        category=One("public.categories", on="category_id"),
+    )
+
+
+def test_rows_that_other_code_keeps_are_not_read_as_its_own(settings: Settings) -> None:
+    prepare(
+        settings,
+        *SHOP,
+        "INSERT INTO categories VALUES (1, 'kitchen')",
+        "INSERT INTO products VALUES (1, 'kettle', 1), (2, 'pot', 1)",
+        "INSERT INTO reviews VALUES (1, 1, 5, 'fine'), (2, 1, 4, 'good')",
+    )
+    with kept(settings, Products):
+        assert json.loads(why(settings, "view", "1", "--json"))["made_from"]["joins"]["reviews"]["count"] == 2
+    with serving(settings, view=Turned) as control:
+        eventually("it is stale", lambda: any(each.phase == "stale" for each in control.reports().get("view", [])))
+        told = json.loads(why(settings, "view", "1", "--json"))
+        assert (told["document"]["value"]["name"], told["made_from"], told["stale"]) == ("kettle", None, True)
+        assert "kept by other code" in why(settings, "view", "1")
 
 
 def test_a_view_that_keeps_no_rows_tells_its_row(settings: Settings) -> None:

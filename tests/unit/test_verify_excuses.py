@@ -53,6 +53,15 @@ def excused(take: Take) -> list[str]:
     return [difference.key for difference in take.ledger.differences(excused=True)]
 
 
+def test_a_row_that_refers_to_nothing_names_no_document(expected: Documents) -> None:
+    ids: list[str] = []
+    expected._consumer.id = lambda table, key: ids.append(f"{table} {key}") or "x"  # type: ignore[method-assign,func-returns-value]
+    nothing = {"product_id": None, "stars": 1, "hidden": False, "paid": None}
+    assert list(expected.named(change(REVIEWS, 9, nothing))) == []
+    assert list(expected.above(change(COMMENTS, 9, {"review_id": None, "said": "a"}))) == []
+    assert ids == []
+
+
 @pytest.mark.parametrize(
     ("what", "documents"),
     [

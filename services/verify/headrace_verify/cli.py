@@ -147,6 +147,7 @@ def _counts(counted: Counted) -> dict[str, Any]:
             {"collection": name, "expected": expected, "found": found}
             for name, (expected, found) in counted.differing.items()
         ],
+        "notes": list(counted.notes),
     }
 
 
@@ -158,6 +159,8 @@ def _show_counts(facts: list[dict[str, Any]]) -> None:
         )
     out.print(shown)
     for fact in facts:
+        for note in fact["notes"]:
+            out.print(f"[yellow]note[/yellow] {fact['consumer']}: {escape(note)}")
         for each in fact["differences"]:
             what = f"{fact['consumer']} {each['collection']}".strip()
             out.print(f"[red]differs[/red] {escape(what)}: {each['found']} rows, {each['expected']} in Postgres")

@@ -24,6 +24,7 @@ class Counted:
     version: Version
     expected: dict[str, int]
     found: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def differing(self) -> dict[str, tuple[int, int]]:
@@ -36,10 +37,11 @@ def drift(log: Log, collections: dict[str, list[str]], now: Moment, since: Ends,
     """Return how many rows more than the snapshot the state at `shown` has, by collection, from what was logged `since`."""
     more: Counter[str] = Counter()
     for collection, tables in collections.items():
-        before: Change | None = None
+        last: dict[tuple[str, int], Change] = {}
         for change in log.scan(*tables, since=since) if tables else ():
+            place = change.table, change.partition
+            before, last[place] = last.get(place), change
             again = before is not None and change.op == before.op == DELETE and change[2:7] == before[2:7]
-            before = change
             later = change.version > shown or change.version.epoch < shown.epoch
             if not (again or later) and now.unseen(change.xid, change.version.lsn):
                 more[collection] += {CREATE: 1, DELETE: -1}.get(change.op, 0)

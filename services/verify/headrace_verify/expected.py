@@ -8,6 +8,7 @@ again.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from psycopg import sql
@@ -16,6 +17,7 @@ from headrace import codec
 from headrace.change import Change, Row, TableSchema
 from headrace.consumer import ALL, Consumer
 from headrace.documents import Document, DocumentConsumer, Many, Node, One, Window
+from headrace.documents.checks import check, check_window
 from headrace.documents.declaration import Level
 from headrace.documents.windows import Root
 from headrace.errors import HeadraceError, Misconfigured, Poison
@@ -57,6 +59,7 @@ class Expectation(Protocol):
         tables: Those whose changes can excuse a difference.
         notes: What a reader should know.
         keyless: Collections whose rows have no key: see `multiset`.
+        left: Collections whose tables the log has and captures no more: their rows stay as they were (docs/formats.md).
         adrift: Tables of rows that come into a document without a change of their own and without being named by what
             changed: with the joined row that they refer to, or because a limit left them out before.
     """
@@ -64,6 +67,7 @@ class Expectation(Protocol):
     tables: tuple[str, ...]
     notes: tuple[str, ...]
     keyless: frozenset[str]
+    left: frozenset[str]
     adrift: frozenset[str]
 
     def queries(self, connection: Connection, roots: Sequence[RootKey] | None) -> Iterator[Query]:
@@ -121,12 +125,12 @@ def expectation(
     """Return what a view should hold.
 
     Raises:
-        Misconfigured: `verify-no-expectation`, `table-not-captured`.
+        Misconfigured: `verify-no-expectation`, `table-not-captured`, `document-column`.
     """
     if consumer.mirrors_rows:
         wanted = set(published) if tuple(consumer.tables) == ALL else set(consumer.tables)
         tables, notes = _tables(connection, sorted(wanted), shapes, published)
-        return Rows(tables, notes)
+        return Rows(tables, notes, frozenset(shapes.keys() - published.keys()))
     if issubclass(consumer, DocumentConsumer):
         tables, notes = _tables(connection, list(consumer.tables), shapes, published)
         lacking = sorted(set(consumer.tables) - {table.name for table in tables})
@@ -134,6 +138,7 @@ def expectation(
             said = f"{name} needs {', '.join(lacking)}, not captured."
             raise Misconfigured("table-not-captured", said, "Run: headrace setup --table TABLE --apply")
         _check_roots(consumer, name, {table.name: table for table in tables})
+        _check_columns(consumer, {table.name: table for table in tables}, shapes)
         return Documents(consumer(settings, name), {table.name: table for table in tables}, notes)
     raise Misconfigured(
         "verify-no-expectation",
@@ -147,6 +152,20 @@ def _check_roots(consumer: type[DocumentConsumer], name: str, tables: dict[str, 
         if isinstance(document, Document) and not tables[document.table].key:
             said = f"{name} has a document for each row of {document.table}, which is append-only: {_KEYLESS}."
             raise Misconfigured("verify-no-expectation", said, "Give the table a primary key and capture it by that.")
+
+
+def _check_columns(consumer: type[DocumentConsumer], tables: dict[str, Table], shapes: Shapes) -> None:
+    """Hold the declaration against the columns that Postgres has: the log says that one is gone only with the next row."""
+    there = {name: {column.name for column in table.columns} for name, table in tables.items()}
+    newest = {
+        name: replace(shapes[name], columns=tuple(each for each in shapes[name].columns if each.name in names))
+        for name, names in there.items()
+    }
+    for document in consumer.documents:
+        if isinstance(document, Window):
+            check_window(document, newest)
+        else:
+            check(document, newest)
 
 
 _KEYLESS = "in Postgres its rows have no key by which to find them (S10)"
@@ -175,13 +194,14 @@ def _tables(
 class Rows:
     """The rows of tables as they are: the collection is the table, the key the log's."""
 
-    def __init__(self, tables: list[Table], notes: tuple[str, ...]) -> None:
-        """Expect the rows of `tables`."""
+    def __init__(self, tables: list[Table], notes: tuple[str, ...], left: frozenset[str]) -> None:
+        """Expect the rows of `tables`, and of those that `left` any."""
         self._tables = [table for table in tables if table.key]
         self._keyless = {table.name: table for table in tables if not table.key}
         self.tables = tuple(table.name for table in self._tables)
         self.keyless = frozenset(self._keyless)
         self.adrift = frozenset[str]()
+        self.left = left
         self.notes = notes
 
     def queries(self, connection: Connection, roots: Sequence[RootKey] | None) -> Iterator[Query]:
@@ -231,7 +251,7 @@ class Documents:
         self._keys = {name: table.key for name, table in tables.items()}
         self.tables = tuple(tables)
         self.notes = notes
-        self.keyless = frozenset[str]()
+        self.keyless = self.left = frozenset[str]()
         roots = [document for document in consumer.documents if isinstance(document, Document)]
         self._places = [(document, *place) for document in roots for place in places(document)]
         self.adrift = frozenset(
@@ -297,7 +317,8 @@ class Documents:
         for document, level, join in self._places:
             if not isinstance(join, One) and join.table == change.table and change.row is not None:
                 values = [change.row.get(column) for column in join.by]
-                yield document, level, dict(zip(self._keys[level.table], values, strict=True))
+                if None not in values:
+                    yield document, level, dict(zip(self._keys[level.table], values, strict=True))
 
     def counted(self) -> dict[str, list[Table]]:
         """See `Expectation.counted`: a root row for which `render` returns no document is not known here.

@@ -279,7 +279,7 @@ WITH RECURSIVE base(oid, below) AS (
 )
 SELECT c.relkind::text, EXISTS (SELECT FROM pg_class l WHERE l.reltoastrelid <> 0 AND l.relreplident <> 'f'
          AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid)))),
-       a.attname, format_type(a.atttypid, NULL),
+       a.attname, format_type(a.atttypid, a.atttypmod),
        CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN t.typname ELSE format_type(t.oid, NULL) END,
        coalesce(CASE WHEN et.typnamespace = 'pg_catalog'::regnamespace THEN et.typname ELSE format_type(et.oid, NULL) END, '')
 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace

@@ -15,7 +15,8 @@ younger than every finished transaction is only beyond its xmax. So what still n
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
@@ -38,6 +39,7 @@ from headrace_verify.postgres import Connection, Moment, connect, moment, publis
 from headrace_verify.view import View, check, write
 
 _WRITE = 1000
+_PAUSE_SECONDS = 0.1
 
 
 @dataclass(slots=True)
@@ -126,27 +128,39 @@ class Verifier:
         self, view: Report, expected: Expectation, rows: dict[str, int], now: Moment, before: Checkpoint
     ) -> Counted:
         """Count a view; what was logged since the snapshot is looked at first, and all that was logged only if that is not enough (S7)."""
-        version, found = NOWHERE, dict[str, int]()
-        while version == NOWHERE:  # it is not certain which state it is
-            self._await(view.name, view.generation, Version(before.version.epoch, now.lsn))
-            version, found = self._control.counts(view.name, view.generation)
+        self._await(view.name, view.generation, Version(before.version.epoch, now.lsn))
+        version, found = self._at_a_state(view)
+        notes = _left(expected, found)
+        found = {collection: count for collection, count in found.items() if collection not in expected.left}
         tables = {collection: [table.name for table in of] for collection, of in expected.counted().items()}
         for since in (before.ends, {}):
             more = drift(self._log, tables, now, since, version)
             wanted = {collection: count + more[collection] for collection, count in rows.items()}
-            counted = Counted(view.name, view.generation, version, wanted, found)
+            counted = Counted(view.name, view.generation, version, wanted, found, (*expected.notes, *notes))
             if not counted.differing:
                 break
         return counted
 
+    def _at_a_state(self, view: Report) -> tuple[Version, dict[str, int]]:
+        """Return how many rows a view has, and at which state, once that is certain."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            version, found = self._control.counts(view.name, view.generation)
+            if version != NOWHERE:
+                return version, found
+            if time.monotonic() > deadline:
+                said = f"For {self._timeout:.0f} s {view.name} was between two states whenever its rows were counted."
+                raise Transient("view-behind", said, "See: headrace status")
+            time.sleep(_PAUSE_SECONDS)
+
     def _outcome(self, connection: Connection, view: View, now: Moment, before: Checkpoint) -> Outcome:
-        self._compare(view, now, before)
+        left = self._compare(view, now, before)
         deciding = Deciding(self._log, self._control, connection, view, self._progress, self._timeout)
         said = deciding.decide(self._checkpoint)
         self._compare_without_key(connection, view, now, before)
         rows = view.ledger.count() + view.multiset.count()
         view.multiset.close()
-        notes = [*view.expected.notes, *_inexact(self._checkpoint(), view.expected), *said]
+        notes = [*view.expected.notes, *_left(view.expected, left), *_inexact(self._checkpoint(), view.expected), *said]
         return Outcome(view.name, view.generation, now.lsn, rows, view.ledger, notes)
 
     # Before
@@ -188,12 +202,16 @@ class Verifier:
 
     # Comparing
 
-    def _compare(self, view: View, now: Moment, before: Checkpoint) -> None:
+    def _compare(self, view: View, now: Moment, before: Checkpoint) -> Counter[str]:
+        """Note what differs; return how many rows are of tables that are captured no more."""
+        left: Counter[str] = Counter()
         self._await(view.name, view.generation, Version(before.version.epoch, now.lsn))
         ledger = view.ledger
         total = ledger.count() + view.multiset.count()
         for done, row in enumerate(self._control.scan(view.name, view.generation, self._timeout)):
-            if row.collection in view.expected.keyless:
+            if row.collection in view.expected.left:
+                left[row.collection] += 1
+            elif row.collection in view.expected.keyless:
                 view.multiset.hold(row.collection, row.key, row.value)
             else:
                 check(row, ledger)
@@ -202,6 +220,7 @@ class Verifier:
         for difference in ledger.left():
             ledger.note(difference)
         excuse(self._log, view.expected, [Take(now, ledger)], before)
+        return left
 
     def _await(self, name: str, generation: int, wanted: Version) -> None:
         """Wait until readers of the view see everything up to X."""
@@ -263,6 +282,11 @@ def _postgres_errors() -> Iterator[None]:
     except psycopg.Error as error:
         said = f"Reading Postgres broke off: {' '.join(str(error).split())}."
         raise Transient("postgres-away", said, "Run verify again.") from error
+
+
+def _left(expected: Expectation, rows: Mapping[str, int]) -> list[str]:
+    left = sorted(expected.left & rows.keys())
+    return [f"{table} is not captured any more: its {rows[table]} rows are not compared" for table in left]
 
 
 def _inexact(checkpoint: Checkpoint, expected: Expectation) -> list[str]:

@@ -1,0 +1,34 @@
+"""What a view has more than a snapshot, by what was logged since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from headrace.change import Change, Snapshot, Version
+from headrace.log.topics import Ends
+from headrace_verify.counts import drift
+from headrace_verify.postgres import Moment
+
+NOW = Moment(Snapshot(xmin=10, xmax=10, running=frozenset()), 200)
+
+
+class Records:
+    """A log's records, as a scan of several partitions gives them."""
+
+    def __init__(self, *records: Change) -> None:
+        self._records = records
+
+    def scan(self, *tables: str, since: Ends) -> Iterator[Change]:
+        yield from (record for record in self._records if record.table in tables)
+
+
+def deleted(table: str, key: int, partition: int, offset: int) -> Change:
+    return Change(table, "d", b'{"id":%d}' % key, None, Version(1, 300), key, 50, 1, partition, offset)
+
+
+def test_a_delete_and_its_tombstone_count_once_also_where_others_are_between() -> None:
+    one, other, third = (deleted("t", 1, 0, 0), deleted("t", 2, 1, 0), deleted("u", 3, 0, 0))
+    log: Any = Records(one, other, third, *(each._replace(offset=1) for each in (one, other, third)))
+    more = drift(log, {"t": ["t"], "both": ["t", "u"]}, NOW, {}, Version(1, 400))
+    assert more == {"t": -2, "both": -3}
