@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Collection, Iterable
+from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -60,7 +62,9 @@ def load_file(spec: str) -> tuple[str, type[Consumer]]:
             f"{spec!r} is not path/to/file.py:ClassName of a file that exists.",
             "Change --consumer.",
         )
-    module_spec = importlib.util.spec_from_file_location(f"headrace_file_{file.stem}", file)
+    # Files in other folders may have the same name, and what is asked for a class's code goes by the name of its module.
+    place = sha256(str(file.resolve()).encode()).hexdigest()[:12]
+    module_spec = importlib.util.spec_from_file_location(f"headrace_file_{file.stem}_{place}", file)
     if module_spec is None or module_spec.loader is None:
         raise Misconfigured("broken-consumer", f"{file} is not a Python file.", "Change --consumer.")
     module = importlib.util.module_from_spec(module_spec)
@@ -75,6 +79,22 @@ def load_file(spec: str) -> tuple[str, type[Consumer]]:
     if cls is None:
         raise Misconfigured("unknown-consumer", f"{file} has no class {wanted}.", "Change --consumer.")
     return getattr(cls, "name", "") or _snake(wanted), _checked(cls, wanted)
+
+
+def load_files(specs: Iterable[str], taken: Collection[str] = ()) -> dict[str, type[Consumer]]:
+    """Return the classes of several such files by name, in their order; `taken` are the names of other consumers beside them.
+
+    Raises:
+        Misconfigured: as `load_file`; `consumer-twice`.
+    """
+    found: dict[str, type[Consumer]] = {}
+    for spec in specs:
+        name, cls = load_file(spec)
+        if name in found or name in taken:
+            said = f"{spec} is called {name!r}, as another consumer that is named here: only one of them could keep that view."
+            raise Misconfigured("consumer-twice", said, "Leave one out, or give its class another `name`.")
+        found[name] = cls
+    return found
 
 
 def _checked(cls: object, name: str) -> type[Consumer]:
