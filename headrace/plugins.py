@@ -13,8 +13,8 @@ from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-from headrace.consumer import Consumer
-from headrace.errors import HeadraceError, Misconfigured
+from headrace.consumer import ALL, Consumer
+from headrace.errors import HeadraceError, Misconfigured, described
 
 GROUP = "headrace.consumers"
 
@@ -43,7 +43,9 @@ def load(name: str) -> type[Consumer]:
         raise
     except Exception as error:
         raise Misconfigured(
-            "broken-consumer", f"The consumer {name} cannot be imported: {error!r}.", f"Mend {found[name].value}."
+            "broken-consumer",
+            f"The consumer {name} cannot be imported: {described(error)}.",
+            f"Mend {found[name].value}.",
         ) from error
     return _checked(cls, name)
 
@@ -74,7 +76,9 @@ def load_file(spec: str) -> tuple[str, type[Consumer]]:
     except HeadraceError:
         raise
     except Exception as error:
-        raise Misconfigured("broken-consumer", f"{file} cannot be imported: {error!r}.", "Mend the file.") from error
+        raise Misconfigured(
+            "broken-consumer", f"{file} cannot be imported: {described(error)}.", "Mend the file."
+        ) from error
     cls = getattr(module, wanted, None)
     if cls is None:
         raise Misconfigured("unknown-consumer", f"{file} has no class {wanted}.", "Change --consumer.")
@@ -109,7 +113,22 @@ def _checked(cls: object, name: str) -> type[Consumer]:
             f"{name} is no consumer: it lacks {', '.join(missing)}.",
             "See docs/writing-a-consumer.md.",
         )
+    _check_tables(getattr(cls, "tables", ALL), name)
     return cls
+
+
+def _check_tables(tables: object, name: str) -> None:
+    """Refuse `tables` of a class that name none; those that it makes out for each object are its own matter."""
+    remedy = 'Write tables = ("schema.table",) with its comma, or give a DocumentConsumer its `document`.'
+    if isinstance(tables, str):
+        said = f"The tables of {name} are the text {tables!r}: a comma is missing."
+        raise Misconfigured("broken-consumer", said, remedy)
+    if not isinstance(tables, Collection) or tuple(tables) == ALL:
+        return
+    bad = [table for table in tables if not isinstance(table, str) or not all(table.partition("."))]
+    if bad or not tables:
+        said = f"{name} reads no table: its tables are {tuple(tables)!r}, and each is the name of one with its schema."
+        raise Misconfigured("broken-consumer", said, remedy)
 
 
 def _snake(name: str) -> str:
