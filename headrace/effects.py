@@ -4,7 +4,8 @@ What they do may be done again after a crash, so it must be harmless to repeat: 
 position is the only thing that is kept, in a file of SQLite; where the file is lost the consumer begins anew.
 
 The first generation begins with the first state that it meets: what was there before is history, and nobody is told of it. A generation
-that is promoted goes on where the one before has stopped, so that nothing is left out and nothing is told twice by a rebuild.
+that is promoted goes on where the one before has stopped, so that nothing is left out and nothing is told twice by a rebuild. Only where
+that place makes no sense any more (I12), so that the one before was refused there, it goes on from its own: what came since is left out.
 
 A batch is done as a whole: where one effect fails, all of the batch comes again. A `Poison` whose `cursor` names a change is parked: the
 rest of the batch is done at once, later changes of its key wait, and no generation is promoted before it was tried again or dropped, since
@@ -13,6 +14,7 @@ the next one would begin behind it.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,6 +27,8 @@ from headrace.change import Change, Position
 from headrace.consumer import Batch, Cursor, Generation, ViewRow, no_progress
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _TABLES = """
 PRAGMA journal_mode = WAL;
@@ -108,7 +112,7 @@ class EffectConsumer:
             )
         if owner != self._owner:
             raise Misconfigured("view-taken-over", f"Another process runs {self.name}.", "Stop one of the two.")
-        if not batch.loading and (live or not any(live for live, _ in held.values())):
+        if batch.changes and not batch.loading and (live or not any(live for live, _ in held.values())):
             self.effect(batch.changes)
         position = (codec.encode_position(batch.position), self._number, self._owner)
         with self._file() as db:
@@ -117,15 +121,15 @@ class EffectConsumer:
     def promote(self) -> None:
         """Let this generation do it from now on, from where the one before has stopped; it is opened anew for that.
 
+        Where it cannot go on from there it goes on from where it is; what came in between, and what is parked there, is left out.
+
         Raises:
             Misconfigured: `records-parked`: the one before has not done everything up to there.
         """
         with self._file() as db:
             db.execute("BEGIN IMMEDIATE")
-            before = db.execute(
-                "SELECT position FROM generations WHERE live AND number <> ? AND position IS NOT NULL", (self._number,)
-            ).fetchone()
-            if before and codec.decode_position(before[0]).parked:
+            before = self._before(db)
+            if before and before.parked:
                 db.execute("ROLLBACK")
                 raise Misconfigured(
                     "records-parked",
@@ -135,8 +139,28 @@ class EffectConsumer:
             db.execute("UPDATE generations SET live = (number = ?)", (self._number,))
             if before:
                 query = "UPDATE generations SET position = ?, owner = NULL WHERE number = ?"
-                db.execute(query, (*before, self._number))
+                db.execute(query, (codec.encode_position(before), self._number))
             db.execute("COMMIT")
+
+    def _before(self, db: sqlite3.Connection) -> Position | None:
+        """Return where the live generation has stopped, if this one may go on from there, as far as its own position tells (I12)."""
+        query = "SELECT live AND number <> ?1, position FROM generations WHERE (live OR number = ?1) AND position IS NOT NULL"
+        found = {other: codec.decode_position(at) for other, at in db.execute(query, (self._number,))}
+        before, own = found.get(1), found.get(0)
+        if before is None or own is None or self._fits(before, own):
+            return before
+        said = "%s goes on at %s: what came since %s, where the generation before it has stopped, is left out, and what is parked there."
+        log.warning(said, self.name, own.version, before.version)
+        return None
+
+    def _fits(self, before: Position, own: Position) -> bool:
+        if own.appended < before.appended:  # a rollback: of the log as it is now that one knows more
+            return True
+        return (
+            before.continued_by(own.version, own.source)
+            and before.topics.items() <= own.topics.items()
+            and own.appended - before.appended <= self.settings.delete_retention_ms
+        )
 
     def drop(self) -> None:
         """Forget this generation."""

@@ -18,7 +18,9 @@ a message that names what was seen, and a *remedy*: the setting to change or the
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 OK = 0
@@ -28,6 +30,10 @@ INTERRUPTED = 130
 
 _HEAD, _TAIL = 12_000, 3_000
 """Characters of a message that are kept: it goes into reports and into what is parked, and may quote a row or what a server says of it."""
+
+
+_NOT_THEIRS = (f"{Path(__file__).parent}/", "<")
+"""How the files of frames begin that are the library's, or the import system's."""
 
 
 class HeadraceError(Exception):
@@ -51,6 +57,15 @@ class HeadraceError(Exception):
         """Return one line for logs: the message, the remedy and the code."""
         remedy = f" {self.remedy}" if self.remedy else ""
         return f"{self.message}{remedy} [{self.code}]"
+
+
+def described(error: BaseException) -> str:
+    """Return what an error of a plugin's code is, and the ``file:line`` where it came about: the last one outside the library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"{frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
+    if isinstance(error, SyntaxError):
+        lines.append(f"{error.filename}:{error.lineno}")
+    return f"{error!r} at {lines[-1]}" if lines else repr(error)
 
 
 class Transient(HeadraceError):

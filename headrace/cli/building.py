@@ -105,7 +105,7 @@ def check(building: Mapping[str, int], gate: Gate, files: Sequence[str], *, quie
         raise Misconfigured(
             "no-verify", "The command `verify` is not installed here.", "Install headrace-verify, or use --gate none."
         )
-    of_name = {plugins.load_file(file)[0]: ["--consumer", file] for file in files}
+    of_name = {name: ["--consumer", file] for name, file in zip(plugins.load_files(files), files, strict=True)}
     counts = ["--counts"] if gate is Gate.COUNTS else []
     for name, number in building.items():
         if _has_effects(name, of_name.get(name, [])):

@@ -39,7 +39,7 @@ def run(names: Names = None, consumer: Files = None) -> None:
 
         headrace run --consumer ./my_view.py:MyView
     """
-    chosen = {name: found.load(name) for name in names or []} | dict(found.load_file(spec) for spec in consumer or [])
+    chosen = {name: found.load(name) for name in names or []} | found.load_files(consumer or [], names or [])
     if not chosen:
         typer.echo("Name a consumer (headrace plugins lists them) or give --consumer FILE.py:CLASS.", err=True)
         raise typer.Exit(USAGE)

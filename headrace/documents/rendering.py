@@ -8,7 +8,7 @@ from headrace import codec
 from headrace.change import Row, Version
 from headrace.documents.declaration import Node
 from headrace.documents.local import Touched
-from headrace.errors import HeadraceError, Misconfigured, Poison
+from headrace.errors import HeadraceError, Misconfigured, Poison, described
 from headrace.stores import Doc
 
 _PLAIN: Final = frozenset({str, int, bool, type(None)})
@@ -59,7 +59,7 @@ def rendered(consumer: Renders, touched: Touched, node: Node | None, id_: str, v
 def _said(error: Exception) -> str:
     if isinstance(error, AttributeError) and isinstance(error.obj, Node):
         return f"a row of {error.obj.table} has no join {error.name!r}; its columns are row[{error.name!r}]"
-    return repr(error)
+    return described(error)
 
 
 def _named(touched: Touched) -> str:

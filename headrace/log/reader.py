@@ -26,7 +26,7 @@ from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured, Refused, Transient
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, Tail, end_of_partition
-from headrace.log.topics import checkpoints_topic, partitions_changed, table_of, topic_of
+from headrace.log.topics import checkpoints_topic, partitions_changed, source_of, table_of, topic_of
 
 if TYPE_CHECKING:
     from headrace.log.log import Log
@@ -80,8 +80,7 @@ class Reader:
         self._waiting = 0
         self._waiting_bytes = 0
         self.position = position or Position(source=self._newest.source if self._newest else None)
-        if self._newest:
-            self._check_position(self._newest)
+        self._check_position(self._newest)
         self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): self._after_newest()}, group)
         if self._newest:
             self._add_topics(self._newest)
@@ -343,8 +342,13 @@ class Reader:
     def _after_newest(self) -> int:
         return self._newest.offset + 1 if self._newest else BEGINNING
 
-    def _check_position(self, newest: Checkpoint) -> None:
-        position = self.position
+    def _check_position(self, newest: Checkpoint | None) -> None:
+        position, source = self.position, self._log.settings.source
+        others = [topic for topic in position.topics if source_of(topic) != source]
+        if others:  # all else may be the same: the log was begun anew under another HEADRACE_SOURCE
+            raise _refused("position-of-another-source", f"The view was built from {others[0]}, not from {source}.")
+        if newest is None:
+            return
         if not position.continued_by(newest.version, newest.source):
             raise _refused(
                 "position-of-another-source",

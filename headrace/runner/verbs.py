@@ -22,6 +22,8 @@ from headrace.runner.worker import Worker
 _PATIENCE_SECONDS = 30.0
 HOLD_SECONDS = 60.0
 """How long a view stands when it is held for somebody, who may ask again meanwhile."""
+_ANOTHER_LOG = frozenset({"position-ahead", "position-of-another-source"})
+"""Why a view is refused of which no state can be compared with one of the log as it is now [I12]."""
 
 Answer = dict[str, Any]
 
@@ -82,7 +84,7 @@ class Verbs:
         if target is not live:
             _check_caught_up(target)
             _check_whole(target, live)
-        return {"generation": target.generation.number, "version": list(_held(live, HOLD_SECONDS))}
+        return {"generation": target.generation.number, "version": list(_held(live, target, HOLD_SECONDS))}
 
     def _release(self, _request: Request) -> Answer:
         live = self._generations.live()
@@ -135,7 +137,7 @@ class Verbs:
         return {"generation": target.generation.number, "version": list(target.state.version)}
 
     def _meet(self, live: Worker | None, target: Worker, at: Version) -> None:
-        held = _held(live, 2 * CALL_SECONDS)
+        held = _held(live, target, 2 * CALL_SECONDS)
         if at != NOWHERE and held > at:
             said = f"it was held for {HOLD_SECONDS:.0f} s, or its process started again."
             raise Transient("hold-ended", f"{self._name} went on to {held}: {said}", "Promote them again.")
@@ -148,7 +150,7 @@ class Verbs:
                 if target.paused
                 else "Use rollback --stale to accept that, or rebuild.",
             )
-        if live is not None and live.state.version > wanted:
+        if live is not None and _seen(live, target) > wanted:
             said = f"{self._name} waited, and went on to {live.state.version} when it came back."
             raise Transient("hold-ended", said, "Promote it again.")
 
@@ -198,11 +200,18 @@ def _check_whole(target: Worker, live: Worker | None) -> None:
         raise records_parked(target.generation.consumer, target.generation.number, target.state.parked)
 
 
-def _held(live: Worker | None, seconds: float) -> Version:
-    """Stop the live generation for so long; return where it stands, NOWHERE when there is none. One that waits is not waited for."""
+def _held(live: Worker | None, target: Worker, seconds: float) -> Version:
+    """Stop the live generation for so long; return what readers have seen, NOWHERE when there is none. One that waits is not waited for."""
     if live is None:
         return NOWHERE
     live.stand(seconds)
     if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
         return live.hold(seconds, _PATIENCE_SECONDS)
-    return live.state.version
+    return _seen(live, target)
+
+
+def _seen(live: Worker, target: Worker) -> Version:
+    """Return what readers have seen; NOWHERE where that is of another log than the one that `target` follows: no build would reach it."""
+    error = live.state.error
+    another = live.state.phase == "stopped" and error is not None and error.code in _ANOTHER_LOG
+    return NOWHERE if another and target.state.phase in {"following", "catching up"} else live.state.version

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from headrace import codec
 from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Batch, Consumer, Generation
-from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped, described
 from headrace.log import FeedReader, Lag, Log, Reader
 from headrace.runner.parking import Parking, delayed, standing
 
@@ -348,7 +348,7 @@ class Worker(threading.Thread):
 def as_ours(error: BaseException, consumer: str) -> HeadraceError:
     """Return an error as one of ours, its NAME being `consumer`: what else a plugin may raise is a fault in its code."""
     if not isinstance(error, HeadraceError):
-        said = f"The consumer {consumer} raised {error!r}."
+        said = f"The consumer {consumer} raised {described(error)}."
         return Misconfigured("consumer-failed", said, "Mend it, and start it again.")
     error.remedy = re.sub(r"\bNAME\b", consumer, error.remedy)
     return error

@@ -656,3 +656,29 @@ def test_a_replay_against_a_view_that_nobody_runs_says_so(feed: Feed, settings: 
     ended = command(settings, "replay", "doubled", "--consumer", f"{PLAIN}:Doubled", "--against", "plain").exception
     assert isinstance(ended, Misconfigured)
     assert ended.code == "consumer-not-running"
+
+
+def test_a_build_of_a_log_that_was_begun_anew_is_promoted_though_its_versions_are_lower(
+    feed: Feed, settings: Settings
+) -> None:
+    """Kafka's volume was lost, or the database came to a server with lower LSNs: what readers have seen is no state of this log."""
+    feed.epoch, feed.lsn = 2, 10_000
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+    log = Log(settings)
+    own = log.own_topics()
+    log.delete_topics(own)
+    eventually("they are gone", lambda: not log.topics.names() & set(own))
+    anew = Feed(settings)
+    anew.cut((ITEMS, 1, 2))
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 1, "stopped")
+        assert report(control, "plain", 1).code == "position-ahead"
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        (promoted,) = together.promote(control, {"plain": None})
+        assert (promoted["generation"], Version(*promoted["version"]).epoch) == (2, 1)
+        with pytest.raises(HeadraceError) as back:
+            control.ask("plain", "rollback")
+        assert back.value.code == "generation-behind", "what is refused is not shown again without a word"

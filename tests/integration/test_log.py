@@ -20,7 +20,7 @@ from headrace.consumer import ALL, Batch
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log, Reader, kafka
 from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import checkpoints_topic
+from headrace.log.topics import checkpoints_topic, table_of, topic_of
 from headrace.settings import Settings
 from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed
 
@@ -297,6 +297,10 @@ def test_with_many_partitions_a_checkpoint_names_what_was_touched_and_readers_kn
         (lambda p: replace(p, version=Version(1, 10**9)), "position-ahead"),
         (lambda p: replace(p, appended=1), "away-too-long"),
         (lambda p: replace(p, topics=dict.fromkeys(p.topics, "other")), "topic-replaced"),
+        (
+            lambda p: replace(p, offsets=of_another(p.offsets), topics=of_another(p.topics)),
+            "position-of-another-source",
+        ),
     ],
 )
 def test_a_position_that_makes_no_sense_is_refused(feed: Feed, spoil: object, code: str) -> None:
@@ -308,6 +312,27 @@ def test_a_position_that_makes_no_sense_is_refused(feed: Feed, spoil: object, co
     with pytest.raises(Refused) as caught:
         feed.log.reader([ITEMS], spoil(position))  # type: ignore[operator]
     assert caught.value.code == code
+
+
+def of_another(topics: dict[str, Any]) -> dict[str, Any]:
+    """Return what a view has of the topics of a source whose name begins as ours does, and goes on."""
+    return {topic_of(f"{topic.rsplit('.', 2)[0]}.b", table_of(topic)): value for topic, value in topics.items()}
+
+
+def test_a_log_begun_under_another_name_of_the_source_is_not_the_views_even_while_it_is_empty(feed: Feed) -> None:
+    """HEADRACE_SOURCE changed, and everything else is as it was: server, database, slot, publication, ever higher LSNs."""
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = drain(reader, first.version)[-1].position
+    reader.close()
+    other = Feed(replace(feed.log.settings, source=f"{feed.log.settings.source}.b"))
+    for empty in (True, False):
+        if not empty:
+            other.lsn = feed.lsn
+            other.cut((ITEMS, 2, 20))
+        with pytest.raises(Refused) as caught:
+            other.log.reader([ITEMS], position)
+        assert caught.value.code == "position-of-another-source"
 
 
 def test_a_view_that_was_away_for_long_and_lacks_nothing_is_not_refused(feed: Feed) -> None:

@@ -12,7 +12,7 @@ from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.settings import Settings
-from headrace_capture import catalog, setup
+from headrace_capture import catalog, setup, teardown
 from headrace_capture.recovery import recover
 from tests.fixtures.capture import (
     capturing,
@@ -26,7 +26,7 @@ from tests.fixtures.capture import (
     selected,
 )
 from tests.fixtures.plain import Plain
-from tests.fixtures.serving import serving
+from tests.fixtures.serving import await_live, serving
 from tests.fixtures.slots import drop_slot, lose_slot
 
 T = "public.items"
@@ -340,3 +340,27 @@ def test_an_append_only_table_is_written_anew(settings: Settings) -> None:
         eventually("all is exact", lambda: capture.reach().inexact == ())
     assert sorted(row["what"] for row in replay(settings, "public.log").values()) == ["after", "gap", "gap"]
     assert replay(settings, T) == selected(settings, T)
+
+
+def test_a_view_of_a_log_begun_anew_takes_the_place_of_one_that_went_through_a_recovery(captured: Settings) -> None:
+    """After a teardown with its topics: the new log is above every epoch that the old views have shown, and reported."""
+    recover(captured, lambda _: None)
+    log = Log(captured)
+    with serving(captured, plain=Plain) as control, capturing(captured) as capture:
+        capture.hear("public.items was read again")
+        await_live(control, "plain")
+        eventually("the view reports the new epoch", lambda: control.reports()["plain"][0].version.epoch == 2)
+    with closing(catalog.connect(captured.dsn)) as connection:
+        teardown.run(connection, captured, teardown.plan(connection, captured))
+    own = log.own_topics()
+    log.delete_topics(own)
+    eventually("they are gone", lambda: not log.topics.names() & set(own))
+    prepare(captured)
+    with capturing(captured) as capture:
+        assert capture.reach().version.epoch == 3
+        with serving(captured, plain=Plain) as control:
+            eventually("the old one is refused", lambda: control.reports()["plain"][0].code == "topic-replaced")
+            assert control.ask("plain", "rebuild") == {"generation": 2}
+            eventually("the new one follows", lambda: control.reports()["plain"][-1].phase == "following")
+            assert control.ask("plain", "promote")["generation"] == 2
+    assert replay(captured, T) == selected(captured, T)

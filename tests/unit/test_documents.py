@@ -193,7 +193,9 @@ def test_an_error_in_render_names_the_document(tmp_path: Path) -> None:
 
     world = World(Settings(state=str(tmp_path / "state")), Broken)
     shop(world.log)
-    with pytest.raises(Poison, match=r"public\.products \{\"id\":1\}: KeyError\('title'\)"):
+    with pytest.raises(
+        Poison, match=r"public\.products \{\"id\":1\}: KeyError\('title'\) at .*test_documents\.py:\d+\."
+    ):
         world.run()
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.change import UNKNOWN_SCHEMA, Version
-from headrace.errors import Misconfigured, Poison, Transient, Wiped
+from headrace.errors import HeadraceError, Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores.duckdb import Database, DuckDBStore, Result, query
 from tests.fixtures.tables import FIRST, SECOND, batch, gone, put, schema
@@ -448,3 +448,19 @@ def test_staged_rows_of_several_schemas_are_merged_after_a_restart(store: DuckDB
     store.open(FIRST)
     store.apply(batch(30, schemas=()))
     assert [row.value for row in store.scan(None, 9)] == [{"id": 1, "a": "x", "b": None}, {"id": 2, "a": "y", "b": 2}]
+
+
+def test_a_store_of_some_tables_knows_no_others(settings: Settings) -> None:
+    """A batch brings the shapes of all tables of the source: those it does not keep are not there, rather than empty."""
+
+    class Sales(DuckDBStore):
+        tables = ("public.items",)
+
+    made = Sales(settings, "sales")
+    made.open(FIRST)
+    made.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS, TAGS)))
+    made.promote()
+    assert made.count() == {"public.items": 1}
+    with pytest.raises(HeadraceError, match="tags"):
+        ask(settings, "SELECT count(*) FROM sales.tags")
+    made.close()

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from headrace import codec
 from headrace.change import Change, Position, Version
 from headrace.consumer import Generation
 from headrace.effects import EffectConsumer, idempotency_key
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
 from headrace.testing import History, shape
+from tests.fixtures.tables import SOURCE
 
 ORDERS = shape("public.orders", id="integer", status="text")
 
@@ -171,3 +173,79 @@ def test_each_change_has_a_key_of_its_own() -> None:
     keys = {idempotency_key(change) for change in [one, *others]}
     assert len(keys) == 4
     assert all(key.isascii() for key in keys)
+
+
+def spoil(world: World, number: int, **fields: object) -> None:
+    """Let the position of a generation be another one."""
+    consumer, position = world.open(number)
+    assert position is not None
+    with consumer._file() as db:
+        spoilt = codec.encode_position(replace(position, **fields))  # type: ignore[arg-type]
+        db.execute("UPDATE generations SET position = ? WHERE number = ?", (spoilt, number))
+    consumer.close()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"appended": 1},
+        {"topics": {"conformance.public.orders": "made anew"}},
+        {"source": replace(SOURCE, database="b")},
+    ],
+    ids=["away too long", "topic replaced", "another source"],
+)
+def test_a_generation_does_not_go_on_where_one_has_stopped_whose_position_would_be_refused(
+    world: World, fields: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would be refused there too, for ever; nor is what is parked there waited for: nobody can retry it."""
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    spoil(world, 1, held=Version(1, 50), parked=("public.orders",), **fields)
+    world.commit("a")
+    world.catch_up(2)
+    own = world.open(2)[1]
+    world.promote(2)
+    assert world.open(2)[1] == own
+    assert "is left out" in caplog.text
+    world.commit("b")
+    world.catch_up(2)
+    assert world.statuses() == ["b"], "what came before it was built is left out"
+
+
+def test_a_rollback_goes_on_where_the_newer_one_has_stopped_though_its_topic_is_another(world: World) -> None:
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    spoil(world, 1, topics={"conformance.public.orders": "deleted"}, appended=1)
+    world.catch_up(2)
+    world.promote(2)
+    world.commit("a")
+    world.catch_up(2)
+    world.promote(1)
+    world.commit("b")
+    world.catch_up(1)
+    assert world.statuses() == ["a", "b"]
+
+
+def test_what_is_parked_of_the_generation_before_is_not_left_out(world: World) -> None:
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    spoil(world, 1, held=Version(1, 50), parked=("public.orders",))
+    world.catch_up(2)
+    with pytest.raises(Misconfigured, match="parked retry"):
+        world.promote(2)
+
+
+def test_a_cut_without_changes_is_no_effect(world: World) -> None:
+    """Heartbeats, and what is parked when it is tried again or dropped, are cuts as well."""
+    world.commit("old")
+    world.catch_up()
+    world.log.cut()
+    consumer, position = world.open()
+    consumer.away = True
+    (batch,) = world.log.batches(position)
+    consumer.apply(batch)
+    assert consumer.open(Generation("told", 1, "abc")) == batch.position
+    consumer.close()

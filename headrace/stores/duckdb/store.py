@@ -63,6 +63,10 @@ class DuckDBStore:
                 self._build = Build.make(self._cursor, self._number, generation.fingerprint)
         return position
 
+    def _keeps(self, table: str) -> bool:
+        """Whether it is to have a table: a batch knows the shapes of others too."""
+        return tuple(self.tables) == ALL or table in self.tables
+
     def apply(self, batch: Batch) -> None:
         """Apply a batch and move the position, in one transaction.
 
@@ -70,7 +74,7 @@ class DuckDBStore:
         """
         with self._writing() as build:
             catalogue.move(self._cursor, self._number, self._turn, batch.position)
-            build.learn(batch.schemas)
+            build.learn({name: shape for name, shape in batch.schemas.items() if self._keeps(name[0])})
             if build.version == NOWHERE or (batch.complete and not build.staged):
                 build.apply(batch.changes)
             else:

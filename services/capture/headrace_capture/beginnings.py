@@ -14,6 +14,7 @@ from dataclasses import replace
 from psycopg import sql
 
 from headrace.change import Checkpoint, Source, Version
+from headrace.control import Control
 from headrace.log import CutWriter, Log
 from headrace_capture import append_only, catalog, fingerprints
 from headrace_capture.jobs import Job, Jobs
@@ -29,6 +30,15 @@ def forget(log: Log, writer: CutWriter, connection: catalog.Connection) -> None:
     jobs.clear()
     _know(jobs, connection, log.settings.publication)
     jobs.write(writer)
+
+
+def new_epoch(log: Log, known: int = 0) -> int:
+    """Return the epoch of a log that begins anew: above `known`, and above all that capture or a view of its source has reported.
+
+    So what is built from it can take the place of a view of the log before.
+    """
+    reports = Control(log).reports().values()
+    return 1 + max([known, *(report.version.epoch for of_one in reports for report in of_one)])
 
 
 def begin(

@@ -169,7 +169,10 @@ class Capture:
     ) -> Checkpoint:
         # The intent goes into the log before the slot is made: a slot of ours without it would not be known as ours.
         source = here.source
-        version = Version(before.version.epoch, max(here.lsn, before.version.lsn)) if before else Version(1, here.lsn)
+        if before:
+            version = Version(before.version.epoch, max(here.lsn, before.version.lsn))
+        else:
+            version = Version(beginnings.new_epoch(self._log), here.lsn)
         with postgres_errors("looking at the captured tables"):
             beginnings.forget(self._log, writer, connection)
         intent = writer.seal(

@@ -103,8 +103,7 @@ def _begin_with_snapshot(
             f"The log of {log.settings.source} has neither checkpoints nor records: there is nothing to go on from.",
             "Run: headrace capture. If it refuses the slot: headrace teardown, then setup and capture.",
         )
-    shown = [report.version.epoch for reports in Control(log).reports().values() for report in reports]
-    version = Version(max(log.newest_epoch(ends), *shown, 0) + 1, here.lsn)
+    version = Version(beginnings.new_epoch(log, log.newest_epoch(ends)), here.lsn)
     writer.resume(_mend_topics(log, Checkpoint(version, 0, 0, ends, here.source), connection, say))
     now_ms = time.time_ns() // 1_000_000
     begun = writer.seal(version=version, commit_ts=now_ms, xid=0, source=here.source, snapshot="running")

@@ -109,7 +109,7 @@ def _verifier(log: Log, control: Control, timeout: float) -> Iterator[Verifier]:
 
 
 def _chosen(control: Control, names: list[str], files: list[str]) -> dict[str, type[Consumer]]:
-    from_files = dict(plugins.load_file(spec) for spec in files)
+    from_files = plugins.load_files(files)
     if names or from_files:
         return {name: plugins.load(name) for name in names if name not in from_files} | from_files
     ran = sorted(name for name, reports in control.reports().items() if any(r.generation for r in reports))
