@@ -448,3 +448,29 @@ def test_staged_rows_of_several_schemas_are_merged_after_a_restart(store: DuckDB
     store.open(FIRST)
     store.apply(batch(30, schemas=()))
     assert [row.value for row in store.scan(None, 9)] == [{"id": 1, "a": "x", "b": None}, {"id": 2, "a": "y", "b": 2}]
+
+
+def test_a_file_of_another_consumer_is_refused_and_left_as_it_is(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
+    store.promote()
+    sales = DuckDBStore(settings, "sales")
+    for attempt in (sales.generations, lambda: sales.open(FIRST), lambda: sales.open(SECOND)):
+        with pytest.raises(Misconfigured, match="is of warehouse, not of sales") as error:
+            attempt()
+        assert error.value.code == "view-of-another"
+        assert "HEADRACE_WAREHOUSE" in error.value.remedy
+        sales.close()
+    assert ask(settings, "SELECT name FROM items").rows == [["a"]]
+    assert [(found.consumer, found.number, found.live) for found in store.generations()] == [("warehouse", 1, True)]
+
+
+def test_a_file_that_says_no_consumer_is_of_who_opens_it_first(store: DuckDBStore, settings: Settings) -> None:
+    store.close()
+    with duckdb.connect(settings.warehouse) as raw:
+        raw.execute("DROP TABLE headrace.consumer")
+    sales = DuckDBStore(settings, "sales")
+    assert [found.number for found in sales.generations()] == [1]
+    sales.open(FIRST)
+    sales.close()
+    with pytest.raises(Misconfigured, match="is of sales, not of warehouse"):
+        store.open(FIRST)
