@@ -474,3 +474,26 @@ def test_a_file_that_says_no_consumer_is_of_who_opens_it_first(store: DuckDBStor
     sales.close()
     with pytest.raises(Misconfigured, match="is of sales, not of warehouse"):
         store.open(FIRST)
+
+
+@pytest.mark.parametrize("name", ["headrace", "Headrace", "g1", "g2.old", "public", "information_schema"])
+def test_a_file_that_duckdb_would_take_for_a_schema_in_it_is_refused(tmp_path: Path, name: str) -> None:
+    refused = DuckDBStore(Settings(warehouse=str(tmp_path / f"{name}.duckdb"), warehouse_memory="1GB"), "warehouse")
+    with pytest.raises(Misconfigured, match="would take it for the file's") as error:
+        refused.open(FIRST)
+    assert (error.value.code, list(tmp_path.iterdir())) == ("warehouse-file", [])
+
+
+@pytest.mark.parametrize("name", ["main", "system", "sales", "warehouse"])
+def test_a_file_of_another_name_works_through_a_rebuild(tmp_path: Path, name: str) -> None:
+    settings = Settings(warehouse=str(tmp_path / f"{name}.duckdb"), warehouse_memory="1GB")
+    store = DuckDBStore(settings, "warehouse")
+    for generation in (FIRST, SECOND):
+        store.open(generation)
+        store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), put(TAGS, 10, id=1, tag="x"), schemas=(ITEMS, TAGS)))
+        store.promote()
+        tagged = "SELECT name, tag FROM items JOIN public.items USING (name), " + (
+            "sales_.tags" if name == "sales" else "sales.tags"
+        )
+        assert ask(settings, tagged).rows == [["a", "x"]]
+    store.close()
