@@ -497,3 +497,29 @@ def test_a_file_of_another_name_works_through_a_rebuild(tmp_path: Path, name: st
         )
         assert ask(settings, tagged).rows == [["a", "x"]]
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("sql", "type_", "value"),
+    [
+        ("[1234567890123456.1234::DECIMAL(20,4)]", "DECIMAL(20,4)[]", ["1234567890123456.1234"]),
+        ("[9.90, NULL]", "DECIMAL(3,2)[]", ["9.90", None]),
+        ("[9.90]::DECIMAL(3,2)[1]", "DECIMAL(3,2)[1]", ["9.90"]),
+        ("[170141183460469231731687303715884105727]", "HUGEINT[]", ["170141183460469231731687303715884105727"]),
+        (
+            "{'a b': 1.10, 'hugeint': 1, 'in': [{'x': 0.5::DECIMAL(2,1), 'f': 0.5::DOUBLE}]}",
+            'STRUCT("a b" DECIMAL(3,2), hugeint INTEGER, "in" STRUCT(x DECIMAL(2,1), f DOUBLE)[])',
+            {"a b": "1.10", "hugeint": 1, "in": [{"x": "0.5", "f": 0.5}]},
+        ),
+        ("MAP {'k': 1.10}", "MAP(VARCHAR, DECIMAL(3,2))", {"k": "1.10"}),
+        ("[1, 2]", "INTEGER[]", [1, 2]),
+        ("['{\"a\":1.5}'::JSON]", "JSON[]", [{"a": 1.5}]),
+    ],
+)
+def test_numbers_within_lists_structs_and_maps_keep_every_digit(
+    store: DuckDBStore, settings: Settings, sql: str, type_: str, value: Any
+) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
+    store.promote()
+    found = ask(settings, f"SELECT {sql}")
+    assert (found.types, found.rows) == ([type_], [[value]])
