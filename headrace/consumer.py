@@ -18,6 +18,10 @@ ALL: Final = ("*",)
 """Read every captured table, also those that appear later."""
 
 
+SCRATCH = "--replay"
+"""Ends the name of a scratch view, which may lie beside the one whose name it begins with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One build of a view. `fingerprint` names the code that built it; `live` is the store's own pointer [I13]."""

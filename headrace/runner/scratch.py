@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from headrace.change import Version
-from headrace.consumer import Consumer, Cursor, Generation, ViewRow, no_progress
+from headrace.consumer import SCRATCH, Consumer, Cursor, Generation, ViewRow, no_progress
 from headrace.errors import Misconfigured, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
@@ -31,7 +31,7 @@ class Scratch:
 
     def __init__(self, log: Log, name: str, consumer: type[Consumer], folder: Path) -> None:
         """Keep files in `folder`; build nothing yet."""
-        self.name = f"{name}--replay"
+        self.name = f"{name}{SCRATCH}"
         settings = replace(
             log.settings,
             state=str(folder),

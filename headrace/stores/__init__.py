@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from headrace.change import Position, Row, Version
-from headrace.consumer import Cursor, Generation, ViewRow
+from headrace.consumer import SCRATCH, Cursor, Generation, ViewRow
+from headrace.errors import Misconfigured
 from headrace.settings import Settings
 
 
@@ -60,3 +61,22 @@ class DocumentStore(Protocol):
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id; `ViewRow.collection` is the empty text."""
+
+
+def check_alone(consumer: str, held: Iterable[tuple[str, str]]) -> None:
+    """Refuse a name in a store under which another consumer keeps generations: both would move the one pointer of readers.
+
+    Args:
+        consumer: Who wants to open one.
+        held: Of each generation that is there, what it is called and whose it is.
+
+    Raises:
+        Misconfigured: `view-of-another`.
+    """
+    for where, owner in held:
+        if owner.removesuffix(SCRATCH) != consumer.removesuffix(SCRATCH):
+            raise Misconfigured(
+                "view-of-another",
+                f"{where} is of {owner}, not of {consumer}.",
+                "Give the consumer's store another name, or remove the other.",
+            )

@@ -303,6 +303,34 @@ def test_an_index_of_other_code_is_never_mixed(open_store: Open) -> None:
         open_store(replace(G1, fingerprint="other"))
 
 
+def test_who_takes_a_name_that_is_taken_does_not_disturb_who_has_it(
+    open_store: Open, settings: Settings, client: Client
+) -> None:
+    store = open_store(G2)
+    store.write([doc("1", 1)], at(1))
+    store.promote()
+    other = ElasticsearchIndex("products", mappings=MAPPINGS)
+    other.bind(settings, "other")
+    assert other.generations() == []
+    for number in (1, 2, 3):
+        with pytest.raises(Misconfigured) as error:
+            other.open(Generation("other", number, "abc"))
+        assert error.value.code == "view-of-another"
+    other.close()
+    store.write([doc("2", 2)], at(2))
+    assert {hit["_id"] for hit in client.search(index="products")["hits"]["hits"]} == {"1", "2"}
+
+
+def test_a_scratch_view_may_lie_beside_the_one_it_is_of(open_store: Open, settings: Settings) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    scratch = ElasticsearchIndex("products", mappings=MAPPINGS)
+    scratch.bind(settings, "search--replay")
+    assert scratch.open(Generation("search--replay", 1_000_000, "abd")) is None
+    assert store.open(G1) == at(1)
+    scratch.close()
+
+
 def test_elasticsearch_away_is_transient_and_it_goes_on_after(open_store: Open, stack: Stack) -> None:
     store = open_store()
     store.write([doc("1", 1)], at(1))

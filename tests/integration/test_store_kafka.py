@@ -163,12 +163,35 @@ def test_a_document_that_is_too_large_is_told_by_its_id_and_mended_by_a_setting(
 def test_who_takes_a_name_that_is_taken_does_not_disturb_who_has_it(stream: Stream) -> None:
     stream.commit("kettle", "cup")
     stream.catch_up(promote=True)
+    stream.generation = Generation("titles", 2, "abc")
+    stream.catch_up(promote=True)
     consumer, position = stream.open()
     other = Titles(replace(stream.settings, state=f"{stream.settings.state}/other"), "other")
-    with pytest.raises(Misconfigured, match="another name"):
+    for number in (1, 2, 3):
+        with pytest.raises(Misconfigured, match="another name") as error:
+            other.open(Generation("other", number, "abc"))
+        assert error.value.code == "view-of-another"
+    consumer.close()
+    stream.generation = Generation("titles", 1, "abc")
+    dropped, _ = stream.open()
+    dropped.drop()
+    dropped.close()
+    stream.generation = Generation("titles", 2, "abc")
+    consumer, position = stream.open()
+    with pytest.raises(Misconfigured, match=r"titles\.g2 is of titles, not of other"):
         other.open(Generation("other", 1, "abc"))
     stream.commit("pot")
     (batch,) = stream.log.batches(position)
     consumer.apply(batch)
     consumer.close()
     assert stream.read() == {"0": "pot", "1": "cup"}
+
+
+def test_a_scratch_view_may_lie_beside_the_one_it_is_of(stream: Stream) -> None:
+    stream.commit("kettle", "cup")
+    stream.catch_up(promote=True)
+    scratch = Titles(replace(stream.settings, state=f"{stream.settings.state}/scratch"), "titles--replay")
+    assert scratch.open(Generation("titles--replay", 1_000_000, "abd")) is None
+    assert stream.open()[1] is not None
+    scratch.close()
+    assert stream.read() == {"0": "kettle", "1": "cup"}

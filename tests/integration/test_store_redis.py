@@ -24,7 +24,7 @@ from headrace_ops.redis import Redis
 
 G1, G2 = Generation("pages", 1, "abc"), Generation("pages", 2, "abc")
 Open = Callable[..., RedisPages]
-_databases = itertools.count(1000)
+_databases = itertools.cycle(range(1000, 1024))  # of those that the server has, the ones that nobody else uses
 
 
 def at(lsn: int) -> Position:
@@ -38,7 +38,10 @@ def doc(id_: str, lsn: int, html: str | None = "<p>") -> Doc:
 @pytest.fixture
 def settings(redis_server: Redis, tmp_path: Path) -> Settings:
     address = redis_server.address().rpartition("/")[0]
-    return replace(Settings(), redis=f"{address}/{next(_databases)}", state=str(tmp_path))
+    found = replace(Settings(), redis=f"{address}/{next(_databases)}", state=str(tmp_path))
+    with redis.Redis.from_url(found.redis) as client:
+        client.flushdb()
+    return found
 
 
 @pytest.fixture
@@ -278,6 +281,124 @@ def test_a_prefix_of_another_consumer_is_refused(open_store: Open) -> None:
     with pytest.raises(Misconfigured) as error:
         open_store(replace(G1, fingerprint="other"))
     assert error.value.code == "view-of-another"
+
+
+def test_who_takes_a_name_that_is_taken_does_not_disturb_who_has_it(
+    open_store: Open, settings: Settings, client: redis.Redis
+) -> None:
+    store = open_store(G2)
+    store.write([doc("1", 1)], at(1))
+    store.promote()
+    kept = set(client.keys())
+    other = RedisPages("pages")
+    other.bind(settings, "other")
+    assert other.generations() == []
+    for number in (1, 2, 3):
+        with pytest.raises(Misconfigured) as error:
+            other.open(Generation("other", number, "abc"))
+        assert error.value.code == "view-of-another"
+    other.close()
+    assert set(client.keys()) == kept
+    store.write([doc("2", 2)], at(2))
+    assert [row.key for row in store.scan(None, 10)] == ["1", "2"]
+
+
+def test_a_scratch_view_may_lie_beside_the_one_it_is_of(open_store: Open, settings: Settings) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    scratch = RedisPages("pages")
+    scratch.bind(settings, "pages--replay")
+    assert scratch.open(Generation("pages--replay", 1_000_000, "abd")) is None
+    assert store.open(G1) == at(1)
+    scratch.close()
+
+
+def test_a_live_view_whose_state_is_gone_shows_nothing_before_it_is_whole(
+    open_store: Open, settings: Settings, client: redis.Redis
+) -> None:
+    store = open_store()
+    store.write([doc("1", 1), doc("2", 1)], at(1))
+    store.promote()
+    client.delete("pages:g1")
+    with pytest.raises(Wiped):
+        store.write([doc("1", 2)], at(2))
+    assert store.open(G1) is None
+    with closing(PageReader(settings, "pages")) as reader:
+        for written in (None, doc("1", 2)):
+            if written is not None:
+                store.write([written], None)
+            with pytest.raises(Transient) as error:
+                reader.get("1")
+            assert error.value.code == "view-not-there"
+        with pytest.raises(Wiped):
+            store.promote()
+        store.write([doc("2", 2)], at(2))
+        store.promote()
+        assert reader.get("2") == Page("<p>", "e", Version(1, 2))
+
+
+def test_opening_another_generation_leaves_the_live_one_to_readers(
+    open_store: Open, settings: Settings, client: redis.Redis
+) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    store.promote()
+    open_store(G2)
+    client.delete("pages:g1")  # it is whole for readers until it is opened anew
+    open_store(G2)
+    with closing(PageReader(settings, "pages")) as reader:
+        assert reader.get("1") == Page("<p>", "e", Version(1, 1))
+
+
+def test_what_is_lost_or_taken_over_is_not_promoted(open_store: Open, client: redis.Redis) -> None:
+    store = open_store(G2)
+    store.write([doc("1", 1)], at(1))
+    successor = open_store(G2)
+    with pytest.raises(Misconfigured) as error:
+        store.promote()
+    assert error.value.code == "view-taken-over"
+    client.flushdb()
+    with pytest.raises(Wiped):
+        successor.promote()
+    assert client.keys() == []
+
+
+def test_a_drop_that_was_cut_short_is_finished_and_nothing_is_built_again(
+    open_store: Open, settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    store.write([doc("1", 1), doc("2", 1)], at(1))
+    store.promote()
+    with monkeypatch.context() as cut:
+        cut.setattr("headrace.stores.redis.pages.time.sleep", dying)
+        with pytest.raises(KeyboardInterrupt):
+            store.drop()
+    successor = RedisPages()
+    successor.bind(settings, "pages")
+    assert successor.generations() == []
+    successor.open(G2)
+    successor.close()
+    assert set(client.keys()) == {"pages:g2", "pages:generations"}
+    assert client.smembers("pages:generations") == {"2"}
+
+
+def test_a_generation_that_is_opened_while_it_is_dropped_stays(
+    open_store: Open, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other code too: what is dropped is nobody's."""
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+
+    def opened(_seconds: float) -> None:
+        open_store(replace(G1, fingerprint="other")).write([doc("2", 2)], at(2))
+
+    monkeypatch.setattr("headrace.stores.redis.pages.time.sleep", opened)
+    store.drop()
+    assert set(client.keys()) == {"pages:g1", "pages:generations", "pages:1:2"}
+
+
+def dying(_seconds: float) -> None:
+    raise KeyboardInterrupt
 
 
 def test_redis_away_is_transient_and_it_goes_on_after(open_store: Open, stack: Stack) -> None:

@@ -466,3 +466,57 @@ def test_without_a_warehouse_the_command_names_the_next_one(command: Any, monkey
     assert isinstance(failed.exception, Misconfigured)
     assert failed.exception.exit_code == 3
     assert "headrace run warehouse" in failed.exception.remedy
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{",
+        b"HTTP/1.1 400 Bad\r\nContent-Length: 1000\r\n\r\n{",
+        b"220 mail.example ESMTP\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        b"",
+    ],
+)
+def test_what_is_no_warehouse_or_ends_while_it_answers_is_told_as_such(
+    command: Any, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with server.accept()[0] as asked:
+                asked.recv(65536)
+                asked.sendall(answer)
+                asked.shutdown(socket.SHUT_WR)
+                while asked.recv(65536):
+                    pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        monkeypatch.setenv("HEADRACE_WAREHOUSE_LISTEN", f"127.0.0.1:{server.getsockname()[1]}")
+        failed = command("--json", "SELECT 1")
+        thread.join()
+    assert isinstance(failed.exception, Misconfigured), failed.exception
+    assert failed.exception.code == "warehouse-not-running"
+    assert "HEADRACE_WAREHOUSE_LISTEN" in failed.exception.remedy
+
+
+@pytest.mark.parametrize("listen", ["localhost:abc", "[::1:8790", "nowhere at all:1"])
+def test_an_address_that_is_none_names_the_setting(command: Any, monkeypatch: pytest.MonkeyPatch, listen: str) -> None:
+    monkeypatch.setenv("HEADRACE_WAREHOUSE_LISTEN", listen)
+    failed = command("SELECT 1")
+    assert isinstance(failed.exception, Misconfigured), failed.exception
+    assert failed.exception.code == "warehouse-not-running"
+    assert "HEADRACE_WAREHOUSE_LISTEN" in failed.exception.remedy
+
+
+def test_a_loopback_address_of_version_6_is_answered_too(settings: Settings, store: Warehouse) -> None:
+    fill(store)
+    store.promote()
+    server = Endpoint(replace(settings, warehouse_listen="[::1]:0"))
+    try:
+        assert ask(f"[::1]:{server.port}", "SELECT 1").get("rows") == [[1]]
+    finally:
+        server.stop()

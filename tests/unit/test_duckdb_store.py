@@ -464,3 +464,78 @@ def test_a_store_of_some_tables_knows_no_others(settings: Settings) -> None:
     with pytest.raises(HeadraceError, match="tags"):
         ask(settings, "SELECT count(*) FROM sales.tags")
     made.close()
+
+
+def test_a_file_of_another_consumer_is_refused_and_left_as_it_is(store: DuckDBStore, settings: Settings) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
+    store.promote()
+    sales = DuckDBStore(settings, "sales")
+    for attempt in (sales.generations, lambda: sales.open(FIRST), lambda: sales.open(SECOND)):
+        with pytest.raises(Misconfigured, match="is of warehouse, not of sales") as error:
+            attempt()
+        assert error.value.code == "view-of-another"
+        assert "HEADRACE_WAREHOUSE" in error.value.remedy
+        sales.close()
+    assert ask(settings, "SELECT name FROM items").rows == [["a"]]
+    assert [(found.consumer, found.number, found.live) for found in store.generations()] == [("warehouse", 1, True)]
+
+
+def test_a_file_that_says_no_consumer_is_of_who_opens_it_first(store: DuckDBStore, settings: Settings) -> None:
+    store.close()
+    with duckdb.connect(settings.warehouse) as raw:
+        raw.execute("DROP TABLE headrace.consumer")
+    sales = DuckDBStore(settings, "sales")
+    assert [found.number for found in sales.generations()] == [1]
+    sales.open(FIRST)
+    sales.close()
+    with pytest.raises(Misconfigured, match="is of sales, not of warehouse"):
+        store.open(FIRST)
+
+
+@pytest.mark.parametrize("name", ["headrace", "Headrace", "g1", "g2.old", "public", "information_schema"])
+def test_a_file_that_duckdb_would_take_for_a_schema_in_it_is_refused(tmp_path: Path, name: str) -> None:
+    refused = DuckDBStore(Settings(warehouse=str(tmp_path / f"{name}.duckdb"), warehouse_memory="1GB"), "warehouse")
+    with pytest.raises(Misconfigured, match="would take it for the file's") as error:
+        refused.open(FIRST)
+    assert (error.value.code, list(tmp_path.iterdir())) == ("warehouse-file", [])
+
+
+@pytest.mark.parametrize("name", ["main", "system", "sales", "warehouse"])
+def test_a_file_of_another_name_works_through_a_rebuild(tmp_path: Path, name: str) -> None:
+    settings = Settings(warehouse=str(tmp_path / f"{name}.duckdb"), warehouse_memory="1GB")
+    store = DuckDBStore(settings, "warehouse")
+    for generation in (FIRST, SECOND):
+        store.open(generation)
+        store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), put(TAGS, 10, id=1, tag="x"), schemas=(ITEMS, TAGS)))
+        store.promote()
+        tagged = "SELECT name, tag FROM items JOIN public.items USING (name), " + (
+            "sales_.tags" if name == "sales" else "sales.tags"
+        )
+        assert ask(settings, tagged).rows == [["a", "x"]]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("sql", "type_", "value"),
+    [
+        ("[1234567890123456.1234::DECIMAL(20,4)]", "DECIMAL(20,4)[]", ["1234567890123456.1234"]),
+        ("[9.90, NULL]", "DECIMAL(3,2)[]", ["9.90", None]),
+        ("[9.90]::DECIMAL(3,2)[1]", "DECIMAL(3,2)[1]", ["9.90"]),
+        ("[170141183460469231731687303715884105727]", "HUGEINT[]", ["170141183460469231731687303715884105727"]),
+        (
+            "{'a b': 1.10, 'hugeint': 1, 'in': [{'x': 0.5::DECIMAL(2,1), 'f': 0.5::DOUBLE}]}",
+            'STRUCT("a b" DECIMAL(3,2), hugeint INTEGER, "in" STRUCT(x DECIMAL(2,1), f DOUBLE)[])',
+            {"a b": "1.10", "hugeint": 1, "in": [{"x": "0.5", "f": 0.5}]},
+        ),
+        ("MAP {'k': 1.10}", "MAP(VARCHAR, DECIMAL(3,2))", {"k": "1.10"}),
+        ("[1, 2]", "INTEGER[]", [1, 2]),
+        ("['{\"a\":1.5}'::JSON]", "JSON[]", [{"a": 1.5}]),
+    ],
+)
+def test_numbers_within_lists_structs_and_maps_keep_every_digit(
+    store: DuckDBStore, settings: Settings, sql: str, type_: str, value: Any
+) -> None:
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
+    store.promote()
+    found = ask(settings, f"SELECT {sql}")
+    assert (found.types, found.rows) == ([type_], [[value]])

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from headrace import codec
+from headrace.change import Column, TableSchema
 from headrace.settings import Settings
 from headrace.stores.duckdb import Database, DuckDBStore, query, tables
-from tests.fixtures.tables import FIRST, batch, put, schema
+from tests.fixtures.tables import FIRST, SECOND, batch, put, schema
 
 OF_TYPE: list[tuple[str, str, list[Any]]] = [
     ("smallint", "SMALLINT", [0, -32768, 32767]),
@@ -157,3 +158,50 @@ def test_a_cell_changed_behind_its_back_is_seen_by_scan(
     assert store.scan(None, 9)[0].value["x"] == value
     store._opened().cursor().execute(f'UPDATE g1."public.t" SET x = {change}')
     assert store.scan(None, 9)[0].value["x"] != value
+
+
+@pytest.mark.parametrize(
+    ("base", "duck", "values", "largest"),
+    [
+        ("integer", "INTEGER", [9, 10, 100], 100),
+        ("boolean", "BOOLEAN", [False, True], True),
+        ("date", "DATE", ["2026-01-02", "12026-01-02"], "12026-01-02"),
+        ("jsonb", "JSON", [{"a": 1}, "text", {"a": 9}], {"a": 9}),
+        ("bigint[]", "BIGINT[]", [[9], [10]], [10]),
+        ("numeric", "VARCHAR", ["1.10"], "1.10"),
+    ],
+)
+def test_a_column_of_a_domain_is_what_is_below_it(
+    store: DuckDBStore, base: str, duck: str, values: list[Any], largest: object
+) -> None:
+    columns = (Column("id", "integer"), Column("q", "sales.qty", nullable=True, base=base))
+    of = TableSchema("public.t", 1, columns, ("id",))
+    rows = [{"id": number, "q": value} for number, value in enumerate(values)]
+    store.apply(batch(10, *(put(of, 5, **row) for row in rows), schemas=(of,)))
+    store.promote()
+    assert read(store, "SELECT DISTINCT typeof(q), max(q) FROM t GROUP BY 1") == [[duck, largest]]
+    assert [row.value for row in store.scan(None, 100)] == rows
+    raw = store._opened().cursor()
+    if base == "integer":
+        assert raw.execute('SELECT count(_headrace_exact) FROM g1."public.t"').fetchall() == [(0,)]
+
+
+def test_a_domain_that_an_older_headrace_kept_as_text_is_text_until_a_rebuild(
+    store: DuckDBStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, after = Column("q", "qty"), Column("q", "qty", base="integer")
+    of = TableSchema("public.t", 1, (Column("id", "integer"), before), ("id",))
+    store.apply(batch(10, put(of, 5, id=1, q=9), schemas=(of,)))
+    store.open(FIRST)
+    same = TableSchema("public.t", 1, (Column("id", "integer"), after), ("id",))
+    more = TableSchema("public.t", 2, (Column("id", "integer"), after, Column("n", "integer")), ("id",))
+    store.apply(batch(20, put(same, 20, id=2, q=100), schemas=(same,)))
+    assert "public.t: columns of domains are text until a rebuild: run headrace rebuild NAME" in caplog.text
+    store.apply(batch(30, put(more, 30, id=3, q=10, n=1), schemas=(same, more)))
+    assert [row.value["q"] for row in store.scan(None, 9)] == [9, 100, 10]
+    store.promote()
+    assert read(store, "SELECT DISTINCT typeof(q) FROM t") == [["VARCHAR"]]
+    store.open(SECOND)
+    store.apply(batch(30, put(more, 30, id=3, q=10, n=1), schemas=(same, more)))
+    store.promote()
+    assert read(store, "SELECT typeof(q), q FROM t") == [["INTEGER", 10]]

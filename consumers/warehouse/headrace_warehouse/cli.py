@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import http.client
 import sys
 import urllib.error
 import urllib.request
@@ -61,21 +62,25 @@ def ask(listen: str, query: str) -> dict[str, Any]:
         Transient: `warehouse-loading`.
         Misconfigured: `warehouse-not-running`.
     """
-    request = urllib.request.Request(
-        f"http://{listen}/sql", orjson.dumps({"sql": query}), {"Content-Type": "application/json"}
-    )
+    body = orjson.dumps({"sql": query})
     try:
+        request = urllib.request.Request(f"http://{listen}/sql", body, {"Content-Type": "application/json"})
         with _direct().open(request, timeout=_WAIT_SECONDS) as answer:
-            found: dict[str, Any] = orjson.loads(answer.read())
-            return found
+            return _checked(orjson.loads(answer.read()))
     except urllib.error.HTTPError as error:
         raise _refusal(error) from error
-    except OSError as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise Misconfigured(
             "warehouse-not-running",
-            f"No warehouse answers at {listen}: {error}.",
+            f"No warehouse answers at {listen}: {error or type(error).__name__}.",
             "Run: headrace run warehouse (or set HEADRACE_WAREHOUSE_LISTEN to where it listens)",
         ) from error
+
+
+def _checked(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict) or not found.keys() >= {"columns", "types", "rows", "lsn", "inexact", "truncated"}:
+        raise ValueError("what answers is no warehouse")
+    return found
 
 
 def _direct() -> urllib.request.OpenerDirector:
@@ -88,7 +93,7 @@ def _refusal(error: urllib.error.HTTPError) -> HeadraceError:
         body = orjson.loads(error.read())
         kind = Transient if error.code == _LOADING else HeadraceError
         return kind(body["code"], body["message"], body["remedy"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
         return Misconfigured(
             "warehouse-not-running", f"What answers is no warehouse: {error}.", "Set HEADRACE_WAREHOUSE_LISTEN."
         )

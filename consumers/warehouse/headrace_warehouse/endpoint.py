@@ -164,7 +164,8 @@ def _statement(body: bytes) -> str:
 def _middleware(host: str) -> list[Middleware]:
     if not ipaddress.ip_address(host).is_loopback:
         return []
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", host], www_redirect=False)]
+    names = ["localhost", "127.0.0.1", host, f"[{host}]"]
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)]
 
 
 def _bound(listen: str) -> socket.socket:

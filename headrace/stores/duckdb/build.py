@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import duckdb
@@ -12,6 +13,8 @@ from headrace.errors import Poison
 from headrace.stores.duckdb import catalogue, tables
 from headrace.stores.duckdb.database import first
 from headrace.stores.duckdb.tables import Record, Table
+
+log = logging.getLogger(__name__)
 
 
 class Build:
@@ -47,6 +50,10 @@ class Build:
 
     def learn(self, schemas: dict[tuple[str, int], TableSchema]) -> None:
         """Take note of table schemas."""
+        for new in schemas.keys() - self._schemas.keys():
+            table = self.tables.get(new[0])
+            if table is not None and tables.is_old(table, schemas[new]):
+                log.warning("%s: columns of domains are text until a rebuild: run headrace rebuild NAME", new[0])
         self._schemas |= schemas
 
     def apply(self, changes: Iterable[Change]) -> None:

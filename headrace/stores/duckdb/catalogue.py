@@ -2,8 +2,8 @@
 
 `generations` holds each build with its position and a `turn`, the number that compare-and-set compares: opening a
 generation takes the next turn, so that an older instance can no longer move the position (S21). `live` has at most
-one row. `tables` maps a generation's tables to their names here, `schemas` keeps the table schemas that staged rows
-name.
+one row, `consumer` has the name of whose file it is. `tables` maps a generation's tables to their names here, `schemas`
+keeps the table schemas that staged rows name.
 """
 
 from __future__ import annotations
@@ -64,6 +64,32 @@ def ready(cursor: duckdb.DuckDBPyConnection) -> bool:
 def prepare(cursor: duckdb.DuckDBPyConnection) -> None:
     """Make the schema `headrace` in a new file."""
     cursor.execute(_MAKE)
+
+
+def owned(cursor: duckdb.DuckDBPyConnection, name: str) -> bool:
+    """Return whether the file says that it is this consumer's; one that an older headrace made does not say.
+
+    Raises:
+        Misconfigured: `view-of-another`.
+    """
+    said = "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'headrace' AND table_name = 'consumer'"
+    if not _one(cursor, said)[0]:
+        return False
+    kept = _one(cursor, "SELECT name FROM headrace.consumer")[0]
+    if kept != name:
+        raise Misconfigured(
+            "view-of-another",
+            f"The file of the warehouse is of {kept}, not of {name}.",
+            "Name another file by HEADRACE_WAREHOUSE: each consumer needs its own, and a process of its own.",
+        )
+    return True
+
+
+def own(cursor: duckdb.DuckDBPyConnection, name: str) -> None:
+    """Keep whose file it is. Raises Misconfigured: `view-of-another`."""
+    if not owned(cursor, name):
+        cursor.execute("CREATE TABLE headrace.consumer (name VARCHAR)")
+        cursor.execute("INSERT INTO headrace.consumer VALUES (?)", [name])
 
 
 def held(cursor: duckdb.DuckDBPyConnection) -> list[tuple[int, str]]:

@@ -20,6 +20,7 @@ from typing import Any
 import duckdb
 
 from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.stores.duckdb.names import ambiguous
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,12 @@ class Database:
             `warehouse-memory`. Transient: `warehouse-io`.
         """
         file = cls.file(path)
+        if ambiguous(file.name):
+            raise Misconfigured(
+                "warehouse-file",
+                f"{file}: a schema within it has this name, and DuckDB would take it for the file's.",
+                "Name the file otherwise in HEADRACE_WAREHOUSE; one that is there can be renamed.",
+            )
         with _opening:
             database = _open.get(file) or cls(file, memory)
             _open[file] = database

@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 _TAKEN = re.compile(r"g\d+|main|temp|system|headrace|information_schema|pg_catalog", re.IGNORECASE)
 
+_AMBIGUOUS = re.compile(r"g\d+|headrace|public|information_schema|pg_catalog", re.IGNORECASE)
+
 
 def quoted(name: str) -> str:
     """Return an SQL identifier."""
@@ -36,3 +38,8 @@ def internal(schema: str) -> bool:
 def reader_schema(schema: str, catalog: str) -> str:
     """Return where readers find the tables of a Postgres schema; `catalog` is DuckDB's name of the file."""
     return f"{schema}_" if internal(schema) or schema.casefold() == catalog.casefold() else schema
+
+
+def ambiguous(file: str) -> bool:
+    """Return whether DuckDB, which names a file's catalogue after it, would take the name of a schema in it for the file."""
+    return _AMBIGUOUS.fullmatch(file.partition(".")[0]) is not None

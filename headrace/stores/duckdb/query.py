@@ -25,7 +25,7 @@ from headrace.errors import HeadraceError, Transient
 from headrace.stores.duckdb import catalogue
 from headrace.stores.duckdb.database import Database, first
 from headrace.stores.duckdb.kinds import read_json
-from headrace.stores.duckdb.names import internal
+from headrace.stores.duckdb.names import internal, quoted
 
 _FUNCTIONS = {
     *("range", "generate_series", "unnest", "repeat", "repeat_row", "json_each", "json_tree", "histogram"),
@@ -46,7 +46,8 @@ class Result:
     Attributes:
         columns: Names, in order; they may repeat.
         types: DuckDB's name of each column's type.
-        rows: Values: integers (to 64 bits), floats, booleans and lists as themselves, bytes in base64, all others as DuckDB's text.
+        rows: Values: integers (to 64 bits), floats, booleans and lists as themselves, bytes in base64, all others as DuckDB's text;
+            within lists and structs too, where every HUGEINT is text.
         version: Everything up to this LSN of the source is in it: it is the state there, where nothing is parked.
         inexact: Tables that are not known to equal Postgres at that state (S12).
         parked: Tables that lack what is parked.
@@ -109,7 +110,7 @@ def _run(cursor: duckdb.DuckDBPyConnection, sql: str, limit: int) -> Result:
     state = _shown(cursor)
     found = cursor.sql(sql)
     types = [str(kind) for kind in found.types]
-    shown = ", ".join(_as_json(index, kind) for index, kind in enumerate(types, start=1))
+    shown = ", ".join(_as_json(index, str(kind), _exact(kind)) for index, kind in enumerate(found.types, start=1))
     rows: list[list[Any]] = []
     size = 0
     for batch in found.project(shown).limit(limit + 1).to_arrow_reader(_BATCH):
@@ -126,14 +127,30 @@ def _run(cursor: duckdb.DuckDBPyConnection, sql: str, limit: int) -> Result:
     return Result(found.columns, types, rows[:limit], *said, truncated=len(rows) > limit)
 
 
-def _as_json(index: int, kind: str) -> str:
+def _as_json(index: int, kind: str, exact: str) -> str:
     if kind in _NATIVE:
         return f"#{index}"
     if kind == "FLOAT":
         return f"CAST(CAST(#{index} AS VARCHAR) AS DOUBLE)"  # 0.1, not the nearest FLOAT in sixteen digits
     if kind == "BLOB":
         return f"base64(#{index})"
-    return f"CAST(to_json(#{index}) AS VARCHAR)" if _nested(kind) else f"CAST(#{index} AS VARCHAR)"
+    if not _nested(kind):
+        return f"CAST(#{index} AS VARCHAR)"
+    return f"CAST(to_json({f'#{index}' if exact == kind else f'CAST(#{index} AS {exact})'}) AS VARCHAR)"
+
+
+def _exact(kind: Any) -> str:
+    """Return a type of DuckDB with text for those numbers within it that readers of JSON round."""
+    if kind.id in {"decimal", "hugeint", "uhugeint"}:
+        return "VARCHAR"
+    if kind.id not in {"list", "array", "struct", "map"}:
+        return str(kind)
+    (_, inner), *rest = kind.children
+    if kind.id in {"list", "array"}:
+        return f"{_exact(inner)}[{rest[0][1] if rest else ''}]"
+    if kind.id == "map":
+        return f"MAP({_exact(inner)}, {_exact(rest[0][1])})"
+    return f"STRUCT({', '.join(f'{quoted(name)} {_exact(each)}' for name, each in kind.children)})"
 
 
 def _values(values: list[Any], kind: str) -> list[Any]:

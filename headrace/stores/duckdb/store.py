@@ -30,7 +30,7 @@ class DuckDBStore:
         self._build: Build | None = None
 
     def generations(self) -> list[Generation]:
-        """Return the generations that the file holds."""
+        """Return the generations that the file holds. Raises Misconfigured: `view-of-another`."""
         if not Database.file(self.settings.warehouse).exists():
             return []
         database = Database.opened(self.settings.warehouse, self.settings.warehouse_memory)
@@ -38,6 +38,7 @@ class DuckDBStore:
             with database.translated(), database.cursor() as cursor, database.reading(cursor):
                 if not catalogue.ready(cursor):
                     return []
+                catalogue.owned(cursor, self.name)
                 live = catalogue.live(cursor)
                 held = catalogue.held(cursor)
         finally:
@@ -45,7 +46,11 @@ class DuckDBStore:
         return [Generation(self.name, number, fingerprint, live=number == live) for number, fingerprint in held]
 
     def open(self, generation: Generation) -> Position | None:
-        """Open the generation, made when it is not there; an older instance of it can apply nothing from now on."""
+        """Open the generation, made when it is not there; an older instance of it can apply nothing from now on.
+
+        Raises:
+            Misconfigured: `view-of-another`.
+        """
         self.close()
         self._database = Database.opened(self.settings.warehouse, self.settings.warehouse_memory)
         self._cursor = self._database.lend()
@@ -53,6 +58,7 @@ class DuckDBStore:
         with self._database.writing(self._cursor):
             if not catalogue.ready(self._cursor):
                 catalogue.prepare(self._cursor)
+            catalogue.own(self._cursor, self.name)
             self._turn, position = catalogue.take(self._cursor, self._number) or (
                 0,
                 None,

@@ -1,4 +1,4 @@
-"""The client of Elasticsearch, its errors by how one recovers from them, and what is in a hit."""
+"""The client of Elasticsearch, its errors by how one recovers from them, and what is in an index and in a hit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elasticsearch import (
 )
 
 from headrace.change import Row, Version
-from headrace.consumer import ViewRow
+from headrace.consumer import Generation, ViewRow
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings, bad_address
 
@@ -100,3 +100,21 @@ def row_of(hit: Mapping[str, Any]) -> ViewRow:
 def sequence_of(found: Mapping[str, Any]) -> dict[str, int]:
     """Return by what the next write says that it follows this one."""
     return {"if_seq_no": found["_seq_no"], "if_primary_term": found["_primary_term"]}
+
+
+def held(server: Elasticsearch, alias: str) -> list[Generation]:
+    """Return the generations behind an alias, of whatever consumer."""
+    found = server.indices.get(index=f"{alias}-g*", features="aliases,mappings")
+    numbers = {index: index.removeprefix(f"{alias}-g") for index in found}
+    made = [
+        Generation(of["consumer"], int(numbers[index]), of["fingerprint"], alias in facts["aliases"])
+        for index, facts in found.items()
+        if (of := about(facts)) and numbers[index].isdecimal()
+    ]
+    return sorted(made, key=lambda generation: generation.number)
+
+
+def about(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return what an index says of the generation that it is; nothing when headrace did not make it."""
+    said: dict[str, str] = facts["mappings"].get("_meta", {}).get("headrace", {})
+    return said

@@ -26,7 +26,6 @@ The alias hides what has a `headrace.kind`. `headrace.id` repeats the id, becaus
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +40,7 @@ from headrace.change import Position
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
-from headrace.stores import Doc
+from headrace.stores import Doc, check_alone
 from headrace.stores.elasticsearch.bulks import (
     BULK_DOCS,
     POSITION,
@@ -54,7 +53,7 @@ from headrace.stores.elasticsearch.bulks import (
     never_fits,
     written,
 )
-from headrace.stores.elasticsearch.client import client, errors, row_of, sequence_of
+from headrace.stores.elasticsearch.client import about, client, errors, held, row_of, sequence_of
 from headrace.stores.sending import MOST, Sending
 
 _INTERNAL = {"exists": {"field": "headrace.kind"}}
@@ -105,27 +104,21 @@ class ElasticsearchIndex:
         """Use the Elasticsearch of `settings`. Raises Misconfigured: `bad-setting`."""
         self._consumer = consumer
         self.alias = self.alias or consumer
-        self._name = re.compile(re.escape(self.alias) + r"-g(\d+)")
         self._sending = Sending("bulk", MOST)
         self._client = client(settings)
 
     def generations(self) -> list[Generation]:
         """Return the generations that the server holds."""
         with errors():
-            found = self._client.indices.get(index=f"{self.alias}-g*", features="aliases,mappings")
-        made = []
-        for index, facts in found.items():
-            name, about = self._name.fullmatch(index), _about(facts)
-            if name and about.get("consumer") == self._consumer:
-                live = self.alias in facts["aliases"]
-                made.append(Generation(self._consumer, int(name[1]), about["fingerprint"], live))
-        return sorted(made, key=lambda generation: generation.number)
+            return [each for each in held(self._client, self.alias) if each.consumer == self._consumer]
 
     def open(self, generation: Generation) -> Position | None:
-        """Take the index of `generation` if it is whole, else make it anew, empty."""
+        """Take the index of `generation` if it is whole, else make it anew, empty. Raises Misconfigured: `view-of-another`."""
         self._owner = uuid.uuid4().hex
         self._index = f"{self.alias}-g{generation.number}"
         with errors():
+            others = [(f"{self.alias}-g{each.number}", each.consumer) for each in held(self._client, self.alias)]
+            check_alone(generation.consumer, others)
             if self._find(generation):
                 position = self._take()
                 if position is not None:
@@ -210,8 +203,8 @@ class ElasticsearchIndex:
             facts = self._client.indices.get(index=self._index)[self._index]
         except NotFoundError:
             return False
-        about = _about(facts)
-        if (about.get("consumer"), about.get("fingerprint")) != (generation.consumer, generation.fingerprint):
+        of = about(facts)
+        if (of.get("consumer"), of.get("fingerprint")) != (generation.consumer, generation.fingerprint):
             raise Misconfigured(
                 "view-of-another",
                 f"The index {self._index} was not made by {generation.consumer} {generation.fingerprint}.",
@@ -255,11 +248,11 @@ class ElasticsearchIndex:
 
     def _make(self, generation: Generation) -> None:
         self._client.options(ignore_status=404).indices.delete(index=self._index)
-        about = {"headrace": {"consumer": generation.consumer, "fingerprint": generation.fingerprint}}
+        meta = {"headrace": {"consumer": generation.consumer, "fingerprint": generation.fingerprint}}
         properties = {**self._mappings.get("properties", {}), "headrace": _OURS}
         self._client.indices.create(
             index=self._index,
-            mappings={**self._mappings, "properties": properties, "_meta": about},
+            mappings={**self._mappings, "properties": properties, "_meta": meta},
             settings={**self._index_settings, "refresh_interval": -1},
             aliases={self._target: {}},
         )
@@ -392,8 +385,3 @@ class ElasticsearchIndex:
 
 def _wiped(index: str) -> Wiped:
     return Wiped("view-wiped", f"The index {index} is gone, or its position is; it is built anew.")
-
-
-def _about(facts: Mapping[str, Any]) -> dict[str, str]:
-    about: dict[str, str] = facts["mappings"].get("_meta", {}).get("headrace", {})
-    return about

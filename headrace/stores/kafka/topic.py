@@ -33,7 +33,7 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
 from headrace.settings import Settings
-from headrace.stores import Doc
+from headrace.stores import Doc, check_alone
 
 _LIVE = b"live"
 _CLEARED = 1000
@@ -110,8 +110,11 @@ class KafkaTopic:
         return None
 
     def _check(self, ours: dict[str, str], number: int) -> dict[str, Any]:
-        """Return what is known of a generation; refuse one of other code before its writer is ended."""
-        facts = self._known.read().get(_key(number), {})
+        """Return what is known of a generation; refuse one of other code, and a name of another's, before its writer is ended."""
+        known = self._known.read()
+        held = [each for key, each in known.items() if key != _LIVE]
+        check_alone(ours["consumer"], [(self._topic_of(each["generation"]), each["consumer"]) for each in held])
+        facts = known.get(_key(number), {})
         if facts and facts | ours != facts:
             raise Misconfigured(
                 "view-of-another",

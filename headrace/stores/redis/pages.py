@@ -4,7 +4,7 @@
 |------------------------|-------------------------------------------------------------------------------|
 | `<prefix>:live`        | the number of the generation that readers see                                 |
 | `<prefix>:generations` | the set of numbers                                                            |
-| `<prefix>:g<N>`        | of generation N: consumer, fingerprint, owner, position                       |
+| `<prefix>:g<N>`        | of generation N: consumer, fingerprint, owner (none: dropped), position       |
 | `<prefix>:<N>:<id>`    | a page: the fields of its body, which are text, and its version in `@version` |
 
 *Writing* is one Lua call for pages and position together. It first compares owner and position with what this process
@@ -33,7 +33,7 @@ from headrace.change import NOWHERE, Position, Row
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Wiped
 from headrace.settings import Settings
-from headrace.stores import Doc
+from headrace.stores import Doc, check_alone
 from headrace.stores.redis import scripts
 from headrace.stores.redis.client import client, errors, text_version, version_text
 from headrace.stores.sending import Sending
@@ -58,6 +58,7 @@ class RedisPages:
         self._owner = ""
         self._position = ""
         self._ids: _Ids | None = None
+        self._tidy = False
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Redis of `settings`. Raises Misconfigured: `bad-setting`."""
@@ -69,16 +70,15 @@ class RedisPages:
         self._write = self._redis.register_script(scripts.WRITE)
 
     def generations(self) -> list[Generation]:
-        """Return the generations that the server holds."""
-        keys = [f"{self.prefix}:live", f"{self.prefix}:generations"]
+        """Return the generations that the server holds; the first call finishes drops that were cut short."""
         with errors():
-            found: Any = self._redis.eval(scripts.GENERATIONS, 2, *keys, f"{self.prefix}:g")
-        made = [
-            Generation(consumer, int(number), fingerprint, live == number)
-            for number, consumer, fingerprint, live in found
-            if consumer == self._consumer
-        ]
-        return sorted(made, key=lambda generation: generation.number)
+            held, dropped = self._held()
+            if not self._tidy:  # a drop that was cut short, in a process before this one
+                for generation in dropped:
+                    if generation.consumer == self._consumer:
+                        self._remove(generation.number)
+                self._tidy = True
+        return [generation for generation in held if generation.consumer == self._consumer]
 
     def open(self, generation: Generation) -> Position | None:
         """Become the owner of `generation`; clear its pages if it has no position.
@@ -89,11 +89,14 @@ class RedisPages:
         self._number = generation.number
         with errors():
             self._check_policy()
+            held, _ = self._held()
+            check_alone(generation.consumer, [(self._state_of(each.number), each.consumer) for each in held])
             said, value = self._redis.eval(
                 scripts.OPEN,
-                2,
+                3,
                 self._state,
-                f"{self.prefix}:generations",
+                self._generations,
+                self._live,
                 generation.consumer,
                 generation.fingerprint,
                 self._owner,
@@ -107,7 +110,7 @@ class RedisPages:
                 )
             self._position = value
             if not value:
-                self._unlink_pages()
+                self._unlink_pages(self._number, self._owner)
         return codec.decode_position(value) if value else None
 
     def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:
@@ -142,21 +145,19 @@ class RedisPages:
             self._sending.arrive()
 
     def promote(self) -> None:
-        """Move the pointer to this generation."""
+        """Move the pointer to this generation, if it is still there and this process's.
+
+        Raises:
+            Transient: `redis-away`, `redis-busy`; Wiped: `view-wiped`. Misconfigured: `redis-refused`, `view-taken-over`.
+        """
         with errors():
-            self._redis.set(f"{self.prefix}:live", self._number)
+            self._judge(self._redis.eval(scripts.PROMOTE, 2, self._state, self._live, self._owner, self._number))
 
     def drop(self) -> None:
         """Remove this generation; the pages go after a grace time, for readers that took the pointer by themselves."""
         with errors():
-            if self._redis.get(f"{self.prefix}:live") == str(self._number):
-                self._redis.delete(f"{self.prefix}:live")
-            # Without a position it is nothing, wherever the rest of this may be cut short.
-            self._redis.hdel(self._state, "position", "owner")
-            time.sleep(_GRACE_SECONDS)
-            self._unlink_pages()
-            self._redis.delete(self._state)
-            self._redis.srem(f"{self.prefix}:generations", self._number)
+            self._redis.eval(scripts.DROP, 2, self._state, self._live, self._number)
+            self._remove(self._number)
 
     def close(self) -> None:
         """Close the connections."""
@@ -189,19 +190,47 @@ class RedisPages:
     # Writing
 
     @property
+    def _live(self) -> str:
+        return f"{self.prefix}:live"
+
+    @property
+    def _generations(self) -> str:
+        return f"{self.prefix}:generations"
+
+    @property
     def _state(self) -> str:
-        return f"{self.prefix}:g{self._number}"
+        return self._state_of(self._number)
 
     @property
     def _pages(self) -> str:
-        return f"{self.prefix}:{self._number}:"
+        return self._pages_of(self._number)
+
+    def _state_of(self, number: int) -> str:
+        return f"{self.prefix}:g{number}"
+
+    def _pages_of(self, number: int) -> str:
+        return f"{self.prefix}:{number}:"
+
+    def _held(self) -> tuple[list[Generation], list[Generation]]:
+        """Return the generations under the prefix, of whatever consumer, and those that are dropped and still have pages."""
+        found: Any = self._redis.eval(scripts.GENERATIONS, 2, self._live, self._generations, f"{self.prefix}:g")
+        held: list[Generation] = []
+        dropped: list[Generation] = []
+        for number, consumer, fingerprint, live, owner in sorted(found, key=lambda each: int(each[0])):
+            generation = Generation(consumer, int(number), fingerprint, live == number)
+            (held if owner else dropped).append(generation)
+        return held, dropped
 
     def _send_early(self, ids: set[str], pages: list[str | int]) -> None:
         """Send pages, while the next ones are rendered: the position comes when they have arrived."""
         self._sending.send(ids, partial(self._send, pages, ""))
 
     def _send(self, pages: list[str | int], after: str) -> None:
-        said = self._write(keys=[self._state], args=[self._pages, self._owner, self._position, after, *pages])
+        self._judge(self._write(keys=[self._state], args=[self._pages, self._owner, self._position, after, *pages]))
+        self._position = after or self._position
+
+    def _judge(self, said: Any) -> None:
+        """Raise what an answer of a script means."""
         if said == "taken":
             raise Misconfigured(
                 "view-taken-over",
@@ -210,7 +239,6 @@ class RedisPages:
             )
         if said != "ok":
             raise Wiped(f"view-{said}", f"{self._state} in Redis is not what was last written: {said}.")
-        self._position = after or self._position
 
     def _check_policy(self) -> None:
         facts: Any = self._redis.info("memory")
@@ -223,15 +251,22 @@ class RedisPages:
                 "Run: redis-cli CONFIG SET maxmemory-policy noeviction, and in redis.conf; or use another Redis.",
             )
 
-    def _unlink_pages(self) -> None:
+    def _remove(self, number: int) -> None:
+        """Remove a dropped generation after the grace time, unless somebody opens it meanwhile."""
+        time.sleep(_GRACE_SECONDS)
+        self._unlink_pages(number, "")
+        self._redis.eval(scripts.FORGET, 2, self._state_of(number), self._generations, number)
+
+    def _unlink_pages(self, number: int, owner: str) -> None:
+        """Remove the pages of a generation while it is `owner`'s; a dropped one is nobody's."""
         keys: list[str] = []
-        for key in self._redis.scan_iter(match=_literally(self._pages) + "*", count=_SCAN):
+        for key in self._redis.scan_iter(match=_literally(self._pages_of(number)) + "*", count=_SCAN):
             keys.append(key)
             if len(keys) >= _SCAN:
-                self._redis.unlink(*keys)
+                self._redis.eval(scripts.UNLINK, 1, self._state_of(number), owner, *keys)
                 keys = []
         if keys:
-            self._redis.unlink(*keys)
+            self._redis.eval(scripts.UNLINK, 1, self._state_of(number), owner, *keys)
 
     # Reading
 

@@ -2,11 +2,40 @@
 floats."""
 
 OPEN = """
-local held = redis.call('HMGET', KEYS[1], 'consumer', 'fingerprint', 'position')
-if held[1] and (held[1] ~= ARGV[1] or held[2] ~= ARGV[2]) then return {'another', held[1] .. ' ' .. held[2]} end
+local held = redis.call('HMGET', KEYS[1], 'consumer', 'fingerprint', 'position', 'owner')
+if held[4] and (held[1] ~= ARGV[1] or held[2] ~= ARGV[2]) then return {'another', held[1] .. ' ' .. held[2]} end
 redis.call('HSET', KEYS[1], 'consumer', ARGV[1], 'fingerprint', ARGV[2], 'owner', ARGV[3])
 redis.call('SADD', KEYS[2], ARGV[4])
+-- Somebody took its state away: readers see nothing before they see a half.
+if not held[3] and redis.call('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3]) end
 return {'ok', held[3] or ''}
+"""
+
+PROMOTE = """
+local held = redis.call('HMGET', KEYS[1], 'owner', 'position')
+if not held[1] then return 'wiped' end
+if held[1] ~= ARGV[1] then return 'taken' end
+-- A write, so that a Redis which takes none says so, whatever the rest finds.
+redis.call('HSET', KEYS[1], 'owner', ARGV[1])
+if not held[2] then return 'wiped' end
+redis.call('SET', KEYS[2], ARGV[2])
+return 'ok'
+"""
+
+# What has no owner is dropped, wherever the rest of a drop may be cut short.
+DROP = """
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('DEL', KEYS[2]) end
+redis.call('HDEL', KEYS[1], 'owner', 'position')
+"""
+
+UNLINK = """
+if (redis.call('HGET', KEYS[1], 'owner') or '') == ARGV[1] then redis.call('UNLINK', unpack(ARGV, 2)) end
+"""
+
+FORGET = """
+if redis.call('HEXISTS', KEYS[1], 'owner') == 1 then return end
+redis.call('DEL', KEYS[1])
+redis.call('SREM', KEYS[2], ARGV[1])
 """
 
 WRITE = """
@@ -36,8 +65,8 @@ return 'ok'
 GENERATIONS = """
 local live, found = redis.call('GET', KEYS[1]) or '', {}
 for _, number in ipairs(redis.call('SMEMBERS', KEYS[2])) do
-    local held = redis.call('HMGET', ARGV[1] .. number, 'consumer', 'fingerprint')
-    if held[1] then table.insert(found, {number, held[1], held[2], live}) end
+    local held = redis.call('HMGET', ARGV[1] .. number, 'consumer', 'fingerprint', 'owner')
+    if held[1] then table.insert(found, {number, held[1], held[2], live, held[3] or ''}) end
 end
 return found
 """
