@@ -87,7 +87,7 @@ class LocalRows:
             shapes = codec.loads(self._meta("shapes") or b"{}")
             self.nodes = Nodes(self._db, self._paths, self.shape)
             self._shapes = {
-                table: Shape(tuple(key), frozenset(numbers), columns)
+                table: Shape(tuple(key), frozenset(numbers), tuple(columns))
                 for table, (key, numbers, columns) in shapes.items()
             }
         except sqlite3.DatabaseError:
@@ -106,19 +106,17 @@ class LocalRows:
         """
         learned = {table: Shape.of(schema) for table, schema in schemas.items() if table in self._paths.roots}
         if not whole:
-            learned = {table: shape._replace(columns={}) for table, shape in learned.items()}
+            learned = {table: shape._replace(columns=()) for table, shape in learned.items()}
         others = {
             table
             for table, shape in learned.items()
-            if table in self._shapes and shape.columns.keys() != self._shapes[table].columns.keys()
+            if table in self._shapes and set(shape.columns) != set(self._shapes[table].columns)
         }
         for number, document in enumerate(self._documents):
             if not others.isdisjoint(_shown(document)):
                 self._db.execute(layout.TOUCH_ALL, (number, since.packed(), document.table))
         self._shapes |= learned
-        shapes = {
-            table: (list(key), sorted(numbers), dict(all_)) for table, (key, numbers, all_) in self._shapes.items()
-        }
+        shapes = {table: (key, sorted(numbers), names) for table, (key, numbers, names) in self._shapes.items()}
         self._put("shapes", codec.dumps(shapes))
 
     def apply(self, change: Change, *, loading: bool) -> None:

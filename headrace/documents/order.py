@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from headrace import codec
@@ -26,18 +25,18 @@ class Shape(NamedTuple):
 
     key: Sequence[str] = ()
     numbers: Collection[str] = frozenset()
-    columns: Mapping[str, None] = MappingProxyType({})
+    columns: Sequence[str] = ()
 
     @classmethod
     def of(cls, schema: TableSchema) -> Shape:
         """Return what a schema says."""
         kinds = {column.name: (column.base or column.type).partition("(")[0] for column in schema.columns}
         numbers = frozenset(name for name, kind in kinds.items() if kind in _NUMBERS)
-        return cls(schema.key, numbers, dict.fromkeys(kinds))
+        return cls(schema.key, numbers, tuple(kinds))
 
     def whole(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row with the table's columns of now, as Postgres has it: a later one is NULL there, one that is gone is not in it."""
-        if not self.columns or row.keys() == self.columns.keys():
+        if not self.columns or tuple(row) == self.columns:
             return row
         return {name: row.get(name) for name in self.columns}
 

@@ -188,7 +188,7 @@ def test_which_columns_hold_numbers_is_known_below_domains() -> None:
         Column("prices", "numeric[]"),
     )
     shape = Shape.of(TableSchema("t", 1, columns, ("id",)))
-    assert shape == Shape(("id",), frozenset({"id", "price", "cost"}), dict.fromkeys(column.name for column in columns))
+    assert shape == Shape(("id",), frozenset({"id", "price", "cost"}), ("id", "price", "cost", "name", "prices"))
 
 
 @pytest.mark.parametrize(
