@@ -19,6 +19,7 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import blake2b
 from typing import ClassVar
 
@@ -143,12 +144,19 @@ class EffectConsumer:
             db.execute("COMMIT")
 
     def _before(self, db: sqlite3.Connection) -> Position | None:
-        """Return where the live generation has stopped, if this one may go on from there, as far as its own position tells (I12)."""
+        """Return where the live generation has stopped, if this one may go on from there, as far as its own position tells (I12).
+
+        Of a table that only one of them reads, that is where this one is: what is there is history, or nothing to it.
+        """
         query = "SELECT live AND number <> ?1, position FROM generations WHERE (live OR number = ?1) AND position IS NOT NULL"
         found = {other: codec.decode_position(at) for other, at in db.execute(query, (self._number,))}
         before, own = found.get(1), found.get(0)
-        if before is None or own is None or self._fits(before, own):
+        if before is None or own is None:
             return before
+        if self._fits(before, own):
+            offsets = {topic: before.offsets.get(topic, at) for topic, at in own.offsets.items()}
+            topics = {topic: before.topics.get(topic, id_) for topic, id_ in own.topics.items()}
+            return replace(before, offsets=offsets, topics=topics)
         said = "%s goes on at %s: what came since %s, where the generation before it has stopped, is left out, and what is parked there."
         log.warning(said, self.name, own.version, before.version)
         return None
@@ -158,7 +166,7 @@ class EffectConsumer:
             return True
         return (
             before.continued_by(own.version, own.source)
-            and before.topics.items() <= own.topics.items()
+            and all(own.topics.get(topic, id_) == id_ for topic, id_ in before.topics.items())
             and own.appended - before.appended <= self.settings.delete_retention_ms
         )
 

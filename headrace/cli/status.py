@@ -26,6 +26,7 @@ from headrace.settings import Settings, load
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _CLOCK_SECONDS = 2.0
 _PATIENCE_SECONDS = 10.0
+_READING = frozenset({"live", "following", "catching up", "loading"})
 _COLOURS = {
     "live": "green",
     "following": "green",
@@ -107,8 +108,10 @@ def _slot(settings: Settings) -> Facts:
 def _said(report: Report, source: Report | None) -> Facts:
     records, wal, behind = report.lag
     if source is not None and source.version.epoch == report.version.epoch:
-        # Counted to what is captured now: who died, stands still or hangs still says what was missing when it last read.
-        wal = max(wal, source.version.lsn - report.version.lsn)
+        # Who died, stands still or hangs says what was missing when it last read: that is counted to what is captured now. Not so for
+        # one that reads, which knows better: a version may be held back by what is delayed or parked.
+        reads = not report.dead and report.phase in _READING and behind < _PATIENCE_SECONDS
+        wal = wal if reads else max(wal, source.version.lsn - report.version.lsn)
     return {
         "generation": report.generation,
         "fingerprint": report.fingerprint,

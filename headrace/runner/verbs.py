@@ -211,7 +211,10 @@ def _held(live: Worker | None, target: Worker, seconds: float) -> Version:
 
 
 def _seen(live: Worker, target: Worker) -> Version:
-    """Return what readers have seen; NOWHERE where that is of another log than the one that `target` follows: no build would reach it."""
+    """Return what readers have seen; NOWHERE where that is of another log than the one that `target` follows: perhaps no build reaches it.
+
+    One that still catches up could show what was long before.
+    """
     error = live.state.error
     another = live.state.phase == "stopped" and error is not None and error.code in _ANOTHER_LOG
-    return NOWHERE if another and target.state.phase in {"following", "catching up"} else live.state.version
+    return NOWHERE if another and target.state.phase == "following" else live.state.version

@@ -163,16 +163,25 @@ def test_a_table_that_is_inexact_is_named_for_capture_and_for_the_views_that_rea
         assert f"capture: {ITEMS}, {TAGS} may differ from Postgres" in shown
 
 
-@pytest.mark.parametrize("phase", ["live", "stale", "stopped", "waiting", "paused"])
-def test_what_is_missing_is_counted_to_what_is_captured_now(settings: Settings, control: Control, phase: str) -> None:
-    """A view that stands still reads nothing, so that it cannot know."""
+@pytest.mark.parametrize(
+    ("phase", "behind", "missing"),
+    [
+        *((phase, 0.0, 400) for phase in ("stale", "stopped", "waiting", "paused")),
+        ("live", 60.0, 400),
+        ("live", 0.1, 7),
+    ],
+)
+def test_what_is_missing_is_counted_to_what_is_captured_now(
+    settings: Settings, control: Control, phase: str, behind: float, missing: int
+) -> None:
+    """A view that stands still or hangs reads nothing, so that it cannot know; one that reads may be held back by what it delays."""
     say(
         control,
         Report("capture", live=True, phase="streaming", version=Version(1, 500)),
-        Report("plain", 1, live=True, phase=phase, version=Version(1, 100)),
+        Report("plain", 1, live=True, phase=phase, version=Version(1, 100), lag=(1, 7, behind)),
     )
     (said,) = orjson.loads(status(settings, "--json", "plain").stdout)["consumers"]["plain"]
-    assert said["lag"]["wal_bytes"] == 400
+    assert said["lag"]["wal_bytes"] == missing
 
 
 class Clock:

@@ -321,12 +321,13 @@ def test_who_takes_a_name_that_is_taken_does_not_disturb_who_has_it(
     assert {hit["_id"] for hit in client.search(index="products")["hits"]["hits"]} == {"1", "2"}
 
 
-def test_a_scratch_view_may_lie_beside_the_one_it_is_of(open_store: Open, settings: Settings) -> None:
+@pytest.mark.parametrize("name", ["search--replay", "other--replay"])
+def test_a_scratch_view_may_lie_beside_the_one_it_is_of(open_store: Open, settings: Settings, name: str) -> None:
     store = open_store()
     store.write([doc("1", 1)], at(1))
     scratch = ElasticsearchIndex("products", mappings=MAPPINGS)
-    scratch.bind(settings, "search--replay")
-    assert scratch.open(Generation("search--replay", 1_000_000, "abd")) is None
+    scratch.bind(settings, name)
+    assert scratch.open(Generation(name, 1_000_000, "abd")) is None
     assert store.open(G1) == at(1)
     scratch.close()
 

@@ -187,11 +187,12 @@ def test_who_takes_a_name_that_is_taken_does_not_disturb_who_has_it(stream: Stre
     assert stream.read() == {"0": "pot", "1": "cup"}
 
 
-def test_a_scratch_view_may_lie_beside_the_one_it_is_of(stream: Stream) -> None:
+@pytest.mark.parametrize("name", ["titles--replay", "other--replay"])
+def test_a_scratch_view_may_lie_beside_the_one_it_is_of(stream: Stream, name: str) -> None:
     stream.commit("kettle", "cup")
     stream.catch_up(promote=True)
-    scratch = Titles(replace(stream.settings, state=f"{stream.settings.state}/scratch"), "titles--replay")
-    assert scratch.open(Generation("titles--replay", 1_000_000, "abd")) is None
+    scratch = Titles(replace(stream.settings, state=f"{stream.settings.state}/scratch"), name)
+    assert scratch.open(Generation(name, 1_000_000, "abd")) is None
     assert stream.open()[1] is not None
     scratch.close()
     assert stream.read() == {"0": "kettle", "1": "cup"}

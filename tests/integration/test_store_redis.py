@@ -303,12 +303,13 @@ def test_who_takes_a_name_that_is_taken_does_not_disturb_who_has_it(
     assert [row.key for row in store.scan(None, 10)] == ["1", "2"]
 
 
-def test_a_scratch_view_may_lie_beside_the_one_it_is_of(open_store: Open, settings: Settings) -> None:
+@pytest.mark.parametrize("name", ["pages--replay", "other--replay"])
+def test_a_scratch_view_may_lie_beside_the_one_it_is_of(open_store: Open, settings: Settings, name: str) -> None:
     store = open_store()
     store.write([doc("1", 1)], at(1))
     scratch = RedisPages("pages")
-    scratch.bind(settings, "pages--replay")
-    assert scratch.open(Generation("pages--replay", 1_000_000, "abd")) is None
+    scratch.bind(settings, name)
+    assert scratch.open(Generation(name, 1_000_000, "abd")) is None
     assert store.open(G1) == at(1)
     scratch.close()
 

@@ -18,6 +18,7 @@ from headrace.testing import History, shape
 from tests.fixtures.tables import SOURCE
 
 ORDERS = shape("public.orders", id="integer", status="text")
+CUSTOMERS = shape("public.customers", id="integer", status="text")
 
 
 class Told(EffectConsumer):
@@ -211,6 +212,46 @@ def test_a_generation_does_not_go_on_where_one_has_stopped_whose_position_would_
     world.commit("b")
     world.catch_up(2)
     assert world.statuses() == ["b"], "what came before it was built is left out"
+
+
+def forget_customers(world: World, number: int) -> None:
+    """Let a generation be of code that does not read them."""
+    position = world.open(number)[1]
+    assert position is not None
+    offsets, topics = (
+        {t: x for t, x in each.items() if "customers" not in t} for each in (position.offsets, position.topics)
+    )
+    spoil(world, number, offsets=offsets, topics=topics)
+
+
+def test_a_generation_that_reads_a_table_less_leaves_nothing_out(world: World) -> None:
+    world.log = History([ORDERS, CUSTOMERS])
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    world.commit("a")
+    world.catch_up(2)
+    forget_customers(world, 2)
+    world.promote(2)
+    world.commit("b")
+    world.catch_up(2)
+    assert world.statuses() == ["a", "b"]
+
+
+def test_a_generation_that_reads_a_table_more_tells_nobody_of_what_was_in_it_before(world: World) -> None:
+    world.log = History([ORDERS, CUSTOMERS])
+    world.log.put("public.customers", {"id": 1, "status": "a customer of before"})
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    forget_customers(world, 1)
+    world.commit("a")
+    world.catch_up(2)
+    world.promote(2)
+    world.log.put("public.customers", {"id": 2, "status": "a customer"})
+    world.commit("b")
+    world.catch_up(2)
+    assert sorted(map(str, world.statuses())) == ["a", "a customer", "b"]
 
 
 def test_a_rollback_goes_on_where_the_newer_one_has_stopped_though_its_topic_is_another(world: World) -> None:
