@@ -34,12 +34,15 @@ _LOCK_SECONDS = 0.2
 class Findings(NamedTuple):
     """What the catalogue said.
 
-    `prints`: the fingerprint of every published table; `asked`: when that was (`time.monotonic`); `failing`: see `identities.failing`.
+    `prints`: the fingerprint of every published table; `asked`: when that was (`time.monotonic`); `failing`: see `identities.failing`;
+    `roots`: the name of every partitioned one, by its oid, and `lsn`: how far the WAL was then.
     """
 
     prints: dict[str, Fingerprint]
     asked: float
     failing: list[str]
+    roots: dict[int, str]
+    lsn: int
 
 
 class _Asking(threading.Thread):
@@ -139,7 +142,8 @@ class CatalogueWatch(_Asking):
                     prints = fingerprints.read(connection, self._settings.publication, self._known())
                     failing = identities.failing(connection, self._settings.publication)
                     catalog.check_operations(connection, self._settings.publication)
-                    self._newest = Findings(prints, asked, failing)
+                    roots = catalog.partitioned(connection, self._settings.publication)
+                    self._newest = Findings(prints, asked, failing, *roots)
                     self._look_at_topics()
                     self._tell("ok")
                 except Misconfigured as error:

@@ -191,6 +191,12 @@ def published_tables(connection: Connection, publication: str, only: str | None 
     return [_published(table, sent[table.oid]) for table in _read(connection, list(sent))]
 
 
+def partitioned(connection: Connection, publication: str) -> tuple[dict[int, str], int]:
+    """Return the names of the partitioned tables of a publication by their oids, and an LSN before which they got these names."""
+    names: dict[int, str] = dict(connection.execute(_PARTITIONED, {"publication": publication}).fetchall())
+    return names, parse_lsn(_one(connection, "SELECT pg_current_wal_insert_lsn()::text")[0])
+
+
 def check_operations(connection: Connection, publication: str) -> None:
     """Refuse a publication that does not send every operation.
 
@@ -301,6 +307,12 @@ _CANDIDATES = """
 SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND NOT c.relispartition
   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+"""
+
+_PARTITIONED = f"""
+WITH RECURSIVE {published("p.pubname = %(publication)s")}
+SELECT c.oid, n.nspname || '.' || c.relname FROM published JOIN pg_class c ON c.oid = published.oid
+JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'p'
 """
 
 _LEFT_OUT = """

@@ -6,6 +6,7 @@ told to `suspected`, which looks closer (`fingerprints`) and lets the table be r
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -51,6 +52,7 @@ class Relations:
         self.suspected: Callable[[str, str | None], None] = lambda table, _why: cut.inexact.add(table)
         self.moved: Callable[[str, frozenset[int]], None] = lambda _table, _oids: None
         self.by_oid = _ByOid()
+        self._told: dict[int, tuple[Relation, float]] = {}
 
     def take(self, relation: Relation) -> Table | None:
         """Learn the shape that comes from now on; publish it if it is a new version.
@@ -61,15 +63,32 @@ class Relations:
         with postgres_errors(f"reading the catalogue of {relation.schema}.{relation.name}"):
             found = self._learn(relation)
         self.by_oid[relation.oid] = found
+        self._told[relation.oid] = relation, time.monotonic()
         return found
+
+    def rename(self, oid: int, name: str, asked: float) -> bool:
+        """Let the rows of a table go by the name that the catalogue had when it was `asked`; return whether it was another one.
+
+        Postgres tells the name of a partitioned table with the first row of each partition, and not again when it is renamed.
+        """
+        table, (relation, told) = self.by_oid.get(oid), self._told.get(oid, (None, 0.0))
+        if table is None or relation is None or table.name == name or told > asked:
+            return False
+        schema, _, alone = name.partition(".")
+        self.take(relation._replace(schema=schema, name=alone))
+        return True
 
     def _learn(self, relation: Relation) -> Table | None:
         known = self.shapes.get(f"{relation.schema}.{relation.name}")
-        now = {t.oid: t for t in catalog.published_tables(self._connection, self._cut.source.publication)}.get(
-            relation.oid
-        )
-        oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
-        self.moved(f"{relation.schema}.{relation.name}", oids)
+        published = catalog.published_tables(self._connection, self._cut.source.publication)
+        now = next((table for table in published if table.oid == relation.oid), None)
+        holds = [table for table in published if any(leaf.oid == relation.oid for leaf in table.leaves)]
+        if now is None and holds:  # a partition: its rows come in its root's name, which was told just before
+            if known is None:
+                return None
+        else:
+            oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
+            self.moved(f"{relation.schema}.{relation.name}", oids)
         key = now.key if now else known.key if known else ()
         if not key and not self._append_only(relation, known):
             self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))

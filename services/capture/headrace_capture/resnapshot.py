@@ -87,6 +87,7 @@ class Resnapshot:
         self._reader = ChunkReader(log.settings)
         self._reading: _Reading | None = None
         self._writing = Writing(log, cut, relations, self._jobs, progress, tick, filler)
+        self._names: Findings | None = None
         self._printed_at = 0.0
         self._not_before = 0.0
         self._approximate = 0
@@ -108,6 +109,8 @@ class Resnapshot:
         findings = self._catalogue.take()
         if findings is not None:
             self._judge(findings)
+            self._names = findings
+        self._rename()
         if len(self._filler.approximate) != self._approximate:
             self._tell()
         for table in list(self._cut.inexact):
@@ -165,6 +168,16 @@ class Resnapshot:
         if gone:
             self._jobs.know_only(known.keys() - gone)
             self._printed_at = time.monotonic()
+
+    def _rename(self) -> None:
+        """Let rows go by their table's name of now, once the stream is where it has that name, and read again what went by another."""
+        found = self._names
+        if found is None or self._cut.whole.lsn < found.lsn:
+            return
+        self._names = None
+        for oid, name in found.roots.items():
+            if self._relations.rename(oid, name, found.asked):
+                self.mark(name, "it was renamed", JOINED)
 
     def _compare(self, table: str, known: Fingerprint, found: Fingerprint) -> bool:
         """Take a newer fingerprint of a table; return whether it must be read again because of what has changed since `known`."""
