@@ -158,6 +158,9 @@ def test_what_changes_no_row_lets_nothing_be_read_again(settings: Settings) -> N
         execute(settings, "ALTER TABLE items DROP COLUMN n", "TRUNCATE whole")
         execute(settings, "INSERT INTO parts VALUES (25, 25)", "INSERT INTO items VALUES (3, 'y')")
         eventually("it was looked at", lambda: '"n"' not in fingerprint(settings, T))
+        capture.reach()
+        execute(settings, "ALTER TABLE whole ADD COLUMN last text")
+        eventually("it was looked at again", lambda: "last" in fingerprint(settings, "public.whole"))
         assert capture.reach().inexact == ()
     assert jobs(settings) == {}
     for table in ("items", "parts", "whole"):
@@ -224,6 +227,20 @@ def test_a_table_without_its_key_stays_inexact_though_nothing_of_it_changes(sett
         assert "deferrable" in jobs(settings)[T]["reason"]
         assert capture.reach().inexact == (T,)
         execute(settings, DROPPED, ADDED)
+        exact(settings, capture, T)
+
+
+def test_a_table_that_lost_its_key_keeps_no_initial_snapshot_waiting(settings: Settings) -> None:
+    settings = replace(settings, cut_records=10)
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1)", "CREATE TABLE big (id int PRIMARY KEY)")
+    execute(settings, "INSERT INTO big SELECT generate_series(1, 1000)")
+    with capturing(settings, chunked=True) as capture:
+        eventually("it reads the first", lambda: jobs(settings).get("public.big", {}).get("rows", 0) > 10)
+        execute(settings, DROPPED)
+        capture.hear("the initial snapshot is complete")
+        assert capture.reach().inexact == (T,)
+        assert replay(settings, "public.big") == selected(settings, "big")
+        execute(settings, ADDED)
         exact(settings, capture, T)
 
 
@@ -333,6 +350,17 @@ def test_a_change_in_the_middle_of_a_pass_begins_it_again(settings: Settings) ->
 
 def print_of(*columns: ColumnPrint, kind: str = "r", leaves: tuple[tuple[int, int], ...] = ((1, 1),)) -> Fingerprint:
     return Fingerprint(kind, columns, leaves)
+
+
+def test_a_print_of_before_that_does_not_say_all_is_not_suspected() -> None:
+    plain = print_of(ColumnPrint(1, "id", "integer", filled=False, touched="7")).plain()
+    known = {"sent": "16400 16401", "altered": "812", "width": 1, "key": "16405"}
+    now = Fingerprint.of(plain | known)
+    for lacking in known:
+        assert not silent(
+            Fingerprint.of({name: said for name, said in (plain | known).items() if name != lacking}), now
+        )
+    assert "options changed" in silent(Fingerprint.of(plain | known | {"altered": "811"}), now)
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,11 @@ def check_operations(connection: Connection, publication: str) -> None:
     """
     row = connection.execute(_LEFT_OUT, [publication]).fetchone()
     if row is not None and row[0]:
+        name = sql.Identifier(publication).as_string()
         raise Misconfigured(
             "publication-incomplete",
             f"Publication {publication} does not send {row[0]}: such changes would never reach a view.",
-            f"ALTER PUBLICATION {publication} SET (publish = 'insert, update, delete, truncate'), then capture: all is read again.",
+            f"ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate'), then capture: all is read again.",
         )
 
 

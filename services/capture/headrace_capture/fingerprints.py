@@ -51,7 +51,8 @@ class Fingerprint:
         kind: ``r`` ordinary, ``p`` partitioned.
         columns: By number.
         leaves: (oid, file) of each table that holds its rows.
-        sent: The oid of the publication, which transaction touched its entry, and the oids of what in it names the table; empty: not known.
+        sent: The oids of the publication and of what in it names the table; empty: not known.
+        altered: Which transaction touched the publication's entry; empty: not known.
         width: How many columns it ever had; 0: not known.
         key: The oid of what is the key, `NO_KEY` where nothing is; empty: not known.
         labels: (oid, label) of each enum that is the type of a column, below arrays and domains.
@@ -62,6 +63,7 @@ class Fingerprint:
     columns: tuple[ColumnPrint, ...]
     leaves: tuple[tuple[int, int], ...]
     sent: str = ""
+    altered: str = ""
     width: int = 0
     key: str = ""
     labels: tuple[tuple[int, str], ...] = ()
@@ -72,6 +74,7 @@ class Fingerprint:
         columns, leaves = [list(column) for column in self.columns], [list(leaf) for leaf in self.leaves]
         rest = {
             "sent": self.sent,
+            "altered": self.altered,
             "width": self.width,
             "key": self.key,
             "labels": [list(label) for label in self.labels],
@@ -84,8 +87,8 @@ class Fingerprint:
         columns = tuple(ColumnPrint(*column) for column in plain["columns"])
         leaves = tuple((oid, file) for oid, file in plain["leaves"])
         labels = tuple((oid, label) for oid, label in plain.get("labels", ()))
-        rest = plain.get("sent", ""), plain.get("width", 0), plain.get("key", ""), labels
-        return cls(plain["kind"], columns, leaves, *rest)
+        sent, altered, key = (plain.get(name, "") for name in ("sent", "altered", "key"))
+        return cls(plain["kind"], columns, leaves, sent, altered, plain.get("width", 0), key, labels)
 
 
 def read(
@@ -96,7 +99,7 @@ def read(
     One that is locked cannot be asked, and counts as not there yet. Without any that are known nothing is asked.
     """
     found: dict[str, Fingerprint] = {}
-    for name, kind, columns, leaves, sent, width, key, labels in connection.execute(
+    for name, kind, columns, leaves, sent, altered, width, key, labels in connection.execute(
         _PRINTS, {"publication": publication, "table": table}
     ):
         new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known]
@@ -104,7 +107,7 @@ def read(
         files = tuple((oid, file) for oid, file, _, _ in leaves if is_empty.get(oid, False) is not None)
         empty = frozenset(oid for oid, said in is_empty.items() if said)
         prints, told = tuple(ColumnPrint(*c) for c in columns), tuple((oid, label) for oid, label in labels)
-        found[name] = Fingerprint(kind, prints, files, sent, width, key, told, empty)
+        found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, empty)
     return found
 
 
@@ -125,7 +128,7 @@ def silent(before: Fingerprint, after: Fingerprint, logged: Collection[str] = ()
 
 def unsent(before: Fingerprint, after: Fingerprint) -> bool:
     """Whether the stream may have been silent about the table for a while between two fingerprints."""
-    return bool(before.sent) and before.sent != after.sent
+    return bool((before.sent and before.sent != after.sent) or (before.altered and before.altered != after.altered))
 
 
 def _columns(before: Fingerprint, after: Fingerprint, names: Collection[str]) -> str:
@@ -192,10 +195,10 @@ _NO_PAGES = "SELECT pg_relation_size(oid) = 0 FROM pg_class WHERE oid = {} AND r
 _PRINTS = f"""
 WITH RECURSIVE {published("p.pubname = %(publication)s")}, filled(root, name) AS (
   SELECT x.root, a.attname FROM leaf x JOIN pg_attribute a ON a.attrelid = x.oid WHERE a.atthasmissing AND NOT a.attisdropped
+), made(oid, type) AS (
+  SELECT oid, CASE WHEN typtype = 'd' THEN typbasetype ELSE typelem END FROM pg_type WHERE typtype = 'd' OR typcategory = 'A'
 ), enum(oid, below) AS (
-  SELECT oid, oid FROM pg_type WHERE typtype = 'e'
-  UNION SELECT t.oid, e.below FROM enum e JOIN pg_type t
-  ON (t.typtype = 'd' AND t.typbasetype = e.oid) OR (t.typcategory = 'A' AND t.typelem = e.oid)
+  SELECT oid, oid FROM pg_type WHERE typtype = 'e' UNION SELECT m.oid, e.below FROM enum e JOIN made m ON m.type = e.oid
 )
 SELECT n.nspname || '.' || c.relname, c.relkind::text,
        (SELECT coalesce(json_agg(json_build_array(a.attnum, a.attname, format_type(a.atttypid, a.atttypmod),
@@ -203,10 +206,11 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
                                                   a.xmin::text) ORDER BY a.attnum), '[]')
         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
        coalesce(leaves.told, '[]'),
-       concat_ws(' ', published.pub, (SELECT p.xmin::text FROM pg_publication p WHERE p.oid = published.pub),
+       concat_ws(' ', published.pub,
          (SELECT string_agg(r.oid::text, ' ' ORDER BY r.oid) FROM pg_publication_rel r WHERE r.prpubid = published.pub
           AND r.prrelid IN (SELECT c.oid UNION ALL SELECT a.ancestor FROM above a WHERE a.oid = c.oid)),
          (SELECT s.oid::text FROM pg_publication_namespace s WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace)),
+       (SELECT p.xmin::text FROM pg_publication p WHERE p.oid = published.pub),
        c.relnatts,
        coalesce((SELECT coalesce(k.oid, i.indexrelid)::text
                  FROM pg_index i LEFT JOIN pg_constraint k ON k.conrelid = c.oid AND k.conindid = i.indexrelid AND k.contype IN ('p', 'u')

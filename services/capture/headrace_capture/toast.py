@@ -211,17 +211,29 @@ class Filler:
             time.sleep(0.005)
 
     def _read(self, table: Table, row: list[Datum]) -> tuple[str, list[Datum] | None] | None:
-        """Return what one statement sees, and the row of that key in it; None if the table is gone or has another shape."""
+        """Return what one statement sees, and the row of that key in it; None if the table is gone or has another shape. Raises Nowhere."""
         with postgres_errors(f"reading a row of {table.name} again"):
             try:
                 result = self._connection.execute(_reread_query(table, row)).pgresult
-            except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction, errors.DataError):
-                return None  # the key's text may be none of its column's type by now
+            except (errors.UndefinedTable, errors.UndefinedColumn):
+                return None
+            except (errors.UndefinedFunction, errors.DataError):
+                self._check_undoubted(table)
+                return None  # the key's text is none of its column's type by now
             except errors.LockNotAvailable as error:
                 raise _Locked from error
         assert result is not None
+        same = result.get_value(0, 1)
+        if same == b"f":
+            self._check_undoubted(table)
+            return None
         found: list[Datum] = [result.get_value(0, at + 2) for at in range(len(row))]
-        return (result.get_value(0, 0) or b"").decode(), found if result.get_value(0, 1) else None
+        return (result.get_value(0, 0) or b"").decode(), found if same else None
+
+    def _check_undoubted(self, table: Table) -> None:
+        """Refuse to take a value from the log that may be older than the one in Postgres, which is of another type. Raises Nowhere."""
+        if self.doubted(table.name):
+            raise Nowhere(f"a value of {table.name} was not in the stream, and has another type in Postgres by now")
 
     def _from_log(self, table: Table, key: bytes, row: list[Datum]) -> list[Datum]:
         if table.name not in self._live:
@@ -248,7 +260,7 @@ def _not_visible(table: Table, xid: int) -> Transient:
 
 
 def _reread_query(table: Table, row: list[Datum]) -> sql.Composed:
-    """Return the statement: a row only if its key and what is missing have the types that they had in the stream.
+    """Return the statement: a row, and whether its key and what is missing have the types that they had in the stream.
 
     Its values are literals: beside parameters a % in a name would be one.
     """
@@ -259,7 +271,9 @@ def _reread_query(table: Table, row: list[Datum]) -> sql.Composed:
     asked = {*table.key_at, *(at for at, value in enumerate(row) if value is UNCHANGED)}
     plans = [table.columns[at] for at in sorted(asked)]
     types = [sql.SQL("({}, {}, {})").format(plan.column.name, *plan.sent) for plan in plans]
+    same = sql.SQL(
+        "(SELECT count(*) = {} FROM pg_attribute a WHERE a.attrelid = r.tableoid AND (a.attname, a.atttypid, a.atttypmod) IN ({}))"
+    ).format(len(plans), sql.SQL(", ").join(types))
     return sql.SQL(
-        "SELECT pg_current_snapshot()::text, t.* FROM (SELECT) one LEFT JOIN (SELECT true, {} FROM {} r WHERE {} AND {} = "
-        "(SELECT count(*) FROM pg_attribute a WHERE a.attrelid = r.tableoid AND (a.attname, a.atttypid, a.atttypmod) IN ({}))) t ON true"
-    ).format(sql.SQL(", ").join(columns), sql.Identifier(schema, name), where, len(plans), sql.SQL(", ").join(types))
+        "SELECT pg_current_snapshot()::text, t.* FROM (SELECT) one LEFT JOIN (SELECT {}, {} FROM {} r WHERE {}) t ON true"
+    ).format(same, sql.SQL(", ").join(columns), sql.Identifier(schema, name), where)

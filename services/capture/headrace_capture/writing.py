@@ -180,6 +180,8 @@ class Writing:
             return self._made(self._relations.settle(chunk.table.shape(1)), chunk)
         shape_then: TableSchema | None = self._relations.shapes.get(job.table)
         if shape_then is not None and shape_then.key and chunk.print is not None:
+            self._cut.inexact.add(job.table)
+            job.initial = False  # the others' snapshot is complete without it
             raise _key_missing(job.table, shape_then)
         if shape_then is None or chunk.exists:
             self.left_out[job.table] = chunk.print
@@ -208,7 +210,7 @@ class Writing:
 
 def _key_missing(table: str, shape: TableSchema) -> Misconfigured:
     said = f"{table} has no primary key any more, or a deferrable one, which is none (rule S9): its changes are passed over."
-    mend = f"ALTER TABLE {table} ADD PRIMARY KEY ({', '.join(shape.key)}): all of it is read again by itself then."
+    mend = f"Give it the primary key ({', '.join(shape.key)}) again, in place of a deferrable one: all of it is read again by itself then."
     return Misconfigured("key-missing", said, mend)
 
 
