@@ -276,12 +276,13 @@ def test_what_changes_while_the_view_stands_still_is_undecided_and_that_is_said(
         class Standing(Verifier):
             """Capture ends when the view has been compared."""
 
-            def _compare(self, *args: Any) -> None:
+            def _compare(self, *args: Any) -> Any:
                 execute(settings, HOTTEST)
                 capture.reach()
-                super()._compare(*args)
+                left = super()._compare(*args)
                 capture.stop()
                 execute(settings, HOTTEST)
+                return left
 
         log = Log(settings)
         (outcome,) = Standing(log, Control(log), lambda *_: None, 5).verify({"view": Mirror})
