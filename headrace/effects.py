@@ -25,7 +25,7 @@ from typing import ClassVar
 
 from headrace import codec
 from headrace.change import Change, Position
-from headrace.consumer import Batch, Cursor, Generation, ViewRow, no_progress
+from headrace.consumer import ALL, Batch, Cursor, Generation, ViewRow, no_progress
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _TABLES = """
 PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS generations (number INTEGER PRIMARY KEY, fingerprint TEXT, live INTEGER DEFAULT 0, owner TEXT, position BLOB);
+CREATE TABLE IF NOT EXISTS reads_all (number INTEGER PRIMARY KEY);
 """
 
 
@@ -118,6 +119,8 @@ class EffectConsumer:
         position = (codec.encode_position(batch.position), self._number, self._owner)
         with self._file() as db:
             db.execute("UPDATE generations SET position = ? WHERE number = ? AND owner = ?", position)
+            if tuple(self.tables) == ALL:
+                db.execute("INSERT OR IGNORE INTO reads_all VALUES (?)", (self._number,))
 
     def promote(self) -> None:
         """Let this generation do it from now on, from where the one before has stopped; it is opened anew for that.
@@ -146,16 +149,21 @@ class EffectConsumer:
     def _before(self, db: sqlite3.Connection) -> Position | None:
         """Return where the live generation has stopped, if this one may go on from there, as far as its own position tells (I12).
 
-        Of a table that only one of them reads, that is where this one is: what is there is history, or nothing to it.
+        Of a table that the one before does not read that is where this one is: what is there is history. One that it would have read,
+        had the table been there, begins at its beginning.
         """
-        query = "SELECT live AND number <> ?1, position FROM generations WHERE (live OR number = ?1) AND position IS NOT NULL"
-        found = {other: codec.decode_position(at) for other, at in db.execute(query, (self._number,))}
-        before, own = found.get(1), found.get(0)
+        query = (
+            "SELECT live AND number <> ?1, position, number IN (SELECT number FROM reads_all) FROM generations "
+            "WHERE (live OR number = ?1) AND position IS NOT NULL"
+        )
+        found = {other: (codec.decode_position(at), all_) for other, at, all_ in db.execute(query, (self._number,))}
+        (before, reads_all), (own, _) = found.get(1, (None, 0)), found.get(0, (None, 0))
         if before is None or own is None:
             return before
         if self._fits(before, own):
-            offsets = {topic: before.offsets.get(topic, at) for topic, at in own.offsets.items()}
-            topics = {topic: before.topics.get(topic, id_) for topic, id_ in own.topics.items()}
+            known = before.offsets.keys() if reads_all else own.offsets.keys()
+            offsets = {topic: before.offsets.get(topic, at) for topic, at in own.offsets.items() if topic in known}
+            topics = {topic: before.topics.get(topic, id_) for topic, id_ in own.topics.items() if topic in known}
             return replace(before, offsets=offsets, topics=topics)
         said = "%s goes on at %s: what came since %s, where the generation before it has stopped, is left out, and what is parked there."
         log.warning(said, self.name, own.version, before.version)
@@ -174,6 +182,7 @@ class EffectConsumer:
         """Forget this generation."""
         with self._file() as db:
             db.execute("DELETE FROM generations WHERE number = ?", (self._number,))
+            db.execute("DELETE FROM reads_all WHERE number = ?", (self._number,))
 
     def close(self) -> None:
         """Close the file."""

@@ -190,8 +190,12 @@ class Verbs:
 
 def _check_caught_up(target: Worker) -> None:
     if not target.state.exact:
-        said = f"{target.name} is still {target.state.phase}."
-        raise Misconfigured("not-caught-up", said, "Wait; headrace status --watch shows it.")
+        raise _not_caught_up(target)
+
+
+def _not_caught_up(target: Worker) -> Misconfigured:
+    said = f"{target.name} is still {target.state.phase}."
+    return Misconfigured("not-caught-up", said, "Wait; headrace status --watch shows it.")
 
 
 def _check_whole(target: Worker, live: Worker | None) -> None:
@@ -213,8 +217,12 @@ def _held(live: Worker | None, target: Worker, seconds: float) -> Version:
 def _seen(live: Worker, target: Worker) -> Version:
     """Return what readers have seen; NOWHERE where that is of another log than the one that `target` follows: perhaps no build reaches it.
 
-    One that still catches up could show what was long before.
+    Raises:
+        Misconfigured: `not-caught-up`: then, while it could still show what was long before.
     """
     error = live.state.error
-    another = live.state.phase == "stopped" and error is not None and error.code in _ANOTHER_LOG
-    return NOWHERE if another and target.state.phase == "following" else live.state.version
+    if live.state.phase != "stopped" or error is None or error.code not in _ANOTHER_LOG:
+        return live.state.version
+    if target.state.phase == "catching up":
+        raise _not_caught_up(target)
+    return NOWHERE if target.state.phase == "following" else live.state.version

@@ -293,18 +293,21 @@ def test_of_a_type_that_changed_before_capture_came_to_the_change(
     assert replay(settings, T) == selected(settings, "docs")
 
 
-def test_of_a_type_that_changed_while_the_log_may_be_wrong(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ddl", ["ALTER COLUMN big TYPE text", "DROP COLUMN other"])
+def test_of_a_shape_that_changed_while_the_log_may_be_wrong(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, ddl: str
+) -> None:
     """What the log has may be older than what Postgres has then: the change is left out, and the table read again."""
     prepare(
         settings,
-        "CREATE TABLE docs (id int PRIMARY KEY, n int, big varchar(9000))",
+        "CREATE TABLE docs (id int PRIMARY KEY, n int, big varchar(9000), other int)",
         "ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL",
         "INSERT INTO docs VALUES (1, 0, repeat('W', 5000))",
     )
     by_key(settings)
     with capturing(settings) as capture:
         capture.reach()
-    execute(settings, "UPDATE docs SET n = 1", "ALTER TABLE docs ALTER COLUMN big TYPE text")
+    execute(settings, "UPDATE docs SET n = 1", f"ALTER TABLE docs {ddl}")
     monkeypatch.setattr(resnapshot.Resnapshot, "_doubted", lambda *_: True)
     with capturing(settings) as capture:
         capture.hear("public.docs was read again")

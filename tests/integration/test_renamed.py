@@ -10,7 +10,7 @@ from headrace.settings import Settings
 from headrace_capture import attention, resnapshot
 from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, selected
 from tests.integration.test_resnapshot import jobs
-from tests.integration.test_silent_changes import HIGH, ITEMS, LOW, PARTS, ROWS
+from tests.integration.test_silent_changes import HIGH, ITEMS, LOW, PARTS, ROWS, fingerprint
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "in one transaction"])
@@ -75,6 +75,38 @@ def test_rows_of_a_partitioned_table_go_by_its_name_of_now(
             execute(settings, f"UPDATE {name} SET n = 9 WHERE id = {id_}")
         capture.eventually("it is exact", lambda: capture.reach().inexact == ())
     assert replay(settings, f"public.{name}") == selected(settings, name)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "in one transaction"])
+@pytest.mark.parametrize("what", ["TABLE parts", "ALL TABLES"])
+def test_a_partition_that_was_detached_changed_and_attached_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, what: str, *, together: bool
+) -> None:
+    """Between two looks: the stream tells nothing of it, or tells it of a table of its own."""
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
+    prepare(settings, PARTS, LOW, HIGH, ROWS)
+    execute(
+        settings,
+        f"DROP PUBLICATION {settings.publication}",
+        f"CREATE PUBLICATION {settings.publication} FOR {what} WITH (publish_via_partition_root)",
+    )
+    statements = [
+        "ALTER TABLE parts DETACH PARTITION low",
+        "UPDATE low SET n = -1 WHERE id = 1; DELETE FROM low WHERE id = 2",
+        "ALTER TABLE parts ATTACH PARTITION low FOR VALUES FROM (0) TO (10)",
+    ]
+    with capturing(settings) as capture:
+        capture.reach()
+        eventually("it was looked at", lambda: fingerprint(settings, "public.parts") != "null")
+        execute(settings, "UPDATE parts SET n = 5 WHERE id = 3")
+        capture.reach()
+        with monkeypatch.context() as patch:
+            patch.setattr(attention.CatalogueWatch, "take", lambda _: None)
+            execute(settings, *(["; ".join(statements)] if together else statements))
+            capture.reach()
+        capture.hear("public.parts was read again")
+        capture.eventually("it is exact", lambda: capture.reach().inexact == ())
+    assert replay(settings, "public.parts") == selected(settings, "parts")
 
 
 def test_partitions_that_change_let_nothing_be_read_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from headrace import codec
 from headrace.change import Change, Position, Version
-from headrace.consumer import Generation
+from headrace.consumer import ALL, Generation
 from headrace.effects import EffectConsumer, idempotency_key
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
@@ -249,6 +249,25 @@ def test_a_generation_that_reads_a_table_more_tells_nobody_of_what_was_in_it_bef
     world.catch_up(2)
     world.promote(2)
     world.log.put("public.customers", {"id": 2, "status": "a customer"})
+    world.commit("b")
+    world.catch_up(2)
+    assert sorted(map(str, world.statuses())) == ["a", "a customer", "b"]
+
+
+def test_of_a_table_that_came_after_the_one_before_had_stopped_everything_is_told(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both read all tables: the one before would have told it."""
+    monkeypatch.setattr(Told, "tables", ALL)
+    world.log = History([ORDERS, CUSTOMERS])
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    forget_customers(world, 1)
+    world.log.put("public.customers", {"id": 1, "status": "a customer"})
+    world.commit("a")
+    world.catch_up(2)
+    world.promote(2)
     world.commit("b")
     world.catch_up(2)
     assert sorted(map(str, world.statuses())) == ["a", "a customer", "b"]

@@ -10,7 +10,8 @@ signs are chosen so that daily work is not taken for a change of rows:
 - a table's file changes when it is written anew. VACUUM FULL and CLUSTER do that too and touch no column, so an ordinary table is suspected
   only when a column's entry changed as well; TRUNCATE of an ordinary table is in the stream. For a partition no such difference
   can be seen: it is suspected always;
-- a new partition that is empty changes nothing; one with rows may have brought them;
+- a new partition that is empty changes nothing; one with rows may have brought them; so may one that was detached and attached again:
+  another transaction has touched what links it to its root;
 - a label of an enum has an oid of its own: another label at the same one is a rename, and rows show it. Added labels change no row;
 - so has the constraint (or, as a replica identity, the index) that is the key: while there was none, changes named no row, and two rows may
   have had one key;
@@ -56,6 +57,7 @@ class Fingerprint:
         width: How many columns it ever had; 0: not known.
         key: The oid of what is the key, `NO_KEY` where nothing is; empty: not known.
         labels: (oid, label) of each enum that is the type of a column, below arrays and domains.
+        links: (oid, transactions that touched its links up to the root) of each partition.
         empty: Leaves that were new to who asked, and empty. Not part of the print.
     """
 
@@ -67,6 +69,7 @@ class Fingerprint:
     width: int = 0
     key: str = ""
     labels: tuple[tuple[int, str], ...] = ()
+    links: tuple[tuple[int, str], ...] = ()
     empty: frozenset[int] = field(default=frozenset(), compare=False)
 
     def plain(self) -> dict[str, Any]:
@@ -78,6 +81,7 @@ class Fingerprint:
             "width": self.width,
             "key": self.key,
             "labels": [list(label) for label in self.labels],
+            "links": [list(link) for link in self.links],
         }
         return {"kind": self.kind, "columns": columns, "leaves": leaves} | rest
 
@@ -86,9 +90,9 @@ class Fingerprint:
         """Undo `plain`."""
         columns = tuple(ColumnPrint(*column) for column in plain["columns"])
         leaves = tuple((oid, file) for oid, file in plain["leaves"])
-        labels = tuple((oid, label) for oid, label in plain.get("labels", ()))
+        labels, links = (tuple((oid, text) for oid, text in plain.get(name, ())) for name in ("labels", "links"))
         sent, altered, key = (plain.get(name, "") for name in ("sent", "altered", "key"))
-        return cls(plain["kind"], columns, leaves, sent, altered, plain.get("width", 0), key, labels)
+        return cls(plain["kind"], columns, leaves, sent, altered, plain.get("width", 0), key, labels, links)
 
 
 def read(
@@ -103,11 +107,12 @@ def read(
         _PRINTS, {"publication": publication, "table": table}
     ):
         new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known]
-        is_empty = {oid: _is_empty(connection, oid, sql.Identifier(schema, leaf)) for oid, _, schema, leaf in new}
-        files = tuple((oid, file) for oid, file, _, _ in leaves if is_empty.get(oid, False) is not None)
+        is_empty = {oid: _is_empty(connection, oid, sql.Identifier(schema, leaf)) for oid, _, schema, leaf, _ in new}
+        files = tuple((oid, file) for oid, file, *_ in leaves if is_empty.get(oid, False) is not None)
+        links = tuple((oid, link) for oid, *_, link in leaves if link and is_empty.get(oid, False) is not None)
         empty = frozenset(oid for oid, said in is_empty.items() if said)
         prints, told = tuple(ColumnPrint(*c) for c in columns), tuple((oid, label) for oid, label in labels)
-        found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, empty)
+        found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, links, empty)
     return found
 
 
@@ -158,6 +163,9 @@ def _leaves(before: Fingerprint, after: Fingerprint) -> str:
         return "a partition was detached or dropped"
     if new.keys() - old.keys() - after.empty:
         return "a partition with rows was attached"
+    links = dict(before.links)
+    if any(links.get(oid, link) != link for oid, link in after.links):
+        return "a partition was detached and attached again"
     rewritten = any(new[leaf] != file for leaf, file in old.items())
     return "a partition was truncated or written anew" if rewritten else ""
 
@@ -199,6 +207,9 @@ WITH RECURSIVE {published("p.pubname = %(publication)s")}, filled(root, name) AS
   SELECT oid, CASE WHEN typtype = 'd' THEN typbasetype ELSE typelem END FROM pg_type WHERE typtype = 'd' OR typcategory = 'A'
 ), enum(oid, below) AS (
   SELECT oid, oid FROM pg_type WHERE typtype = 'e' UNION SELECT m.oid, e.below FROM enum e JOIN made m ON m.type = e.oid
+), link(oid, told) AS (
+  SELECT a.oid, string_agg(i.xmin::text, ' ' ORDER BY i.inhrelid)
+  FROM (SELECT oid, oid AS at FROM above UNION SELECT oid, ancestor FROM above) a JOIN pg_inherits i ON i.inhrelid = a.at GROUP BY a.oid
 )
 SELECT n.nspname || '.' || c.relname, c.relkind::text,
        (SELECT coalesce(json_agg(json_build_array(a.attnum, a.attname, format_type(a.atttypid, a.atttypmod),
@@ -219,8 +230,10 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
        coalesce(labels.told, '[]')
 FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN (
-  SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname) ORDER BY l.oid) AS told
-  FROM leaf x JOIN pg_class l ON l.oid = x.oid JOIN pg_namespace ln ON ln.oid = l.relnamespace GROUP BY x.root
+  SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname, coalesce(link.told, ''))
+                          ORDER BY l.oid) AS told
+  FROM leaf x JOIN pg_class l ON l.oid = x.oid JOIN pg_namespace ln ON ln.oid = l.relnamespace LEFT JOIN link ON link.oid = l.oid
+  GROUP BY x.root
 ) leaves ON leaves.root = c.oid
 LEFT JOIN (
   SELECT a.attrelid, jsonb_agg(DISTINCT jsonb_build_array(l.oid::bigint, l.enumlabel)) AS told

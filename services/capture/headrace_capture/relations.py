@@ -6,7 +6,6 @@ told to `suspected`, which looks closer (`fingerprints`) and lets the table be r
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -52,10 +51,10 @@ class Relations:
         self.suspected: Callable[[str, str | None], None] = lambda table, _why: cut.inexact.add(table)
         self.moved: Callable[[str, frozenset[int]], None] = lambda _table, _oids: None
         self.by_oid = _ByOid()
-        self._told: dict[int, tuple[Relation, float]] = {}
+        self._told: dict[int, tuple[Relation, int]] = {}
 
-    def take(self, relation: Relation) -> Table | None:
-        """Learn the shape that comes from now on; publish it if it is a new version.
+    def take(self, relation: Relation, lsn: int) -> Table | None:
+        """Learn the shape that comes from now on, in the transaction committed at `lsn`; publish it if it is a new version.
 
         Raises:
             Misconfigured: `key-changed`.
@@ -63,19 +62,19 @@ class Relations:
         with postgres_errors(f"reading the catalogue of {relation.schema}.{relation.name}"):
             found = self._learn(relation)
         self.by_oid[relation.oid] = found
-        self._told[relation.oid] = relation, time.monotonic()
+        self._told[relation.oid] = relation, lsn
         return found
 
-    def rename(self, oid: int, name: str, asked: float) -> bool:
-        """Let the rows of a table go by the name that the catalogue had when it was `asked`; return whether it was another one.
+    def rename(self, oid: int, name: str, lsn: int) -> bool:
+        """Let the rows of a table go by the name that the catalogue had at `lsn`, where the stream is; return whether it was another one.
 
         Postgres tells the name of a partitioned table with the first row of each partition, and not again when it is renamed.
         """
-        table, (relation, told) = self.by_oid.get(oid), self._told.get(oid, (None, 0.0))
-        if table is None or relation is None or table.name == name or told > asked:
+        table, (relation, told) = self.by_oid.get(oid), self._told.get(oid, (None, 0))
+        if table is None or relation is None or table.name == name or told >= lsn:
             return False
         schema, _, alone = name.partition(".")
-        self.take(relation._replace(schema=schema, name=alone))
+        self.take(relation._replace(schema=schema, name=alone), lsn)
         return True
 
     def _learn(self, relation: Relation) -> Table | None:

@@ -109,7 +109,9 @@ class Resnapshot:
         findings = self._catalogue.take()
         if findings is not None:
             self._judge(findings)
-            self._names = findings
+            self._names = (
+                self._names or findings
+            )  # what waits for the stream is not replaced, or it would wait for ever
         self._rename()
         if len(self._filler.approximate) != self._approximate:
             self._tell()
@@ -176,7 +178,7 @@ class Resnapshot:
             return
         self._names = None
         for oid, name in found.roots.items():
-            if self._relations.rename(oid, name, found.asked):
+            if self._relations.rename(oid, name, found.lsn):
                 self.mark(name, "it was renamed", JOINED)
 
     def _compare(self, table: str, known: Fingerprint, found: Fingerprint) -> bool:

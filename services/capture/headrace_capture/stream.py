@@ -236,7 +236,7 @@ class Stream:
             self._seal_here()
 
     def _relation(self, relation: Relation) -> None:
-        before, table = self._tables.get(relation.oid), self._relations.take(relation)
+        before, table = self._tables.get(relation.oid), self._relations.take(relation, self._open_stamp.lsn)
         if table is not None and (before is None or (before.shape, before.wide) != (table.shape, table.wide)):
             self._filler.memory.forget_table(table)  # what is remembered goes by the places of columns
 

@@ -215,11 +215,9 @@ class Filler:
         with postgres_errors(f"reading a row of {table.name} again"):
             try:
                 result = self._connection.execute(_reread_query(table, row)).pgresult
-            except (errors.UndefinedTable, errors.UndefinedColumn):
-                return None
-            except (errors.UndefinedFunction, errors.DataError):
+            except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction, errors.DataError):
                 self._check_undoubted(table)
-                return None  # the key's text is none of its column's type by now
+                return None  # the key's text may be none of its column's type by now
             except errors.LockNotAvailable as error:
                 raise _Locked from error
         assert result is not None
@@ -231,9 +229,9 @@ class Filler:
         return (result.get_value(0, 0) or b"").decode(), found if same else None
 
     def _check_undoubted(self, table: Table) -> None:
-        """Refuse to take a value from the log that may be older than the one in Postgres, which is of another type. Raises Nowhere."""
+        """Refuse to take from the log what may be older than in Postgres, where the table has another shape. Raises Nowhere."""
         if self.doubted(table.name):
-            raise Nowhere(f"a value of {table.name} was not in the stream, and has another type in Postgres by now")
+            raise Nowhere(f"a value of {table.name} was not in the stream, and its table has another shape by now")
 
     def _from_log(self, table: Table, key: bytes, row: list[Datum]) -> list[Datum]:
         if table.name not in self._live:
