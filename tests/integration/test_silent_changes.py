@@ -233,7 +233,7 @@ def test_a_table_without_its_key_stays_inexact_though_nothing_of_it_changes(sett
 def test_a_table_that_lost_its_key_keeps_no_initial_snapshot_waiting(settings: Settings) -> None:
     settings = replace(settings, cut_records=10)
     prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1)", "CREATE TABLE big (id int PRIMARY KEY)")
-    execute(settings, "INSERT INTO big SELECT generate_series(1, 1000)")
+    execute(settings, "INSERT INTO big SELECT generate_series(1, 4000)")
     with capturing(settings, chunked=True) as capture:
         eventually("it reads the first", lambda: jobs(settings).get("public.big", {}).get("rows", 0) > 10)
         execute(settings, DROPPED)
