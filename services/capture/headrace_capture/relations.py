@@ -81,9 +81,8 @@ class Relations:
         known = self.shapes.get(f"{relation.schema}.{relation.name}")
         published = catalog.published_tables(self._connection, self._cut.source.publication)
         now = next((table for table in published if table.oid == relation.oid), None)
-        holds = [table for table in published if any(leaf.oid == relation.oid for leaf in table.leaves)]
-        if now is None and holds:  # a partition: its rows come in its root's name, which was told just before
-            if known is None:
+        if now is None and any(leaf.oid == relation.oid for table in published for leaf in table.leaves):
+            if known is None:  # a partition: its rows come in its root's name, which was told just before
                 return None
         else:
             oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
