@@ -53,7 +53,8 @@ def serve(
 ) -> None:
     """Drive runners, by name, until `stopping` is set, then end them: `every` so many seconds each looks and reports, between requests.
 
-    A request may take minutes, and the process must not look dead meanwhile [I13]: then a thread reports.
+    They look at once when a first build becomes exact: until it is promoted there is nothing to read. A request may take minutes, and
+    the process must not look dead meanwhile [I13]: then a thread reports.
 
     Raises:
         HeadraceError: why the last consumer that ran has stopped.
@@ -62,11 +63,13 @@ def serve(
     reports = threading.Thread(target=_report, args=(list(runners.values()), ended, every), name="reports", daemon=True)
     box = control.requests(list(runners))
     ticked = 0.0
+    ready: dict[str, list[int]] = {}
     said: dict[str, str] = {}
     try:
         reports.start()
         while not stopping.is_set():
-            if time.monotonic() - ticked > every:
+            before, ready = ready, {name: runner.generations.first_builds() for name, runner in runners.items()}
+            if time.monotonic() - ticked > every or ready != before:
                 ticked = time.monotonic()
                 _tick(runners, said, say)
             for name, request in box.poll(0.1):

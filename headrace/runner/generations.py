@@ -99,9 +99,16 @@ class Generations:
             if report.generation and report.generation not in self.workers:
                 self._control.forget(self.name, report.generation)
 
+    def first_builds(self) -> list[int]:
+        """Return the generations that show a state while, as of the last look, none is live."""
+        return [] if self.live() else [worker.generation.number for worker in self._ready()]
+
+    def _ready(self) -> list[Worker]:
+        return [worker for worker in list(self.workers.values()) if worker.state.exact and not worker.still]
+
     def _promote_first(self) -> None:
         """Promote the newest generation that shows a state, when none is live: the first build, or after a wipe."""
-        ready = [worker for worker in self.workers.values() if worker.state.exact and not worker.still]
+        ready = self._ready()
         if ready and (self._first is None or self._first.done()):
             newest = max(ready, key=lambda worker: worker.generation.number)
             self._first = newest.call(lambda consumer: consumer.promote() if newest.state.exact else None)

@@ -155,9 +155,11 @@ def test_what_changes_no_row_lets_nothing_be_read_again(settings: Settings) -> N
         )
     with capturing(settings) as capture:
         eventually("it was looked at", lambda: "more" in fingerprint(settings, T))
+        file = fingerprint(settings, "public.whole")
         execute(settings, "ALTER TABLE items DROP COLUMN n", "TRUNCATE whole")
         execute(settings, "INSERT INTO parts VALUES (25, 25)", "INSERT INTO items VALUES (3, 'y')")
         eventually("it was looked at", lambda: '"n"' not in fingerprint(settings, T))
+        eventually("the other was, too", lambda: fingerprint(settings, "public.whole") != file)
         capture.reach()
         execute(settings, "ALTER TABLE whole ADD COLUMN last text")
         eventually("it was looked at again", lambda: "last" in fingerprint(settings, "public.whole"))
