@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,42 @@ def test_the_last_change_of_a_key_in_a_batch_counts(store: DuckDBStore) -> None:
     assert [(row.key, row.value["name"], row.version) for row in store.scan(None, 9)] == [
         ('{"id":1}', "c", Version(1, 3))
     ]
+
+
+@pytest.mark.parametrize("type_", ["integer", "bigint", "text", "numeric"])
+def test_rows_are_found_whatever_the_column_of_the_key_is_by_now(store: DuckDBStore, type_: str) -> None:
+    """It went and came back, so that the row has NULL in it; or it is of another type than the keys that were written before."""
+    without, again = schema("public.items", 2, name="text"), schema("public.items", 3, id=type_, name="text")
+    store.apply(batch(5, put(ITEMS, 5, id=1, name="a"), put(ITEMS, 5, id=2, name="b"), schemas=(ITEMS,)))
+    if type_ == "integer":
+        store.apply(batch(6, put(without, 6, name="c"), gone(without, 6, "c"), schemas=(without,)))
+    store.apply(batch(7, put(again, 7, id=2, name="b2"), put(again, 7, id=4, name="d"), schemas=(again,)))
+    store.apply(batch(8, gone(again, 8, 1), put(again, 8, id=2, name="b3"), schemas=(again,)))
+    assert [(row.key, row.value["name"]) for row in store.scan(None, 9)] == [('{"id":2}', "b3"), ('{"id":4}', "d")]
+
+
+def test_rows_are_found_by_one_number_of_a_longer_key(store: DuckDBStore) -> None:
+    lines = replace(schema("public.lines", note="text", number="smallint", amount="integer"), key=("note", "number"))
+    keys = [{"note": note, "number": number} for note in ("x", "1") for number in (1, 2)]
+    store.apply(batch(5, *(put(lines, 5, **key, amount=1) for key in keys), schemas=(lines,)))
+    deleted = put(lines, 6, **keys[3])._replace(op="d", row=None)
+    store.apply(batch(6, put(lines, 6, **keys[0], amount=2), deleted, schemas=(lines,)))
+    assert [(row.key, row.value["amount"]) for row in store.scan(None, 9)] == [
+        ('{"note":"1","number":1}', 1),
+        ('{"note":"x","number":1}', 2),
+        ('{"note":"x","number":2}', 1),
+    ]
+
+
+def test_rows_without_a_key_are_found_by_their_place_whatever_their_columns_are_named(store: DuckDBStore) -> None:
+    events = replace(schema("public.events", ordinal="integer", note="text"), key=())
+    place = b'{"lsn":5,"ordinal":0}'
+    first = put(events, 5, ordinal=7, note="a")._replace(key=place)
+    store.apply(batch(5, first, schemas=(events,)))
+    store.apply(batch(6, first, put(events, 6, ordinal=0)._replace(key=b'{"lsn":6,"ordinal":0}'), schemas=(events,)))
+    assert [row.value["ordinal"] for row in store.scan(None, 9)] == [7, 0]
+    store.apply(batch(7, first._replace(op="d", row=None), schemas=(events,)))
+    assert [row.value["ordinal"] for row in store.scan(None, 9)] == [0]
 
 
 def test_an_older_instance_can_apply_nothing_any_more(store: DuckDBStore, settings: Settings) -> None:

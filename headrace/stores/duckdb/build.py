@@ -66,7 +66,9 @@ class Build:
             newest = max(changed.values(), key=lambda record: record.schema)
             if self._has_nothing(source, newest.schema):
                 continue
-            tables.write(self._cursor, self._shape(source, newest.schema, newest.key), list(changed.values()))
+            table = self._shape(source, newest.schema, newest.key)
+            schema = self._schemas.get((source, table.version))
+            tables.write(self._cursor, table, schema.key if schema else (), list(changed.values()))
         for source, version in sorted(self._schemas, reverse=True):
             if source not in self.tables:
                 self._shape(source, version)

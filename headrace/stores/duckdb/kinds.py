@@ -21,6 +21,7 @@ _INTEGERS = {
     "bigint": "BIGINT",
     "oid": "BIGINT",
 }
+WHOLE = frozenset(_INTEGERS.values())
 _FLOATS = {"real": "FLOAT", "double precision": "DOUBLE"}
 _NUMERIC = re.compile(r"numeric\((\d+),(-?\d+)\)")
 _MODIFIER = re.compile(r"\([^)]*\)")
