@@ -154,7 +154,8 @@ def _source_line(facts: Facts) -> str:
     if source.get("feed") == "debezium":
         return f"source [bold]{source['name']}[/bold]: fed by Debezium, no checkpoints"
     if not source.get("exists", True):
-        return f"source [bold]{source['name']}[/bold]: [red]no slot[/red]; run: headrace capture"
+        told = "" if any(report["reason"] for report in facts["capture"]) else "; run: headrace capture"
+        return f"source [bold]{source['name']}[/bold]: [red]no slot[/red]{told}"
     if "confirmed_flush_lsn" not in source:
         return f"source [bold]{source['name']}[/bold]"
     active = "active" if source["active"] else "[red]not active[/red]"
@@ -173,15 +174,18 @@ def _row(name: str, report: Facts) -> list[str]:
     done, total = report["progress"]
     phase = report["phase"] + (f" {100 * done // total}%" if total else "")
     colour = _COLOURS.get(report["phase"], "cyan")
-    generation = f" g{report['generation']}" if report["generation"] else ""
     return [
-        name + generation,
+        _called(name, report),
         f"[{colour}]{phase}[/{colour}]",
         "no checkpoints" if report.get("checkpoints") == "none" else report["applied"],
         _behind(report["lag"]),
         f"{report['rate']:.0f}/s",
         seconds(report["eta_seconds"]) if report["eta_seconds"] is not None else "",
     ]
+
+
+def _called(name: str, report: Facts) -> str:
+    return f"{name} g{report['generation']}" if report["generation"] else name
 
 
 def _behind(lag: Facts) -> str:
@@ -197,11 +201,11 @@ def _notes(name: str, report: Facts) -> Iterator[str]:
     if report["phase"] == "dead":
         yield f"[red]{name}[/red]: no word for {seconds(report['age_seconds'])}; run: {command_of(name)}"
     elif reason := f"{report['reason']} {report['remedy']}".strip():
-        yield f"[yellow]{name} g{report['generation']}[/yellow]: {escape(reason)}"
+        yield f"[yellow]{_called(name, report)}[/yellow]: {escape(reason)}"
     for trouble in _troubles(report):
         yield f"[red]{name}[/red]: {escape(trouble)}"
     if parked := report.get("parked"):
-        yield f"[yellow]{name} g{report['generation']}[/yellow]: {_parked(name, parked)}"
+        yield f"[yellow]{_called(name, report)}[/yellow]: {_parked(name, parked)}"
     if inexact := report.get("inexact"):
         yield f"[yellow]{name}[/yellow]: {escape(', '.join(inexact))} may differ from Postgres until read again: inexact (S12)"
     for what in ("resnapshot", "approximate"):

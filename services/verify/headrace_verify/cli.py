@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -152,7 +153,7 @@ def _counts(counted: Counted) -> dict[str, Any]:
 
 
 def _show_counts(facts: list[dict[str, Any]]) -> None:
-    shown = Table("view", "generation", "at LSN", "rows", "differences")
+    shown = Table("view", "generation", "at LSN", "rows", "differences", box=SIMPLE, pad_edge=False)
     for fact in facts:
         shown.add_row(
             *(str(fact[name]) for name in ("consumer", "generation", "lsn", "rows")), str(len(fact["differences"]))
@@ -193,7 +194,7 @@ def _fact(difference: Difference) -> dict[str, Any]:
 
 
 def _show(facts: list[dict[str, Any]]) -> None:
-    shown = Table("view", "generation", "at LSN", "rows", *KINDS, "undecided")
+    shown = Table("view", "generation", "at LSN", "rows", *KINDS, "undecided", box=SIMPLE, pad_edge=False)
     for fact in facts:
         counts = [str(fact[name]) for name in (*KINDS, "undecided")]
         shown.add_row(fact["consumer"], str(fact["generation"]), fact["lsn"], str(fact["rows"]), *counts)
