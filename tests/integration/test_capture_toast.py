@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import orjson
 import psycopg
 import pytest
 
@@ -182,6 +183,35 @@ def test_of_a_row_that_is_gone_though_its_value_is_in_the_open_cut(settings: Set
         ("d", None),
     ]
     assert all(c.row["big"] == W for c in changes(settings, T) if c.row)
+
+
+@pytest.mark.parametrize("read", ["reread", None])
+def test_of_a_key_that_is_out_of_line(settings: Settings, read: str | None) -> None:
+    """Then the new row leaves the key out as well, and the old one has it; the row is live in Postgres, or in the log alone by now."""
+    prepare(
+        settings,
+        "CREATE TABLE docs (part int, id text, n int, big text, PRIMARY KEY (part, id))",
+        "ALTER TABLE docs ALTER COLUMN id SET STORAGE EXTERNAL, ALTER COLUMN big SET STORAGE EXTERNAL",
+        f"INSERT INTO docs VALUES (1, '{'k' * 2300}', 0, '{W}')",
+    )
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.reach()
+    script = ["UPDATE docs SET n = 1", "UPDATE docs SET part = 2", "UPDATE docs SET n = 3"]
+    execute(settings, *script, *([] if read else ["DELETE FROM docs"]))
+    with capturing(settings) as capture:
+        capture.reach()
+    log = [change for change in changes(settings, T) if change.row]
+    row = {"id": "k" * 2300, "big": W}
+    assert [(change.op, change.row) for change in log] == [
+        ("r", {"part": 1, "n": 0, **row}),
+        ("u", {"part": 1, "n": 1, **row}),
+        ("c", {"part": 2, "n": 1, **row}),
+        ("u", {"part": 2, "n": 3, **row}),
+    ]
+    assert log[2].read == read
+    assert [change.key for change in log] == [orjson.dumps({"part": part, "id": "k" * 2300}) for part in (1, 1, 2, 2)]
+    assert list(replay(settings, T).values()) == ([log[-1].row] if read else [])
 
 
 @pytest.mark.parametrize("identity", ["FULL", "DEFAULT"])

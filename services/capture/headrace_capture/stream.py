@@ -23,7 +23,7 @@ from headrace_capture.pgoutput import (
     UNCHANGED,
     Begin,
     Commit,
-    Datums,
+    Datum,
     Delete,
     Insert,
     Keepalive,
@@ -272,15 +272,14 @@ class Stream:
 
     def _update_of_wide(self, table: Table, update: Update) -> None:
         """Take an update that left large values alone, or one that is in the log already and tells them to later ones."""
-        old, new = update.old, update.new
-        key = table.key(new) if old is None else table.key(_filled(new, old))
-        before = key if old is None else table.key(old)
+        new = _filled(table, update)
+        key = table.key(new)
+        before = key if update.old is None else table.key(update.old)
         if self._ordinal <= self._skip:
-            self._remember_skipped(table, (before, key), update)
+            self._remember_skipped(table, (before, key), new)
             return
-        whole = old if update.whole else None
         try:
-            row, read = self._filler.fill(table, (before, key), new, whole, self._open_stamp.xid, self._seal_partial)
+            row, read = self._filler.fill(table, (before, key), new, self._open_stamp.xid, self._seal_partial)
         except Nowhere as error:
             self._beside.mark(table.name, str(error))
             if before != key:
@@ -297,9 +296,8 @@ class Stream:
             self._put_delete(table, before)
             self._put(table, key, CREATE, row, read)
 
-    def _remember_skipped(self, table: Table, keys: tuple[bytes, bytes], update: Update) -> None:
+    def _remember_skipped(self, table: Table, keys: tuple[bytes, bytes], row: list[Datum]) -> None:
         """A change that is in the log already still tells the values that a later one leaves alone."""
-        row = list(update.new)
         self._filler.memory.recall(table, keys[0], row)
         if UNCHANGED in row:
             self._filler.memory.forget(table, keys[0])
@@ -386,5 +384,11 @@ class Stream:
         self._replication.alive()
 
 
-def _filled(new: Datums, old: Datums) -> Datums:
-    return [before if value is UNCHANGED else value for value, before in zip(new, old, strict=True)]
+def _filled(table: Table, update: Update) -> list[Datum]:
+    """Return the new row with what the old one has of it: all of it under FULL, else the key, which may be out of line, too."""
+    old, new = update.old, list(update.new)
+    if old is not None:
+        for at in range(len(new)) if update.whole else table.key_at:
+            if new[at] is UNCHANGED:
+                new[at] = old[at]
+    return new

@@ -140,7 +140,6 @@ class Filler:
         table: Table,
         keys: tuple[bytes, bytes],
         row: Datums,
-        old: Datums | None,
         xid: int,
         seal: Callable[[], None],
     ) -> Row:
@@ -149,8 +148,7 @@ class Filler:
         Args:
             table: The table.
             keys: The key before the change, and after it.
-            row: The new row as it came.
-            old: The old row if the identity is FULL.
+            row: The new row, with what the old one has of it.
             xid: The change's transaction.
             seal: Commits what the log has been given before this change.
 
@@ -159,10 +157,7 @@ class Filler:
             Nowhere: a value is in none of them.
         """
         whole = list(row)
-        if old is not None:
-            whole = [before if value is UNCHANGED else value for value, before in zip(row, old, strict=True)]
-        else:
-            self.memory.recall(table, keys[0], whole)
+        self.memory.recall(table, keys[0], whole)
         if UNCHANGED not in whole:
             return whole, None
         try:
