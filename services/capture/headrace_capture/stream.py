@@ -23,7 +23,7 @@ from headrace_capture.pgoutput import (
     UNCHANGED,
     Begin,
     Commit,
-    Datum,
+    Datums,
     Delete,
     Insert,
     Keepalive,
@@ -36,7 +36,7 @@ from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
 from headrace_capture.replication import MEND, Replication
 from headrace_capture.tables import Stamp, Table
-from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere
+from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere, with_old
 
 CREATE, UPDATE, DELETE = b"c", b"u", b"d"
 NULL: Final = b"null"
@@ -250,7 +250,17 @@ class Stream:
         if table.wide:
             self._filler.memory.changed(table, key, key, new, self._size)
         if self._ordinal > self._skip:
-            self._put(table, key, CREATE, table.row(new))
+            try:
+                row = table.row(new)
+            except (
+                Poison
+            ):  # perhaps an update that moved the row into the row filter: that leaves out what it left alone
+                if UNCHANGED not in new:
+                    raise
+                if found := self._whole(table, (key, key), new):
+                    self._put(table, key, CREATE, *found)
+            else:
+                self._put(table, key, CREATE, row)
 
     def _update(self, update: Update) -> None:
         oid, old, _, new = update
@@ -272,22 +282,27 @@ class Stream:
 
     def _update_of_wide(self, table: Table, update: Update) -> None:
         """Take an update that left large values alone, or one that is in the log already and tells them to later ones."""
-        new = _filled(table, update)
+        new = with_old(table, update)
         key = table.key(new)
         before = key if update.old is None else table.key(update.old)
         if self._ordinal <= self._skip:
-            self._remember_skipped(table, (before, key), new)
+            self._filler.memory.skipped(table, before, key, new)
             return
+        if found := self._whole(table, (before, key), new):
+            self._put_update(table, before, key, *found)
+        elif before != key:
+            self._put_delete(table, before)
+        self._look_at_clock()
+
+    def _whole(self, table: Table, keys: tuple[bytes, bytes], new: Datums) -> tuple[bytes, bytes | None] | None:
+        """Return the row filled up, and how it was read; None where a value is nowhere: then the table is to be read again."""
         try:
-            row, read = self._filler.fill(table, (before, key), new, self._open_stamp.xid, self._seal_partial)
+            row, read = self._filler.fill(table, keys, new, self._open_stamp.xid, self._seal_partial)
         except Nowhere as error:
             self._beside.mark(table.name, str(error))
-            if before != key:
-                self._put_delete(table, before)
-            return
-        self._filler.memory.changed(table, before, key, row, WORTH_REMEMBERING)
-        self._put_update(table, before, key, table.row_of_any(row), read)
-        self._look_at_clock()
+            return None
+        self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING)
+        return table.row_of_any(row), read
 
     def _put_update(self, table: Table, before: bytes, key: bytes, row: bytes, read: bytes | None = None) -> None:
         if before == key:
@@ -295,14 +310,6 @@ class Stream:
         else:
             self._put_delete(table, before)
             self._put(table, key, CREATE, row, read)
-
-    def _remember_skipped(self, table: Table, keys: tuple[bytes, bytes], row: list[Datum]) -> None:
-        """A change that is in the log already still tells the values that a later one leaves alone."""
-        self._filler.memory.recall(table, keys[0], row)
-        if UNCHANGED in row:
-            self._filler.memory.forget(table, keys[0])
-        else:
-            self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING)
 
     def _delete(self, delete: Delete) -> None:
         self._ordinal += 1
@@ -382,13 +389,3 @@ class Stream:
     def _tick(self) -> None:
         self._progress.beat()
         self._replication.alive()
-
-
-def _filled(table: Table, update: Update) -> list[Datum]:
-    """Return the new row with what the old one has of it: all of it under FULL, else the key, which may be out of line, too."""
-    old, new = update.old, list(update.new)
-    if old is not None:
-        for at in range(len(new)) if update.whole else table.key_at:
-            if new[at] is UNCHANGED:
-                new[at] = old[at]
-    return new

@@ -31,7 +31,7 @@ from headrace.errors import Transient
 from headrace.log import Log
 from headrace_capture import catalog
 from headrace_capture.live import LiveKeys
-from headrace_capture.pgoutput import UNCHANGED, Datum, Datums
+from headrace_capture.pgoutput import UNCHANGED, Datum, Datums, Update
 from headrace_capture.replication import postgres_errors
 from headrace_capture.tables import REREAD, Json, Table
 
@@ -114,6 +114,24 @@ class Memory:
         for at, value in zip(table.wide, found[1], strict=True):
             if row[at] is UNCHANGED:
                 row[at] = value
+
+    def skipped(self, table: Table, before: bytes, key: bytes, row: list[Datum]) -> None:
+        """Let an update that is in the log already tell, as `changed`, what a later one leaves alone."""
+        self.recall(table, before, row)
+        if UNCHANGED in row:
+            self.forget(table, before)
+        else:
+            self.changed(table, before, key, row, WORTH_REMEMBERING)
+
+
+def with_old(table: Table, update: Update) -> list[Datum]:
+    """Return the new row with what the old one has of it: all of it under FULL, else the key, which may be out of line, too."""
+    old, new = update.old, list(update.new)
+    if old is not None:
+        for at in range(len(new)) if update.whole else table.key_at:
+            if new[at] is UNCHANGED:
+                new[at] = old[at]
+    return new
 
 
 class Filler:
