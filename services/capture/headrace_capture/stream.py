@@ -236,6 +236,7 @@ class Stream:
             self._seal_here()
 
     def _relation(self, relation: Relation) -> None:
+        self._tick()  # the catalogue is asked, and one bunch may bring as many of these as there are tables
         before, table = self._tables.get(relation.oid), self._relations.take(relation, self._open_stamp.lsn)
         if table is not None and (before is None or (before.shape, before.wide) != (table.shape, table.wide)):
             self._filler.memory.forget_table(table)  # what is remembered goes by the places of columns
