@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import orjson
 import psycopg
 import pytest
 
@@ -182,6 +183,75 @@ def test_of_a_row_that_is_gone_though_its_value_is_in_the_open_cut(settings: Set
         ("d", None),
     ]
     assert all(c.row["big"] == W for c in changes(settings, T) if c.row)
+
+
+@pytest.mark.parametrize("read", ["reread", None])
+def test_of_a_key_that_is_out_of_line(settings: Settings, read: str | None) -> None:
+    """Then the new row leaves the key out as well, and the old one has it; the row is live in Postgres, or in the log alone by now."""
+    prepare(
+        settings,
+        "CREATE TABLE docs (part int, id text, n int, big text, PRIMARY KEY (part, id))",
+        "ALTER TABLE docs ALTER COLUMN id SET STORAGE EXTERNAL, ALTER COLUMN big SET STORAGE EXTERNAL",
+        f"INSERT INTO docs VALUES (1, '{'k' * 2300}', 0, '{W}')",
+    )
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.reach()
+    script = ["UPDATE docs SET n = 1", "UPDATE docs SET part = 2", "UPDATE docs SET n = 3"]
+    execute(settings, *script, *([] if read else ["DELETE FROM docs"]))
+    with capturing(settings) as capture:
+        capture.reach()
+    log = [change for change in changes(settings, T) if change.row]
+    row = {"id": "k" * 2300, "big": W}
+    assert [(change.op, change.row) for change in log] == [
+        ("r", {"part": 1, "n": 0, **row}),
+        ("u", {"part": 1, "n": 1, **row}),
+        ("c", {"part": 2, "n": 1, **row}),
+        ("u", {"part": 2, "n": 3, **row}),
+    ]
+    assert log[2].read == read
+    assert [change.key for change in log] == [orjson.dumps({"part": part, "id": "k" * 2300}) for part in (1, 1, 2, 2)]
+    assert list(replay(settings, T).values()) == ([log[-1].row] if read else [])
+
+
+INTO = "UPDATE docs SET tenant = 5 WHERE id = 1"
+
+
+@pytest.mark.parametrize(
+    ("identity", "script", "log"),
+    [
+        ("DEFAULT", [INTO], [("c", 0, "reread")]),
+        ("USING INDEX docs_pkey", [INTO], [("c", 0, "reread")]),
+        ("FULL", [INTO], [("c", 0, None)]),
+        ("DEFAULT", [f"BEGIN; UPDATE docs SET big = '{X}'; {INTO}; COMMIT"], [("c", 0, "reread")]),
+        ("DEFAULT", [INTO, "UPDATE docs SET n = 7"], [("c", 0, "reread"), ("u", 7, None)]),
+        ("DEFAULT", [INTO, "UPDATE docs SET tenant = 6"], []),
+    ],
+    ids=["by key", "by index", "full", "changed by the same", "and changed then", "and out of it again"],
+)
+def test_of_a_row_that_an_update_moves_into_the_row_filter(
+    settings: Settings, identity: str, script: list[str], log: list[tuple[str, int, str | None]]
+) -> None:
+    """Postgres makes an INSERT of it, without what the update left alone; a value that is nowhere makes the table be read again."""
+    prepare(
+        settings,
+        "CREATE TABLE docs (tenant int, id int, n int, big text, more text, PRIMARY KEY (tenant, id))",
+        "ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL, ALTER COLUMN more SET STORAGE EXTERNAL",
+        f"INSERT INTO docs VALUES (1, 1, 0, '{W}', '{W}'), (5, 2, 0, '{W}', '{W}')",
+    )
+    execute(settings, f"ALTER PUBLICATION {settings.publication} SET TABLE docs WHERE (tenant = 5)")
+    execute(settings, f"ALTER TABLE docs REPLICA IDENTITY {identity}")
+    with capturing(settings) as capture:
+        capture.reach()
+    execute(settings, *script)
+    with capturing(settings) as capture:
+        capture.eventually("it is exact", lambda: capture.reach().inexact == ())
+    moved = [change for change in changes(settings, T) if change.row and change.row["id"] == 1]
+    assert [(change.op, (change.row or {})["n"], change.read) for change in moved] == log
+    there = rows(
+        settings, "SELECT json_build_object('tenant', 5, 'id', id), row_to_json(d) FROM docs d WHERE tenant = 5"
+    )
+    assert replay(settings, T) == {orjson.dumps(key): row for key, row in there}
 
 
 @pytest.mark.parametrize("identity", ["FULL", "DEFAULT"])

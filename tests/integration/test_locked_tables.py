@@ -69,6 +69,12 @@ def test_what_the_catalogue_says_of_publications_is_what_postgres_says(everythin
             told = {t.full_name: (sorted(c.name for c in t.published), filters.get(t.oid)) for t in ours}
             assert told == _as_the_view_says(connection, publication), publication
             assert fingerprints.read(connection, publication).keys() == told.keys()
+            oids = connection.execute("SELECT oid FROM pg_class WHERE relkind IN ('r', 'p')").fetchall()
+            for oid in {t.oid for t in ours} | {oid for (oid,) in oids if oid >= 16384}:
+                found = catalog.published_tables(connection, publication, holding=oid)
+                above = {root for (root,) in connection.execute("SELECT pg_partition_ancestors(%s)::oid", [oid])}
+                assert found == [t for t in ours if t.oid in {oid, *above}]
+            assert catalog.published_tables(connection, publication, holding=7) == []
 
 
 def _as_the_view_says(connection: catalog.Connection, publication: str) -> dict[str, tuple[list[str], str | None]]:

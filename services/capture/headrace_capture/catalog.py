@@ -177,8 +177,10 @@ def identify(replication: Connection) -> Identity:
     return Identity(str(row[0]), int(row[1]), parse_lsn(row[2]), row[3])
 
 
-def published_tables(connection: Connection, publication: str, only: str | None = None) -> list[Table]:
-    """Return the tables of a publication by name (the one table `only`), each column with whether the publication sends it.
+def published_tables(connection: Connection, publication: str, only: str = "", holding: int = 0) -> list[Table]:
+    """Return the tables of a publication by name, each column with whether the publication sends it.
+
+    With `only` that one; with `holding` those that hold the rows of the table with this oid: itself, and what it is a partition of.
 
     Raises:
         Misconfigured: `publication-missing`.
@@ -187,7 +189,8 @@ def published_tables(connection: Connection, publication: str, only: str | None 
         raise Misconfigured(
             "publication-missing", f"There is no publication {publication}.", "Run `headrace setup --apply`."
         )
-    sent = {row[0]: set(row[1]) for row in connection.execute(_PUBLISHED, {"publication": publication, "only": only})}
+    asked = {"publication": publication, "only": only, "holding": holding}
+    sent = {row[0]: set(row[1]) for row in connection.execute(_PUBLISHED, asked)}
     return [_published(table, sent[table.oid]) for table in _read(connection, list(sent))]
 
 
@@ -331,7 +334,8 @@ FROM published JOIN pg_publication p ON p.oid = pub
 JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_publication_rel r ON r.prpubid = pub AND r.prrelid = c.oid
 LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-WHERE %(only)s::text IS NULL OR %(only)s::text = n.nspname || '.' || c.relname GROUP BY c.oid
+WHERE %(only)s IN ('', n.nspname || '.' || c.relname)
+  AND (%(holding)s::oid IN (0, c.oid) OR c.oid IN (SELECT ancestor FROM above WHERE above.oid = %(holding)s::oid)) GROUP BY c.oid
 """
 
 _TABLES = """

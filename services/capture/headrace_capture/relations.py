@@ -79,7 +79,7 @@ class Relations:
 
     def _learn(self, relation: Relation) -> Table | None:
         known = self.shapes.get(f"{relation.schema}.{relation.name}")
-        published = catalog.published_tables(self._connection, self._cut.source.publication)
+        published = catalog.published_tables(self._connection, self._cut.source.publication, holding=relation.oid)
         now = next((table for table in published if table.oid == relation.oid), None)
         if now is None and any(leaf.oid == relation.oid for table in published for leaf in table.leaves):
             if known is None:  # a partition: its rows come in its root's name, which was told just before

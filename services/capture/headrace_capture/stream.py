@@ -36,7 +36,7 @@ from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
 from headrace_capture.replication import MEND, Replication
 from headrace_capture.tables import Stamp, Table
-from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere
+from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere, with_old
 
 CREATE, UPDATE, DELETE = b"c", b"u", b"d"
 NULL: Final = b"null"
@@ -236,6 +236,7 @@ class Stream:
             self._seal_here()
 
     def _relation(self, relation: Relation) -> None:
+        self._tick()  # the catalogue is asked, and one bunch may bring as many of these as there are tables
         before, table = self._tables.get(relation.oid), self._relations.take(relation, self._open_stamp.lsn)
         if table is not None and (before is None or (before.shape, before.wide) != (table.shape, table.wide)):
             self._filler.memory.forget_table(table)  # what is remembered goes by the places of columns
@@ -250,7 +251,17 @@ class Stream:
         if table.wide:
             self._filler.memory.changed(table, key, key, new, self._size)
         if self._ordinal > self._skip:
-            self._put(table, key, CREATE, table.row(new))
+            try:
+                row = table.row(new)
+            except (
+                Poison
+            ):  # perhaps an update that moved the row into the row filter: that leaves out what it left alone
+                if UNCHANGED not in new:
+                    raise
+                if found := self._whole(table, (key, key), new):
+                    self._put(table, key, CREATE, *found)
+            else:
+                self._put(table, key, CREATE, row)
 
     def _update(self, update: Update) -> None:
         oid, old, _, new = update
@@ -272,23 +283,27 @@ class Stream:
 
     def _update_of_wide(self, table: Table, update: Update) -> None:
         """Take an update that left large values alone, or one that is in the log already and tells them to later ones."""
-        old, new = update.old, update.new
-        key = table.key(new) if old is None else table.key(_filled(new, old))
-        before = key if old is None else table.key(old)
+        new = with_old(table, update)
+        key = table.key(new)
+        before = key if update.old is None else table.key(update.old)
         if self._ordinal <= self._skip:
-            self._remember_skipped(table, (before, key), update)
+            self._filler.memory.skipped(table, before, key, new)
             return
-        whole = old if update.whole else None
+        if found := self._whole(table, (before, key), new):
+            self._put_update(table, before, key, *found)
+        elif before != key:
+            self._put_delete(table, before)
+        self._look_at_clock()
+
+    def _whole(self, table: Table, keys: tuple[bytes, bytes], new: Datums) -> tuple[bytes, bytes | None] | None:
+        """Return the row filled up, and how it was read; None where a value is nowhere: then the table is to be read again."""
         try:
-            row, read = self._filler.fill(table, (before, key), new, whole, self._open_stamp.xid, self._seal_partial)
+            row, read = self._filler.fill(table, keys, new, self._open_stamp.xid, self._seal_partial)
         except Nowhere as error:
             self._beside.mark(table.name, str(error))
-            if before != key:
-                self._put_delete(table, before)
-            return
-        self._filler.memory.changed(table, before, key, row, WORTH_REMEMBERING)
-        self._put_update(table, before, key, table.row_of_any(row), read)
-        self._look_at_clock()
+            return None
+        self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING)
+        return table.row_of_any(row), read
 
     def _put_update(self, table: Table, before: bytes, key: bytes, row: bytes, read: bytes | None = None) -> None:
         if before == key:
@@ -296,15 +311,6 @@ class Stream:
         else:
             self._put_delete(table, before)
             self._put(table, key, CREATE, row, read)
-
-    def _remember_skipped(self, table: Table, keys: tuple[bytes, bytes], update: Update) -> None:
-        """A change that is in the log already still tells the values that a later one leaves alone."""
-        row = list(update.new)
-        self._filler.memory.recall(table, keys[0], row)
-        if UNCHANGED in row:
-            self._filler.memory.forget(table, keys[0])
-        else:
-            self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING)
 
     def _delete(self, delete: Delete) -> None:
         self._ordinal += 1
@@ -384,7 +390,3 @@ class Stream:
     def _tick(self) -> None:
         self._progress.beat()
         self._replication.alive()
-
-
-def _filled(new: Datums, old: Datums) -> Datums:
-    return [before if value is UNCHANGED else value for value, before in zip(new, old, strict=True)]

@@ -31,7 +31,7 @@ from headrace.errors import Transient
 from headrace.log import Log
 from headrace_capture import catalog
 from headrace_capture.live import LiveKeys
-from headrace_capture.pgoutput import UNCHANGED, Datum, Datums
+from headrace_capture.pgoutput import UNCHANGED, Datum, Datums, Update
 from headrace_capture.replication import postgres_errors
 from headrace_capture.tables import REREAD, Json, Table
 
@@ -115,6 +115,24 @@ class Memory:
             if row[at] is UNCHANGED:
                 row[at] = value
 
+    def skipped(self, table: Table, before: bytes, key: bytes, row: list[Datum]) -> None:
+        """Let an update that is in the log already tell, as `changed`, what a later one leaves alone."""
+        self.recall(table, before, row)
+        if UNCHANGED in row:
+            self.forget(table, before)
+        else:
+            self.changed(table, before, key, row, WORTH_REMEMBERING)
+
+
+def with_old(table: Table, update: Update) -> list[Datum]:
+    """Return the new row with what the old one has of it: all of it under FULL, else the key, which may be out of line, too."""
+    old, new = update.old, list(update.new)
+    if old is not None:
+        for at in range(len(new)) if update.whole else table.key_at:
+            if new[at] is UNCHANGED:
+                new[at] = old[at]
+    return new
+
 
 class Filler:
     """Fills updated rows up. One for each stream.
@@ -140,7 +158,6 @@ class Filler:
         table: Table,
         keys: tuple[bytes, bytes],
         row: Datums,
-        old: Datums | None,
         xid: int,
         seal: Callable[[], None],
     ) -> Row:
@@ -149,8 +166,7 @@ class Filler:
         Args:
             table: The table.
             keys: The key before the change, and after it.
-            row: The new row as it came.
-            old: The old row if the identity is FULL.
+            row: The new row, with what the old one has of it.
             xid: The change's transaction.
             seal: Commits what the log has been given before this change.
 
@@ -159,10 +175,7 @@ class Filler:
             Nowhere: a value is in none of them.
         """
         whole = list(row)
-        if old is not None:
-            whole = [before if value is UNCHANGED else value for value, before in zip(row, old, strict=True)]
-        else:
-            self.memory.recall(table, keys[0], whole)
+        self.memory.recall(table, keys[0], whole)
         if UNCHANGED not in whole:
             return whole, None
         try:
