@@ -167,9 +167,9 @@ def _documents(row: Row, fields: list[Row] | None) -> Row:
     for field in fields or ():
         name, kind = field["field"], _type(field)
         if kind == "jsonb" and row[name] is not None:
-            row[name] = orjson.loads(row[name])
+            row[name] = codec.document(row[name].encode())
         elif kind == "jsonb[]" and row[name] is not None:
-            row[name] = [None if each is None else orjson.loads(each) for each in row[name]]
+            row[name] = [None if each is None else codec.document(each.encode()) for each in row[name]]
     return row
 
 

@@ -119,6 +119,15 @@ def test_connects_schema_tells_types_and_documents() -> None:
     ]
 
 
+def test_documents_that_readers_refuse_are_their_text_as_captures_are() -> None:
+    json = {"type": "string", "name": "io.debezium.data.Json"}
+    fields = [{"field": "id", "type": "int32"}, {"field": "j"} | json, {"field": "js", "type": "array", "items": json}]
+    for text in ("[" * 201 + "]" * 201, "[" * 2000 + "]" * 2000, '"\\ud800"', "1e400"):
+        row = {"id": 1, "j": text, "js": [text, "[1]"]}
+        change = Decoder(0).change(T, 0, 0, key(1), with_schema(value("c", row, [10, 10]), fields))
+        assert change.row == row | {"js": [text, [1]]}
+
+
 @pytest.mark.parametrize(
     "placeholder",
     [
