@@ -22,6 +22,53 @@ Headers = list[tuple[str, bytes]]
 dumps = orjson.dumps
 loads = orjson.loads
 SORTED: Final = orjson.OPT_SORT_KEYS
+LEVELS: Final = 200
+"""How deep the document of a `json` column is in the log; a deeper one is its text. orjson writes 254 levels: around a document are rows,
+other documents and envelopes."""
+_READ: Final = 1024
+"""Levels that orjson reads."""
+COLUMN_LEVELS, _RECORD_LEVELS = LEVELS + 6, LEVELS + 8
+"""Levels of a column, which may be an array of documents, of up to six dimensions, and of a record around it."""
+
+
+def parse(text: bytes, levels: int = LEVELS) -> Any:
+    """Return the value of JSON. Raises JSONDecodeError: readers refuse it, or it has more levels than that."""
+    if len(text) <= 2 * levels or text.count(b"[") + text.count(b"{") <= levels:
+        return orjson.loads(text)
+    around = _READ - levels
+    value = orjson.loads(b"[" * around + text + b"]" * around)
+    for _ in range(around):
+        value = value[0]
+    return value
+
+
+def document(text: bytes, levels: int = LEVELS) -> Any:
+    """Return a document of a `json` column as the log has it: itself, or its text where `parse` refuses it."""
+    try:
+        return parse(text, levels)
+    except orjson.JSONDecodeError:
+        return text.decode()
+
+
+def envelope(value: bytes) -> Row:
+    """Return the envelope of a record in JSON. Columns too deep for a document, which capture once wrote, are their text as they are now.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if len(value) < _SHALLOW or value.count(b"[") + value.count(b"{") <= _RECORD_LEVELS:
+        return orjson.loads(value)  # type: ignore[no-any-return]
+    try:
+        return parse(value, _RECORD_LEVELS)  # type: ignore[no-any-return]
+    except orjson.JSONDecodeError:
+        row = {name: document(text, COLUMN_LEVELS) for name, text in members(value, b"after").items()}
+        around = value[: value.index(_AFTER) + len(_AFTER)], value[value.rindex(b',"source":') :]
+        return orjson.loads(b"null".join(around)) | {"after": row}  # type: ignore[no-any-return]
+
+
+_SHALLOW: Final = 600
+"""Bytes of a record below which nothing in it is too deep: a third of them is the envelope."""
+_AFTER: Final = b'"after":'
 
 
 def encode_key(columns: Mapping[str, Any]) -> bytes:
@@ -54,7 +101,7 @@ def decode_change(
     key: bytes,
     value: bytes | None,
     headers: Iterable[tuple[str, bytes]],
-    envelope_of: Callable[[bytes], Row] = loads,
+    envelope_of: Callable[[bytes], Row] = envelope,
 ) -> Change:
     """Decode one record of a table's topic. A tombstone is a delete.
 
@@ -65,13 +112,13 @@ def decode_change(
     """
     try:
         named = dict(headers)
-        envelope: Row = envelope_of(value) if value is not None else {"op": "d", "after": None}
+        told: Row = envelope_of(value) if value is not None else {"op": "d", "after": None}
         read = named.get("read")
         version = _version(named["epoch"], named["lsn"])
         numbers = int(named["ordinal"]), int(named["xid"]), int(named["schema"])
         how = read.decode() if read else None
         # Of millions of records: `_make` is one call in C, the constructor one in Python.
-        return Change._make((table, envelope["op"], key, envelope["after"], version, *numbers, partition, offset, how))
+        return Change._make((table, told["op"], key, told["after"], version, *numbers, partition, offset, how))
     except (KeyError, TypeError, ValueError) as error:
         raise Poison(
             "undecodable-record",

@@ -9,8 +9,6 @@ and SQL gets the same: floating point would depend on both.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterable, Mapping
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal, InvalidOperation
 from fractions import Fraction
@@ -147,20 +145,38 @@ def count(rows: Iterable[Mapping[str, Any]], column: str | None = None) -> int:
 
 
 def total(rows: Iterable[Mapping[str, Any]], column: str) -> int | float | str:
-    """Return the sum of `column` in the codec's form: of integers an integer, of floats a float, of `numeric` text. 0
-    of nothing."""
-    values = _numbers(rows, column)
-    if any(isinstance(value, Decimal) for value in values):
-        return format(functools.reduce(_EXACT.add, values, Decimal(0)), "f")
-    return math.fsum(values) if any(isinstance(value, float) for value in values) else sum(values)
+    """Return the sum of `column` as `Sum` does: of integers an integer, of floats a float, of `numeric` text. 0 of nothing."""
+    values = _present(rows, column)
+    if _WHOLE.issuperset(map(type, values)):
+        whole: int = sum(values)
+        if -_WORD <= whole < _WORD:
+            return whole
+    found: int | float | str = _folded(Sum(column), values)
+    return float(found) if isinstance(found, int) and float in map(type, values) else found
 
 
-def mean(rows: Iterable[Mapping[str, Any]], column: str) -> float | None:
-    """Return the average of `column`, whose order does not matter; None of nothing."""
-    values = _numbers(rows, column)
-    return math.fsum(values) / len(values) if values else None
+def mean(rows: Iterable[Mapping[str, Any]], column: str) -> float | str | None:
+    """Return the average of `column` as `Avg` does, text when it is no number; None of nothing."""
+    values = _present(rows, column)
+    whole = _WHOLE.issuperset(map(type, values))
+    found: float | str | None = sum(values) / len(values) if whole and values else _folded(Avg(column), values)
+    return found
 
 
-def _numbers(rows: Iterable[Mapping[str, Any]], column: str) -> list[Any]:
-    values = [row[column] for row in rows]
-    return [Decimal(value) if isinstance(value, str) else value for value in values if value is not None]
+_WHOLE: Final = frozenset({int, bool})
+"""Types whose values Python itself adds without rounding: nearly always there are no others."""
+
+
+def _present(rows: Iterable[Mapping[str, Any]], column: str) -> list[Any]:
+    return [value for row in rows if (value := row[column]) is not None]
+
+
+def _folded(function: Sum | Avg, values: Iterable[Any]) -> Any:
+    """Fold values. Raises ValueError, as mistakes in `render` do: its document is parked, where a declaration's mistake stops the view."""
+    state = None
+    try:
+        for value in values:
+            state = function.add(state, value, number=True)
+    except Misconfigured as error:
+        raise ValueError(error.message) from error
+    return function.result(state)

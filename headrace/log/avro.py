@@ -57,7 +57,7 @@ def _document(value: Any) -> str:
 
 
 _TEXT: Final = Form("string")
-_DOCUMENT: Final = Form("string", None, orjson.loads)
+_DOCUMENT: Final = Form("string", None, lambda text: codec.document(text.encode(), codec.COLUMN_LEVELS))
 _FORMS: Final = {
     "boolean": Form("boolean"),
     "smallint": Form("int"),

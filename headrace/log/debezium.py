@@ -8,15 +8,18 @@ Debezium's envelope is the one that capture writes, but for what it lacks: heade
 - the shape of a table is what Connect's schema says, or else what the values look like, and a new version when it changes. Versions
   are the seconds at which they were first seen, so that those of one reader are above those of every reader before it. A delete says
   nothing of a shape: before the first row it names `UNKNOWN_SCHEMA`;
-- values are as the connector writes them, and documents (`io.debezium.data.Json`) as themselves where the schema tells them.
+- values are as the connector writes them; where the schema tells what they are, documents are themselves, and dates, timestamps and
+  numbers that are text (isostring, string) have the form of capture's log, in the key too: SQL's order and windows go by it.
 
 A row with Debezium's placeholder for a value that an update left alone is no whole row, and is refused [I3].
 """
 
 from __future__ import annotations
 
+import re
 import time
 from base64 import b64encode
+from collections.abc import Callable
 from hashlib import md5
 from typing import Any, Final
 from uuid import UUID
@@ -48,7 +51,22 @@ _NAMED: Final = {
     "io.debezium.data.Json": "jsonb",
     "io.debezium.data.Uuid": "uuid",
     "io.debezium.time.ZonedTimestamp": "timestamp with time zone",
+    "io.debezium.time.IsoTimestamp": "timestamp without time zone",
+    "io.debezium.time.IsoDate": "date",
 }
+_SOURCE: Final = "__debezium.source.column."
+"""What `column.propagate.source.type` tells: the type in Postgres, ``NUMERIC`` or ``_NUMERIC``, its length and its scale."""
+_MOST_DIGITS: Final = 1000
+_INFINITE: Final = {
+    "+292278994-08-16Z": "infinity",
+    "+292269055-12-02Z": "-infinity",
+    "+294247-01-10T04:00:25.2Z": "infinity",
+    "-290308-12-21T19:59:27.6Z": "-infinity",
+}
+"""What Debezium 3.6 makes of infinite dates and timestamps (seen)."""
+_YEAR: Final = re.compile(r"([+-]?)(\d{4,})(-.*)")
+_NUMERIC: Final = frozenset({"NUMERIC", "_NUMERIC"})
+_NUMBERS: Final = {"NAN": "NaN", "POSITIVE_INFINITY": "Infinity", "NEGATIVE_INFINITY": "-Infinity"}
 _LOOKS: Final = {bool: "boolean", int: "bigint", float: "double precision", str: "text", list: "jsonb", dict: "jsonb"}
 Types = dict[str, str]
 
@@ -89,17 +107,19 @@ class Decoder:
             ) from error
 
     def _change(self, table: str, partition: int, offset: int, key: bytes, value: bytes | None) -> Change:
-        of_key, _ = _payload(key)
+        of_key, of_schema = _payload(key)
+        of_key = _plain(of_key, of_schema)
         canonical = codec.encode_key(of_key)
         row, op, read, lsn = None, DELETE, None, 0
         if value is not None:
-            envelope, fields = _payload(value)
+            envelope, structs = _payload(value)
+            fields = next((each["fields"] for each in structs or () if each["field"] == "after"), None)
             op, row = envelope["op"], envelope["after"]
             lsn = self._see(envelope["source"])
             _check(table, canonical, op, row, value)
             read = "snapshot" if op == READ else None
             if row is not None:
-                row = _documents(row, fields)
+                row = _plain(row, fields)
                 self._learn(table, of_key, row, fields)
         version = Version(EPOCH, self._version(table, partition, lsn))
         schema = self._newest[table].version if table in self._newest else UNKNOWN_SCHEMA
@@ -134,12 +154,11 @@ class Decoder:
 
 
 def _payload(text: bytes) -> tuple[Row, list[Row] | None]:
-    """Return a key or an envelope, and the fields of its row where Connect's schema comes with it."""
+    """Return a key or an envelope, and its fields where Connect's schema comes with it."""
     said: Row = orjson.loads(text)
     if said.keys() != {"schema", "payload"}:
         return said, None
-    fields = {field["field"]: field for field in said["schema"]["fields"]}
-    return said["payload"], fields["after"]["fields"] if "after" in fields else None
+    return said["payload"], said["schema"]["fields"]
 
 
 def _declared(fields: list[Row]) -> Types:
@@ -149,7 +168,10 @@ def _declared(fields: list[Row]) -> Types:
 
 def _type(field: Row) -> str:
     if field["type"] == "array":
-        return f"{_type(field['items'])}[]"
+        return f"{_type(field['items'] | {'parameters': field.get('parameters')})}[]"
+    if field["type"] == "string" and (told := field.get("parameters")) and told.get(f"{_SOURCE}type") in _NUMERIC:
+        digits, scale = (int(told.get(f"{_SOURCE}{name}", 0)) for name in ("length", "scale"))
+        return f"numeric({digits},{scale})" if 0 < digits <= _MOST_DIGITS >= scale else "numeric"
     return _NAMED.get(field.get("name", ""), _CONNECT.get(field["type"], "text"))
 
 
@@ -162,15 +184,37 @@ def _looks(row: Row, known: Types) -> Types:
     return types
 
 
-def _documents(row: Row, fields: list[Row] | None) -> Row:
-    """Take the documents of a row as themselves."""
+def _plain(row: Row, fields: list[Row] | None) -> Row:
+    """Give the values of a row, or of a key, whose types are known the form of capture's log."""
     for field in fields or ():
         name, kind = field["field"], _type(field)
-        if kind == "jsonb" and row[name] is not None:
-            row[name] = orjson.loads(row[name])
-        elif kind == "jsonb[]" and row[name] is not None:
-            row[name] = [None if each is None else orjson.loads(each) for each in row[name]]
+        turn, value = _TURNS.get(kind.removesuffix("[]").partition("(")[0]), row[field["field"]]
+        if turn is not None and value is not None:
+            row[name] = [each if each is None else turn(each) for each in value] if kind.endswith("[]") else turn(value)
     return row
+
+
+def _local(text: str) -> str:
+    return _INFINITE.get(text) or _zoned(text.removesuffix("Z"))
+
+
+def _zoned(text: str) -> str:
+    """Return a date or timestamp whose year ISO 8601 writes with a sign, or as the year 0, as Postgres prints it."""
+    found = _YEAR.fullmatch(text)
+    if found is None:
+        return text
+    sign, year, rest = found.groups()
+    before = sign == "-" or not int(year)
+    return f"{int(year) + 1:04d}{rest} BC" if before else f"{year}{rest}"
+
+
+_TURNS: Final[dict[str, Callable[[str], Any]]] = {
+    "jsonb": lambda text: codec.document(text.encode()),
+    "date": _local,
+    "timestamp without time zone": _local,
+    "timestamp with time zone": _zoned,
+    "numeric": lambda text: _NUMBERS.get(text, text),
+}
 
 
 def _check(table: str, key: bytes, op: str, row: Row | None, value: bytes) -> None:

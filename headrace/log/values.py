@@ -56,7 +56,7 @@ class Values:
             Misconfigured: `schema-unknown`, `registry-refuses`.
         """
         if value[:1] != b"\0":
-            return codec.loads(value)  # type: ignore[no-any-return]
+            return codec.envelope(value)
         unpacker, read = self._read(value)
         return unpacker.envelope(read)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import orjson
 import pytest
 
 from headrace.control import Report
-from headrace.documents import Document, DocumentConsumer, Many, Node
+from headrace.documents import Document, DocumentConsumer, Many, Max, Min, Node, Window
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log
 from headrace.log.plain import PlainWriter
@@ -131,20 +132,33 @@ class Orders(DocumentConsumer):
         return {"html": ",".join(sorted(order["what"] for order in row.orders))}
 
 
+class Days(DocumentConsumer):
+    """A page for each day in which customers were seen."""
+
+    document = Window("public.customers", on="seen", seconds=86400, most=Max("price"), first=Min("born"))
+    store = RedisPages()
+
+    def render(self, row: Node) -> dict[str, Any]:
+        return {"html": f"{row['most']}"}
+
+
 def test_with_schemas_tables_are_typed_and_documents_are_themselves(
     fed: Settings, tmp_path: Path, redis_server: object
 ) -> None:
-    """The warehouse and joined documents, from one feed."""
+    """The warehouse, joined documents and windows, from one feed."""
     execute(
         fed,
-        "CREATE TABLE customers (id int PRIMARY KEY, note jsonb, born timestamptz, price numeric(10,2), score real, tags text[])",
+        "CREATE TABLE customers (id int PRIMARY KEY, note jsonb, born timestamptz, price numeric(10,2), score real, tags text[], "
+        "seen timestamp, day date, days date[])",
         "CREATE TABLE orders (id int PRIMARY KEY, customer_id int, what text)",
-        """INSERT INTO customers VALUES (1, '{"a": [1, 2.5]}', '2024-02-29 12:00:00+05', 1.50, 0.5, '{a,NULL}')""",
+        """INSERT INTO customers VALUES (1, '{"a": [1, 2.5]}', '2024-02-29 12:00:00+05', 1.50, 0.5, '{a,NULL}', '2024-02-29 12:00:00.5',
+           '2024-02-29', '{2024-02-29}')""",
         "INSERT INTO customers (id) VALUES (2)",
+        "INSERT INTO customers (id, price, seen) VALUES (3, 9.90, '2024-03-01 12:00'), (4, 10.00, '2024-03-01 23:59:59')",
         "INSERT INTO orders VALUES (1, 1, 'tea'), (2, 2, 'milk')",
     )
     with connecting(fed, tmp_path, "public.customers", "public.orders", schemas_enable="true"):
-        with serving(fed, tables=Tables, orders=Orders) as control:
+        with serving(fed, tables=Tables, orders=Orders, days=Days) as control:
             eventually("tables are live", lambda: (found := report(control, "tables")) and found.live)
             execute(
                 fed,
@@ -154,14 +168,20 @@ def test_with_schemas_tables_are_typed_and_documents_are_themselves(
                 "DELETE FROM customers WHERE id = 2",
             )
             eventually("pages follow", lambda: _pages(fed) == {"1": "milk,tea"})
+            await_live(control, "days")
+            days = {"2024-02-29T00:00:00": "1.50", "2024-03-01T00:00:00": "10.00"}
+            eventually("windows follow", lambda: _pages(fed, "days", *days) == days)
             eventually("the warehouse follows", lambda: _at_end(control))
         with duckdb.connect(fed.warehouse, read_only=True) as database:
             typed = (
-                "id, note->'a'->1, born = '2024-02-29 07:00:00+00', price, score, tags, vip, typeof(id), typeof(vip)"
+                "id, note->'a'->1, born = '2024-02-29 07:00:00+00', price, score, tags, vip, typeof(id), typeof(vip), "
+                "CAST(seen AS VARCHAR), typeof(seen), typeof(day), typeof(days), typeof(price)"
             )
-            assert database.sql(f"SELECT {typed} FROM customers").fetchall() == [
-                (1, "2.5", True, "1.50", 1.0, ["a", None], True, "INTEGER", "BOOLEAN")
+            dated = ("2024-02-29 12:00:00.5", "TIMESTAMP", "DATE", "DATE[]", "DECIMAL(10,2)")
+            assert database.sql(f"SELECT {typed} FROM customers WHERE id = 1").fetchall() == [
+                (1, "2.5", True, Decimal("1.50"), 1.0, ["a", None], True, "INTEGER", "BOOLEAN", *dated)
             ]
+            assert database.sql("SELECT max(price) FROM customers").fetchall() == [(Decimal("10.00"),)]
             assert sorted(database.sql("SELECT id, customer_id, what FROM orders").fetchall()) == rows(
                 fed, "SELECT id, customer_id, what FROM orders ORDER BY id"
             )
@@ -228,9 +248,9 @@ def test_what_is_no_whole_row_or_no_feed_is_refused(fed: Settings, tmp_path: Pat
         Log(fed).reader(["public.nothing"], None).poll(0.1)
 
 
-def _pages(settings: Settings) -> dict[str, str | None]:
-    with closing(PageReader(settings, "orders")) as reader:
-        return {id_: page.html for id_ in ("1", "2") if (page := reader.get(id_))}
+def _pages(settings: Settings, view: str = "orders", *ids: str) -> dict[str, str | None]:
+    with closing(PageReader(settings, view)) as reader:
+        return {id_: page.html for id_ in ids or ("1", "2") if (page := reader.get(id_))}
 
 
 def _at_end(control: Any) -> bool:

@@ -36,7 +36,7 @@ from headrace_verify.film import Film
 from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference
 from headrace_verify.postgres import connect, moment
 from headrace_verify.verify import Verifier
-from tests.fixtures.capture import capturing, eventually, execute, prepare, rows
+from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
 
@@ -432,6 +432,40 @@ def test_every_type_is_read_as_the_log_has_it(settings: Settings) -> None:
         again = found(settings, Mirror)
     assert seen.rows == 4
     assert [(d.key, d.columns) for d in again.wrong] == [('{"code":"k","id":"1.50"}', ("id",))]
+
+
+@pytest.mark.usefixtures("redis_server")
+def test_documents_as_deep_as_postgres_takes_them_are_in_every_view(settings: Settings) -> None:
+    """Snapshot and stream; rows, a warehouse and documents, which then go on with what comes after."""
+
+    class Deep(DocumentConsumer):
+        """Rows as they are."""
+
+        document = Document(T)
+        store = RedisPages("verify-deep")
+
+        def render(self, row: Node) -> Row | None:
+            return {"html": codec.dumps([row["a"], row["b"], row["c"]]).decode()}
+
+    insert = (
+        f"INSERT INTO {T} SELECT {{}} + n, d, d::jsonb, ARRAY[d::jsonb, '[1]'] "
+        "FROM unnest(ARRAY[2, 199, 200, 201, 253, 260, 1022, 1023, 1024, 3000]) n, LATERAL (SELECT (repeat('[{{\"[\":', n / 2) || "
+        "CASE WHEN n % 2 = 1 THEN '[ ]' ELSE 'null' END || repeat('}} ]', n / 2))::json) made (d)"
+    )
+    prepare(settings, f"CREATE TABLE {T} (id int PRIMARY KEY, a json, b jsonb, c jsonb[])", insert.format(0))
+    views: dict[str, type[Any]] = {"view": Mirror, "deep": Deep, "warehouse": Warehouse}
+    with capturing(settings) as capture, serving(settings, **views) as control:
+        capture.reach()
+        await_live(control, *views)
+        execute(settings, insert.format(10000), f"INSERT INTO {T} VALUES (99, '1', '2', NULL)")
+        seen = {name: found(settings, consumer, name) for name, consumer in views.items()}
+    assert {name: ([(d.kind, d.key, d.columns) for d in of.wrong], of.rows) for name, of in seen.items()} == {
+        name: ([], 21) for name in views
+    }
+    log = replay(settings, T)
+    for n in (200, 1024):
+        assert log[b'{"id":%d}' % (10000 + n)]["a"] == log[b'{"id":%d}' % n]["a"]
+    assert [type(log[b'{"id":%d}' % n]["b"]) for n in (200, 201)] == [list, str]
 
 
 @pytest.fixture

@@ -76,6 +76,18 @@ def test_a_row_is_the_same_under_both_codecs(kind: str) -> None:
         }
 
 
+def test_a_document_deeper_than_capture_writes_now_is_its_text_under_both_codecs() -> None:
+    """Logs of before have such."""
+    deep = b"[" * 260 + b"]" * 260
+    shape = TableSchema(
+        "public.t", 1, (Column("id", "integer"), Column("j", "jsonb"), Column("js", "jsonb[]")), ("id",)
+    )
+    json = value({"id": b"1", "j": deep, "js": b"[%b]" % deep})
+    unpacker, read = through(shape, json)
+    assert unpacker.envelope(read) == codec.envelope(json)
+    assert codec.envelope(json)["after"] == {"id": 1, "j": deep.decode(), "js": f"[{deep.decode()}]"}
+
+
 def test_a_domain_is_kept_as_the_type_below_it() -> None:
     columns = (Column("a", "public.positive", base="integer"), Column("b", "public.amounts", base="numeric[]"))
     shape = TableSchema("public.t", 1, columns, ("a",))

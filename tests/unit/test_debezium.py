@@ -119,6 +119,86 @@ def test_connects_schema_tells_types_and_documents() -> None:
     ]
 
 
+def iso(name: str) -> dict[str, Any]:
+    return {"type": "string", "name": f"io.debezium.time.{name}"}
+
+
+def source(type_: str, length: int, scale: int | None = None) -> dict[str, Any]:
+    said = {"type": type_, "length": str(length)} | ({} if scale is None else {"scale": str(scale)})
+    return {"parameters": {f"__debezium.source.column.{name}": value for name, value in said.items()}}
+
+
+TYPED: list[tuple[dict[str, Any], str, Any, Any]] = [
+    (iso("IsoDate"), "date", "2024-01-02Z", "2024-01-02"),
+    (iso("IsoDate"), "date", "+10000-01-01Z", "10000-01-01"),
+    (iso("IsoDate"), "date", "+292278994-08-16Z", "infinity"),
+    (iso("IsoDate"), "date", "+292269055-12-02Z", "-infinity"),
+    (iso("IsoTimestamp"), "timestamp without time zone", "2024-01-02T03:04:05.1Z", "2024-01-02T03:04:05.1"),
+    (iso("IsoTimestamp"), "timestamp without time zone", "-0043-03-15T12:00:00Z", "0044-03-15T12:00:00 BC"),
+    (iso("IsoTimestamp"), "timestamp without time zone", "0000-03-15T12:00:00Z", "0001-03-15T12:00:00 BC"),
+    (iso("IsoTimestamp"), "timestamp without time zone", "+294247-01-10T04:00:25.2Z", "infinity"),
+    (iso("IsoTimestamp"), "timestamp without time zone", "-290308-12-21T19:59:27.6Z", "-infinity"),
+    (
+        iso("ZonedTimestamp"),
+        "timestamp with time zone",
+        "-0043-03-15T12:00:00.000000Z",
+        "0044-03-15T12:00:00.000000Z BC",
+    ),
+    (
+        iso("ZonedTimestamp"),
+        "timestamp with time zone",
+        "+10000-01-01T00:00:00.000000Z",
+        "10000-01-01T00:00:00.000000Z",
+    ),
+    (iso("ZonedTimestamp"), "timestamp with time zone", "-infinity", "-infinity"),
+    (iso("IsoTime"), "text", "03:04:05Z", "03:04:05Z"),
+    ({"type": "string"}, "text", "9.90", "9.90"),
+    ({"type": "string"} | source("NUMERIC", 10, 2), "numeric(10,2)", "9.90", "9.90"),
+    ({"type": "string"} | source("NUMERIC", 0), "numeric", "NAN", "NaN"),
+    ({"type": "string"} | source("NUMERIC", 5, 2046), "numeric", "NEGATIVE_INFINITY", "-Infinity"),
+    ({"type": "double"} | source("NUMERIC", 10, 2), "double precision", 9.9, 9.9),
+    ({"type": "string"} | source("VARCHAR", 9, 0), "text", "NAN", "NAN"),
+]
+"""Fields as Debezium 3.6 writes them (seen, but for year 0 and negative infinity), their type in Postgres, a value before and after."""
+
+
+@pytest.mark.parametrize(("field", "kind", "said", "plain"), TYPED)
+def test_values_of_the_recommended_options_are_as_in_headraces_log(
+    field: dict[str, Any], kind: str, said: Any, plain: Any
+) -> None:
+    decoder = Decoder(0)
+    parameters = field.get("parameters", {})
+    of_array = {name: "_" + value if name.endswith("type") else value for name, value in parameters.items()}
+    items = {name: value for name, value in field.items() if name != "parameters"}
+    fields = [
+        {"field": "id", "type": "int32"},
+        {"field": "v"} | field,
+        {"field": "vs", "type": "array", "items": items} | ({"parameters": of_array} if of_array else {}),
+    ]
+    row = {"id": 1, "v": said, "vs": [said, None]}
+    change = decoder.change(T, 0, 0, key(1), with_schema(value("c", row, [10, 10]), fields))
+    assert change.row == {"id": 1, "v": plain, "vs": [plain, None]}
+    assert [column.type for column in decoder.schemas[T, change.schema].columns] == ["integer", kind, f"{kind}[]"]
+
+
+def test_a_key_is_in_the_form_of_its_row() -> None:
+    decoder, field = Decoder(0), {"field": "day"} | iso("IsoDate")
+    of_key = orjson.dumps({"schema": {"type": "struct", "fields": [field]}, "payload": {"day": "2024-01-02Z"}})
+    row = with_schema(value("c", {"day": "2024-01-02Z"}, [10, 10]), [field])
+    change = decoder.change(T, 0, 0, of_key, row)
+    assert (change.key, change.row) == (b'{"day":"2024-01-02"}', {"day": "2024-01-02"})
+    assert decoder.change(T, 0, 1, of_key, None).key == change.key
+
+
+def test_documents_that_readers_refuse_are_their_text_as_captures_are() -> None:
+    json = {"type": "string", "name": "io.debezium.data.Json"}
+    fields = [{"field": "id", "type": "int32"}, {"field": "j"} | json, {"field": "js", "type": "array", "items": json}]
+    for text in ("[" * 201 + "]" * 201, "[" * 2000 + "]" * 2000, '"\\ud800"', "1e400"):
+        row = {"id": 1, "j": text, "js": [text, "[1]"]}
+        change = Decoder(0).change(T, 0, 0, key(1), with_schema(value("c", row, [10, 10]), fields))
+        assert change.row == row | {"js": [text, [1]]}
+
+
 @pytest.mark.parametrize(
     "placeholder",
     [

@@ -6,6 +6,7 @@ from typing import Any
 import jinja2
 import pytest
 
+from headrace import codec
 from headrace.change import Column, TableSchema, Version
 from headrace.documents import Aggregate, Avg, Count, Document, Many, Max, Min, Node, One, Sum, count, mean, total
 from headrace.documents.local import Touched
@@ -81,6 +82,49 @@ def test_a_total_of_numerics_is_exact_and_in_their_form() -> None:
 def test_a_long_total_is_not_rounded() -> None:
     many = [{"price": "12345678901234567890123456789.01"}, {"price": "0.01"}]
     assert total(many, "price") == "12345678901234567890123456789.02"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["NaN", 1.5],
+        ["Infinity", 1.5, None],
+        ["Infinity", "-Infinity", 2.5],
+        ["-Infinity", 7],
+        ["NaN", "1.10"],
+        [1e308, 1e308],
+        [-1e308, -1e308, 1],
+        [0.1, 0.2],
+        [1.5, 1.5],
+        [9223372036854775807] * 3,
+        [-9223372036854775808],
+        [1, 2, 2],
+        ["1.10", "2"],
+        [None],
+    ],
+)
+def test_total_and_mean_of_rows_are_what_sum_and_avg_declare(values: list[Any]) -> None:
+    """Every number that the log has is added, and what comes out is JSON."""
+    rows = [{"n": value} for value in values]
+    declared = []
+    for function in (Sum("n"), Avg("n")):
+        state = None
+        for value in values:
+            state = function.add(state, value, number=True)
+        declared.append(function.result(state))
+    assert [total(rows, "n") or None, mean(rows, "n")] == declared
+    codec.dumps([total(rows, "n"), mean(rows, "n")])
+
+
+def test_total_and_mean_take_booleans_and_refuse_what_is_no_number() -> None:
+    """A document of such a row is parked, as for any other mistake in render."""
+    rows = [{"n": True}, {"n": False}, {"n": None}]
+    assert (total(rows, "n"), mean(rows, "n")) == (1, 0.5)
+    assert isinstance(total([{"n": 1.5}, {"n": 0.5}], "n"), float)
+    for values in (["many"], [1, "many"], [{}]):
+        for function in (total, mean):
+            with pytest.raises((ArithmeticError, TypeError, ValueError)):
+                function([{"n": value} for value in values], "n")
 
 
 def test_a_declaration_of_several_levels_names_the_tables_of_all() -> None:

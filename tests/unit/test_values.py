@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace import codec
-from headrace.change import Column, Snapshot, TableSchema
+from headrace.change import Column, Snapshot, TableSchema, Version
 from headrace.codec import members
+from headrace.documents import Document
+from headrace.documents.local import LocalRows
 from headrace.errors import Poison
+from headrace.settings import Settings
+from headrace.stores.duckdb import DuckDBStore
 from headrace_capture.pgoutput import UNCHANGED
-from headrace_capture.tables import ColumnPlan, Table, copy_fields
+from headrace_capture.tables import ColumnPlan, Json, Stamp, Table, copy_fields
 from headrace_capture.values import converter, key_converter, template
+from tests.fixtures.tables import FIRST, batch, schema
 
 NESTED = b"[" * 2000 + b"]" * 2000
 
@@ -132,6 +139,46 @@ def test_what_cannot_be_converted_is_named() -> None:
     for values in ([b"1", b"\xff"], [b"1", UNCHANGED], [b"1"]):
         with pytest.raises(Poison, match=r"public\.t"):
             table(("id", "int4"), ("name", "text")).row(values)
+
+
+def nested(levels: int) -> bytes:
+    """Return a document of so many levels, objects and arrays by turns, with brackets in a string that are none."""
+    return b'{"[{":[' * (levels // 2) + b"[]" * (levels % 2) + b"]}" * (levels // 2)
+
+
+@pytest.mark.parametrize("levels", [200, 201, 253, 260, 1000, 1022, 1023, 1024, 1025, 3000])
+def test_a_document_of_any_depth_is_written_read_and_kept(tmp_path: Path, levels: int) -> None:
+    """From Postgres's text to the local rows and the warehouse: as itself or as its text, and the same under a log of before."""
+    text = nested(levels)
+    said = orjson.loads(text) if levels <= codec.LEVELS else text.decode()
+    assert converter("jsonb")(text) == (text if levels <= codec.LEVELS else orjson.dumps(said))
+    kinds = table(("id", "int4"), ("doc", "jsonb"), ("plain", "jsonb"))
+    stamp = Stamp(Version(1, 5), 1, (0, 0))
+    plain = b'{"a": [%b]}' % b",".join([b"[]"] * 300)
+    values = [b"1", text, plain]
+    written, headers = stamp.record(kinds, 1, b"c", kinds.row(values))
+    before, _ = stamp.record(kinds, 1, b"c", kinds.row_of_any([b"1", Json(text), plain]))
+    now, then = (codec.decode_change("public.t", 0, 7, kinds.key(values), each, headers) for each in (written, before))
+    assert now.row == {"id": 1, "doc": said, "plain": orjson.loads(plain)}
+    assert (then.op, then.version) == ("c", Version(1, 5))
+    whole = levels <= codec.COLUMN_LEVELS  # it might be an array of documents
+    assert then.row == now.row | ({"doc": orjson.loads(text)} if whole else {})
+    rows = LocalRows(tmp_path / "rows", [Document("public.t")], "abc")
+    rows.follow([then])
+    assert [touched.node and touched.node["doc"] for touched in rows.touched()] == [then.row["doc"]]
+    rows.close()
+    shape = schema("public.t", 3, id="integer", doc="jsonb", plain="jsonb")
+    store = DuckDBStore(Settings(warehouse=str(tmp_path / "w.duckdb"), warehouse_memory="1GB"), "warehouse")
+    store.open(FIRST)
+    store.apply(batch(5, then, schemas=(shape,)))
+    assert [row.value for row in store.scan(None, 9)] == [then.row]
+    store.close()
+
+
+def test_a_key_of_any_depth_is_the_codecs() -> None:
+    """One that is too deep for a document is its text, as in the row."""
+    assert key_converter("jsonb")(nested(200)) == nested(200)
+    assert key_converter("jsonb")(nested(300)) == orjson.dumps(nested(300).decode())
 
 
 def escape(value: str | None) -> bytes:

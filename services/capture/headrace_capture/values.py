@@ -16,6 +16,8 @@ from typing import Final
 
 import orjson
 
+from headrace.codec import parse
+
 Converter = Callable[[bytes], bytes]
 
 NULL: Final = b"null"
@@ -46,12 +48,12 @@ def _float(value: bytes) -> bytes:
 def _json(value: bytes) -> bytes:
     """Splice the document in as it is: numbers keep all of their digits.
 
-    Postgres's json admits what readers refuse (a lone surrogate, a number beyond a double, a thousand levels): that is kept as text.
+    Postgres's json admits what readers refuse (a lone surrogate, a number beyond a double, too many levels): that is kept as text.
     """
     if len(value) < _SMALL and not _SUSPECT.search(value):
         return value
     try:
-        orjson.loads(value)
+        parse(value)
     except orjson.JSONDecodeError:
         return _text(value)
     return value

@@ -16,6 +16,7 @@ import orjson
 import psycopg
 from psycopg import sql
 
+from headrace import codec
 from headrace.change import Row, Snapshot, TableSchema, parse_lsn
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
@@ -252,10 +253,7 @@ def _equals(column: _Column, alias: str, value: Any) -> sql.Composed:
 
 
 def _document(text: str) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:  # Postgres admits what readers refuse: the log keeps it as text
-        return text
+    return codec.document(text.encode())  # Postgres admits what readers refuse: the log keeps it as text
 
 
 _FINISH: dict[str, Callable[[str], Any]] = {"json": _document, "jsonb": _document}
