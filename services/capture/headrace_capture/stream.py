@@ -253,11 +253,10 @@ class Stream:
         if self._ordinal > self._skip:
             try:
                 row = table.row(new)
-            except (
-                Poison
-            ):  # perhaps an update that moved the row into the row filter: that leaves out what it left alone
+            except Poison:
                 if UNCHANGED not in new:
                     raise
+                # An update that moved the row into the row filter: it leaves out what it left alone.
                 if found := self._whole(table, (key, key), new):
                     self._put(table, key, CREATE, *found)
             else:
