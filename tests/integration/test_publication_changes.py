@@ -159,7 +159,7 @@ def test_a_table_that_comes_back_in_the_middle_of_a_pass_is_read_from_its_beginn
         execute(settings, *MISSED, join(settings))
         eventually("it is known", lambda: fingerprint(settings, T) != "null")
         ask(settings, "resume")
-        capture.eventually("it was read", lambda: phases(settings)[T] == "done")
+        capture.eventually("it was read", lambda: phases(settings)[T] == "done", 180)
         exact(settings, capture)
 
 
