@@ -5,8 +5,14 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from hypothesis import settings
+
 # Who runs the tests in the background of a script has SIGINT ignored, and so would every process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("headrace", deadline=None)
+settings.load_profile("headrace")
 
 pytest_plugins = [
     f"tests.fixtures.{path.stem}"

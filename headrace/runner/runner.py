@@ -23,7 +23,7 @@ from headrace.runner.unparking import Unparking
 from headrace.runner.verbs import Verbs
 from headrace.runner.worker import State, as_ours
 
-_STOP_SECONDS, _FLUSH_SECONDS = 6.0, 2.0
+_STOP_SECONDS, _FLUSH_SECONDS = 5.0, 1.0
 
 
 class Runner:

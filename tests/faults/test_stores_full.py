@@ -57,21 +57,25 @@ def found(address: str, alias: str = "found") -> dict[str, int]:
 
 
 def await_told(settings: Settings, name: str, code: str, *words: str) -> None:
-    """Wait until status says why the view waits; nothing is parked."""
+    """Wait until status says why the view waits, to people and to scripts; nothing is parked.
+
+    While it tries again it does not wait, so the two looks may see it differently.
+    """
 
     said = set[str]()
 
     def told() -> bool:
         ended = status(settings, "--check", name)
         said.add(ended.stdout)
-        return ended.exit_code == 1 and all(word in ended.stdout for word in ("waiting", *words))
+        reports = orjson.loads(status(settings, "--json", name).stdout)["consumers"].get(name, [])
+        assert not any(report.get("parked") for report in reports), reports
+        waits = ended.exit_code == 1 and all(word in ended.stdout for word in ("waiting", *words))
+        return waits and [report["code"] for report in reports] == [code]
 
     try:
         eventually(f"status says {words}", told)
     except AssertionError as error:
         raise AssertionError(f"{error}; it said {said}") from error
-    reports = orjson.loads(status(settings, "--json", name).stdout)["consumers"][name]
-    assert [(report["code"], report.get("parked")) for report in reports] == [(code, None)]
 
 
 # Redis

@@ -95,9 +95,7 @@ def test_any_history_replays_to_what_postgres_has(settings: Settings, identity: 
     execute(settings, f"ALTER TABLE items REPLICA IDENTITY {identity}")
     lab = Lab(settings)
 
-    @hypothesis_settings(
-        max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
-    )
+    @hypothesis_settings(max_examples=10, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(HISTORY)
     def histories(history: list[tuple[list[str], bool] | str]) -> None:
         for step in history:

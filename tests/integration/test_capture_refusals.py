@@ -33,7 +33,7 @@ from tests.fixtures.capture import (
     selected,
     spawn,
 )
-from tests.fixtures.slots import drop_slot
+from tests.fixtures.slots import await_free, drop_slot
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
 T = "public.items"
@@ -165,6 +165,7 @@ def captured(settings: Settings) -> Settings:
     prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'a')")
     with capturing(settings) as capture:
         capture.reach()
+    await_free(settings)
     return settings
 
 

@@ -171,7 +171,9 @@ def test_with_schemas_tables_are_typed_and_documents_are_themselves(
             await_live(control, "days")
             days = {"2024-02-29T00:00:00": "1.50", "2024-03-01T00:00:00": "10.00"}
             eventually("windows follow", lambda: _pages(fed, "days", *days) == days)
-            eventually("the warehouse follows", lambda: _at_end(control))
+            moved = {("public.orders", 1, 1), ("public.orders", 2, 1)}
+            moved |= {("public.customers", 1, True), ("public.customers", 3, None), ("public.customers", 4, None)}
+            eventually("the warehouse follows", lambda: _scanned(control) == moved)
         with duckdb.connect(fed.warehouse, read_only=True) as database:
             typed = (
                 "id, note->'a'->1, born = '2024-02-29 07:00:00+00', price, score, tags, vip, typeof(id), typeof(vip), "
@@ -251,6 +253,14 @@ def test_what_is_no_whole_row_or_no_feed_is_refused(fed: Settings, tmp_path: Pat
 def _pages(settings: Settings, view: str = "orders", *ids: str) -> dict[str, str | None]:
     with closing(PageReader(settings, view)) as reader:
         return {id_: page.html for id_ in ids or ("1", "2") if (page := reader.get(id_))}
+
+
+def _scanned(control: Any) -> set[tuple[str, int, Any]]:
+    """Return which rows the warehouse has, each with what was changed of it; what it says of its lag may be a second old."""
+    rows = [(row.collection, row.value) for row in control.scan("tables")]
+    return {
+        (table, row["id"], row.get("vip") if table == "public.customers" else row["customer_id"]) for table, row in rows
+    }
 
 
 def _at_end(control: Any) -> bool:

@@ -15,13 +15,14 @@ import pytest
 from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, ResourceType
 
 from headrace import codec
-from headrace.change import Column, Position, TableSchema, Version
+from headrace.change import Checkpoint, Column, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log, Reader, kafka
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import checkpoints_topic, table_of, topic_of
 from headrace.settings import Settings
+from tests.fixtures.capture import eventually
 from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed
 
 
@@ -49,9 +50,19 @@ def rows(batches: list[Batch]) -> dict[tuple[str, bytes], int]:
     return state
 
 
+class Seen(Feed):
+    """What it has sealed can be read: Kafka says that it will commit, and then does."""
+
+    def seal(self, *, partial: tuple[int, int] | None = None, inexact: tuple[str, ...] = ()) -> Checkpoint:
+        sealed = super().seal(partial=partial, inexact=inexact)
+        said = (sealed.version, sealed.partial)
+        eventually("it is seen", lambda: (c := self.log.newest_checkpoint()) and (c.version, c.partial) == said)
+        return sealed
+
+
 @pytest.fixture
 def feed(settings: Settings) -> Feed:
-    return Feed(settings)
+    return Seen(settings)
 
 
 def test_a_checkpoint_names_the_ends_of_its_cut(feed: Feed) -> None:
@@ -348,7 +359,7 @@ def test_a_view_that_was_away_for_long_and_lacks_nothing_is_not_refused(feed: Fe
 
 def test_a_few_records_that_are_old_are_a_state_though_nothing_follows(settings: Settings) -> None:
     """Capture is off, and its last cuts are older than what a compaction leaves alone."""
-    feed = Feed(replace(settings, min_compaction_lag_ms=0))
+    feed = Seen(replace(settings, min_compaction_lag_ms=0))
     first = feed.cut((ITEMS, 1, 10))
     reader = feed.log.reader([ITEMS, TAGS], None)
     position = drain(reader, first.version)[-1].position
@@ -423,7 +434,7 @@ def test_s9_a_partition_that_is_added_while_a_cut_is_written_is_refused_and_noth
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a topic with several: one that had a single partition is written to that one until the next start."""
-    feed = Feed(replace(settings, partitions=2))
+    feed = Seen(replace(settings, partitions=2))
     feed.cut((ITEMS, 1, 10))
     often = {"topic.metadata.refresh.interval.ms": 50}  # by itself a producer looks every five minutes
     monkeypatch.setattr(kafka, "producer", partial(kafka.producer, **often))

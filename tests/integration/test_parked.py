@@ -387,7 +387,8 @@ def test_documents_that_cannot_be_rendered_or_are_refused_are_parked(settings: S
         forbid(settings)
         execute(settings, "UPDATE films SET n = '55' WHERE id = 5", "DELETE FROM reviews WHERE id = 9")
         capture.reach()
-        eventually("it was read", lambda: retried(control, "found") == {"3", "5"})
+        done = set[str]()
+        eventually("they were read", lambda: done.update(retried(control, "found")) or done == {"3", "5"})
         execute(settings, "DELETE FROM films WHERE id = 6")
         capture.reach()
         eventually("a row that is gone is no document", lambda: retried(control, "found") == {"6"})
@@ -443,7 +444,8 @@ def test_documents_stay_parked_over_restarts_wipes_and_rebuilds(settings: Settin
                 "it is built anew", lambda: documents_or_none(control, "paged").get("4", {}).get("etag") == "8,9"
             )
             assert await_parked(control, "paged", 1), "the cause is there still"
-            control.ask("paged", "rebuild")
+            rebuilt = lambda: control.ask("paged", "rebuild") == {"generation": 2}  # noqa: E731  1 until that is live again
+            eventually("another is begun", rebuilt)
             eventually("it is built", lambda: report(control, "paged", 2).phase == "following")
             await_parked(control, "paged", 1, generation=2)
             with pytest.raises(Misconfigured, match="parked in generation 2"):

@@ -90,9 +90,7 @@ def test_whatever_happens_to_a_message_it_is_decoded_or_refused(each_source: Set
     assert kinds == set(pgoutput.Parsed.__args__)
     decoded = 0
 
-    @hypothesis_settings(
-        max_examples=2_000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-    )
+    @hypothesis_settings(max_examples=2_000, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(mutated(messages))
     def fuzz(payload: bytes) -> None:
         nonlocal decoded
@@ -114,7 +112,7 @@ def bounded(parsed: Any, payload: bytes) -> None:
     assert sum(map(len, rows)) <= len(payload)
 
 
-@hypothesis_settings(max_examples=1_000, deadline=None, database=None, derandomize=True)
+@hypothesis_settings(max_examples=1_000, database=None, derandomize=True)
 @given(st.binary(max_size=300), st.sampled_from(sorted(b"BCRYIUDTOM")), st.sampled_from(b"wk"))
 def test_noise_behind_a_true_beginning_is_decoded_or_refused(noise: bytes, kind: int, frame: int) -> None:
     with suppress(pgoutput.DecodeError):
@@ -127,7 +125,7 @@ TYPES = ["bool", "int4", "float8", "numeric", "text", "timestamptz", "bytea", "j
 COLUMNS = [(base, element) for each in TYPES for base, element in ((each, ""), (f"_{each}", each))]
 
 
-@hypothesis_settings(max_examples=1_000, deadline=None, database=None, derandomize=True)
+@hypothesis_settings(max_examples=1_000, database=None, derandomize=True)
 @given(st.sampled_from(COLUMNS), st.one_of(st.binary(max_size=40), st.text('{}",\\[]=:;NUL 1+-.e', max_size=20)))
 def test_values_that_no_server_sends_are_encoded_or_poison(column: tuple[str, str], value: bytes | str) -> None:
     plan = ColumnPlan(Column("v", column[0]), *column, out_of_line=False)

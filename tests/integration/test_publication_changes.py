@@ -16,6 +16,7 @@ from headrace.settings import Settings, environment
 from headrace_capture import attention
 from headrace_capture.recovery import recover
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, refused, replay, rows, selected
+from tests.fixtures.slots import await_free
 from tests.integration.test_resnapshot import ask, jobs, phases
 from tests.integration.test_silent_changes import fingerprint
 
@@ -40,7 +41,14 @@ def discovered(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Until it is set, capture learns nothing of the catalogue."""
     event = threading.Event()
     take = attention.CatalogueWatch.take
-    monkeypatch.setattr(attention.CatalogueWatch, "take", lambda self: take(self) if event.is_set() else None)
+
+    def taken(self: attention.CatalogueWatch) -> attention.Findings | None:
+        if event.is_set():
+            return take(self)
+        self._newest = None  # what nobody learns now is not learnt later: that the publication was missing
+        return None
+
+    monkeypatch.setattr(attention.CatalogueWatch, "take", taken)
     return event
 
 
@@ -151,7 +159,7 @@ def test_a_table_that_comes_back_in_the_middle_of_a_pass_is_read_from_its_beginn
         execute(settings, *MISSED, join(settings))
         eventually("it is known", lambda: fingerprint(settings, T) != "null")
         ask(settings, "resume")
-        capture.eventually("it was read", lambda: phases(settings)[T] == "done")
+        capture.eventually("it was read", lambda: phases(settings)[T] == "done", 180)
         exact(settings, capture)
 
 
@@ -183,6 +191,7 @@ def test_a_publication_that_is_dropped_stops_capture_and_nothing_is_lost(each_ve
         error = refused(settings)
         assert error.code == "publication-missing"
         assert "headrace resnapshot --recover" in error.remedy
+        await_free(settings)
         recover(settings, lambda _: None)
     with capturing(settings) as capture:
         exact(settings, capture)

@@ -27,7 +27,7 @@ from tests.fixtures.capture import (
 )
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
-from tests.fixtures.slots import drop_slot, lose_slot
+from tests.fixtures.slots import await_free, drop_slot, lose_slot
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text)"
@@ -41,6 +41,7 @@ def captured(settings: Settings) -> Settings:
         capture.reach()
         execute(settings, "UPDATE items SET name = 'streamed' WHERE id = 1")
         capture.reach()
+    await_free(settings)
     return settings
 
 
@@ -212,10 +213,12 @@ def test_a_new_epoch_is_above_every_one_that_the_log_or_a_view_has_seen(captured
     with capturing(captured) as capture:
         capture.hear("was read again")
         capture.reach()
+    await_free(captured)
     recover(captured, lambda _: None)
     with capturing(captured) as capture:
         capture.hear("was read again")
         capture.reach()
+    await_free(captured)
     assert {c.version.epoch for c in changes(captured, T)} == {1, 2}
     delete_checkpoints(captured)
     assert recover(captured, lambda _: None).version.epoch == 4
@@ -269,6 +272,7 @@ def test_tables_that_went_meanwhile(settings: Settings) -> None:
         f"ALTER PUBLICATION {settings.publication} DROP TABLE private",
         "ALTER TABLE keyless DROP CONSTRAINT keyless_pkey",
     )
+    await_free(settings)
     recover(settings, lambda _: None)
     with capturing(settings) as capture:
         capture.hear("public.dropped was read again")
@@ -288,6 +292,7 @@ def test_a_value_that_is_nowhere_is_no_reason_to_stop(settings: Settings) -> Non
     with capturing(settings) as capture:
         capture.reach()
     execute(settings, f"INSERT INTO docs SELECT i, 0, '{'W' * 5000}' FROM generate_series(2, 9) i")
+    await_free(settings)
     recover(settings, lambda _: None)
     execute(
         settings, "UPDATE docs SET n = n + 1", "UPDATE docs SET id = 20 WHERE id = 2", "DELETE FROM docs WHERE id > 5"
@@ -311,6 +316,7 @@ def test_a_view_of_a_topic_that_was_made_anew_asks_to_be_rebuilt(settings: Setti
         log.topics.delete([log.topic_of(T)])
         eventually("it is gone", lambda: log.topic_of(T) not in log.topics.names())
         execute(settings, "DELETE FROM items WHERE id = 2")
+    await_free(settings)
     recover(settings, lambda _: None)
     with capturing(settings) as capture, serving(settings, plain=Plain) as control:
         capture.hear("public.items was read again")
@@ -350,6 +356,7 @@ def test_a_view_of_a_log_begun_anew_takes_the_place_of_one_that_went_through_a_r
         capture.hear("public.items was read again")
         await_live(control, "plain")
         eventually("the view reports the new epoch", lambda: control.reports()["plain"][0].version.epoch == 2)
+    await_free(captured)
     with closing(catalog.connect(captured.dsn)) as connection:
         teardown.run(connection, captured, teardown.plan(connection, captured))
     own = log.own_topics()

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from headrace.change import Checkpoint
+from headrace.control import Control
 from headrace.errors import Misconfigured
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
@@ -34,7 +35,7 @@ from tests.fixtures.capture import (
 from tests.fixtures.mortal import Life, MortalLog
 from tests.fixtures.slots import drop_slot
 from tests.integration.test_capture_append_only import EVENTS, SOME, T, equal, prepare_append_only
-from tests.integration.test_resnapshot import ask, done, jobs, unnoticed
+from tests.integration.test_resnapshot import ask, done, jobs, phases, reporting, unnoticed
 from tests.integration.test_resnapshot_order import waiting
 
 MANY = "INSERT INTO events SELECT 'many', i, NULL FROM generate_series(1, 3000) i"
@@ -246,13 +247,15 @@ def test_killed_anywhere_it_ends_exact_and_never_shows_a_half(settings: Settings
         numbers += 2
         execute(settings, f"INSERT INTO events VALUES ('between', {numbers - 1}, NULL)")
         if cuts == 1:
-            ask(settings, tables=[T])
-        eventually("it dies or is done", lambda: running.error or jobs(settings)[T]["phase"] == "done")  # noqa: B023
+            reporting(settings)
+            said = {"verb": "resnapshot", "args": {"tables": [T]}, "timeout": 30.0}
+            Control(Log(settings))._request("capture", said)  # it may die before it answers
+        eventually("it dies or is done", lambda: running.error or phases(settings).get(T) == "done")  # noqa: B023
         if running.error is None:
             running.stop()
             break
         running.join()
-        half.add(jobs(settings)[T]["phase"])
+        half.add(phases(settings).get(T, ""))
         execute(settings, f"INSERT INTO events VALUES ('off', {numbers}, NULL)")
     with capturing(settings) as capture:
         done(settings, capture, T)

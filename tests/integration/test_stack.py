@@ -263,11 +263,11 @@ def test_up_that_is_ended_half_way_leaves_nothing(folder: Path, number: signal.S
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    broker = wait_for(lambda: Stack(folder).server("kafka").process(), seconds=30)
+    broker = wait_for(lambda: Stack(folder).server("kafka").process(), seconds=60)
     up.send_signal(number)
     up.wait(60)
-    assert processes.wait_gone([broker], 30) == []
-    wait_for(lambda: not named_in_a_command_line(folder), seconds=30)
+    assert processes.wait_gone([broker], 60) == []
+    wait_for(lambda: not named_in_a_command_line(folder), seconds=60)
 
 
 def test_a_session_that_is_killed_takes_its_servers_along(folder: Path) -> None:

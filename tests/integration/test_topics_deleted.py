@@ -27,7 +27,8 @@ from tests.fixtures.capture import Running, eventually, execute, prepare
 def test_a_running_capture_stops(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, which: str, *, anew: bool, busy: bool
 ) -> None:
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
+    # No two looks while there is no topic.
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 1.0 if anew else 0.2)
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1)")
     log, source = Log(settings), settings.source
     names = {"checkpoints": checkpoints_topic(source), "schemas": schemas_topic(source)}

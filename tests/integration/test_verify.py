@@ -285,7 +285,7 @@ def test_what_changes_while_the_view_stands_still_is_undecided_and_that_is_said(
                 return left
 
         log = Log(settings)
-        (outcome,) = Standing(log, Control(log), lambda *_: None, 5).verify({"view": Mirror})
+        (outcome,) = Standing(log, Control(log), lambda *_: None, 15).verify({"view": Mirror})
         assert [d.key for d in outcome.undecided()] == ['{"id":1}']
         assert not list(outcome.wrong())
         assert any("showed nothing newer" in note for note in outcome.notes)
@@ -304,7 +304,7 @@ def test_a_commit_that_the_snapshot_does_not_see_excuses_although_it_is_logged_b
             with connect(settings) as connection, moment(connection) as now:
                 assert connection.execute(f"SELECT name FROM {T}").fetchone() == ("old",)
             assert not now.snapshot.running, "its transaction is not even listed: it is beyond xmax"
-            seen = found(settings, Mirror, timeout=5)
+            seen = found(settings, Mirror, timeout=15)
             waiting.cancel()
             thread.join(30)
         assert not seen.wrong

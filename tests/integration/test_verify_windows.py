@@ -96,7 +96,7 @@ STEP = st.one_of(
 )
 
 
-@rules(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@rules(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.lists(STEP, min_size=5, max_size=40))
 def test_any_history_of_windows_is_what_sql_groups(
     reading: Connection, settings: Settings, steps: list[tuple[Any, ...]]

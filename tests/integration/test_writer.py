@@ -46,7 +46,7 @@ class Interrupted:
             if self.asked == self._times:
                 self._kafka.resume()
                 eventually(
-                    "it lands", lambda: [change for change in self._feed.log.scan(ITEMS) if change.row == NEW], 15
+                    "it lands", lambda: [change for change in self._feed.log.scan(ITEMS) if change.row == NEW], 30
                 )
 
     def abort_transaction(self, _timeout: float) -> NoReturn:

@@ -246,7 +246,7 @@ STEP = st.one_of(
 )
 
 
-@rules(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@rules(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.lists(STEP, min_size=5, max_size=60))
 def test_any_history_equals_the_join_when_nothing_waits(steps: list[tuple[Any, ...]]) -> None:
     """And what does wait is as it was in some state that was complete, since no later than the oldest change that it lacks."""

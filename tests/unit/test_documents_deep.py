@@ -221,7 +221,7 @@ def test_a_root_with_100000_children_is_rendered_in_little_memory(tmp_path: Path
     st.lists(st.tuples(st.integers(1, 3), st.sampled_from(["new", "changed", None])), min_size=1, max_size=12),
     st.data(),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_without_joins_that_go_in_together_are_as_if_one_by_one(
     history: list[tuple[int, str | None]], data: st.DataObject
 ) -> None:
@@ -292,7 +292,7 @@ STEP = st.one_of(*[CHANGE] * 5, *[CAUGHT_UP] * 4, KILLED, st.sampled_from([("los
 FULL = st.fixed_dictionaries({table: st.tuples(*[_rows(table)] * len(KEYS)) for table in COLUMNS})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(FULL, st.permutations(list(COLUMNS)), st.lists(STEP, min_size=10, max_size=60))
 def test_any_history_of_documents_of_several_levels_equals_the_join(
     full: dict[str, tuple[Row, ...]], order: list[str], steps: list[tuple[Any, ...]]

@@ -124,7 +124,7 @@ class View:
         self._open(file)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(st.lists(STEP, min_size=1, max_size=10), st.integers(1, 9), st.integers(1, 7))
 def test_any_history_with_crashes_ends_in_the_linear_state(
     steps: list[tuple[list[tuple[str, int, bool, int]], str]], cut: int, page: int
