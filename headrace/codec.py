@@ -23,17 +23,17 @@ dumps = orjson.dumps
 loads = orjson.loads
 SORTED: Final = orjson.OPT_SORT_KEYS
 LEVELS: Final = 200
-"""How deep the document of a `json` column is in the log; a deeper one is its text. orjson writes 254 levels: around a document are rows,
-other documents and envelopes."""
-_READ: Final = 1024
-"""Levels that orjson reads."""
-COLUMN_LEVELS, _RECORD_LEVELS = LEVELS + 6, LEVELS + 8
-"""Levels of a column, which may be an array of documents, of up to six dimensions, and of a record around it."""
+"""How deep the document of a `json` column is in the log; a deeper one is its text: around a document are rows, other documents and
+envelopes, and all of it must be written again."""
+COLUMN_LEVELS: Final = LEVELS + 6
+"""Levels of a column, which may be an array of documents, of up to six dimensions."""
+_READ, _WRITTEN = 1024, 254
+"""Levels that orjson reads and writes."""
 
 
 def parse(text: bytes, levels: int = LEVELS) -> Any:
     """Return the value of JSON. Raises JSONDecodeError: readers refuse it, or it has more levels than that."""
-    if len(text) <= 2 * levels or text.count(b"[") + text.count(b"{") <= levels:
+    if not _has_levels(text, levels):
         return orjson.loads(text)
     around = _READ - levels
     value = orjson.loads(b"[" * around + text + b"]" * around)
@@ -54,21 +54,52 @@ def envelope(value: bytes) -> Row:
     """Return the envelope of a record in JSON. Columns too deep for a document, which capture once wrote, are their text as they are now.
 
     Raises:
-        ValueError: it is none.
+        ValueError, KeyError, TypeError: it is none.
     """
-    if len(value) < _SHALLOW or value.count(b"[") + value.count(b"{") <= _RECORD_LEVELS:
+    if len(value) < _SHALLOW:
         return orjson.loads(value)  # type: ignore[no-any-return]
     try:
-        return parse(value, _RECORD_LEVELS)  # type: ignore[no-any-return]
+        told: Row = orjson.loads(value)
     except orjson.JSONDecodeError:
-        row = {name: document(text, COLUMN_LEVELS) for name, text in members(value, b"after").items()}
-        around = value[: value.index(_AFTER) + len(_AFTER)], value[value.rindex(b',"source":') :]
-        return orjson.loads(b"null".join(around)) | {"after": row}  # type: ignore[no-any-return]
+        if not _has_levels(value, COLUMN_LEVELS):
+            raise
+        return _as_texts(value)
+    row = told["after"]
+    # Of nearly all rows the first question is the last: it is asked of millions.
+    if _NESTED.isdisjoint(map(type, row.values() if type(row) is dict else ())) or not _has_levels(
+        value, COLUMN_LEVELS
+    ):
+        return told
+    return told if _is_written(row) else _as_texts(value)
 
 
 _SHALLOW: Final = 600
 """Bytes of a record below which nothing in it is too deep: a third of them is the envelope."""
+_NESTED: Final = frozenset({dict, list})
 _AFTER: Final = b'"after":'
+
+
+def _has_levels(text: bytes, levels: int) -> bool:
+    """Whether JSON has brackets for more levels."""
+    return len(text) > 2 * levels and text.count(b"[") + text.count(b"{") > levels
+
+
+def _is_written(row: Row) -> bool:
+    """Whether the columns of a row are no deeper than they may be: orjson writes them within as many levels as are left."""
+    around: Any = row
+    for _ in range(_WRITTEN - 1 - COLUMN_LEVELS):
+        around = [around]
+    try:
+        orjson.dumps(around)
+    except TypeError:
+        return False
+    return True
+
+
+def _as_texts(value: bytes) -> Row:
+    row = {name: document(text, COLUMN_LEVELS) for name, text in members(value, b"after").items()}
+    around = value[: value.index(_AFTER) + len(_AFTER)], value[value.rindex(b',"source":') :]
+    return orjson.loads(b"null".join(around)) | {"after": row}  # type: ignore[no-any-return]
 
 
 def encode_key(columns: Mapping[str, Any]) -> bytes:

@@ -146,7 +146,7 @@ def nested(levels: int) -> bytes:
     return b'{"[{":[' * (levels // 2) + b"[]" * (levels % 2) + b"]}" * (levels // 2)
 
 
-@pytest.mark.parametrize("levels", [200, 201, 253, 260, 1000, 1022, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("levels", [200, 201, 206, 207, 253, 260, 1000, 1022, 1023, 1024, 1025, 3000])
 def test_a_document_of_any_depth_is_written_read_and_kept(tmp_path: Path, levels: int) -> None:
     """From Postgres's text to the local rows and the warehouse: as itself or as its text, and the same under a log of before."""
     text = nested(levels)
