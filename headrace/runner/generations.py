@@ -70,7 +70,8 @@ class Generations:
             self.standing = kept.get("", {}).get("phase", "")
             self._remembers = True
         held = {generation.number: generation for generation in self._store.generations()}
-        if not self._tidy:  # what a drop that was cut short has left
+        if not self._tidy and (held or self.standing == DROPPED):
+            # What a drop that was cut short has left. A store with nothing in it may be another one: there it is all of what is parked.
             self._shelf.clear(self.name, lambda number: number not in held and number not in self.workers)
         if self.standing == DROPPED:
             self.drop_all()
