@@ -112,10 +112,11 @@ class Runner:
         """Return the phase of each generation, with its reason, for a line to people when it changes."""
         if self._failure and not self.generations.workers:
             return {self.name: str(self._failure)}
-        return {
-            worker.name: f"{worker.state.phase}: {worker.state.error}" if worker.state.error else worker.state.phase
-            for worker in self.generations.workers.values()
-        }
+        phases: dict[str, str] = {}
+        for worker in self.generations.workers.values():
+            error = self._error(worker.generation, worker.state)
+            phases[worker.name] = f"{worker.state.phase}: {error}" if error else worker.state.phase
+        return phases
 
     def failed(self) -> HeadraceError | None:
         """Return why nothing of this consumer runs or waits any more, None while something does."""
@@ -140,7 +141,7 @@ class Runner:
             self._control.flush(_FLUSH_SECONDS)
 
     def _report(self, generation: Generation, state: State) -> Report:
-        error = state.error
+        error = self._error(generation, state)
         return Report(
             name=self.name,
             generation=generation.number,
@@ -158,6 +159,10 @@ class Runner:
             facts=self._facts(state),
             ended=self._ended,
         )
+
+    def _error(self, generation: Generation, state: State) -> HeadraceError | None:
+        """Return why a generation does not go on, or cannot be promoted though there is no other."""
+        return state.error or self.generations.unpromoted.get(generation.number)
 
     def _facts(self, state: State) -> dict[str, Any]:
         inexact = {"inexact": list(state.inexact)} if state.inexact else {}
