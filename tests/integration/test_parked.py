@@ -375,6 +375,26 @@ def test_an_effect_that_is_refused_is_parked_and_goes_to_no_other_generation(fee
         assert parked(settings, "called") == []
 
 
+@pytest.mark.parametrize("verb", ["retry", "drop-parked"])
+@pytest.mark.parametrize("view", [Picky, Called])
+def test_what_was_tried_again_or_given_up_is_not_missed_after_a_restart(
+    feed: Feed, settings: Settings, view: type[Any], verb: str
+) -> None:
+    """The position is written with it, also when nothing comes afterwards."""
+    feed.cut((ITEMS, 1, 10))
+    forbid(settings, 13)
+    with serving(settings, view=view) as control:
+        await_live(control, "view")
+        feed.cut((ITEMS, 2, 13))
+        await_parked(control, "view", 1)
+        forbid(settings)
+        control.ask("view", verb)
+        assert parked(settings, "view") == []
+    last = feed.cut((ITEMS, 1, 11))
+    with serving(settings, view=view) as control:
+        eventually("it goes on", lambda: (said := report(control, "view")).live and said.version == last.version)
+
+
 # Documents
 
 
