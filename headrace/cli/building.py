@@ -93,7 +93,7 @@ def _ready(report: Report) -> bool:
     return report.phase in {"following", "live"}
 
 
-def check(building: Mapping[str, int], gate: Gate, files: Sequence[str], *, quiet: bool) -> None:
+def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequence[str], *, quiet: bool) -> None:
     """Have each generation compared with Postgres; exit when one differs, or when that could not be found out.
 
     Raises:
@@ -118,8 +118,16 @@ def check(building: Mapping[str, int], gate: Gate, files: Sequence[str], *, quie
         ).returncode
         if code:
             why = "differs from Postgres" if code == CHECK_FAILED else "could not be compared with Postgres"
-            err.print(f"[red]generation {number} of {name} {why}; nothing was promoted[/red]")
+            stands = (
+                "it is live already, for no other was" if _is_live(control, name, number) else "nothing was promoted"
+            )
+            err.print(f"[red]generation {number} of {name} {why}; {stands}[/red]")
             raise typer.Exit(code)
+
+
+def _is_live(control: Control, name: str, number: int) -> bool:
+    """Whether readers see a build before it is promoted: where no generation is live, the first state becomes so by itself."""
+    return any(report.generation == number and report.live for report in control.reports().get(name, []))
 
 
 def _has_effects(name: str, file: Sequence[str]) -> bool:

@@ -57,9 +57,9 @@ def status(
 
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
-    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked or too far behind,
-    the heartbeat or the look at the catalogue fails, or Kafka does not answer; 3 a setting is wrong; 5 without --check, and Kafka does
-    not answer.
+    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked, not to be promoted or
+    too far behind, the heartbeat or the look at the catalogue fails, or Kafka does not answer; 3 a setting is wrong; 5 without --check,
+    and Kafka does not answer.
 
     Examples:
 
@@ -242,7 +242,8 @@ def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> N
 def _check_one(name: str, report: Report, most: float) -> None:
     if report.dead or report.phase == "off":
         _wrong(f"{name}: no process reports (last {seconds(report.age)} ago); run: {command_of(name)}")
-    if report.phase in {"stopped", "stale", "waiting", "paused", "dropped"}:
+    unpromoted = report.phase == "following" and report.code
+    if report.phase in {"stopped", "stale", "waiting", "paused", "dropped"} or unpromoted:
         _wrong(f"{name}: {report.phase}: {report.reason} {report.remedy}")
     for trouble in _troubles(report.facts):
         _wrong(f"{name}: {trouble}")

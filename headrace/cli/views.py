@@ -51,6 +51,8 @@ def rebuild(
     furthest of them stopped, and each store's pointer moves. That is not atomic over all stores: for a moment some views are new and some
     old, at the same LSN. If one cannot be promoted the error says where each stands, and none stays stopped.
 
+    Where no generation of a view is live, its build becomes so by itself, as at the first start: the gate then only says what differs.
+
     Exit codes: 0 they are being built, with --wait: they are live; 1 one differs from Postgres and nothing was promoted; 3 something must
     be changed first, or no process runs a view; 5 a server or that process does not answer. With --wait 3 and 5 are the gate's too: one
     could not be compared, and nothing was promoted.
@@ -77,7 +79,7 @@ def rebuild(
         _say(json, [{"name": name, "generation": number} for name, number in began.items()], lines)
         return
     building.wait(control, began, quiet=json)
-    building.check(began, gate, consumer or [], quiet=json)
+    building.check(control, began, gate, consumer or [], quiet=json)
     _promoted(json, together.promote(control, began))
 
 

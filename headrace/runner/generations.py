@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from headrace.change import Version
@@ -18,7 +18,7 @@ from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.parked import Shelf
-from headrace.runner.worker import Worker
+from headrace.runner.worker import Worker, as_ours
 
 PAUSED, DROPPED = "paused", "dropped"
 CALL_SECONDS = 120.0
@@ -34,6 +34,7 @@ class Generations:
         standing: What somebody asked the view to stay: PAUSED or DROPPED, until asked otherwise; else empty. It is a record of
             control, so that it outlives this process.
         none: Stands for them while there is none.
+        unpromoted: Why the first build cannot be promoted, by its number: it says so itself until that succeeds.
         reporting: Held while what the workers say is written, so that nothing is said of a generation that is gone.
     """
 
@@ -51,6 +52,7 @@ class Generations:
         self.reporting = threading.Lock()
         self._remembers = self._tidy = False
         self._first: Future[None] | None = None
+        self.unpromoted: dict[int, HeadraceError] = {}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -70,7 +72,8 @@ class Generations:
             self.standing = kept.get("", {}).get("phase", "")
             self._remembers = True
         held = {generation.number: generation for generation in self._store.generations()}
-        if not self._tidy:  # what a drop that was cut short has left
+        if not self._tidy and (held or self.standing == DROPPED):
+            # What a drop that was cut short has left. A store with nothing in it may be another one: there it is all of what is parked.
             self._shelf.clear(self.name, lambda number: number not in held and number not in self.workers)
         if self.standing == DROPPED:
             self.drop_all()
@@ -90,7 +93,9 @@ class Generations:
                 self.workers[number].generation = generation
             else:
                 self.begin(generation)
-        if held and not any(generation.live for generation in held.values()):
+        if any(generation.live for generation in held.values()):
+            self.unpromoted = {}
+        elif held:
             self._promote_first()
 
     def _forget_lost(self) -> None:
@@ -112,6 +117,13 @@ class Generations:
         if ready and (self._first is None or self._first.done()):
             newest = max(ready, key=lambda worker: worker.generation.number)
             self._first = newest.call(lambda consumer: consumer.promote() if newest.state.exact else None)
+            self._first.add_done_callback(partial(self._note_first, newest.generation.number))
+
+    def _note_first(self, number: int, tried: Future[None]) -> None:
+        """Keep what a person has to change; a Transient is why the worker waits."""
+        error = tried.exception()
+        failed = error is not None and not isinstance(error, Transient)
+        self.unpromoted = {number: as_ours(error, self.name)} if error is not None and failed else {}
 
     def stay(self, phase: str) -> None:
         """Let the view stay so, also after a restart; empty: let it go on. A paused one stands when this returns.

@@ -10,7 +10,11 @@ its local rows that the document is touched, and shows its newest state when it 
 | the entry and `apply`                 | the batch comes again, around the entry                                       |
 | `apply` and the next entry            | the same: what was applied is before the position                             |
 | the `apply` of a retry and its tombstone | the entry is still there, later changes wait; another retry is harmless [I7] |
-| the tombstone of a drop and its `apply`  | of rows nothing is missing; a document is tried again, and parked again      |
+| the `apply` of a drop and its tombstone  | of rows: the entry is still there, and is dropped when asked again           |
+| the tombstone of a drop and its `apply`  | of documents: it is tried again, and parked again                            |
+
+So a position of rows that says that something is parked is never without its entries: where they are missing, they are lost, and so is
+what the view lacks.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from dataclasses import dataclass, replace
 
 from headrace.change import Change, Checkpoint, Position, Source, TableSchema, Version
 from headrace.consumer import Batch, Consumer, Cursor, Generation
-from headrace.errors import HeadraceError, Misconfigured, Poison
+from headrace.errors import HeadraceError, Misconfigured, Poison, Refused
 from headrace.log import Log
+from headrace.log.topics import PARKED
 from headrace.parked import Entry, Shelf
 from headrace.runner.poison import among, placed, places
 
@@ -54,6 +59,8 @@ class Parking:
         self._name, self._number = generation.consumer, generation.number
         self._limit = log.settings.parked_limit
         self._held: dict[Cursor, dict[str, Version]] = {}
+        self._lost: list[str] = []
+        self._lost_held: Version | None = None
         self._version = Position().version
         self._schemas: Schemas = {}
 
@@ -65,7 +72,7 @@ class Parking:
     @property
     def held(self) -> Version | None:
         """See the class."""
-        return _oldest(self._held)
+        return self._lost_held if self._lost else _oldest(self._held)
 
     def open(self, position: Position | None) -> None:
         """Read what is parked; of a view that begins from zero nothing is."""
@@ -77,6 +84,23 @@ class Parking:
         self._held = {}
         for entry in entries:
             self._note(entry)
+        there = {entry.collection for entry in entries}
+        self._lost = [collection for collection in (position or Position()).parked if collection not in there]
+        self._lost_held = position.held if position else None
+
+    def check(self, consumer: Consumer) -> None:
+        """Refuse to go on without what is parked, as the position says, and is not there. Of a document nothing is lost: it is tried again.
+
+        Raises:
+            Refused: `parked-lost`.
+        """
+        if self._lost and not _leaves(consumer):
+            raise Refused(
+                "parked-lost",
+                f"Records of {', '.join(self._lost)} are parked in generation {self._number} of {self._name}, and {PARKED} has none of "
+                "them: the view would lack them for ever.",
+                "Run: headrace rebuild NAME",
+            )
 
     def apply(self, consumer: Consumer, batch: Batch) -> None:
         """Apply a batch. What cannot be done is parked, and the batch applied again without it.
@@ -93,6 +117,7 @@ class Parking:
                 self._park(consumer, error, rest)
             else:
                 self._version = batch.position.version
+                self._lost = []
                 return
 
     # Parking
@@ -206,9 +231,15 @@ class Parking:
     def drop(self, consumer: Consumer, chosen: Callable[[Cursor], bool], position: Position) -> list[Entry]:
         """Give up what is chosen; return it. Raises Misconfigured: `not-parked`."""
         entries = self._chosen(chosen)
-        self._forget(entries)
         dropped = frozenset(entry.cursor for entry in entries)
-        consumer.apply(replace(self._standing(position, self._held, []), dropped=dropped))
+        left = {cursor: held for cursor, held in self._held.items() if cursor not in dropped}
+        batch = replace(self._standing(position, left, []), dropped=dropped)
+        if _leaves(consumer):  # killed between the two, it is tried again and not taken for done
+            self._forget(entries)
+            consumer.apply(batch)
+        else:
+            consumer.apply(batch)
+            self._forget(entries)
         return entries
 
     def _chosen(self, chosen: Callable[[Cursor], bool]) -> list[Entry]:

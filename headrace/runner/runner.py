@@ -13,7 +13,7 @@ from typing import Any
 
 from headrace.change import format_lsn
 from headrace.consumer import Consumer, Generation
-from headrace.control import Control, Report, refusal
+from headrace.control import DEAD_SECONDS, Control, Report, refusal
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log
 from headrace.requests import Request
@@ -73,10 +73,12 @@ class Runner:
     def _report_placeholder(self) -> None:
         """Until the store has said which generations there are, generation 0 stands for them; then its report goes.
 
-        It stands for a view that is dropped, too.
+        It stands for a view that is dropped, too; but a process that ends beside another which runs the view says nothing of it.
         """
         workers, dropped = self.generations.workers, self.generations.standing == DROPPED
-        if not workers and (self._failure or dropped):
+        if self._ended and not workers and self._is_run_elsewhere():
+            self._control.forget(self.name, 0)
+        elif not workers and (self._failure or dropped):
             phase = "waiting" if isinstance(self._failure, Transient) else "stopped"
             state = State(phase=phase if self._failure else DROPPED, error=self._failure)
             self._control.report(self._report(self.generations.none, state))
@@ -84,6 +86,10 @@ class Runner:
         elif workers and self._placeholder:
             self._control.forget(self.name, 0)  # a predecessor's too
             self._placeholder = False
+
+    def _is_run_elsewhere(self) -> bool:
+        reports = self._control.reports().get(self.name, [])
+        return any(report.generation and report.age <= DEAD_SECONDS and not report.ended for report in reports)
 
     def handle(self, request: Request) -> None:
         """Carry out a request and answer it; one whose asker has given up is only taken away."""
@@ -112,10 +118,11 @@ class Runner:
         """Return the phase of each generation, with its reason, for a line to people when it changes."""
         if self._failure and not self.generations.workers:
             return {self.name: str(self._failure)}
-        return {
-            worker.name: f"{worker.state.phase}: {worker.state.error}" if worker.state.error else worker.state.phase
-            for worker in self.generations.workers.values()
-        }
+        phases: dict[str, str] = {}
+        for worker in self.generations.workers.values():
+            error = self._error(worker.generation, worker.state)
+            phases[worker.name] = f"{worker.state.phase}: {error}" if error else worker.state.phase
+        return phases
 
     def failed(self) -> HeadraceError | None:
         """Return why nothing of this consumer runs or waits any more, None while something does."""
@@ -140,7 +147,7 @@ class Runner:
             self._control.flush(_FLUSH_SECONDS)
 
     def _report(self, generation: Generation, state: State) -> Report:
-        error = state.error
+        error = self._error(generation, state)
         return Report(
             name=self.name,
             generation=generation.number,
@@ -158,6 +165,10 @@ class Runner:
             facts=self._facts(state),
             ended=self._ended,
         )
+
+    def _error(self, generation: Generation, state: State) -> HeadraceError | None:
+        """Return why a generation does not go on, or cannot be promoted though there is no other."""
+        return state.error or self.generations.unpromoted.get(generation.number)
 
     def _facts(self, state: State) -> dict[str, Any]:
         inexact = {"inexact": list(state.inexact)} if state.inexact else {}

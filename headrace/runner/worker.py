@@ -215,6 +215,7 @@ class Worker(threading.Thread):
             newest = reader.newest if isinstance(reader, Reader) else None
             self._set(ahead=newest.version if newest else NOWHERE)
             try:
+                self._parking.check(consumer)  # after the reader: that a view is of another log comes first
                 self._follow(consumer, reader)
             finally:
                 reader.close()

@@ -88,6 +88,31 @@ def test_rows_killed_between_the_entry_and_apply_and_between_a_retry_and_its_tom
     assert view.rows() == {change.key.decode(): change.row["n"] for change in feed.log.scan(ITEMS) if change.row}
 
 
+def test_rows_killed_when_they_are_given_up_stay_parked_and_can_be_given_up_again(
+    settings: Settings, system: System
+) -> None:
+    """A position that names what is on the shelf no more would be that of a view which lacks it."""
+    feed = Feed(settings)
+    view = Plain(settings, "picky")
+    feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
+    start(system, "picky", "Picky")
+    eventually("it is live", lambda: view.rows() == {ONE: 10, TWO: 20})
+    forbid(settings, 13)
+    feed.cut((ITEMS, 2, 13))
+    eventually("it is parked", partial(is_parked, settings, "picky", 1))
+    settings.path(AFTER).touch()
+    code, _ = ask(system, "parked", "drop", "picky", TWO, "--yes")
+    assert code in {3, 5}, "nobody answers"
+    await_killed(system, "picky")
+    assert parked(settings, "picky") == [TWO], "it is not known yet that it is given up"
+    start(system, "picky", "Picky")
+    eventually("it is parked still", partial(is_parked, settings, "picky", 1))
+    eventually("it is given up", lambda: ask(system, "parked", "drop", "picky", TWO, "--yes")[0] == 0)
+    feed.cut((ITEMS, 2, 15))
+    eventually("it is applied again", lambda: view.rows() == {ONE: 10, TWO: 15})
+    assert parked(settings, "picky") == []
+
+
 @pytest.mark.usefixtures("redis_server")
 def test_documents_killed_between_the_entry_and_apply_and_between_a_retry_and_its_tombstone(
     settings: Settings, system: System

@@ -34,7 +34,7 @@ from headrace_warehouse import Warehouse
 from tests.fixtures import ticks
 from tests.fixtures.capture import capturing, eventually, prepare
 from tests.fixtures.feed import ITEMS, Feed, writing
-from tests.fixtures.plain import Doubled, Loses, Plain
+from tests.fixtures.plain import Doubled, Lacks, Loses, Plain
 from tests.fixtures.serving import await_live, serving
 
 KEY = '{"id":1}'
@@ -473,6 +473,19 @@ def test_a_build_that_differs_is_refused_and_stays_beside_the_live_one(settings:
         ended = headrace(settings, "rebuild", "plain", "--wait", "--gate", "none", "--json")
         assert ended.returncode == 0, ended.stderr
         eventually("it is live", lambda: control.running("plain")[-1].live)
+
+
+def test_a_first_build_that_differs_is_said_to_be_live_already(settings: Settings) -> None:
+    """Where nothing is live the first state goes live by itself: there is nothing that readers could keep instead."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1), (2, 2)")
+    view = Plain(settings, "plain")
+    with captured(settings, plain=Lacks) as control:
+        control.ask("plain", "drop", {"all": True})
+        ended = headrace(settings, "rebuild", "plain", "--wait", "--consumer", f"{PLAIN}:Lacks")
+        assert ended.returncode == 1, ended.stdout + ended.stderr
+        assert "generation 1 of plain differs from Postgres; it is live already, for no other was" in ended.stderr
+        assert "nothing was promoted" not in ended.stderr
+        assert [generation.live for generation in view.generations()] == [True]
 
 
 def test_counts_are_exact_while_rows_come_and_go(settings: Settings) -> None:

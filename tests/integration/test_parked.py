@@ -155,6 +155,48 @@ def test_a_restart_keeps_what_is_parked(feed: Feed, settings: Settings) -> None:
         assert Plain(settings, "picky").rows() == {ONE: 11, TWO: 14}
 
 
+def test_a_start_with_another_store_leaves_what_is_parked_where_it_is(feed: Feed, settings: Settings) -> None:
+    """From another folder there is nothing of the view: it is built there from zero."""
+    feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
+    forbid(settings, 13)
+    with serving(settings, picky=Picky) as control:
+        await_live(control, "picky")
+        feed.cut((ITEMS, 2, 13))
+        held = await_parked(control, "picky", 1).version
+    elsewhere = replace(settings, state=f"{settings.state}/elsewhere")
+    with serving(elsewhere, picky=Picky) as control:
+        eventually("it is built there", lambda: Plain(elsewhere, "picky").rows() == {ONE: 10, TWO: 13})
+    with serving(settings, picky=Picky) as control:
+        feed.cut((ITEMS, 1, 11))
+        eventually("it goes on", lambda: Plain(settings, "picky").rows() == {ONE: 11, TWO: 20})
+        assert await_parked(control, "picky", 1).version == held
+        forbid(settings)
+        assert control.ask("picky", "retry")["done"] == [[ITEMS, TWO]]
+        assert Plain(settings, "picky").rows() == {ONE: 11, TWO: 13}
+
+
+def test_a_view_that_lacks_what_is_not_on_the_shelf_any_more_goes_no_further(feed: Feed, settings: Settings) -> None:
+    feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
+    forbid(settings, 13)
+    with serving(settings, picky=Picky) as control:
+        await_live(control, "picky")
+        feed.cut((ITEMS, 2, 13))
+        held = await_parked(control, "picky", 1).version
+    Shelf(feed.log).clear("picky", lambda _number: True)
+    feed.cut((ITEMS, 1, 11))
+    with serving(settings, picky=Picky) as control:
+        eventually("it stops", lambda: report(control, "picky").phase == "stopped")
+        said = report(control, "picky")
+        assert (said.code, said.version) == ("parked-lost", held), "no token is answered beyond (S25)"
+        assert "headrace rebuild picky" in said.remedy
+        assert [row.value["n"] for row in control.scan("picky")] == [10, 20], "it can still be read"
+        forbid(settings)
+        assert control.ask("picky", "rebuild") == {"generation": 2}
+        eventually("it is built", lambda: report(control, "picky", 2).phase == "following")
+        control.ask("picky", "promote")
+        assert Plain(settings, "picky").rows() == {ONE: 11, TWO: 13}
+
+
 def test_what_is_dropped_is_lost_and_later_changes_are_applied(feed: Feed, settings: Settings, picky: Control) -> None:
     answer = picky.ask("picky", "drop-parked", {"key": TWO})
     assert (answer["dropped"], answer["records"]) == ([[ITEMS, TWO]], 2)
@@ -331,6 +373,26 @@ def test_an_effect_that_is_refused_is_parked_and_goes_to_no_other_generation(fee
         eventually("it goes on", lambda: "30" in calls())
         control.ask("called", "promote")
         assert parked(settings, "called") == []
+
+
+@pytest.mark.parametrize("verb", ["retry", "drop-parked"])
+@pytest.mark.parametrize("view", [Picky, Called])
+def test_what_was_tried_again_or_given_up_is_not_missed_after_a_restart(
+    feed: Feed, settings: Settings, view: type[Any], verb: str
+) -> None:
+    """The position is written with it, also when nothing comes afterwards."""
+    feed.cut((ITEMS, 1, 10))
+    forbid(settings, 13)
+    with serving(settings, view=view) as control:
+        await_live(control, "view")
+        feed.cut((ITEMS, 2, 13))
+        await_parked(control, "view", 1)
+        forbid(settings)
+        control.ask("view", verb)
+        assert parked(settings, "view") == []
+    last = feed.cut((ITEMS, 1, 11))
+    with serving(settings, view=view) as control:
+        eventually("it goes on", lambda: (said := report(control, "view")).live and said.version == last.version)
 
 
 # Documents

@@ -406,6 +406,21 @@ def test_a_consumer_whose_store_refuses_it_does_not_end_those_beside_it(feed: Fe
     assert (report.phase, report.code, report.remedy) == ("stopped", "plain-refused", "Run: headrace mend closed")
 
 
+def test_a_second_process_that_is_refused_by_the_store_leaves_no_report_beside_the_first(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    feed.cut((ITEMS, 1, 10))
+    first = serve()
+    first.await_phase(1, "live")
+    second = serve(Closed)
+    wait_for(lambda: not second.alive)
+    assert [(report.generation, report.phase) for report in first.control.reports()["plain"]] == [(1, "live")]
+    first.stop()
+    third = serve(Closed)
+    wait_for(lambda: not third.alive)
+    assert third.report(0).code == "plain-refused", "with nobody else it is its last word"
+
+
 def test_a_request_that_was_given_up_is_not_carried_out_by_the_next_runner(
     feed: Feed, settings: Settings, serve: Callable[..., Served]
 ) -> None:

@@ -255,6 +255,35 @@ def test_a_view_whose_apply_hangs_is_behind_and_more_so_each_second(settings: Se
         eventually("it is up to date again", lambda: status(settings, *asked).stdout == "ok\n")
 
 
+class Unpromoted(Plain):
+    """Its pointer cannot be moved while `taken` is set."""
+
+    taken = True
+
+    def promote(self) -> None:
+        if self.taken:
+            raise Misconfigured("name-taken", "There is an index of that name.", "Remove it.")
+        super().promote()
+
+
+def test_a_first_build_that_cannot_be_promoted_says_why_and_fails_the_check(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Feed(settings).cut((ITEMS, 1, 1))
+    with serving(settings, plain=Unpromoted) as control:
+        eventually("it says why", lambda: any(each.code for each in control.reports().get("plain", [])))
+        (said,) = control.reports()["plain"]
+        assert (said.phase, said.live, said.code) == ("following", False, "name-taken")
+        assert (said.reason, said.remedy) == ("There is an index of that name.", "Remove it.")
+        ended = status(settings, "--check", "plain")
+        assert ended.exit_code == 1
+        assert ended.stdout == "plain: following: There is an index of that name. Remove it.\n"
+        monkeypatch.setattr(Unpromoted, "taken", False)
+        eventually("it is live", lambda: control.reports()["plain"][0].phase == "live")
+        assert control.reports()["plain"][0].code == ""
+        assert status(settings, "--check", "plain").stdout == "ok\n"
+
+
 def test_a_view_that_no_heartbeat_reaches_is_wrong_by_its_own_check(settings: Settings) -> None:
     """S17: what is shown may be the newest that the log has, and an hour old."""
     settings = replace(settings, heartbeat_ms=100)
