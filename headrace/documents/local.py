@@ -352,7 +352,7 @@ class LocalRows:
             if root in self._keys:  # else there is no root yet
                 values = {value_of(row, by) for row in (old, new) if row is not None} if by else {key}
                 for value in values - {None}:
-                    self._db.execute(sql, (value, since))
+                    self._db.execute(sql, (value, since, root))
 
     def _key(self, document: Root, key: str) -> Row:
         names = (document.start,) if isinstance(document, Window) else self._keys[document.table]
