@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping
 
 from headrace.change import TableSchema
 from headrace.documents.declaration import Folding, Level, Many, One
+from headrace.documents.order import ORDERED, kind_of
 from headrace.documents.windows import Window
 from headrace.errors import Misconfigured
 
 _REMEDY = "Change the declaration of the document."
-_WITHOUT_ORDER = ("json", "jsonb")
+_NOT_COMPARED = ("json", "jsonb")
 
 
 def check(level: Level, newest: Mapping[str, TableSchema]) -> None:
@@ -59,9 +60,11 @@ def _check_key(columns: Collection[str], schema: TableSchema | None) -> None:
 def _check_values(join: Many | Folding, schema: TableSchema | None) -> None:
     if schema is None:
         return
-    _check_columns({*join.compared, *(join.counted if isinstance(join, Folding) else ())}, schema)
+    _check_columns({*join.where, *join.ordered, *(join.counted if isinstance(join, Folding) else ())}, schema)
     for column in schema.columns:
-        kind = column.base or column.type
-        if column.name in join.compared and (kind in _WITHOUT_ORDER or kind.endswith("[]")):
-            said = f"{schema.table}.{column.name} is {column.type}, whose values are not compared."
+        kind = kind_of(column)
+        compared = column.name not in join.where or (kind not in _NOT_COMPARED and not kind.endswith("[]"))
+        if not compared or (column.name in join.ordered and kind not in ORDERED):
+            how = "put in order, as the log writes them: order by another column" if compared else "compared"
+            said = f"{schema.table}.{column.name} is {column.type}, whose values are not {how}."
             raise Misconfigured("document-column", said, _REMEDY)
