@@ -47,7 +47,7 @@ class Count:
         """Count rows, or the values of `column`."""
         self.column: Final = column
 
-    def add(self, state: int | None, value: Any, *, number: bool) -> int:  # noqa: ARG002 -- as in the others
+    def add(self, state: int | None, value: Any, *, number: bool, time: bool = False) -> int:  # noqa: ARG002 -- as in the others
         """Count a row."""
         return (state or 0) + (self.column is None or value is not None)
 
@@ -57,7 +57,7 @@ class Count:
 
 
 class _Adding(_Function):
-    def add(self, state: Summed | None, value: Any, *, number: bool) -> Summed | None:  # noqa: ARG002 -- as in the others
+    def add(self, state: Summed | None, value: Any, *, number: bool, time: bool = False) -> Summed | None:  # noqa: ARG002 -- as in the others
         """Add a value. Raises Misconfigured: `document-column`, when it is no number."""
         if value is None:
             return state
@@ -110,9 +110,9 @@ def _nearest(exact: Fraction) -> float | str:
 class Min(_Function):
     """The least value of `column`, as the log has it; text by code points. None of nothing."""
 
-    def add(self, state: Any, value: Any, *, number: bool) -> Any:
+    def add(self, state: Any, value: Any, *, number: bool, time: bool = False) -> Any:
         """Keep the lesser."""
-        return value if state is None else state if value is None else min(state, value, key=_rank(number))
+        return value if state is None else state if value is None else min(state, value, key=_rank(number, time))
 
     def result(self, state: Any) -> Any:
         """Return it."""
@@ -122,14 +122,14 @@ class Min(_Function):
 class Max(Min):
     """The greatest value of `column`, as the log has it; text by code points. None of nothing."""
 
-    def add(self, state: Any, value: Any, *, number: bool) -> Any:
+    def add(self, state: Any, value: Any, *, number: bool, time: bool = False) -> Any:
         """Keep the greater."""
-        return value if state is None else state if value is None else max(state, value, key=_rank(number))
+        return value if state is None else state if value is None else max(state, value, key=_rank(number, time))
 
 
-def _rank(number: bool) -> Any:
+def _rank(number: bool, time: bool) -> Any:
     """Compare values; equal numbers that are written otherwise (``1.0``, ``1.00``) by how they are written."""
-    return lambda value: (comparable(value, number=number), str(value))
+    return lambda value: (comparable(value, number=number, time=time), str(value))
 
 
 Function = Count | Sum | Avg | Min

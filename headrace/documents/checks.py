@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from headrace.change import TableSchema
+from headrace.change import Column, TableSchema
 from headrace.documents.declaration import Folding, Level, Many, One
+from headrace.documents.order import ORDERED, kind_of
 from headrace.documents.windows import Window
 from headrace.errors import Misconfigured
 
 _REMEDY = "Change the declaration of the document."
-_WITHOUT_ORDER = ("json", "jsonb")
+_NOT_COMPARED = ("json", "jsonb")
+_WRITTEN = {"smallint": "integer", "bigint": "integer", "oid": "integer", "real": "double precision"}
+"""Types whose values the log writes as those of another one."""
 
 
-def check(level: Level, newest: Mapping[str, TableSchema]) -> None:
+def check(level: Level, newest: Mapping[str, TableSchema], *, typed: bool = True) -> None:
     """Hold the joins of a level, and what is joined to those, against the newest schemas.
+
+    Args:
+        level: A document, or a join.
+        newest: By the table.
+        typed: Whether a schema has Postgres's types. A Debezium feed (S28) knows many of them by how values look, or not at all.
 
     Raises:
         Misconfigured: `document-column`, `document-key`.
@@ -23,9 +31,11 @@ def check(level: Level, newest: Mapping[str, TableSchema]) -> None:
         refers, referred = (level.table, join.table) if isinstance(join, One) else (join.table, level.table)
         _check_columns(join.columns, newest.get(refers))
         _check_key(join.columns, newest.get(referred))
+        if typed:
+            _check_types(join.columns, newest.get(refers), newest.get(referred))
         if not isinstance(join, One):
             _check_values(join, newest.get(join.table))
-        check(join, newest)
+        check(join, newest, typed=typed)
 
 
 def check_window(window: Window, newest: Mapping[str, TableSchema]) -> None:
@@ -56,12 +66,40 @@ def _check_key(columns: Collection[str], schema: TableSchema | None) -> None:
         )
 
 
+def _check_types(columns: Collection[str], refers: TableSchema | None, referred: TableSchema | None) -> None:
+    """Hold a reference against the key that it holds: documents join by what the log writes."""
+    if refers is None or referred is None:
+        return
+    ours, theirs = ({column.name: column for column in schema.columns} for schema in (refers, referred))
+    for one, other in ((ours[a], theirs[b]) for a, b in zip(columns, referred.key, strict=True) if b in theirs):
+        if not _written(one) or _written(one) != _written(other):
+            raise Misconfigured(
+                "document-column",
+                f"{refers.table}.{one.name} is {one.type} and {referred.table}.{other.name} is {other.type}: the log writes equal "
+                "values of these otherwise, as 1 and 1.0, and such rows are not joined.",
+                "Give both columns one type that writes a value in one way, as bigint, numeric(20,0) or text; or leave the join out.",
+            )
+
+
+def _written(column: Column) -> str:
+    """Return what is the same of columns whose equal values the log writes alike; empty where one column may write a value in two ways."""
+    kind = kind_of(column)
+    if kind in {"numeric", "character", "bpchar"}:
+        modifiers = column.type.partition("(")[2]
+        digits = modifiers.rpartition(",")[2] if kind == "numeric" else modifiers
+        return column.type if column.base else digits and f"{kind} {digits}"
+    kind = _WRITTEN.get(kind, kind)
+    return "" if kind == "citext" else kind if kind in {"integer", "double precision", "boolean"} else "text"
+
+
 def _check_values(join: Many | Folding, schema: TableSchema | None) -> None:
     if schema is None:
         return
-    _check_columns({*join.compared, *(join.counted if isinstance(join, Folding) else ())}, schema)
+    _check_columns({*join.where, *join.ordered, *(join.counted if isinstance(join, Folding) else ())}, schema)
     for column in schema.columns:
-        kind = column.base or column.type
-        if column.name in join.compared and (kind in _WITHOUT_ORDER or kind.endswith("[]")):
-            said = f"{schema.table}.{column.name} is {column.type}, whose values are not compared."
+        kind = kind_of(column)
+        compared = column.name not in join.where or (kind not in _NOT_COMPARED and not kind.endswith("[]"))
+        if not compared or (column.name in join.ordered and kind not in ORDERED):
+            how = "put in order, as the log writes them: order by another column" if compared else "compared"
+            said = f"{schema.table}.{column.name} is {column.type}, whose values are not {how}."
             raise Misconfigured("document-column", said, _REMEDY)

@@ -335,13 +335,14 @@ class DocumentConsumer:
         if batch.schemas.keys() <= self._checked:
             return
         newest = {schema.table: schema for _, schema in sorted(batch.schemas.items())}
+        typed = self.settings.feed == "headrace"
         for document in self.documents:
             if isinstance(document, Window):
                 check_window(document, newest)
             else:
-                check(document, newest)
+                check(document, newest, typed=typed)
         since = batch.changes[0].version if batch.changes else batch.position.version
-        local.learn(newest, since, whole=self.settings.feed == "headrace")
+        local.learn(newest, since, whole=typed)
         self._checked |= batch.schemas.keys()
 
 

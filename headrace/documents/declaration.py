@@ -11,7 +11,8 @@ A declaration is data. `headrace.documents.paths` reads it to find the documents
 there is nothing in it that could not be said in SQL. All hand the rows to `render` as a `Node`, so that it cannot tell
 which of them called.
 
-Joins compare values in the codec's form, so the columns on both sides must be of the same type.
+Joins compare values in the codec's form, so the columns on both sides must be of types that write equal values alike
+(`headrace.documents.checks`).
 """
 
 from __future__ import annotations
@@ -196,9 +197,9 @@ class Many(_Referring):
         return heapq.nsmallest(self.limit, found, key=lambda each: by(each[0]))
 
     @property
-    def compared(self) -> Collection[str]:
-        """Return the columns of `table` whose values are compared with others."""
-        return {*self.where, *(name for name, _ in self.order)}
+    def ordered(self) -> Collection[str]:
+        """Return the columns of `table` by which rows are put in order."""
+        return {name for name, _ in self.order}
 
 
 class Folding(_Referring):
@@ -217,17 +218,17 @@ class Folding(_Referring):
     def over(self, rows: Iterable[Row], shape: Shape) -> Row:
         """Return the values over some rows, which are looked at one by one."""
         states: dict[str, Any] = dict.fromkeys(self.values)
-        folds = [(name, function, function.column in shape.numbers) for name, function in self.values.items()]
+        folds = [(n, each, each.column in shape.numbers, each.column in shape.times) for n, each in self.values.items()]
         for row in rows:
-            for name, function, number in folds:
+            for name, function, number, time in folds:
                 value = row.get(function.column) if function.column is not None else None
-                states[name] = function.add(states[name], value, number=number)
+                states[name] = function.add(states[name], value, number=number, time=time)
         return {name: function.result(states[name]) for name, function in self.values.items()}
 
     @property
-    def compared(self) -> Collection[str]:
-        """Return the columns of `table` whose values are compared with others."""
-        return {*self.where, *(each.column for each in self.values.values() if isinstance(each, Min))}
+    def ordered(self) -> Collection[str]:
+        """Return the columns of `table` of which the least or the greatest value is taken."""
+        return {each.column for each in self.values.values() if isinstance(each, Min)}
 
     @property
     def counted(self) -> Collection[str]:

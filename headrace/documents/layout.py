@@ -11,7 +11,7 @@ from typing import Final
 from headrace.documents.paths import TOUCHED
 from headrace.errors import Transient
 
-LAYOUT: Final = 5
+LAYOUT: Final = 6
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
 SCHEMA = """
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB);

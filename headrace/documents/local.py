@@ -87,8 +87,8 @@ class LocalRows:
             shapes = codec.loads(self._meta("shapes") or b"{}")
             self.nodes = Nodes(self._db, self._paths, self.shape)
             self._shapes = {
-                table: Shape(tuple(key), frozenset(numbers), tuple(columns))
-                for table, (key, numbers, columns) in shapes.items()
+                table: Shape(tuple(key), frozenset(numbers), tuple(columns), frozenset(times))
+                for table, (key, numbers, columns, times) in shapes.items()
             }
         except sqlite3.DatabaseError:
             self._db.close()
@@ -116,7 +116,10 @@ class LocalRows:
             if not others.isdisjoint(_shown(document)):
                 self._db.execute(layout.TOUCH_ALL, (number, since.packed(), document.table))
         self._shapes |= learned
-        shapes = {table: (key, sorted(numbers), names) for table, (key, numbers, names) in self._shapes.items()}
+        shapes = {
+            table: (key, sorted(numbers), names, sorted(times))
+            for table, (key, numbers, names, times) in self._shapes.items()
+        }
         self._put("shapes", codec.dumps(shapes))
 
     def apply(self, change: Change, *, loading: bool) -> None:
@@ -352,7 +355,7 @@ class LocalRows:
             if root in self._keys:  # else there is no root yet
                 values = {value_of(row, by) for row in (old, new) if row is not None} if by else {key}
                 for value in values - {None}:
-                    self._db.execute(sql, (value, since))
+                    self._db.execute(sql, (value, since, root))
 
     def _key(self, document: Root, key: str) -> Row:
         names = (document.start,) if isinstance(document, Window) else self._keys[document.table]

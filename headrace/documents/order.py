@@ -6,33 +6,54 @@ the name. Text, and all else that is text in the log, compares by code points (`
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Any, NamedTuple
 
 from headrace import codec
-from headrace.change import TableSchema
+from headrace.change import Column, TableSchema
 
 _NUMBERS = frozenset({"smallint", "integer", "bigint", "real", "double precision", "numeric"})
+_TIMES = frozenset({"date", "timestamp without time zone", "timestamp with time zone"})
+_LIKE_TEXT = frozenset({
+    "text", "character varying", "character", "bpchar", "name", "citext", "time without time zone", "uuid", "macaddr", "macaddr8", "bit",
+    "bit varying",
+})  # fmt: skip
+ORDERED = _NUMBERS | _TIMES | _LIKE_TEXT | {"boolean", "oid"}
+"""Types, as `kind_of` names them, whose values are put in order."""
 
 Row = Mapping[str, Any]
 Comparable = tuple[int, Any, str]
 
 
+def kind_of(column: Column) -> str:
+    """Return the name of a column's type below all domains, without modifiers, of `citext` without its schema."""
+    kind = re.sub(r"\([^)]*\)", "", column.base or column.type)
+    return "citext" if kind.rpartition(".")[2] == "citext" else kind
+
+
 class Shape(NamedTuple):
-    """What documents need to know of a table: its key, empty when its rows have none, the columns of numbers, and all columns, empty
-    where they are not known."""
+    """What documents need to know of a table: its key, empty when its rows have none, the columns of numbers, all columns, empty
+    where they are not known, and those of dates and timestamps."""
 
     key: Sequence[str] = ()
     numbers: Collection[str] = frozenset()
     columns: Sequence[str] = ()
+    times: Collection[str] = frozenset()
 
     @classmethod
     def of(cls, schema: TableSchema) -> Shape:
         """Return what a schema says."""
-        kinds = {column.name: (column.base or column.type).partition("(")[0] for column in schema.columns}
-        numbers = frozenset(name for name, kind in kinds.items() if kind in _NUMBERS)
-        return cls(schema.key, numbers, tuple(kinds))
+        kinds = {column.name: kind_of(column) for column in schema.columns}
+        numbers, times = (frozenset(n for n, kind in kinds.items() if kind in some) for some in (_NUMBERS, _TIMES))
+        return cls(schema.key, numbers, tuple(kinds), times)
+
+    def rank(self, name: str) -> Callable[[Any], Comparable]:
+        """Return what the values of a column are sorted by."""
+        return partial(comparable, number=name in self.numbers, time=name in self.times)
 
     def whole(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row with the table's columns of now, as Postgres has it: a later one is NULL there, one that is gone is not in it."""
@@ -41,12 +62,13 @@ class Shape(NamedTuple):
         return {name: row.get(name) for name in self.columns}
 
 
-def comparable(value: Any, *, number: bool) -> Comparable:
+def comparable(value: Any, *, number: bool, time: bool = False) -> Comparable:
     """Return what a value that is not NULL is compared by.
 
     Args:
         value: In the codec's form.
         number: Whether its column is one of numbers. NaN is above them all, as in Postgres.
+        time: Whether it is one of dates or timestamps.
     """
     if type(value) is int:
         return (1, value, "")
@@ -55,7 +77,8 @@ def comparable(value: Any, *, number: bool) -> Comparable:
     if isinstance(value, float):
         return (1, Decimal(repr(value)), "")
     if isinstance(value, str):
-        return (_number(value) if number else None) or (3, 0, value)
+        found = _number(value) if number else _moment(value) if time else None
+        return found or (3, 0, value)
     return (4, 0, codec.dumps(value).decode())
 
 
@@ -65,6 +88,17 @@ def _number(text: str) -> Comparable | None:
     except InvalidOperation:  # from before the column's type changed
         return None
     return (2, 0, "") if value.is_nan() else (1, value, "")
+
+
+def _moment(text: str) -> Comparable | None:
+    """Return what puts a date or timestamp in its place; None for text from before the column's type changed."""
+    before_christ = text.endswith(" BC")
+    if text[4:5] == "-" and not before_christ:
+        return (3, 0, text.removesuffix("Z"))  # of a Debezium feed
+    if text in {"infinity", "-infinity"}:
+        return (3, math.inf if text == "infinity" else -math.inf, "")
+    year, _, _ = text.partition("-")
+    return (3, -int(year) if before_christ else int(year), text) if year.isdecimal() else None
 
 
 class _Falling:
@@ -93,22 +127,22 @@ def sorting(order: Sequence[tuple[str, bool]], shape: Shape) -> Callable[[Row], 
         shape: Of the rows' table.
     """
     if not order and len(shape.key) == 1:  # nearly always
-        (only,), number = shape.key, shape.key[0] in shape.numbers
-        return lambda row: comparable(row[only], number=number)
-    columns = [(name, falling, name in shape.numbers) for name, falling in order]
-    key = [(name, name in shape.numbers) for name in shape.key]
+        (only,), rank = shape.key, shape.rank(shape.key[0])
+        return lambda row: rank(row[only])
+    columns = [(name, falling, shape.rank(name)) for name, falling in order]
+    key = [(name, shape.rank(name)) for name in shape.key]
 
     def by(row: Row) -> tuple[Any, ...]:
-        last = [comparable(row[name], number=number) for name, number in key] or [_content(row)]
-        return (*(_placed(row.get(name), falling, number) for name, falling, number in columns), *last)
+        last = [rank(row[name]) for name, rank in key] or [_content(row)]
+        return (*(_placed(row.get(name), falling, rank) for name, falling, rank in columns), *last)
 
     return by
 
 
-def _placed(value: Any, falling: bool, number: bool) -> tuple[Any, ...]:
+def _placed(value: Any, falling: bool, rank: Callable[[Any], Comparable]) -> tuple[Any, ...]:
     if value is None:
         return (1,)
-    found = comparable(value, number=number)
+    found = rank(value)
     return (0, _Falling(found) if falling else found)
 
 

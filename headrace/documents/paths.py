@@ -47,7 +47,8 @@ class Climb(NamedTuple):
     Attributes:
         root: The documents' table.
         by: Columns of the row that name what it is joined to; None: the row's key is what the rows above it name.
-        sql: Touches the documents above a key, by a change of a version.
+        sql: Touches the documents above a key, by a change of a version, whose roots are there in a table: a root that is not has
+            no document, and its id may be another's.
     """
 
     root: str
@@ -119,7 +120,8 @@ TOUCHED = """ON CONFLICT DO UPDATE SET since = min(coalesce(since, excluded.sinc
 
 
 def _touching(number: int) -> _Up:
-    return f"INSERT INTO touched SELECT {number}, *, ?2, 0 FROM ({{}}) WHERE true {TOUCHED}".format
+    there = "CROSS JOIN rows ON tbl = ?3 AND rows.key = up.key"
+    return f"WITH up(key) AS ({{}}) INSERT INTO touched SELECT {number}, up.key, ?2, 0 FROM up {there} WHERE true {TOUCHED}".format
 
 
 def _then(up: _Up, step: str) -> _Up:

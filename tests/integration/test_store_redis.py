@@ -276,6 +276,15 @@ def test_a_field_that_is_not_text_is_poison(open_store: Open) -> None:
     assert error.value.cursor == ("", "7")
 
 
+def test_a_page_without_fields_is_poison_and_not_a_delete(open_store: Open) -> None:
+    store = open_store()
+    store.write([doc("1", 100)], at(100))
+    with pytest.raises(Poison, match="no field") as error:
+        store.write([Doc("1", {}, Version(1, 110)), doc("2", 110)], at(110))
+    assert (error.value.code, error.value.cursor) == ("page-empty", ("", "1"))
+    assert [row.key for row in store.scan(None, 9)] == ["1"]
+
+
 def test_a_prefix_of_another_consumer_is_refused(open_store: Open) -> None:
     open_store()
     with pytest.raises(Misconfigured) as error:

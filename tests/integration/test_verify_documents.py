@@ -295,3 +295,65 @@ def test_a_declared_column_that_is_gone_before_the_log_says_so_is_named(settings
         with connect(settings) as postgres, pytest.raises(Misconfigured, match=gone.split(".")[1]) as refused:
             list(everything(expectation(postgres, Declared, use, settings, shapes, dict.fromkeys(shapes)), postgres))
         assert refused.value.code == "document-column", use
+
+
+KEYS = {
+    "numeric(10,0)": ["int", "numeric", "numeric(10,2)"],
+    "numeric": ["numeric"],
+    "bigint": ["text", "double precision", "price"],
+    "text": ["bigint", "citext", "char(3)"],
+    "citext": ["citext"],
+    "char(3)": ["char(4)", "text"],
+}
+"""Types of a key, each with types of columns that may refer to it in Postgres, or hold the same, and are written otherwise."""
+ALIKE = {
+    "bigint": ["int", "smallint", "whole"],
+    "numeric(10,0)": ["numeric(4)"],
+    "price": ["price"],
+    "text": ["varchar(9)", "uuid"],
+    "char(3)": ["char(3)"],
+}
+
+
+def test_a_join_of_columns_whose_equal_values_are_written_otherwise_is_refused(settings: Settings) -> None:
+    """By the names that capture has from Postgres."""
+    prepare(
+        settings,
+        "CREATE EXTENSION citext",
+        "CREATE DOMAIN price AS numeric",
+        "CREATE DOMAIN whole AS int",
+        *[f"CREATE TABLE r{n} (id {kind} PRIMARY KEY)" for n, kind in enumerate((*KEYS, *ALIKE))],
+        *[
+            f"CREATE TABLE c{n}_{m} (id int PRIMARY KEY, r {kind})"
+            for n, kinds in enumerate((*KEYS.values(), *ALIKE.values()))
+            for m, kind in enumerate(kinds)
+        ],
+    )
+    with capturing(settings) as capture:
+        capture.reach()
+    shapes = {schema.table: schema for schema in Log(settings).schemas().values()}
+    for n, kinds in enumerate((*KEYS.values(), *ALIKE.values())):
+        for m, kind in enumerate(kinds):
+
+            class Joined(DocumentConsumer):
+                """A view of one pair, joined either way."""
+
+                documents = (
+                    Document(f"public.r{n}", of=Many(f"public.c{n}_{m}", by="r")),
+                    Document(f"public.c{n}_{m}", of=One(f"public.r{n}", on="r")),
+                )
+                store = ElasticsearchIndex("verify-joined", mappings={})
+
+                def id(self, table: str, key: Row) -> str:
+                    return f"{table} {key['id']}"
+
+                def render(self, row: Node) -> Row:
+                    return dict(row)
+
+            with connect(settings) as postgres:
+                if n >= len(KEYS):
+                    expectation(postgres, Joined, "view", settings, shapes, dict.fromkeys(shapes))
+                    continue
+                with pytest.raises(Misconfigured, match=f"r{n}.id.* not joined") as refused:
+                    expectation(postgres, Joined, "view", settings, shapes, dict.fromkeys(shapes))
+            assert refused.value.code == "document-column", kind

@@ -1,5 +1,6 @@
 """Declarations of documents and the rows that render gets."""
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from headrace import codec
 from headrace.change import Column, TableSchema, Version
 from headrace.documents import Aggregate, Avg, Count, Document, Many, Max, Min, Node, One, Sum, count, mean, total
+from headrace.documents.checks import check
 from headrace.documents.local import Touched
 from headrace.documents.order import Shape
 from headrace.documents.rendering import rendered
@@ -257,3 +259,70 @@ def test_a_join_cannot_hide_what_every_row_has() -> None:
         Document("public.orders", items=Many("public.order_items", by="order_id"))
     with pytest.raises(Misconfigured, match="'keys'"):
         Many("public.orders", by="customer_id", keys=One("public.keys", on="key_id"))
+
+
+def _join(refers: Column, referred: Column, *, one: bool = False, typed: bool = True) -> None:
+    """Hold a document of one join against tables whose columns are these."""
+    join = One("public.b", on="b") if one else Many("public.b", by="b")
+    ours, theirs = ("public.a", "public.b") if one else ("public.b", "public.a")
+    columns = (Column("id", "bigint"), replace(refers, name="b"))
+    newest = {
+        ours: TableSchema(ours, 1, columns, ("id",)),
+        theirs: TableSchema(theirs, 1, (replace(referred, name="key"),), ("key",)),
+    }
+    check(Document("public.a", b=join), newest, typed=typed)
+
+
+def _column(kind: str, base: str = "") -> Column:
+    return Column("", kind, base=base)
+
+
+WRITTEN_OTHERWISE = [
+    (_column("integer"), _column("numeric(10,0)")),
+    (_column("text"), _column("bigint")),
+    (_column("integer"), _column("uuid")),
+    (_column("double precision"), _column("integer")),
+    (_column("boolean"), _column("smallint")),
+    (_column("numeric(10,2)"), _column("numeric(10,0)")),
+    (_column("numeric"), _column("numeric")),
+    (_column("numeric(10,0)"), _column("numeric")),
+    (_column("character(3)"), _column("character(4)")),
+    (_column("character(3)"), _column("character varying(3)")),
+    (_column("bpchar"), _column("bpchar")),
+    (_column("public.citext"), _column("public.citext")),
+    (_column("public.price", base="numeric"), _column("public.cost", base="numeric")),
+]
+
+
+@pytest.mark.parametrize("one", [True, False])
+@pytest.mark.parametrize("columns", WRITTEN_OTHERWISE)
+def test_a_join_of_columns_whose_equal_values_are_written_otherwise_is_refused(
+    columns: tuple[Column, Column], one: bool
+) -> None:
+    for refers, referred in (columns, columns[::-1]):
+        with pytest.raises(Misconfigured, match="not joined") as error:
+            _join(refers, referred, one=one)
+        assert error.value.code == "document-column"
+        _join(refers, referred, one=one, typed=False)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        (_column("integer"), _column("bigint")),
+        (_column("public.id", base="integer"), _column("smallint")),
+        (_column("character varying(20)"), _column("text")),
+        (_column("character varying"), _column("uuid")),
+        (_column("public.state"), _column("public.state")),
+        (_column("character(3)"), _column("character(3)")),
+        (_column("numeric(10,0)"), _column("numeric(20,0)")),
+        (_column("numeric(10,2)"), _column("numeric(12,2)")),
+        (_column("public.price", base="numeric"), _column("public.price", base="numeric")),
+        (_column("real"), _column("double precision")),
+        (_column("timestamp(3) with time zone"), _column("timestamp with time zone")),
+    ],
+)
+def test_a_join_of_columns_whose_values_are_written_alike_is_admitted(columns: tuple[Column, Column]) -> None:
+    for refers, referred in (columns, columns[::-1]):
+        _join(refers, referred)
+        _join(refers, referred, one=True)

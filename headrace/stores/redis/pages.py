@@ -118,7 +118,7 @@ class RedisPages:
 
         Raises:
             Transient: `redis-away`, `redis-busy`; Wiped: `view-wiped`, `view-moved`.
-            Poison: `page-not-text`. Misconfigured: `redis-refused`, `view-taken-over`.
+            Poison: `page-empty`, `page-not-text`. Misconfigured: `redis-refused`, `view-taken-over`.
         """
         after = codec.encode_position(position).decode() if position is not None else ""
         held: list[str | int] = []
@@ -304,6 +304,13 @@ class _Ids:
 def _arguments(doc: Doc) -> list[str | int]:
     """Return a page as the write script takes it: id, version, number of fields, fields."""
     body = doc.body or {}
+    if doc.body is not None and not body:
+        raise Poison(
+            "page-empty",
+            f"Page {doc.id!r} has no field, and Redis keeps no hash without one.",
+            "Have render return None for no page, or a field.",
+            cursor=("", doc.id),
+        )
     for name, value in body.items():
         if not isinstance(value, str) or name.startswith("@"):
             raise Poison(

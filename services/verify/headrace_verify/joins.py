@@ -236,7 +236,9 @@ def _read(tables: Tables, join: Join, row: Row, value: Any, members: Members) ->
     children = [_parted(table, join, each) for each in value or ()]
     members += [(table.name, key_of(table, child)) for child, _ in children]
     if not in_order(join, table):
-        shape = Shape(table.key, frozenset(column.name for column in table.columns if column.number))
+        numbers = frozenset(column.name for column in table.columns if column.number)
+        times = frozenset(column.name for column in table.columns if column.time)
+        shape = Shape(table.key, numbers, times=times)
         children = join.picked(children, shape)
     return [node(tables, join, child, further, members) for child, further in children]
 

@@ -108,7 +108,7 @@ class Table:
     def ordering(self, alias: str, name: str) -> sql.Composed:
         """Return the SQL of what rows are sorted by, as `headrace.documents.order` does it."""
         column = self.column(name)
-        if column.number or column.base in {"bool", "oid"}:
+        if column.number or column.time or column.base in {"bool", "oid"}:
             return sql.SQL("{}").format(sql.Identifier(alias, name))
         return self.written(alias, name)
 
@@ -131,6 +131,11 @@ class _Column(NamedTuple):
     def number(self) -> bool:
         """Whether its values are numbers, as text or not."""
         return self.base in {"int2", "int4", "int8", "float4", "float8", "numeric"}
+
+    @property
+    def time(self) -> bool:
+        """Whether its values are dates or timestamps."""
+        return self.base in {"date", "timestamp", "timestamptz"}
 
     @property
     def ordered(self) -> bool:
