@@ -92,7 +92,7 @@ class Verifier:
 
         Raises:
             Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, `records-parked`,
-                `view-paused`, and what stopped a view.
+                `view-paused`, `token-void` (the log was recovered meanwhile), and what stopped a view.
             Transient: `view-behind`, `postgres-away`.
         """
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
