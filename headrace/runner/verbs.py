@@ -105,7 +105,7 @@ class Verbs:
             raise Misconfigured(
                 "nothing-to-promote", f"{self._name} has no newer generation.", f"Run: headrace rebuild {self._name}"
             )
-        return self._generations.worker(number or max(newer))
+        return self._generations.worker(max(newer) if number is None else number)
 
     def _rollback(self, request: Request) -> Answer:
         live = self._generations.worker(None)
