@@ -28,12 +28,14 @@ def reached(
 
     Raises:
         Misconfigured: `consumer-not-running`, `no-live-generation`, `records-parked`, `view-paused`, `stale-generation`, and what
-            stopped the view: it will not come there.
+            stopped the view: it will not come there. `token-void`, when the view has come to a later epoch (S2).
         Transient: `view-behind`.
     """
     deadline = time.monotonic() + seconds
     while True:
         report = _of(control, name, generation)
+        if report is not None:
+            check_epoch(wanted, report.version)
         if report is not None and report.version >= wanted:
             return report
         if report is not None:
@@ -45,6 +47,16 @@ def reached(
             raise Transient("view-behind", said, "See: headrace status")
         told()
         time.sleep(_POLL_SECONDS)
+
+
+def check_epoch(wanted: Version, now: Version) -> None:
+    """Refuse a version of an epoch before that of `now` (S2)."""
+    if wanted.epoch < now.epoch:
+        raise Misconfigured(
+            "token-void",
+            f"{wanted} is of an epoch before {now}: what was written then may be lost.",
+            "Write it again where it is missing; then ask again.",
+        )
 
 
 def check_whole(report: Report) -> None:

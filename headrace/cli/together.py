@@ -1,13 +1,13 @@
-"""Several views promoted at one L, one after the other (S24).
+"""Several views: built together, and promoted at one L, one after the other (S24).
 
-Each runner is asked twice. First all live generations are held, and L is the highest state at which one of them stands; then each new
-generation reaches L and its store's pointer moves. So no view's old generation has shown anything beyond L, and no new one shows anything
-before it. Whoever fails or dies between leaves nothing held: a hold ends by itself.
+For a promotion each runner is asked twice. First all live generations are held, and L is the highest state at which one of them stands;
+then each new generation reaches L and its store's pointer moves. So no view's old generation has shown anything beyond L, and no new one
+shows anything before it. Whoever fails or dies between leaves nothing held: a hold ends by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,24 @@ from headrace.control import Control
 from headrace.errors import HeadraceError
 
 _SECONDS = 120.0
+
+
+def rebuild(control: Control, names: Sequence[str]) -> dict[str, int]:
+    """Begin a build of each view, of none where nobody runs one of them; return the generations, by name.
+
+    Raises:
+        HeadraceError: what a runner refuses it with; it says which builds have begun.
+    """
+    for name in names:
+        control.running(name)
+    began: dict[str, int] = {}
+    try:
+        for name in names:
+            began[name] = int(control.ask(name, "rebuild")["generation"])
+    except HeadraceError as error:
+        said = [f"Generation {number} of {name} is being built." for name, number in began.items()]
+        raise type(error)(error.code, " ".join([error.message, *said]), error.remedy) from error
+    return began
 
 
 def promote(control: Control, wanted: Mapping[str, int | None]) -> list[dict[str, Any]]:
@@ -29,6 +47,7 @@ def promote(control: Control, wanted: Mapping[str, int | None]) -> list[dict[str
         return [{"name": name} | control.ask(name, "promote", {"generation": number}, _SECONDS)]
     held: dict[str, dict[str, Any]] = {}
     done: list[dict[str, Any]] = []
+    name = ""
     try:
         for name, number in wanted.items():
             held[name] = control.ask(name, "hold", {"generation": number}, _SECONDS)
@@ -38,18 +57,17 @@ def promote(control: Control, wanted: Mapping[str, int | None]) -> list[dict[str
             done.append({"name": name} | control.ask(name, "promote", args, _SECONDS))
     except HeadraceError as error:
         left = list(wanted)[len(done) :]
-        for name in left:
+        for other in left:
             with suppress(HeadraceError):
-                control.ask(name, "release")
-        raise _half_way(error, done, left) from error
+                control.ask(other, "release")
+        raise _half_way(error, done, left, name) from error
     return done
 
 
-def _half_way(error: HeadraceError, done: list[dict[str, Any]], left: list[str]) -> HeadraceError:
-    """Return the error with where each view stands."""
+def _half_way(error: HeadraceError, done: list[dict[str, Any]], left: list[str], asked: str) -> HeadraceError:
+    """Return the error, which came when `asked` was asked, with where each view stands."""
+    silent = asked if error.code in {"no-answer", "worker-busy"} else ""  # who did not answer may yet have done it
     stand = [f"{each['name']}: generation {each['generation']} is live." for each in done]
-    stand += [f"{name}: not promoted." for name in left]
-    if error.code in {"no-answer", "worker-busy"}:  # who did not answer may yet have done it
-        stand[len(done)] = f"{left[0]}: see headrace status {left[0]}."
+    stand += [f"{name}: see headrace status {name}." if name == silent else f"{name}: not promoted." for name in left]
     again = f"{error.remedy} Then: headrace promote {' '.join(left)}".strip()
     return type(error)(error.code, " ".join([error.message, *stand]), again)

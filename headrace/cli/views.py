@@ -71,7 +71,7 @@ def rebuild(
     if wait and (gate is not Gate.NONE or len(names) > 1):
         log.require_checkpoints()
     control = Control(log)
-    began = {name: int(control.ask(name, "rebuild")["generation"]) for name in names}
+    began = together.rebuild(control, names)
     if not wait:
         lines = [
             f"building generation {number} of {name}; then: headrace promote {name}" for name, number in began.items()
@@ -85,7 +85,9 @@ def rebuild(
 
 def promote(
     names: Names,
-    generation: Annotated[int | None, typer.Option("--generation", help="Which, of one view; else the newest.")] = None,
+    generation: Annotated[
+        int | None, typer.Option("--generation", min=1, help="Which, of one view; else the newest.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Let readers see newer generations: the live one stops, the new one reaches it, the pointer moves.

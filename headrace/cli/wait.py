@@ -14,7 +14,7 @@ from headrace.control import Control
 from headrace.errors import USAGE, Misconfigured
 from headrace.log import Log
 from headrace.settings import load
-from headrace.waiting import reached
+from headrace.waiting import check_epoch, reached
 
 
 def wait(
@@ -74,12 +74,7 @@ def _wanted(log: Log, text: str | None) -> Version:
         said = f"The log of {log.settings.source} has no complete checkpoint."
         raise Misconfigured("nothing-captured", said, "Run: headrace capture")
     wanted = _parsed(text if text is not None else _now(log), newest.version.epoch)
-    if wanted.epoch < newest.version.epoch:
-        raise Misconfigured(
-            "token-void",
-            f"{wanted} is of an epoch before {newest.version}: what was written then may be lost.",
-            "Write it again where it is missing; then wait for that.",
-        )
+    check_epoch(wanted, newest.version)
     return wanted
 
 

@@ -136,7 +136,9 @@ class Log:
         One whose ends are only to be had from a base before `start` is left out.
         """
         self.require_checkpoints()
-        spine = Spine()
+        return self._checkpoints(Spine(), start)
+
+    def _checkpoints(self, spine: Spine, start: int) -> Iterator[Checkpoint]:
         for record in read_to_end(self.settings, {(checkpoints_topic(self.settings.source), 0): start}):
             checkpoint = spine.take(record.value, record.offset, record.timestamp)
             if checkpoint is not None:
@@ -149,9 +151,11 @@ class Log:
         if topic not in self.topics.names():
             return None
         for start in _back_from(self.topics.ends({topic: 1})[topic][0]):
-            within = (c for c in self.checkpoints(start) if until is None or c.version <= until)
+            spine = Spine()
+            within = (c for c in self._checkpoints(spine, start) if until is None or c.version <= until)
             found = [c for c in within if c.complete or not complete]
-            if found:
+            # Half a transaction needs no base: it is found, though newer states are passed over, whose base lies before `start`.
+            if found and (found[-1].offset > spine.passed_over or start == BEGINNING):
                 return found[-1]
         return None
 

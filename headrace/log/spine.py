@@ -14,11 +14,16 @@ from headrace.change import Checkpoint
 
 
 class Spine:
-    """Reads checkpoints in the order of their offsets."""
+    """Reads checkpoints in the order of their offsets.
+
+    Attributes:
+        passed_over: The offset of the last one whose base is not known, -1 when there was none.
+    """
 
     def __init__(self, known: Checkpoint | None = None) -> None:
         """Go on after `known`, a checkpoint with the ends of every topic."""
         self._known = known
+        self.passed_over = -1
 
     def take(self, value: bytes | None, offset: int, appended: int) -> Checkpoint | None:
         """Return the checkpoint with the ends of every topic; None for a tombstone, or when its base is not known."""
@@ -28,6 +33,7 @@ class Spine:
         if read.base != read.version.lsn:
             known = self._known
             if known is None or (known.version.epoch, known.base) != (read.version.epoch, read.base):
+                self.passed_over = offset
                 return None
             read = replace(read, ends=known.ends | read.ends)
         if read.complete:

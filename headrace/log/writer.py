@@ -190,13 +190,14 @@ class CutWriter:
     def _named(self, checkpoint: Checkpoint) -> tuple[Checkpoint, set[str] | None]:
         """Choose which ends its record names: with many partitions only those touched since its base (S16).
 
-        A base is complete, for the key of half a transaction or half a snapshot is written again and again.
+        A base is complete, for the key of half a transaction or half a snapshot is written again and again. A cut at the version of the
+        base replaces its record, and so is the base from then on.
         """
         if not checkpoint.complete or sum(map(len, self._ends.values())) <= WHOLE_PARTITIONS:
             return checkpoint, None
         base = self._base
         self._since_base += 1
-        if base is None or self._since_base >= WHOLE_EVERY:
+        if base is None or base.version == checkpoint.version or self._since_base >= WHOLE_EVERY:
             self._base, self._since_base = checkpoint, 0
             return checkpoint, None
         touched = {topic for topic, ends in checkpoint.ends.items() if base.ends.get(topic) != ends}

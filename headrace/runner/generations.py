@@ -137,6 +137,8 @@ class Generations:
             if phase == PAUSED:
                 self._pause(worker)
             else:
+                if worker.state.phase == PAUSED:
+                    worker.state.phase = "starting"
                 worker.paused = False
 
     def _pause(self, worker: Worker) -> None:

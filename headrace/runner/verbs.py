@@ -32,7 +32,7 @@ class Verbs:
     """Carries out what is asked of one consumer's generations."""
 
     def __init__(self, generations: Generations, told: Callable[[], None]) -> None:
-        """Call `told` when readers see another generation."""
+        """Call `told` when readers see another generation, and when one goes on: who asked looks at control next."""
         self._generations = generations
         self._told = told
         self.verbs: dict[str, Callable[[Request], Answer]] = {
@@ -71,6 +71,7 @@ class Verbs:
             made.end(building)
             refused = isinstance(building.state.error, Refused)
             building = made.begin(replace(building.generation, number=made.next() if refused else newest))
+        self._told()
         return {"generation": building.generation.number}
 
     # Which one readers see
@@ -104,7 +105,7 @@ class Verbs:
             raise Misconfigured(
                 "nothing-to-promote", f"{self._name} has no newer generation.", f"Run: headrace rebuild {self._name}"
             )
-        return self._generations.worker(number or max(newer))
+        return self._generations.worker(max(newer) if number is None else number)
 
     def _rollback(self, request: Request) -> Answer:
         live = self._generations.worker(None)
@@ -162,6 +163,7 @@ class Verbs:
                 "no-such-generation", f"{self._name} is dropped.", f"Run: headrace rebuild {self._name}"
             )
         self._generations.stay(phase)
+        self._told()
         return {"name": self._name, "paused": phase == PAUSED}
 
     def _resume(self, _request: Request) -> Answer:

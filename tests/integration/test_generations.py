@@ -218,6 +218,66 @@ def test_one_that_cannot_be_promoted_is_found_before_any_pointer_moves(two: Cont
     await_version(two, "one", last.version)
 
 
+def test_there_is_no_generation_0(two: Control, settings: Settings) -> None:
+    """It is not the newest one, nor the live one."""
+    for verb in ("promote", "verify"):
+        assert command(settings, verb, "one", "--generation", "0").exit_code == 2
+    with pytest.raises(Misconfigured) as refused:
+        two.ask("one", "promote", {"generation": 0})
+    assert refused.value.code == "no-such-generation"
+    two.ask("one", "drop", {"generation": 2})
+    with pytest.raises(Misconfigured) as refused:
+        two.ask("one", "promote", {"generation": 0})
+    assert refused.value.code == "no-such-generation"
+    assert report(two, "one", 1).live
+
+
+def test_no_view_is_rebuilt_where_nobody_runs_one_of_them(two: Control, settings: Settings) -> None:
+    two.ask("one", "drop", {"generation": 2})
+    refused = command(settings, "rebuild", "one", "nobody").exception
+    assert isinstance(refused, Misconfigured)
+    assert (refused.code, [each.generation for each in two.running("one")]) == ("consumer-not-running", [1])
+    two.ask("other", "pause")
+    refused = command(settings, "rebuild", "one", "other").exception
+    assert isinstance(refused, Misconfigured)
+    assert refused.code == "view-paused"
+    assert refused.message.endswith("Generation 2 of one is being built.")
+    await_phase(two, "one", 2, "following")
+
+
+class Frees(Control):
+    """Lets new generations go on before it releases anything."""
+
+    def ask(self, name: str, verb: str, args: dict[str, Any] | None = None, timeout: float = 30.0) -> dict[str, Any]:
+        if verb == "release":
+            Noted.may.set()
+        return super().ask(name, verb, args, timeout)
+
+
+def test_who_does_not_answer_when_it_is_to_be_held_is_the_one_to_look_at(
+    two: Control, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = threading.Event()
+
+    def reach(*asked: Any) -> bool:
+        busy.set()
+        return generations.reach(*asked)
+
+    monkeypatch.setattr(verbs, "reach", reach)
+    monkeypatch.setattr(together, "_SECONDS", 2.0)
+    Noted.may.clear()
+    feed.cut((ITEMS, 1, 7))
+    eventually("the old one goes on", lambda: Noted(feed.log.settings, "other").rows() == {KEY: 7})
+    with ThreadPoolExecutor() as threads:
+        promoted = threads.submit(two.ask, "other", "promote")
+        assert busy.wait(30)
+        with pytest.raises(Transient) as silent:
+            together.promote(Frees(feed.log), {"one": None, "other": None})
+        assert promoted.result()["generation"] == 2
+    assert silent.value.code == "no-answer"
+    assert silent.value.message.endswith("one: not promoted. other: see headrace status other.")
+
+
 def test_who_dies_between_hold_and_promote_leaves_nothing_held(
     two: Control, feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

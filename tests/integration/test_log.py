@@ -301,6 +301,44 @@ def test_with_many_partitions_a_checkpoint_names_what_was_touched_and_readers_kn
     reader.close()
 
 
+def test_the_newest_checkpoint_is_not_half_a_transaction_of_long_ago_because_its_base_lies_further_back(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3, S16: halves name every topic, so they are found where the states after them are not."""
+    monkeypatch.setattr("headrace.log.writer.WHOLE_PARTITIONS", 1)
+    for n in range(61):
+        feed.cut((ITEMS, n, n))
+    for ordinal in range(10):
+        feed.put(ITEMS, 99, ordinal)
+        feed.seal(partial=(feed.lsn + 5, ordinal + 1))
+    last = [feed.cut((TAGS, n, n)) for n in range(30)][-1]
+    newest = feed.log.newest_checkpoint()
+    assert newest is not None
+    assert (newest.version, newest.ends, newest.partial) == (last.version, last.ends, None)
+    before = feed.log.newest_checkpoint(until=Version(1, last.version.lsn - 5))
+    assert before is not None
+    assert (before.version, before.partial) == (Version(1, last.version.lsn - 10), None)
+
+
+def test_with_many_partitions_a_cut_that_moves_no_lsn_names_what_its_predecessor_at_the_same_one_did(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S16: such a cut replaces the base of those that follow: a resnapshot writes rows while Postgres stands still."""
+    monkeypatch.setattr("headrace.log.writer.WHOLE_PARTITIONS", 1)
+    base = feed.cut((ITEMS, 1, 1), (TAGS, 1, 1))
+    feed.put(ITEMS, 2, 2)
+    feed.lsn -= 10
+    again = feed.seal()
+    assert again.version == base.version
+    newest = feed.log.newest_checkpoint()
+    assert newest is not None
+    assert newest.ends == again.ends
+    last = feed.cut((TAGS, 2, 2))
+    newest = feed.log.newest_checkpoint()
+    assert newest is not None
+    assert (newest.version, newest.ends) == (last.version, last.ends)
+
+
 @pytest.mark.parametrize(
     ("spoil", "code"),
     [

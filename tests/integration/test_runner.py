@@ -346,6 +346,34 @@ def test_a_stopped_build_can_be_gone_on_with_and_dropped(
     assert [report.generation for report in control.reports()["picky"]] == [1]
 
 
+def test_who_looks_right_after_a_build_or_a_view_goes_on_hears_no_reason_of_before(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `rebuild --wait` does, and `resume` and then `wait`."""
+    monkeypatch.setattr(Picky, "unlucky", None)
+    feed.cut((ITEMS, 1, 10), (ITEMS, 2, 13))
+    served = serve(Picky, "picky")
+    served.await_phase(1, "live")
+    control = Control(Log(settings))
+
+    def phases() -> dict[int, str]:
+        return {report.generation: report.phase for report in control.running("picky")}
+
+    monkeypatch.setattr(Picky, "unlucky", 13)
+    assert control.ask("picky", "rebuild") == {"generation": 2}
+    served.await_phase(2, "stopped")
+    monkeypatch.setattr(Picky, "unlucky", None)
+    assert control.ask("picky", "rebuild") == {"generation": 2}
+    assert phases()[2] != "stopped"
+    served.await_phase(2, "following")
+    control.ask("picky", "pause")
+    for number in (1, 2):
+        served.await_phase(number, "paused")
+    control.ask("picky", "resume")
+    assert "paused" not in phases().values()
+    served.await_phase(1, "live")
+
+
 class Slow(Plain):
     """Waits before it is promoted by hand."""
 

@@ -10,11 +10,13 @@ import orjson
 import pytest
 from typer.testing import CliRunner, Result
 
-from headrace.change import format_lsn, parse_lsn
+from headrace.change import Version, format_lsn, parse_lsn
 from headrace.cli import app
-from headrace.control import Control
-from headrace.errors import HeadraceError
+from headrace.control import Control, Report
+from headrace.errors import HeadraceError, Misconfigured
+from headrace.log import Log
 from headrace.settings import Settings, environment
+from headrace.waiting import reached
 from tests.fixtures.capture import Running, capturing, eventually, execute, now, prepare, rows
 from tests.fixtures.parked import Picky, forbid
 from tests.fixtures.plain import Plain
@@ -96,6 +98,23 @@ def test_who_would_wait_in_vain_is_told_at_once(settings: Settings, capture: Run
         eventually("it goes on", lambda: control.running(VIEW)[0].phase == "live")
         assert command(settings, "wait", VIEW).exit_code == 0
         assert Plain(settings, VIEW).rows() == selected(settings)
+
+
+def test_a_wait_that_lasts_over_a_recovery_does_not_answer_for_an_epoch_that_is_void(settings: Settings) -> None:
+    """S2: the view's LSN of the new epoch is beyond any of the old, whatever was lost."""
+    log = Log(settings)
+    log.ensure_spine()
+    control = Control(log)
+
+    def say(version: Version) -> None:
+        control.report(Report(VIEW, 1, live=True, phase="live", version=version))
+        control.flush()
+
+    say(Version(1, 5))
+    with pytest.raises(Misconfigured) as caught:
+        reached(control, VIEW, Version(1, 10), 20, told=lambda: say(Version(2, 1)))
+    assert caught.value.code == "token-void"
+    assert reached(control, VIEW, Version(2, 1), 0).version == Version(2, 1)
 
 
 def facts(control: Control) -> dict[str, Any]:

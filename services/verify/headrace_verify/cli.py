@@ -40,7 +40,7 @@ Files = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, with every key.")]
 Number = Annotated[
     int | None,
-    typer.Option("--generation", help="Compare this one, for example before it is promoted; else the live one."),
+    typer.Option("--generation", min=1, help="Compare this one, for example before it is promoted; else the live one."),
 ]
 Timeout = Annotated[
     float,

@@ -92,7 +92,7 @@ class Verifier:
 
         Raises:
             Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, `records-parked`,
-                `view-paused`, and what stopped a view.
+                `view-paused`, `token-void` (the log was recovered meanwhile), and what stopped a view.
             Transient: `view-behind`, `postgres-away`.
         """
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
@@ -167,9 +167,10 @@ class Verifier:
 
     def _served(self, name: str, consumer: type[Consumer], generation: int | None) -> Report:
         running = self._control.running(name)
-        found = [report for report in running if (report.generation == generation if generation else report.live)]
+        found = [each for each in running if (each.live if generation is None else each.generation == generation)]
         if not found:
-            said = f"{name} has no generation {generation}." if generation else f"{name} has no live generation yet."
+            which = "live generation yet" if generation is None else f"generation {generation}"
+            said = f"{name} has no {which}."
             raise Misconfigured("no-live-generation", said, "Wait for its first build: headrace status --watch")
         if found[0].fingerprint != fingerprint(consumer):
             said = f"Generation {found[0].generation} of {name} was built by other code than is installed here."
