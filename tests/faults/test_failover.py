@@ -286,6 +286,37 @@ def test_a_restored_copy_has_overtaken_a_transaction_of_which_the_log_has_a_half
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("chunked", [False, True], ids=["at once", "chunked"])
+@pytest.mark.parametrize("promoted", [False, True], ids=["restored", "promoted"])
+def test_an_initial_snapshot_starts_again_on_a_server_that_is_behind(
+    pair: Pair, *, promoted: bool, chunked: bool
+) -> None:
+    """What the first attempt published has versions above all that the second server has; nothing of it stays (S6)."""
+    pair.copy(standby=promoted, slots=False)
+    with serving(pair.settings, plain=Plain):
+        view = Plain(pair.settings, "plain")
+        if promoted:
+            pair.follow()
+            pair.second.stop()
+        execute(pair.settings, BIG, "UPDATE items SET n = -n", "DELETE FROM items WHERE id = 6")
+        before = captured_by_half(pair.settings)
+        assert before.snapshot == "running"
+        pair.first.kill()
+        pair.second.start()
+        if promoted:
+            pair.promote()
+            while now(pair.after) <= before.version.lsn:  # only the timeline tells that it was behind
+                execute(pair.after, "SELECT pg_switch_wal()", "UPDATE items SET n = 7 WHERE id = 7")
+        execute(pair.after, "INSERT INTO items VALUES (100, 100)")
+        with capturing(pair.after, chunked=chunked) as capture:
+            capture.hear("streaming")
+            assert not any("nothing was lost" in line for line in capture.said)
+            execute(pair.after, "DELETE FROM items WHERE id = 8")
+            equal(pair.after, capture, view)
+        assert view.version(1).epoch == 2
+
+
+@pytest.mark.timeout(300)
 def test_a_standby_is_no_source_yet(pair: Pair) -> None:
     """Somebody may be about to promote it: capture that has run before waits for that."""
     pair.copy(standby=True)
