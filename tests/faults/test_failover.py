@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 
+from headrace.change import Checkpoint
 from headrace.errors import Transient
+from headrace.log import CutWriter, Log
 from headrace.settings import Settings
 from headrace_capture.recovery import recover
 from headrace_ops import guard
@@ -24,12 +27,14 @@ from tests.fixtures.capture import (
     changes,
     eventually,
     execute,
+    now,
     prepare,
     refused,
     replay,
     rows,
     selected,
 )
+from tests.fixtures.mortal import Died, Life, MortalLog
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
 
@@ -69,6 +74,17 @@ class Pair:
         behind = f"SELECT pg_last_wal_replay_lsn() >= '{lsn}'"
         eventually("the standby follows", lambda: rows(self.after, behind) == [(True,)])
 
+    def sync_slot(self, capture: Running) -> None:
+        """Wait until the standby has the slot."""
+        synced = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{self.settings.slot}' AND NOT temporary"
+
+        def there() -> bool:
+            execute(self.settings, "SELECT pg_log_standby_snapshot()")  # what makes a slot move on
+            capture.reach()
+            return bool(rows(self.after, synced))
+
+        eventually("the slot is there too", there)
+
     def promote(self) -> None:
         """Lose the first; the second takes over."""
         self.first.kill()
@@ -83,6 +99,38 @@ def pair(settings: Settings) -> Iterator[Pair]:
         made = Pair(Postgres(first, spread=True), Postgres(second, spread=True), settings)
         prepare(made.settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 20) i")
         yield made
+
+
+class HalfLog(MortalLog):
+    """A log whose capture dies when the first cut with a part of a transaction, or of the initial snapshot, is there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._end = (life := Life()).end
+        super().__init__(settings, life)
+
+    def writer(self) -> CutWriter:
+        writer = super().writer()
+        seal = writer.seal
+
+        def sealing(**named: Any) -> Checkpoint:
+            sealed = seal(**named)
+            if not sealed.complete and any(map(any, sealed.ends.values())):
+                self._end()
+            return sealed
+
+        writer.seal = sealing  # type: ignore[method-assign]
+        return writer
+
+
+def captured_by_half(settings: Settings) -> Checkpoint:
+    """Run capture until it dies; return its last checkpoint."""
+    settings = replace(settings, cut_records=1000)
+    running = Running(settings, HalfLog(settings))
+    running.join()
+    assert isinstance(running.error, Died), running.error
+    newest = Log(settings).newest_checkpoint()
+    assert newest
+    return newest
 
 
 @contextmanager
@@ -113,14 +161,7 @@ def test_a_standby_with_the_slot_takes_over(pair: Pair) -> None:
         with capturing(pair.settings) as capture:
             capture.hear("streaming")
             execute(pair.settings, "UPDATE items SET n = -n WHERE id < 5", "DELETE FROM items WHERE id = 6")
-            synced = f"SELECT 1 FROM pg_replication_slots WHERE slot_name = '{pair.settings.slot}' AND NOT temporary"
-
-            def there() -> bool:
-                execute(pair.settings, "SELECT pg_log_standby_snapshot()")  # what makes a slot move on
-                capture.reach()
-                return bool(rows(pair.after, synced))
-
-            eventually("the slot is there too", there)
+            pair.sync_slot(capture)
         pair.follow()
         pair.promote()
         execute(pair.after, "DELETE FROM items WHERE id = 7", "INSERT INTO items VALUES (100, 100)")
@@ -201,6 +242,78 @@ def test_a_restored_copy_on_the_same_timeline(pair: Pair) -> None:
         pair.first.kill()
         pair.second.start()
         mend(pair.after, "source-behind-log", view)
+
+
+BIG = "INSERT INTO items SELECT i, 0 FROM generate_series(200, 20000) i"
+
+
+@pytest.mark.timeout(300)
+def test_a_standby_that_lacks_a_transaction_of_which_the_log_has_a_half(pair: Pair) -> None:
+    """It has all that is whole in the log, and its slot: the half is refused all the same, and taken back (S5)."""
+    pair.copy(standby=True)
+    with capturing(pair.settings) as capture:
+        pair.sync_slot(capture)
+    with seen(pair.settings) as view:
+        pair.follow()
+        pair.second.stop()
+        execute(pair.settings, BIG)
+        assert captured_by_half(pair.settings).partial
+        pair.first.kill()
+        pair.second.start()
+        pair.promote()
+        execute(pair.after, "UPDATE items SET n = 7 WHERE id = 7", "INSERT INTO items VALUES (100, 100)")
+        mend(pair.after, "timeline-diverged", view)
+
+
+@pytest.mark.timeout(300)
+def test_a_restored_copy_has_overtaken_a_transaction_of_which_the_log_has_a_half(pair: Pair) -> None:
+    """What it sends instead is not taken for the rest, nor for what comes before: it is refused as often as capture starts."""
+    with capturing(pair.settings) as capture:
+        capture.reach()
+    pair.copy(standby=False)
+    with seen(pair.settings) as view:
+        execute(pair.settings, BIG)
+        half = captured_by_half(pair.settings)
+        assert half.partial
+        pair.first.kill()
+        pair.second.start()
+        execute(pair.after, BIG.replace("20000", "5000"))
+        while now(pair.after) <= half.partial[0]:
+            execute(pair.after, "SELECT pg_switch_wal()", "CREATE TABLE IF NOT EXISTS other (id int)")
+        execute(pair.after, "DROP TABLE other", "DELETE FROM items WHERE id = 7")
+        assert refused(replace(pair.after, cut_records=1000)).code == "partial-missing"
+        mend(pair.after, "partial-missing", view)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("chunked", [False, True], ids=["at once", "chunked"])
+@pytest.mark.parametrize("promoted", [False, True], ids=["restored", "promoted"])
+def test_an_initial_snapshot_starts_again_on_a_server_that_is_behind(
+    pair: Pair, *, promoted: bool, chunked: bool
+) -> None:
+    """What the first attempt published has versions above all that the second server has; nothing of it stays (S6)."""
+    pair.copy(standby=promoted, slots=False)
+    with serving(pair.settings, plain=Plain):
+        view = Plain(pair.settings, "plain")
+        if promoted:
+            pair.follow()
+            pair.second.stop()
+        execute(pair.settings, BIG, "UPDATE items SET n = -n", "DELETE FROM items WHERE id = 6")
+        before = captured_by_half(pair.settings)
+        assert before.snapshot == "running"
+        pair.first.kill()
+        pair.second.start()
+        if promoted:
+            pair.promote()
+            while now(pair.after) <= before.version.lsn:  # only the timeline tells that it was behind
+                execute(pair.after, "SELECT pg_switch_wal()", "UPDATE items SET n = 7 WHERE id = 7")
+        execute(pair.after, "INSERT INTO items VALUES (100, 100)")
+        with capturing(pair.after, chunked=chunked) as capture:
+            capture.hear("streaming")
+            assert not any("nothing was lost" in line for line in capture.said)
+            execute(pair.after, "DELETE FROM items WHERE id = 8")
+            equal(pair.after, capture, view)
+        assert view.version(1).epoch == 2
 
 
 @pytest.mark.timeout(300)

@@ -221,25 +221,37 @@ def test_any_other_source_is_refused(captured: Settings, change: dict[str, str])
 
 
 @pytest.mark.parametrize(
-    ("timeline", "left", "code"),
+    ("timeline", "left", "half", "code"),
     [
-        (1, {}, "source-behind-log"),
-        (2, {1: -1}, "timeline-diverged"),
-        (3, {1: 5, 2: 9}, ""),
-        (3, {1: -1, 2: 9}, "timeline-diverged"),
-        (3, {}, "timeline-diverged"),
+        (1, {}, 0, "source-behind-log"),
+        (2, {1: -1}, 0, "timeline-diverged"),
+        (3, {1: 5, 2: 9}, 0, ""),
+        (3, {1: -1, 2: 9}, 0, "timeline-diverged"),
+        (3, {}, 0, "timeline-diverged"),
+        (1, {}, 5, "source-behind-log"),
+        (2, {1: 5}, 5, "timeline-diverged"),
+        (2, {1: 6}, 5, ""),
     ],
-    ids=["restored", "left before", "two failovers", "the first lost something", "not its descendant"],
+    ids=[
+        "restored",
+        "left before",
+        "two failovers",
+        "the first lost something",
+        "not its descendant",
+        "restored amid a transaction",
+        "left amid a transaction",
+        "left after it",
+    ],
 )
 def test_s2_a_timeline_is_accepted_only_if_it_left_at_the_checkpoint_or_later(
-    timeline: int, left: dict[int, int], code: str
+    timeline: int, left: dict[int, int], half: int, code: str
 ) -> None:
-    """`left`: where each earlier timeline was left, counted from the newest checkpoint."""
+    """`left`: where each earlier timeline was left, counted from the newest checkpoint; `half`: the commit that it has only a part of."""
     source = Source("7512", 1, "shop", "s", "p")
-    checkpoint = Checkpoint(Version(1, 1000), 0, 0, {}, source)
+    checkpoint = Checkpoint(Version(1, 1000), 0, 0, {}, source, (1000 + half, 3) if half else None)
     here = Here(
         replace(source, timeline=timeline),
-        1000 - (code == "source-behind-log"),
+        1000 + half - (code == "source-behind-log"),
         tuple((each, 1000 + at) for each, at in left.items()),
     )
     slot = Slot("pgoutput", "shop", None, 1000, "")

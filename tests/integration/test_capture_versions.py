@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
 import psycopg
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from headrace.settings import Settings
 from headrace_capture import catalog, setup, teardown
 from headrace_capture.slot import slot_facts
+from headrace_verify import postgres as verify
 from tests.fixtures.capture import (
     Running,
     capturing,
@@ -33,6 +36,34 @@ SCRIPT = [
     "UPDATE items SET n = 0 WHERE id = 500",
 ]
 T = "public.items"
+
+
+ENDING = ["idle_in_transaction_session_timeout", "idle_session_timeout", "transaction_timeout"]
+"""Settings that end a session; the last one came with 17."""
+
+
+@pytest.mark.parametrize(
+    "connect",
+    [
+        lambda settings: catalog.connect(settings.dsn),
+        lambda settings: catalog.connect_replication(settings.dsn),
+        verify.connect,
+    ],
+    ids=["statements", "replication", "verify"],
+)
+def test_s14_no_session_is_ended_for_taking_long(
+    each_source: Settings, connect: Callable[[Settings], psycopg.Connection[Any]]
+) -> None:
+    """A snapshot, a transaction of the stream or a comparison takes as long as it takes, whatever the database sets for all others."""
+    there = [name for name in ENDING if rows(each_source, f"SELECT FROM pg_settings WHERE name = '{name}'")]
+    assert len(there) == 2 + (rows(each_source, "SHOW server_version_num") >= [("170000",)])
+    database = each_source.dsn.rpartition("/")[2]
+    execute(each_source, *[f"ALTER DATABASE {database} SET {name} = '1h'" for name in there])
+    with closing(connect(each_source)) as connection:
+        connection.rollback()
+        assert {name: connection.execute(f"SHOW {name}".encode()).fetchone() for name in there} == dict.fromkeys(
+            there, ("0",)
+        )
 
 
 def published(settings: Settings) -> list[str]:

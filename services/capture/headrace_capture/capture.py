@@ -153,6 +153,8 @@ class Capture:
         for altered in self._log.configure(checkpoint):
             self._say(f"settings have changed: topic {altered}")
         writer.resume(checkpoint)
+        if checkpoint.snapshot == "running":
+            return checkpoint  # names the server on which that snapshot began
         if checkpoint.source != here.source:
             self._say(
                 f"timeline {here.source.timeline} goes on from timeline {checkpoint.source.timeline}: nothing was lost"
@@ -169,10 +171,12 @@ class Capture:
     ) -> Checkpoint:
         # The intent goes into the log before the slot is made: a slot of ours without it would not be known as ours.
         source = here.source
-        if before:
-            version = Version(before.version.epoch, max(here.lsn, before.version.lsn))
-        else:
-            version = Version(beginnings.new_epoch(self._log), here.lsn)
+        known = before.version.epoch if before else 0
+        # What a snapshot has published that began on a server ahead of this one must be below all that comes (S2).
+        new = before is None or source != before.source or here.lsn < before.version.lsn
+        version = Version(beginnings.new_epoch(self._log, known) if new else known, here.lsn)
+        if before and new:
+            self._say(f"epoch {version.epoch} begins: the initial snapshot began on another server, or on newer data")
         with postgres_errors("looking at the captured tables"):
             beginnings.forget(self._log, writer, connection)
         intent = writer.seal(

@@ -25,8 +25,11 @@ SESSION = {
     "bytea_output": "hex",
     "lc_monetary": "C",
     "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
 }
 """What makes a value's text the same in every session (S14), and what keeps the server from ending a quiet one."""
+_TRANSACTION_TIMEOUT = 170000
+"""The version from which the server may end a long transaction: an older one would refuse a connection with that option."""
 
 
 def connect(
@@ -74,9 +77,12 @@ def _connect(dsn: str, setting: str, options: str, extra: dict[str, Any]) -> Con
         "tcp_user_timeout": given.get("tcp_user_timeout") or "30000",
     }
     try:
-        return psycopg.connect(dsn, autocommit=True, prepare_threshold=None, options=options, **kept, **extra)
+        connection = psycopg.connect(dsn, autocommit=True, prepare_threshold=None, options=options, **kept, **extra)
+        if connection.info.server_version >= _TRANSACTION_TIMEOUT:
+            connection.execute("SET transaction_timeout = 0")
     except psycopg.OperationalError as error:
         raise _explain(error, given, setting) from error
+    return connection
 
 
 def _explain(error: psycopg.OperationalError, given: dict[str, Any], setting: str) -> HeadraceError:

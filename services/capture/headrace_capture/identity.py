@@ -5,7 +5,8 @@ be missing, and names the one command that mends it. Nobody takes a `max()` of p
 keep rows that the server never had.
 
 A failover is followed without any command when nothing was lost by it: the new timeline left the old one at or after the newest
-checkpoint, and the slot is there (a failover slot, on 17 and newer).
+checkpoint, and after the commit of a transaction of which the log has a part (S5); and the slot is there (a failover slot, on 17
+and newer).
 """
 
 from __future__ import annotations
@@ -133,8 +134,12 @@ def _checkpoints_missing(remains: list[str]) -> Misconfigured:
 
 
 def _check_history(checkpoint: Checkpoint, here: Here) -> None:
-    """Hold the timelines against each other: the newest checkpoint must be a point of this server's own past."""
+    """Hold the timelines against each other: the newest checkpoint, and what the log has beyond it, must be this server's own past."""
     at, then, now = checkpoint.version.lsn, checkpoint.source.timeline, here.source.timeline
+    ends = f"The log ends at {format_lsn(at)}"
+    if checkpoint.partial:  # that commit begins where `partial` says, and is wholly there if anything is after it
+        at = checkpoint.partial[0] + 1
+        ends = f"The log ends amid the transaction committed at {format_lsn(at - 1)}"
     left = here.lsn if then == now else dict(here.switches).get(then)
     if left is None:
         raise Misconfigured(
@@ -147,13 +152,13 @@ def _check_history(checkpoint: Checkpoint, here: Here) -> None:
     if then == now:
         raise Misconfigured(
             "source-behind-log",
-            f"The log ends at {format_lsn(at)}, this server's WAL at {format_lsn(left)}: it was restored from older data. "
+            f"{ends}, this server's WAL at {format_lsn(left)}: it was restored from older data. "
             "The log has changes that this server never had.",
             f"Let HEADRACE_DSN name the right server. If this is it: {MEND}",
         )
     raise Misconfigured(
         "timeline-diverged",
-        f"The log ends at {format_lsn(at)} on timeline {then}; this server left that timeline at {format_lsn(left)} "
+        f"{ends} on timeline {then}; this server left that timeline at {format_lsn(left)} "
         f"and is on timeline {now}: the log has changes that it never had.",
         MEND,
     )

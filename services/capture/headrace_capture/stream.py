@@ -203,19 +203,19 @@ class Stream:
 
     def _begin(self, begin: Begin) -> None:
         half = self._half
-        if half and begin.commit_lsn > half[0]:
+        if half and begin.commit_lsn != half[0]:  # nothing lies between the checkpoint and the half one
             raise self._half_is_missing(begin.commit_lsn)
         commit_lsn, commit_ts, xid = begin
         self._stamp = Stamp(Version(self._epoch, commit_lsn), xid, (commit_ts, self._now))
         self._ordinal = 0
-        self._skip = half[1] if half and commit_lsn == half[0] else 0
+        self._skip = half[1] if half else 0
 
     def _half_is_missing(self, lsn: int) -> Misconfigured:
         assert self._half is not None
         return Misconfigured(
             "partial-missing",
             f"The log holds half of the transaction committed at {format_lsn(self._half[0])}; "
-            f"Postgres went on to {format_lsn(lsn)} without it.",
+            f"Postgres goes on at {format_lsn(lsn)} without it.",
             MEND,
         )
 

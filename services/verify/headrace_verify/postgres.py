@@ -24,9 +24,12 @@ from headrace.settings import Settings
 Connection = psycopg.Connection[tuple[Any, ...]]
 _SESSION = (
     "-c search_path= -c client_encoding=UTF8 -c row_security=off -c DateStyle=ISO,MDY -c IntervalStyle=postgres -c TimeZone=UTC "
-    "-c extra_float_digits=1 -c bytea_output=hex -c lc_monetary=C -c statement_timeout=0 -c idle_in_transaction_session_timeout=0"
+    "-c extra_float_digits=1 -c bytea_output=hex -c lc_monetary=C -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 "
+    "-c idle_session_timeout=0"
 )
-"""The settings of S14: values read here and by capture have one text."""
+"""The settings of S14: values read here and by capture have one text; and the server ends no session for taking long."""
+_TRANSACTION_TIMEOUT = 170000
+"""The version from which the server may end a long transaction: an older one would refuse a connection with that option."""
 
 _FETCH = 200
 
@@ -151,11 +154,17 @@ def connect(settings: Settings) -> Connection:
         Misconfigured: `postgres-refused`.
     """
     try:
-        return psycopg.connect(settings.dsn, options=_SESSION, connect_timeout=10, application_name="headrace verify")
+        connection = psycopg.connect(
+            settings.dsn, options=_SESSION, connect_timeout=10, application_name="headrace verify"
+        )
+        if connection.info.server_version >= _TRANSACTION_TIMEOUT:
+            connection.execute("SET transaction_timeout = 0")
+            connection.commit()
     except psycopg.ProgrammingError:  # its text may hold the password
         raise Misconfigured("postgres-dsn", "HEADRACE_DSN is not a connection string.", "Change it.") from None
     except psycopg.OperationalError as error:
         raise _explained(" ".join(str(error).split())) from error
+    return connection
 
 
 def _explained(text: str) -> HeadraceError:
