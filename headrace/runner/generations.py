@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from headrace.change import Version
@@ -22,7 +23,7 @@ from headrace.runner.worker import Worker
 
 PAUSED, DROPPED = "paused", "dropped"
 CALL_SECONDS = 120.0
-_STANDING = "standing"
+_STANDING, _SHOWN = "standing", "shown"
 _STATE_SECONDS = 15.0
 
 
@@ -50,6 +51,7 @@ class Generations:
         self._shelf = Shelf(log)
         self.reporting = threading.Lock()
         self._remembers = self._tidy = False
+        self._shown: list[int] = []
         self._first: Future[None] | None = None
 
     @cached_property
@@ -66,8 +68,9 @@ class Generations:
         """Look at the store, and begin what is missing: the first build too, unless the view is to stay dropped."""
         self.none = Generation(self.name, 0, self.fingerprint)  # taken of the code as it was loaded, whatever is away
         if not self._remembers:
-            (kept,) = self._control.kept(self.name, _STANDING)
+            kept, shown = self._control.kept(self.name, _STANDING, _SHOWN)
             self.standing = kept.get("", {}).get("phase", "")
+            self._shown = shown.get("", {}).get("generations", [])
             self._remembers = True
         held = {generation.number: generation for generation in self._store.generations()}
         if not self._tidy:  # what a drop that was cut short has left
@@ -79,6 +82,7 @@ class Generations:
         if not self._tidy:
             self._forget_lost()
             self._tidy = True
+        self._note_live()
 
     def _serve(self, held: dict[int, Generation]) -> None:
         """Begin what the store holds and nothing serves, the first build when there is none."""
@@ -98,6 +102,22 @@ class Generations:
         for report in self._control.reports().get(self.name, []):
             if report.generation and report.generation not in self.workers:
                 self._control.forget(self.name, report.generation)
+
+    def _note_live(self) -> None:
+        """Keep which generations readers have seen, in their order up to the live one: one that was left by a rollback is not among them.
+
+        It is a record of control, since not all that is older than the live one was ever live.
+        """
+        live = self.live()
+        if live is not None:
+            number = live.generation.number
+            there = [each for each in self._shown if each in self.workers]
+            self._keep_shown([*takewhile(lambda each: each != number, there), number])
+
+    def _keep_shown(self, shown: list[int]) -> None:
+        if shown != self._shown:
+            self._control.keep(self.name, _SHOWN, {"generations": shown} if shown else None)
+            self._shown = shown
 
     def first_builds(self) -> list[int]:
         """Return the generations that show a state while, as of the last look, none is live."""
@@ -151,6 +171,11 @@ class Generations:
     def live(self) -> Worker | None:
         """Return the worker of the generation that readers see."""
         return next((worker for worker in self.workers.values() if worker.generation.live), None)
+
+    def before(self, live: Worker) -> Worker | None:
+        """Return the worker of the generation that readers saw before the live one, of those that are there."""
+        before = list(takewhile(lambda each: each != live.generation.number, self._shown))
+        return next((self.workers[each] for each in reversed(before) if each in self.workers), None)
 
     def worker(self, number: int | None) -> Worker:
         """Return the worker of a generation, of the live one when None. Raises Misconfigured: `no-such-generation`."""
@@ -210,6 +235,7 @@ class Generations:
             self.workers.pop(number, None)
             self._control.forget(self.name, number)
         self._shelf.clear(self.name, lambda each: each == number)
+        self._keep_shown([each for each in self._shown if each != number])
 
     def wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
         """Return what `function(consumer)` returns in the worker's thread. Raises Transient: `worker-busy`; then it has not been begun,

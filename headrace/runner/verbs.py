@@ -68,8 +68,9 @@ class Verbs:
         if building is None or building is live or building.still or (live and newest < live.generation.number):
             building = made.begin(Generation(self._name, made.next(), made.fingerprint))
         elif building.state.phase == "stopped":
-            made.end(building)
             refused = isinstance(building.state.error, Refused)
+            if not refused:  # one that is answers yet
+                made.end(building)
             building = made.begin(replace(building.generation, number=made.next() if refused else newest))
         return {"generation": building.generation.number}
 
@@ -107,15 +108,16 @@ class Verbs:
         return self._generations.worker(number or max(newer))
 
     def _rollback(self, request: Request) -> Answer:
+        """Go back to what readers saw before: never to a build that they never saw, which its gate may have refused."""
         live = self._generations.worker(None)
-        older = [n for n in self._generations.workers if n < live.generation.number]
-        if not older:
+        before = self._generations.before(live)
+        if before is None:
             raise Misconfigured(
                 "nothing-to-roll-back-to",
-                f"{self._name} has no generation before {live.generation.number}.",
-                "See: headrace status",
+                f"{self._name} has no generation that was live before {live.generation.number}.",
+                f"See: headrace status. For another one: headrace promote {self._name} --generation N",
             )
-        return self._switch(self._generations.workers[max(older)], stale=bool(request.args.get("stale")))
+        return self._switch(before, stale=bool(request.args.get("stale")))
 
     def _switch(self, target: Worker, at: Version = NOWHERE, *, stale: bool = False) -> Answer:
         """Move the store's pointer so that no reader goes back in time: the old one stops at L, the new one reaches L (S24).

@@ -446,6 +446,58 @@ def test_each_code_goes_on_with_its_own_generation_and_leaves_the_other_as_it_is
         assert view.rows() == {KEY: 3}
 
 
+class Newest(Plain):
+    """Other code once more."""
+
+
+def test_a_rollback_goes_to_what_readers_saw_and_not_to_a_build_that_they_never_saw(
+    feed: Feed, settings: Settings
+) -> None:
+    """Its gate may have refused it. Each code is deployed by a process of its own."""
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+    with serving(settings, plain=Newer) as control:
+        await_phase(control, "plain", 1, "stale")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+    last = feed.cut((ITEMS, 1, 2))
+    with serving(settings, plain=Newest) as control:
+        await_phase(control, "plain", 2, "stale")
+        assert control.ask("plain", "rebuild") == {"generation": 3}
+        await_phase(control, "plain", 3, "following")
+        control.ask("plain", "promote")
+        assert view.rows() == {KEY: 2}
+        refused = command(settings, "rollback", "plain").exception
+        assert isinstance(refused, HeadraceError)
+        assert "plain-g1 is at" in refused.message, "not the second: it is not what was there before"
+    with serving(settings, plain=Plain) as control:
+        eventually("its own goes on", lambda: report(control, "plain", 1).version == last.version)
+        assert orjson.loads(command(settings, "rollback", "plain", "--json").stdout)["generation"] == 1
+        none = command(settings, "rollback", "plain").exception
+        assert isinstance(none, HeadraceError)
+        assert none.code == "nothing-to-roll-back-to"
+
+
+def test_rollbacks_go_back_the_way_that_readers_were_led(feed: Feed, settings: Settings) -> None:
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        for number in (2, 3, 4):
+            assert control.ask("plain", "rebuild") == {"generation": number}
+            await_phase(control, "plain", number, "following")
+            control.ask("plain", "promote")
+        control.ask("plain", "drop", {"generation": 3})
+        assert control.ask("plain", "rollback")["generation"] == 2, "the third is gone"
+        assert control.ask("plain", "rollback")["generation"] == 1
+        control.ask("plain", "promote", {"generation": 4})
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 4, "live")
+        assert control.ask("plain", "rollback")["generation"] == 1, "it was left for this one, not the second"
+    assert [generation.live for generation in Plain(settings, "plain").generations()] == [True, False, False]
+
+
 # Gates
 
 
