@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
+from copy import deepcopy
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from headrace.change import Version
 from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
-from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.parked import Shelf
@@ -184,6 +185,21 @@ class Generations:
             wanted = "no live generation" if number is None else f"no generation {number}"
             raise Misconfigured("no-such-generation", f"{self.name} has {wanted}.", "See: headrace status")
         return worker
+
+    def refusal(self, worker: Worker) -> HeadraceError | None:
+        """Return why a generation has stopped; of one of other code, which opens no reader, why that would be refused (I12).
+
+        Raises:
+            Transient: `kafka-away`.
+        """
+        if not worker.still or worker.opened is None:
+            return worker.state.error if worker.state.phase == "stopped" else None
+        with suppress(Misconfigured):
+            try:
+                self._log.reader(self._store.tables, deepcopy(worker.opened)).close()
+            except Refused as error:
+                return error
+        return None
 
     # Beginning and ending
 

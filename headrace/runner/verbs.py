@@ -85,7 +85,7 @@ class Verbs:
         if target is not live:
             _check_caught_up(target)
             _check_whole(target, live)
-        return {"generation": target.generation.number, "version": list(_held(live, target, HOLD_SECONDS))}
+        return {"generation": target.generation.number, "version": list(self._held(live, target, HOLD_SECONDS))}
 
     def _release(self, _request: Request) -> Answer:
         live = self._generations.live()
@@ -139,7 +139,7 @@ class Verbs:
         return {"generation": target.generation.number, "version": list(target.state.version)}
 
     def _meet(self, live: Worker | None, target: Worker, at: Version) -> None:
-        held = _held(live, target, 2 * CALL_SECONDS)
+        held = self._held(live, target, 2 * CALL_SECONDS)
         if at != NOWHERE and held > at:
             said = f"it was held for {HOLD_SECONDS:.0f} s, or its process started again."
             raise Transient("hold-ended", f"{self._name} went on to {held}: {said}", "Promote them again.")
@@ -152,9 +152,38 @@ class Verbs:
                 if target.paused
                 else "Use rollback --stale to accept that, or rebuild.",
             )
-        if live is not None and _seen(live, target) > wanted:
+        if live is not None and self._seen(live, target) > wanted:
             said = f"{self._name} waited, and went on to {live.state.version} when it came back."
             raise Transient("hold-ended", said, "Promote it again.")
+
+    def _held(self, live: Worker | None, target: Worker, seconds: float) -> Version:
+        """Stop the live generation for so long; return what readers have seen, NOWHERE when there is none.
+
+        One that waits is not waited for.
+        """
+        if live is None:
+            return NOWHERE
+        live.stand(seconds)
+        if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
+            held = live.hold(seconds, _PATIENCE_SECONDS)
+            if not live.still:
+                return held
+        return self._seen(live, target)
+
+    def _seen(self, live: Worker, target: Worker) -> Version:
+        """Return what readers have seen; NOWHERE where that is of another log than the one that `target` follows.
+
+        Perhaps no build ever reaches it then.
+
+        Raises:
+            Misconfigured: `not-caught-up`: then, while it could still show what was long before.
+        """
+        error = self._generations.refusal(live)
+        if error is None or error.code not in _ANOTHER_LOG:
+            return live.state.version
+        if target.state.phase == "catching up":
+            raise _not_caught_up(target)
+        return NOWHERE if target.state.phase == "following" else live.state.version
 
     # Standing still, and going
 
@@ -204,27 +233,3 @@ def _check_whole(target: Worker, live: Worker | None) -> None:
     """Refuse to show readers of a live generation another that lacks what is parked (S24); the first one goes live without."""
     if live is not None and target.state.parked:
         raise records_parked(target.generation.consumer, target.generation.number, target.state.parked)
-
-
-def _held(live: Worker | None, target: Worker, seconds: float) -> Version:
-    """Stop the live generation for so long; return what readers have seen, NOWHERE when there is none. One that waits is not waited for."""
-    if live is None:
-        return NOWHERE
-    live.stand(seconds)
-    if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
-        return live.hold(seconds, _PATIENCE_SECONDS)
-    return _seen(live, target)
-
-
-def _seen(live: Worker, target: Worker) -> Version:
-    """Return what readers have seen; NOWHERE where that is of another log than the one that `target` follows: perhaps no build reaches it.
-
-    Raises:
-        Misconfigured: `not-caught-up`: then, while it could still show what was long before.
-    """
-    error = live.state.error
-    if live.state.phase != "stopped" or error is None or error.code not in _ANOTHER_LOG:
-        return live.state.version
-    if target.state.phase == "catching up":
-        raise _not_caught_up(target)
-    return NOWHERE if target.state.phase == "following" else live.state.version

@@ -92,6 +92,7 @@ class Worker(threading.Thread):
         still: It only answers calls and applies nothing: the generation is of other code than the process's.
         paused: So it is for now, because somebody asked for it. Afterwards the view is opened anew, so that a position that has grown
             too old meanwhile is refused (S19).
+        opened: The position that the view had when it was opened; as it is while still.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Worker(threading.Thread):
         self.still = still
         self.paused = False
         self.state = State()
+        self.opened: Position | None = None
         self._log = log
         self._make = make
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
@@ -201,7 +203,7 @@ class Worker(threading.Thread):
         consumer = self._make()
         consumer.progress = self._progress
         try:
-            position = consumer.open(self.generation)
+            position = self.opened = consumer.open(self.generation)
             known = position or Position()
             self._stood = None
             self._parking.open(position)

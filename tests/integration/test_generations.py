@@ -83,6 +83,10 @@ class Noted(Plain):
         super().promote()
 
 
+class NotedAnew(Noted):
+    """Other code."""
+
+
 @pytest.fixture
 def feed(settings: Settings) -> Feed:
     return Feed(settings)
@@ -712,10 +716,14 @@ def test_a_replay_against_a_view_that_nobody_runs_says_so(feed: Feed, settings: 
     assert ended.code == "consumer-not-running"
 
 
+@pytest.mark.parametrize(("code", "phase"), [(Plain, "stopped"), (Newer, "stale")])
 def test_a_build_of_a_log_that_was_begun_anew_is_promoted_though_its_versions_are_lower(
-    feed: Feed, settings: Settings
+    feed: Feed, settings: Settings, code: type[Plain], phase: str
 ) -> None:
-    """Kafka's volume was lost, or the database came to a server with lower LSNs: what readers have seen is no state of this log."""
+    """Kafka's volume was lost, or the database came to a server with lower LSNs: what readers have seen is no state of this log.
+
+    Perhaps new code comes with it, which opens no reader for the old view.
+    """
     feed.epoch, feed.lsn = 2, 10_000
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Plain) as control:
@@ -726,10 +734,30 @@ def test_a_build_of_a_log_that_was_begun_anew_is_promoted_though_its_versions_ar
     eventually("they are gone", lambda: not log.topics.names() & set(own))
     anew = Feed(settings)
     anew.cut((ITEMS, 1, 2))
-    with serving(settings, plain=Plain) as control:
-        await_phase(control, "plain", 1, "stopped")
-        assert report(control, "plain", 1).code == "position-ahead"
+    with serving(settings, plain=code) as control:
+        assert await_phase(control, "plain", 1, phase).code == ("position-ahead" if code is Plain else "")
         assert control.ask("plain", "rebuild") == {"generation": 2}
         await_phase(control, "plain", 2, "following")
         (promoted,) = together.promote(control, {"plain": None})
         assert (promoted["generation"], Version(*promoted["version"]).epoch) == (2, 1)
+
+
+def test_a_build_of_another_source_is_promoted_over_a_view_of_older_code(feed: Feed, settings: Settings) -> None:
+    """The database came under another HEADRACE_SOURCE, to a server with lower LSNs, with new code; two views are promoted together."""
+    Noted.may.set()
+    Noted.fails.clear()
+    Noted.refuses.clear()
+    feed.lsn = 10_000
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, one=Noted, other=Noted) as control:
+        await_live(control, "one", "other")
+    settings = replace(settings, source=f"{settings.source}_b")
+    Feed(settings).cut((ITEMS, 1, 2))
+    with serving(settings, one=NotedAnew, other=NotedAnew) as control:
+        for name in ("one", "other"):
+            await_phase(control, name, 1, "stale")
+            assert control.ask(name, "rebuild") == {"generation": 2}
+            await_phase(control, name, 2, "following")
+        done = together.promote(control, {"one": None, "other": None})
+        assert [each["generation"] for each in done] == [2, 2]
+    assert Noted(settings, "other").rows() == {KEY: 2}
