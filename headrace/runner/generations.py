@@ -132,7 +132,7 @@ class Generations:
         ready = self._ready()
         if ready and (self._first is None or self._first.done()):
             newest = max(ready, key=lambda worker: worker.generation.number)
-            self._first = newest.call(lambda consumer: consumer.promote() if newest.state.exact else None)
+            self._first = newest.call(lambda consumer: newest.promote(consumer) if newest.state.exact else None)
 
     def stay(self, phase: str) -> None:
         """Let the view stay so, also after a restart; empty: let it go on. A paused one stands when this returns.

@@ -131,7 +131,7 @@ class Verbs:
                 if not stale:
                     _check_whole(target, live)
                     self._meet(live, target, at)
-                self._generations.wait_for(target, lambda consumer: consumer.promote())
+                self._generations.wait_for(target, target.promote)
         finally:
             if live is not None:
                 live.release()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,10 +18,11 @@ import orjson
 import pytest
 from typer.testing import CliRunner, Result
 
-from headrace.change import NOWHERE, Position, Version
+from headrace.change import NOWHERE, Change, Position, Version
 from headrace.cli import app, together
 from headrace.consumer import Batch, Generation
 from headrace.control import Control, Report
+from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Transient, Wiped
 from headrace.log import Log
 from headrace.runner import generations, verbs
@@ -761,3 +762,45 @@ def test_a_build_of_another_source_is_promoted_over_a_view_of_older_code(feed: F
         done = together.promote(control, {"one": None, "other": None})
         assert [each["generation"] for each in done] == [2, 2]
     assert Noted(settings, "other").rows() == {KEY: 2}
+
+
+class Calls(EffectConsumer):
+    """Tells a list, while somebody listens."""
+
+    tables = (ITEMS,)
+    told: ClassVar[list[int]] = []
+    away: ClassVar[threading.Event] = threading.Event()
+
+    def effect(self, changes: Sequence[Change]) -> None:
+        if self.away.is_set():
+            raise Transient("calls-away", "Nobody listens.", "Wait.")
+        self.told.extend(change.row["n"] for change in changes if change.row)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_no_token_is_answered_after_a_promotion_before_the_effects_up_to_it_are_done(
+    feed: Feed, settings: Settings, paused: bool
+) -> None:
+    """S25: the live one waited for its receiver, the build has gone on. Nothing new comes that would tell it of its position."""
+    Calls.told.clear()
+    Calls.away.clear()
+    first = feed.cut((ITEMS, 1, 1))
+    with serving(settings, calls=Calls) as control:
+        await_live(control, "calls")
+        control.ask("calls", "rebuild")
+        await_phase(control, "calls", 2, "following")
+        Calls.away.set()
+        last = feed.cut((ITEMS, 1, 2))
+        eventually("the build goes on", lambda: report(control, "calls", 2).version == last.version)
+        await_phase(control, "calls", 1, "waiting")
+        if paused:
+            control.ask("calls", "pause")
+        assert Version(*control.ask("calls", "promote")["version"]) <= first.version
+        assert report(control, "calls", 2).live
+        assert report(control, "calls", 2).version <= first.version
+        eventually("it is opened there", lambda: report(control, "calls", 2).version == first.version)
+        Calls.away.clear()
+        if paused:
+            control.ask("calls", "resume")
+        eventually("it is done", lambda: report(control, "calls", 2).version == last.version)
+        assert Calls.told == [2]
