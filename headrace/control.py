@@ -7,7 +7,7 @@ One compacted topic, `headrace.control`. Keys are ``{"source","name","kind","id"
 - ``answer``, id = the request's: what the runner says to it;
 - ``clock``: a tombstone, for the broker's time of it, when the clock here may differ: ages are counted by the broker's clock;
 - anything else is a service's own memory, kept beside them (capture's ``resnapshot`` and ``catalogue``, written in its cuts; a
-  runner's ``standing``: whether its view is to stay paused or dropped).
+  runner's ``standing``: whether its view is to stay paused or dropped; and ``shown``: which generations readers have seen).
 
 Kafka has no compare-and-set, so there is one writer of reports and answers for each name: its runner (S30). A report older than
 `DEAD_SECONDS` is of a process that died. Rows go to `headrace.answers`, in pages keyed by the request's id: a page has as many rows as

@@ -53,11 +53,13 @@ class EffectConsumer:
     Class attributes:
         name: Names the consumer; by default the entry point's name.
         tables: ``schema.table`` of each table that it reads, or ALL.
+        moved: `promote` has moved the position.
     """
 
     name: str = ""
     tables: Collection[str] = ()
     mirrors_rows: ClassVar[bool] = False
+    moved = False
     progress: Callable[[int, int], None]
 
     def __init__(self, settings: Settings, name: str) -> None:
@@ -145,6 +147,7 @@ class EffectConsumer:
                 query = "UPDATE generations SET position = ?, owner = NULL WHERE number = ?"
                 db.execute(query, (codec.encode_position(before), self._number))
             db.execute("COMMIT")
+        self.moved = before is not None
 
     def _before(self, db: sqlite3.Connection) -> Position | None:
         """Return where the live generation has stopped, if this one may go on from there, as far as its own position tells (I12).

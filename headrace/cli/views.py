@@ -132,7 +132,7 @@ def rollback(
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Let readers see the generation before again.
+    """Let readers see again what was live before; a build that was never promoted is not gone back to.
 
     Exit codes: 0 it is live again; 3 there is none, it is behind (see --stale), or no process runs it; 5 a server or that
     process does not answer.

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
+from copy import deepcopy
 from functools import cached_property, partial
+from itertools import takewhile
 from typing import Any
 
 from headrace.change import Version
 from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
-from headrace.errors import HeadraceError, Misconfigured, Transient
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.parked import Shelf
@@ -22,7 +24,7 @@ from headrace.runner.worker import Worker, as_ours
 
 PAUSED, DROPPED = "paused", "dropped"
 CALL_SECONDS = 120.0
-_STANDING = "standing"
+_STANDING, _SHOWN = "standing", "shown"
 _STATE_SECONDS = 15.0
 
 
@@ -51,6 +53,7 @@ class Generations:
         self._shelf = Shelf(log)
         self.reporting = threading.Lock()
         self._remembers = self._tidy = False
+        self._shown: list[int] = []
         self._first: Future[None] | None = None
         self.unpromoted: dict[int, HeadraceError] = {}
 
@@ -68,8 +71,9 @@ class Generations:
         """Look at the store, and begin what is missing: the first build too, unless the view is to stay dropped."""
         self.none = Generation(self.name, 0, self.fingerprint)  # taken of the code as it was loaded, whatever is away
         if not self._remembers:
-            (kept,) = self._control.kept(self.name, _STANDING)
+            kept, shown = self._control.kept(self.name, _STANDING, _SHOWN)
             self.standing = kept.get("", {}).get("phase", "")
+            self._shown = shown.get("", {}).get("generations", [])
             self._remembers = True
         held = {generation.number: generation for generation in self._store.generations()}
         if not self._tidy and (held or self.standing == DROPPED):
@@ -82,6 +86,7 @@ class Generations:
         if not self._tidy:
             self._forget_lost()
             self._tidy = True
+        self._note_live()
 
     def _serve(self, held: dict[int, Generation]) -> None:
         """Begin what the store holds and nothing serves, the first build when there is none."""
@@ -104,6 +109,22 @@ class Generations:
             if report.generation and report.generation not in self.workers:
                 self._control.forget(self.name, report.generation)
 
+    def _note_live(self) -> None:
+        """Keep which generations readers have seen, in their order up to the live one: one that was left by a rollback is not among them.
+
+        It is a record of control, since not all that is older than the live one was ever live.
+        """
+        live = self.live()
+        if live is not None:
+            number = live.generation.number
+            there = [each for each in self._shown if each in self.workers]
+            self._keep_shown([*takewhile(lambda each: each != number, there), number])
+
+    def _keep_shown(self, shown: list[int]) -> None:
+        if shown != self._shown:
+            self._control.keep(self.name, _SHOWN, {"generations": shown} if shown else None)
+            self._shown = shown
+
     def first_builds(self) -> list[int]:
         """Return the generations that show a state while, as of the last look, none is live."""
         return [] if self.live() else [worker.generation.number for worker in self._ready()]
@@ -116,7 +137,7 @@ class Generations:
         ready = self._ready()
         if ready and (self._first is None or self._first.done()):
             newest = max(ready, key=lambda worker: worker.generation.number)
-            self._first = newest.call(lambda consumer: consumer.promote() if newest.state.exact else None)
+            self._first = newest.call(lambda consumer: newest.promote(consumer) if newest.state.exact else None)
             self._first.add_done_callback(partial(self._note_first, newest.generation.number))
 
     def _note_first(self, number: int, tried: Future[None]) -> None:
@@ -166,6 +187,11 @@ class Generations:
         """Return the worker of the generation that readers see."""
         return next((worker for worker in self.workers.values() if worker.generation.live), None)
 
+    def before(self, live: Worker) -> Worker | None:
+        """Return the worker of the generation that readers saw before the live one, of those that are there."""
+        before = list(takewhile(lambda each: each != live.generation.number, self._shown))
+        return next((self.workers[each] for each in reversed(before) if each in self.workers), None)
+
     def worker(self, number: int | None) -> Worker:
         """Return the worker of a generation, of the live one when None. Raises Misconfigured: `no-such-generation`."""
         worker = self.live() if number is None else self.workers.get(number)
@@ -173,6 +199,21 @@ class Generations:
             wanted = "no live generation" if number is None else f"no generation {number}"
             raise Misconfigured("no-such-generation", f"{self.name} has {wanted}.", "See: headrace status")
         return worker
+
+    def refusal(self, worker: Worker) -> HeadraceError | None:
+        """Return why a generation has stopped; of one of other code, which opens no reader, why that would be refused (I12).
+
+        Raises:
+            Transient: `kafka-away`.
+        """
+        if not worker.still or worker.opened is None:
+            return worker.state.error if worker.state.phase == "stopped" else None
+        with suppress(Misconfigured):
+            try:
+                self._log.reader(self._store.tables, deepcopy(worker.opened)).close()
+            except Refused as error:
+                return error
+        return None
 
     # Beginning and ending
 
@@ -224,6 +265,7 @@ class Generations:
             self.workers.pop(number, None)
             self._control.forget(self.name, number)
         self._shelf.clear(self.name, lambda each: each == number)
+        self._keep_shown([each for each in self._shown if each != number])
 
     def wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
         """Return what `function(consumer)` returns in the worker's thread. Raises Transient: `worker-busy`; then it has not been begun,

@@ -68,8 +68,9 @@ class Verbs:
         if building is None or building is live or building.still or (live and newest < live.generation.number):
             building = made.begin(Generation(self._name, made.next(), made.fingerprint))
         elif building.state.phase == "stopped":
-            made.end(building)
             refused = isinstance(building.state.error, Refused)
+            if not refused:  # one that is answers yet
+                made.end(building)
             building = made.begin(replace(building.generation, number=made.next() if refused else newest))
         self._told()
         return {"generation": building.generation.number}
@@ -85,7 +86,7 @@ class Verbs:
         if target is not live:
             _check_caught_up(target)
             _check_whole(target, live)
-        return {"generation": target.generation.number, "version": list(_held(live, target, HOLD_SECONDS))}
+        return {"generation": target.generation.number, "version": list(self._held(live, target, HOLD_SECONDS))}
 
     def _release(self, _request: Request) -> Answer:
         live = self._generations.live()
@@ -108,15 +109,16 @@ class Verbs:
         return self._generations.worker(max(newer) if number is None else number)
 
     def _rollback(self, request: Request) -> Answer:
+        """Go back to what readers saw before: never to a build that they never saw, which its gate may have refused."""
         live = self._generations.worker(None)
-        older = [n for n in self._generations.workers if n < live.generation.number]
-        if not older:
+        before = self._generations.before(live)
+        if before is None:
             raise Misconfigured(
                 "nothing-to-roll-back-to",
-                f"{self._name} has no generation before {live.generation.number}.",
-                "See: headrace status",
+                f"{self._name} has no generation that was live before {live.generation.number}.",
+                f"See: headrace status. For another one: headrace promote {self._name} --generation N",
             )
-        return self._switch(self._generations.workers[max(older)], stale=bool(request.args.get("stale")))
+        return self._switch(before, stale=bool(request.args.get("stale")))
 
     def _switch(self, target: Worker, at: Version = NOWHERE, *, stale: bool = False) -> Answer:
         """Move the store's pointer so that no reader goes back in time: the old one stops at L, the new one reaches L (S24).
@@ -130,7 +132,7 @@ class Verbs:
                 if not stale:
                     _check_whole(target, live)
                     self._meet(live, target, at)
-                self._generations.wait_for(target, lambda consumer: consumer.promote())
+                self._generations.wait_for(target, target.promote)
         finally:
             if live is not None:
                 live.release()
@@ -138,7 +140,7 @@ class Verbs:
         return {"generation": target.generation.number, "version": list(target.state.version)}
 
     def _meet(self, live: Worker | None, target: Worker, at: Version) -> None:
-        held = _held(live, target, 2 * CALL_SECONDS)
+        held = self._held(live, target, 2 * CALL_SECONDS)
         if at != NOWHERE and held > at:
             said = f"it was held for {HOLD_SECONDS:.0f} s, or its process started again."
             raise Transient("hold-ended", f"{self._name} went on to {held}: {said}", "Promote them again.")
@@ -151,9 +153,38 @@ class Verbs:
                 if target.paused
                 else "Use rollback --stale to accept that, or rebuild.",
             )
-        if live is not None and _seen(live, target) > wanted:
+        if live is not None and self._seen(live, target) > wanted:
             said = f"{self._name} waited, and went on to {live.state.version} when it came back."
             raise Transient("hold-ended", said, "Promote it again.")
+
+    def _held(self, live: Worker | None, target: Worker, seconds: float) -> Version:
+        """Stop the live generation for so long; return what readers have seen, NOWHERE when there is none.
+
+        One that waits is not waited for.
+        """
+        if live is None:
+            return NOWHERE
+        live.stand(seconds)
+        if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
+            held = live.hold(seconds, _PATIENCE_SECONDS)
+            if not live.still:
+                return held
+        return self._seen(live, target)
+
+    def _seen(self, live: Worker, target: Worker) -> Version:
+        """Return what readers have seen; NOWHERE where that is of another log than the one that `target` follows.
+
+        Perhaps no build ever reaches it then.
+
+        Raises:
+            Misconfigured: `not-caught-up`: then, while it could still show what was long before.
+        """
+        error = self._generations.refusal(live)
+        if error is None or error.code not in _ANOTHER_LOG:
+            return live.state.version
+        if target.state.phase == "catching up":
+            raise _not_caught_up(target)
+        return NOWHERE if target.state.phase == "following" else live.state.version
 
     # Standing still, and going
 
@@ -204,27 +235,3 @@ def _check_whole(target: Worker, live: Worker | None) -> None:
     """Refuse to show readers of a live generation another that lacks what is parked (S24); the first one goes live without."""
     if live is not None and target.state.parked:
         raise records_parked(target.generation.consumer, target.generation.number, target.state.parked)
-
-
-def _held(live: Worker | None, target: Worker, seconds: float) -> Version:
-    """Stop the live generation for so long; return what readers have seen, NOWHERE when there is none. One that waits is not waited for."""
-    if live is None:
-        return NOWHERE
-    live.stand(seconds)
-    if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
-        return live.hold(seconds, _PATIENCE_SECONDS)
-    return _seen(live, target)
-
-
-def _seen(live: Worker, target: Worker) -> Version:
-    """Return what readers have seen; NOWHERE where that is of another log than the one that `target` follows: perhaps no build reaches it.
-
-    Raises:
-        Misconfigured: `not-caught-up`: then, while it could still show what was long before.
-    """
-    error = live.state.error
-    if live.state.phase != "stopped" or error is None or error.code not in _ANOTHER_LOG:
-        return live.state.version
-    if target.state.phase == "catching up":
-        raise _not_caught_up(target)
-    return NOWHERE if target.state.phase == "following" else live.state.version

@@ -92,6 +92,7 @@ class Worker(threading.Thread):
         still: It only answers calls and applies nothing: the generation is of other code than the process's.
         paused: So it is for now, because somebody asked for it. Afterwards the view is opened anew, so that a position that has grown
             too old meanwhile is refused (S19).
+        opened: The position that the view had when it was opened; as it is while still.
     """
 
     def __init__(
@@ -100,9 +101,9 @@ class Worker(threading.Thread):
         """Prepare; `start` begins. It reads no further than the checkpoint at `until`."""
         super().__init__(name=f"{generation.consumer}-g{generation.number}", daemon=True)
         self.generation = generation
-        self.still = still
-        self.paused = False
+        self.still, self.paused = still, False
         self.state = State()
+        self.opened: Position | None = None
         self._log = log
         self._make = make
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
@@ -110,8 +111,7 @@ class Worker(threading.Thread):
         self._until = until
         self._parking = Parking(log, generation)
         self._stood: Position | None = None
-        self._hold_until = 0.0
-        self._whole = True
+        self._hold_until, self._whole, self._moved = 0.0, True, False
         self._rate = _Rate()
 
     # What the runner's thread calls
@@ -170,6 +170,13 @@ class Worker(threading.Thread):
         if self._stood is not None and self.state.delayed and not self._resting:
             self._apply(consumer, standing(_copy(self._stood), hurry=True))
 
+    def promote(self, consumer: Consumer) -> None:
+        """Let readers see it, in this thread; where that has moved its position it is opened anew, and is at nothing until then (S25)."""
+        consumer.promote()
+        if getattr(consumer, "moved", False):
+            self._moved = True
+            self._set(version=NOWHERE)
+
     def release(self) -> None:
         """Go on after `hold`."""
         self._hold_until = 0.0
@@ -201,15 +208,15 @@ class Worker(threading.Thread):
         consumer = self._make()
         consumer.progress = self._progress
         try:
-            position = consumer.open(self.generation)
+            position = self.opened = consumer.open(self.generation)
             known = position or Position()
-            self._stood = None
+            self._stood, self._moved = None, False
             self._parking.open(position)
             self._set_held(consumer)  # before the version, which it bounds
             self._set(version=known.version, written=known.appended, inexact=known.inexact)
             if self._resting:
                 self._set(phase="stale" if self.still else "paused", error=None)
-                self._rest(consumer, lambda: self._resting)
+                self._rest(consumer, lambda: self._resting and not self._moved)
                 return
             reader = self._reader(consumer, position)
             newest = reader.newest if isinstance(reader, Reader) else None
@@ -239,7 +246,7 @@ class Worker(threading.Thread):
         mirrored = 0.0
         while not self._stopping.is_set():
             self._answer(consumer)
-            if self._resting:
+            if self._resting or self._moved:
                 return
             if self._whole and time.monotonic() < self._hold_until:
                 if self.state.phase == "waiting":

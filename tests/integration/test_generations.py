@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,10 +18,11 @@ import orjson
 import pytest
 from typer.testing import CliRunner, Result
 
-from headrace.change import NOWHERE, Position, Version
+from headrace.change import NOWHERE, Change, Position, Version
 from headrace.cli import app, together
 from headrace.consumer import Batch, Generation
 from headrace.control import Control, Report
+from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Transient, Wiped
 from headrace.log import Log
 from headrace.runner import generations, verbs
@@ -82,6 +83,10 @@ class Noted(Plain):
             live = next(generation.number for generation in self.generations() if generation.live)
             self.switches.append(Switch(self.name, self.version(live), self.version(self._number)))
         super().promote()
+
+
+class NotedAnew(Noted):
+    """Other code."""
 
 
 @pytest.fixture
@@ -507,6 +512,58 @@ def test_each_code_goes_on_with_its_own_generation_and_leaves_the_other_as_it_is
         assert view.rows() == {KEY: 3}
 
 
+class Newest(Plain):
+    """Other code once more."""
+
+
+def test_a_rollback_goes_to_what_readers_saw_and_not_to_a_build_that_they_never_saw(
+    feed: Feed, settings: Settings
+) -> None:
+    """Its gate may have refused it. Each code is deployed by a process of its own."""
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+    with serving(settings, plain=Newer) as control:
+        await_phase(control, "plain", 1, "stale")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+    last = feed.cut((ITEMS, 1, 2))
+    with serving(settings, plain=Newest) as control:
+        await_phase(control, "plain", 2, "stale")
+        assert control.ask("plain", "rebuild") == {"generation": 3}
+        await_phase(control, "plain", 3, "following")
+        control.ask("plain", "promote")
+        assert view.rows() == {KEY: 2}
+        refused = command(settings, "rollback", "plain").exception
+        assert isinstance(refused, HeadraceError)
+        assert "plain-g1 is at" in refused.message, "not the second: it is not what was there before"
+    with serving(settings, plain=Plain) as control:
+        eventually("its own goes on", lambda: report(control, "plain", 1).version == last.version)
+        assert orjson.loads(command(settings, "rollback", "plain", "--json").stdout)["generation"] == 1
+        none = command(settings, "rollback", "plain").exception
+        assert isinstance(none, HeadraceError)
+        assert none.code == "nothing-to-roll-back-to"
+
+
+def test_rollbacks_go_back_the_way_that_readers_were_led(feed: Feed, settings: Settings) -> None:
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        for number in (2, 3, 4):
+            assert control.ask("plain", "rebuild") == {"generation": number}
+            await_phase(control, "plain", number, "following")
+            control.ask("plain", "promote")
+        control.ask("plain", "drop", {"generation": 3})
+        assert control.ask("plain", "rollback")["generation"] == 2, "the third is gone"
+        assert control.ask("plain", "rollback")["generation"] == 1
+        control.ask("plain", "promote", {"generation": 4})
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 4, "live")
+        assert control.ask("plain", "rollback")["generation"] == 1, "it was left for this one, not the second"
+    assert [generation.live for generation in Plain(settings, "plain").generations()] == [True, False, False]
+
+
 # Gates
 
 
@@ -734,10 +791,14 @@ def test_a_replay_against_a_view_that_nobody_runs_says_so(feed: Feed, settings: 
     assert ended.code == "consumer-not-running"
 
 
+@pytest.mark.parametrize(("code", "phase"), [(Plain, "stopped"), (Newer, "stale")])
 def test_a_build_of_a_log_that_was_begun_anew_is_promoted_though_its_versions_are_lower(
-    feed: Feed, settings: Settings
+    feed: Feed, settings: Settings, code: type[Plain], phase: str
 ) -> None:
-    """Kafka's volume was lost, or the database came to a server with lower LSNs: what readers have seen is no state of this log."""
+    """Kafka's volume was lost, or the database came to a server with lower LSNs: what readers have seen is no state of this log.
+
+    Perhaps new code comes with it, which opens no reader for the old view.
+    """
     feed.epoch, feed.lsn = 2, 10_000
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Plain) as control:
@@ -748,10 +809,72 @@ def test_a_build_of_a_log_that_was_begun_anew_is_promoted_though_its_versions_ar
     eventually("they are gone", lambda: not log.topics.names() & set(own))
     anew = Feed(settings)
     anew.cut((ITEMS, 1, 2))
-    with serving(settings, plain=Plain) as control:
-        await_phase(control, "plain", 1, "stopped")
-        assert report(control, "plain", 1).code == "position-ahead"
+    with serving(settings, plain=code) as control:
+        assert await_phase(control, "plain", 1, phase).code == ("position-ahead" if code is Plain else "")
         assert control.ask("plain", "rebuild") == {"generation": 2}
         await_phase(control, "plain", 2, "following")
         (promoted,) = together.promote(control, {"plain": None})
         assert (promoted["generation"], Version(*promoted["version"]).epoch) == (2, 1)
+
+
+def test_a_build_of_another_source_is_promoted_over_a_view_of_older_code(feed: Feed, settings: Settings) -> None:
+    """The database came under another HEADRACE_SOURCE, to a server with lower LSNs, with new code; two views are promoted together."""
+    Noted.may.set()
+    Noted.fails.clear()
+    Noted.refuses.clear()
+    feed.lsn = 10_000
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, one=Noted, other=Noted) as control:
+        await_live(control, "one", "other")
+    settings = replace(settings, source=f"{settings.source}_b")
+    Feed(settings).cut((ITEMS, 1, 2))
+    with serving(settings, one=NotedAnew, other=NotedAnew) as control:
+        for name in ("one", "other"):
+            await_phase(control, name, 1, "stale")
+            assert control.ask(name, "rebuild") == {"generation": 2}
+            await_phase(control, name, 2, "following")
+        done = together.promote(control, {"one": None, "other": None})
+        assert [each["generation"] for each in done] == [2, 2]
+    assert Noted(settings, "other").rows() == {KEY: 2}
+
+
+class Calls(EffectConsumer):
+    """Tells a list, while somebody listens."""
+
+    tables = (ITEMS,)
+    told: ClassVar[list[int]] = []
+    away: ClassVar[threading.Event] = threading.Event()
+
+    def effect(self, changes: Sequence[Change]) -> None:
+        if self.away.is_set():
+            raise Transient("calls-away", "Nobody listens.", "Wait.")
+        self.told.extend(change.row["n"] for change in changes if change.row)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_no_token_is_answered_after_a_promotion_before_the_effects_up_to_it_are_done(
+    feed: Feed, settings: Settings, paused: bool
+) -> None:
+    """S25: the live one waited for its receiver, the build has gone on. Nothing new comes that would tell it of its position."""
+    Calls.told.clear()
+    Calls.away.clear()
+    first = feed.cut((ITEMS, 1, 1))
+    with serving(settings, calls=Calls) as control:
+        await_live(control, "calls")
+        control.ask("calls", "rebuild")
+        await_phase(control, "calls", 2, "following")
+        Calls.away.set()
+        last = feed.cut((ITEMS, 1, 2))
+        eventually("the build goes on", lambda: report(control, "calls", 2).version == last.version)
+        await_phase(control, "calls", 1, "waiting")
+        if paused:
+            control.ask("calls", "pause")
+        assert Version(*control.ask("calls", "promote")["version"]) <= first.version
+        assert report(control, "calls", 2).live
+        assert report(control, "calls", 2).version <= first.version
+        eventually("it is opened there", lambda: report(control, "calls", 2).version == first.version)
+        Calls.away.clear()
+        if paused:
+            control.ask("calls", "resume")
+        eventually("it is done", lambda: report(control, "calls", 2).version == last.version)
+        assert Calls.told == [2]

@@ -519,6 +519,28 @@ def feed_position(feed: Feed) -> Position:
             return batch.position
 
 
+def test_a_refused_build_still_answers_when_the_next_one_is_begun(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 10))
+    served = serve()
+    served.await_phase(1, "live")
+    control = Control(Log(settings))
+    control.ask("plain", "rebuild")
+    served.await_phase(2, "following")
+    served.stop()
+    position = feed_position(feed)
+    position.topics = dict.fromkeys(position.topics, "another")
+    view.open(view.generations()[1])
+    view.apply(Batch([], position, None, loading=False))
+    served = serve()
+    served.await_phase(2, "stopped")
+    assert control.ask("plain", "rebuild") == {"generation": 3}
+    assert [row.value["n"] for row in control.scan("plain", 2, timeout=10)] == [10]
+    assert control.ask("plain", "drop", {"generation": 2}) == {"dropped": [2]}
+
+
 def test_a_position_of_another_log_is_refused_and_waits_for_a_rebuild(
     feed: Feed, settings: Settings, serve: Callable[..., Served]
 ) -> None:
