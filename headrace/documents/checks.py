@@ -12,17 +12,18 @@ from headrace.errors import Misconfigured
 
 _REMEDY = "Change the declaration of the document."
 _NOT_COMPARED = ("json", "jsonb")
-_WRITTEN = {"smallint": "integer", "bigint": "integer", "oid": "integer", "real": "double precision"}
-"""Types whose values the log writes as those of another one."""
+_WHOLE = frozenset({"smallint", "integer", "bigint", "oid"})
+_BY_ITSELF = frozenset({
+    "boolean", "real", "double precision", "date", "timestamp without time zone", "timestamp with time zone", "time without time zone",
+    "time with time zone", "inet", "cidr", "money",
+})  # fmt: skip
+"""Types whose values the log writes in one way, and those of other types otherwise."""
+_IN_TWO_WAYS = frozenset({"citext", "interval", "json", "jsonb", "numrange", "nummultirange"})
+"""Types that have equal values which the log writes otherwise."""
 
 
-def check(level: Level, newest: Mapping[str, TableSchema], *, typed: bool = True) -> None:
+def check(level: Level, newest: Mapping[str, TableSchema]) -> None:
     """Hold the joins of a level, and what is joined to those, against the newest schemas.
-
-    Args:
-        level: A document, or a join.
-        newest: By the table.
-        typed: Whether a schema has Postgres's types. A Debezium feed (S28) knows many of them by how values look, or not at all.
 
     Raises:
         Misconfigured: `document-column`, `document-key`.
@@ -31,11 +32,23 @@ def check(level: Level, newest: Mapping[str, TableSchema], *, typed: bool = True
         refers, referred = (level.table, join.table) if isinstance(join, One) else (join.table, level.table)
         _check_columns(join.columns, newest.get(refers))
         _check_key(join.columns, newest.get(referred))
-        if typed:
-            _check_types(join.columns, newest.get(refers), newest.get(referred))
         if not isinstance(join, One):
             _check_values(join, newest.get(join.table))
-        check(join, newest, typed=typed)
+        check(join, newest)
+
+
+def check_types(level: Level, newest: Mapping[str, TableSchema]) -> None:
+    """Hold the types of the columns of each join against each other: documents join by what the log writes.
+
+    Not of a Debezium feed (S28), which knows many types by how values look, or not at all.
+
+    Raises:
+        Misconfigured: `document-column`.
+    """
+    for join in level.joins.values():
+        refers, referred = (level.table, join.table) if isinstance(join, One) else (join.table, level.table)
+        _check_types(join.columns, newest.get(refers), newest.get(referred))
+        check_types(join, newest)
 
 
 def check_window(window: Window, newest: Mapping[str, TableSchema]) -> None:
@@ -67,7 +80,6 @@ def _check_key(columns: Collection[str], schema: TableSchema | None) -> None:
 
 
 def _check_types(columns: Collection[str], refers: TableSchema | None, referred: TableSchema | None) -> None:
-    """Hold a reference against the key that it holds: documents join by what the log writes."""
     if refers is None or referred is None:
         return
     ours, theirs = ({column.name: column for column in schema.columns} for schema in (refers, referred))
@@ -75,21 +87,25 @@ def _check_types(columns: Collection[str], refers: TableSchema | None, referred:
         if not _written(one) or _written(one) != _written(other):
             raise Misconfigured(
                 "document-column",
-                f"{refers.table}.{one.name} is {one.type} and {referred.table}.{other.name} is {other.type}: the log writes equal "
-                "values of these otherwise, as 1 and 1.0, and such rows are not joined.",
+                f"{refers.table}.{one.name} is {one.type} and {referred.table}.{other.name} is {other.type}: the log may write "
+                "equal values of these otherwise, as 1 and 1.0, and such rows are not joined.",
                 "Give both columns one type that writes a value in one way, as bigint, numeric(20,0) or text; or leave the join out.",
             )
 
 
 def _written(column: Column) -> str:
-    """Return what is the same of columns whose equal values the log writes alike; empty where one column may write a value in two ways."""
+    """Return what is the same of columns whose equal values the log writes alike; empty where one column may write a value in two ways.
+
+    The scale or length below a domain is not known: such a column is like those of the same domain.
+    """
     kind = kind_of(column)
     if kind in {"numeric", "character", "bpchar"}:
         modifiers = column.type.partition("(")[2]
         digits = modifiers.rpartition(",")[2] if kind == "numeric" else modifiers
         return column.type if column.base else digits and f"{kind} {digits}"
-    kind = _WRITTEN.get(kind, kind)
-    return "" if kind == "citext" else kind if kind in {"integer", "double precision", "boolean"} else "text"
+    if kind in _IN_TWO_WAYS or kind.endswith("[]"):
+        return ""
+    return "integer" if kind in _WHOLE else kind if kind in _BY_ITSELF else "text"
 
 
 def _check_values(join: Many | Folding, schema: TableSchema | None) -> None:

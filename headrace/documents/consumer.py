@@ -40,10 +40,10 @@ from functools import partial
 from typing import ClassVar
 
 from headrace import codec
-from headrace.change import Change, Position, Row, Version
+from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
-from headrace.documents.checks import check, check_window
-from headrace.documents.declaration import Node
+from headrace.documents.checks import check, check_types, check_window
+from headrace.documents.declaration import Level, Node
 from headrace.documents.layout import discard, errors
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
@@ -51,7 +51,7 @@ from headrace.documents.rendering import rendered
 from headrace.documents.unshown import CHUNK, Sent, Showing, Unshown, chunk_of, rows_of
 from headrace.documents.when import EVER, Left, When, held_back, now
 from headrace.documents.windows import Root, Window, is_joined
-from headrace.errors import Misconfigured, Poison, Refused
+from headrace.errors import Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
 
@@ -340,10 +340,22 @@ class DocumentConsumer:
             if isinstance(document, Window):
                 check_window(document, newest)
             else:
-                check(document, newest, typed=typed)
+                check(document, newest)
+                if typed:
+                    _check_types(document, newest, loading=batch.loading)
         since = batch.changes[0].version if batch.changes else batch.position.version
         local.learn(newest, since, whole=typed)
         self._checked |= batch.schemas.keys()
+
+
+def _check_types(document: Level, newest: Mapping[str, TableSchema], *, loading: bool) -> None:
+    """See `check_types`. Once there is a view, one table's new type may just be known before the other's: then it is looked at again."""
+    try:
+        check_types(document, newest)
+    except Misconfigured as error:
+        if loading:
+            raise
+        raise Transient(error.code, error.message, error.remedy) from error
 
 
 def _behind(local: Position, view: Position) -> bool:

@@ -304,6 +304,10 @@ KEYS = {
     "text": ["bigint", "citext", "char(3)"],
     "citext": ["citext"],
     "char(3)": ["char(4)", "text"],
+    "date": ["timestamp"],
+    "timestamp": ["timestamptz"],
+    "inet": ["cidr"],
+    "interval": ["interval"],
 }
 """Types of a key, each with types of columns that may refer to it in Postgres, or hold the same, and are written otherwise."""
 ALIKE = {
@@ -312,6 +316,7 @@ ALIKE = {
     "price": ["price"],
     "text": ["varchar(9)", "uuid"],
     "char(3)": ["char(3)"],
+    "timestamptz": ["timestamptz(3)"],
 }
 
 

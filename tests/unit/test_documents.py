@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrace.change import Row
+from headrace.change import Row, TableSchema
 from headrace.documents import Document, DocumentConsumer, Node, One
 from headrace.errors import Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
-from tests.fixtures.documents import CATEGORIES, GENERATION, NOW, PRODUCTS, REVIEWS, Products, World, shop
+from tests.fixtures.documents import CATEGORIES, GENERATION, NOW, PRODUCTS, REVIEWS, SCHEMAS, Products, World, shop
 
 
 @pytest.fixture
@@ -224,6 +224,33 @@ def test_a_declared_column_that_does_not_exist_is_refused(tmp_path: Path) -> Non
     shop(world.log)
     with pytest.raises(Misconfigured, match=r"public\.products has no column kind_id"):
         world.run()
+
+
+def test_a_view_whose_joined_columns_change_their_type_waits_until_both_have(world: World) -> None:
+    """Each table's schema comes by itself, also of one migration; a view of such columns from zero is refused for good."""
+    shop(world.log)
+    world.run()
+    before = dict(world.log.schemas)
+    world.log.schemas = before | {(PRODUCTS, 2): _with(PRODUCTS, "id", "uuid")}
+    world.log.put(REVIEWS, 7, {"id": 7, "product_id": 2, "stars": 4})
+    world.log.cut()
+    with pytest.raises(Transient, match=r"reviews.product_id is integer and .*products.id is uuid") as half:
+        world.run()
+    assert half.value.code == "document-column"
+    zero = World(replace(world.settings, state=f"{world.settings.state}-zero"), schemas=world.log.schemas)
+    zero.log.put(PRODUCTS, 1, {"id": 1, "category_id": None, "name": "tea"})
+    zero.log.cut()
+    with pytest.raises(Misconfigured, match="not joined"):
+        zero.run()
+    world.log.schemas |= {(REVIEWS, 2): _with(REVIEWS, "product_id", "uuid")}
+    world.run()
+    world.check()
+
+
+def _with(table: str, name: str, kind: str) -> TableSchema:
+    schema = SCHEMAS[table, 1]
+    columns = tuple(replace(column, type=kind) if column.name == name else column for column in schema.columns)
+    return replace(schema, version=2, columns=columns)
 
 
 def test_a_composite_key_makes_an_id_that_no_other_key_makes() -> None:

@@ -17,7 +17,7 @@ from headrace import codec
 from headrace.change import Change, Row, TableSchema
 from headrace.consumer import ALL, Consumer
 from headrace.documents import Document, DocumentConsumer, Many, Node, One, Window
-from headrace.documents.checks import check, check_window
+from headrace.documents.checks import check, check_types, check_window
 from headrace.documents.declaration import Level
 from headrace.documents.windows import Root
 from headrace.errors import HeadraceError, Misconfigured, Poison
@@ -166,6 +166,7 @@ def _check_columns(consumer: type[DocumentConsumer], tables: dict[str, Table], s
             check_window(document, newest)
         else:
             check(document, newest)
+            check_types(document, newest)
 
 
 _KEYLESS = "in Postgres its rows have no key by which to find them (S10)"
