@@ -146,16 +146,22 @@ class Verbs:
             raise Transient("hold-ended", f"{self._name} went on to {held}: {said}", "Promote them again.")
         wanted = max(held, at)
         if not reach(target, wanted, _PATIENCE_SECONDS):
-            raise Misconfigured(
-                "generation-behind",
-                f"{target.name} is at {target.state.reached}, readers have seen {wanted}: they would go back in time.",
-                f"Run: headrace resume {self._name}"
-                if target.paused
-                else "Use rollback --stale to accept that, or rebuild.",
+            said = (
+                f"{target.name} is at {target.state.reached}, readers have seen {wanted}: they would go back in time."
             )
+            raise Misconfigured("generation-behind", said, self._way_on(live, target))
         if live is not None and self._seen(live, target) > wanted:
             said = f"{self._name} waited, and went on to {live.state.version} when it came back."
             raise Transient("hold-ended", said, "Promote it again.")
+
+    def _way_on(self, live: Worker | None, target: Worker) -> str:
+        """Return what to do about a generation that is behind; a rollback goes to one only."""
+        if target.paused:
+            return f"Run: headrace resume {self._name}"
+        rebuild = f"headrace rebuild {self._name}"
+        if live is None or self._generations.before(live) is not target:
+            return f"Run: {rebuild}"
+        return f"To accept that run: headrace rollback {self._name} --stale. Otherwise: {rebuild}"
 
     def _held(self, live: Worker | None, target: Worker, seconds: float) -> Version:
         """Stop the live generation for so long; return what readers have seen, NOWHERE when there is none.

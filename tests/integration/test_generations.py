@@ -538,12 +538,38 @@ def test_a_rollback_goes_to_what_readers_saw_and_not_to_a_build_that_they_never_
         refused = command(settings, "rollback", "plain").exception
         assert isinstance(refused, HeadraceError)
         assert "plain-g1 is at" in refused.message, "not the second: it is not what was there before"
+        assert "headrace rollback plain --stale" in refused.remedy
+        refused = command(settings, "promote", "plain", "--generation", "2").exception
+        assert isinstance(refused, HeadraceError)
+        assert (refused.code, refused.remedy) == ("generation-behind", "Run: headrace rebuild plain"), (
+            "not to the first"
+        )
     with serving(settings, plain=Plain) as control:
         eventually("its own goes on", lambda: report(control, "plain", 1).version == last.version)
         assert orjson.loads(command(settings, "rollback", "plain", "--json").stdout)["generation"] == 1
         none = command(settings, "rollback", "plain").exception
         assert isinstance(none, HeadraceError)
         assert none.code == "nothing-to-roll-back-to"
+
+
+def test_after_an_upgrade_a_rollback_goes_to_what_is_older(feed: Feed, settings: Settings) -> None:
+    """An older headrace kept no record of what readers have seen."""
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        control.ask("plain", "promote")
+        assert control.ask("plain", "rebuild") == {"generation": 3}
+        await_phase(control, "plain", 3, "following")
+    control.keep("plain", "shown", None)
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 2, "live")
+        eventually("that is kept", lambda: control.kept("plain", "shown") == [{"": {"generations": [1, 2]}}])
+        assert control.ask("plain", "rollback")["generation"] == 1
+        with pytest.raises(Misconfigured) as refused:
+            control.ask("plain", "rollback")
+        assert refused.value.code == "nothing-to-roll-back-to"
 
 
 def test_rollbacks_go_back_the_way_that_readers_were_led(feed: Feed, settings: Settings) -> None:
