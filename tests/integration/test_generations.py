@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import orjson
 import pytest
 from typer.testing import CliRunner, Result
 
+from headrace import codec
 from headrace.change import NOWHERE, Change, Position, Version
 from headrace.cli import app, together
 from headrace.consumer import Batch, Generation
@@ -904,3 +906,35 @@ def test_no_token_is_answered_after_a_promotion_before_the_effects_up_to_it_are_
             control.ask("calls", "resume")
         eventually("it is done", lambda: report(control, "calls", 2).version == last.version)
         assert Calls.told == [2]
+
+
+class NewCalls(Calls):
+    """Other code."""
+
+
+def test_effects_of_a_refused_generation_go_on_when_it_is_rolled_back_to(feed: Feed, settings: Settings) -> None:
+    """The newer code ran for longer than delete.retention.ms; then the older one is deployed again."""
+    Calls.told.clear()
+    Calls.away.clear()
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, calls=Calls) as control:
+        await_live(control, "calls")
+    with serving(settings, calls=NewCalls) as control:
+        await_phase(control, "calls", 1, "stale")
+        assert control.ask("calls", "rebuild") == {"generation": 2}
+        await_phase(control, "calls", 2, "following")
+        control.ask("calls", "promote")
+        told = feed.cut((ITEMS, 1, 2))
+        eventually("it is told", lambda: report(control, "calls", 2).version == told.version)
+    with sqlite3.connect(settings.path("calls-effects.sqlite")) as file:
+        (kept,) = file.execute("SELECT position FROM generations WHERE number = 1").fetchone()
+        long_ago = codec.encode_position(replace(codec.decode_position(kept), appended=1))
+        file.execute("UPDATE generations SET position = ? WHERE number = 1", [long_ago])
+    file.close()
+    with serving(settings, calls=Calls) as control:
+        assert await_phase(control, "calls", 1, "stopped").code == "away-too-long"
+        assert control.ask("calls", "rollback", {"stale": True})["generation"] == 1
+        assert await_phase(control, "calls", 1, "live").code == ""
+        last = feed.cut((ITEMS, 1, 3))
+        eventually("it is done", lambda: report(control, "calls", 1).version == last.version)
+        assert Calls.told == [2, 3]
