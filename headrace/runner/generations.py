@@ -139,14 +139,15 @@ class Generations:
         return [] if self.live() else [worker.generation.number for worker in self._ready()]
 
     def _ready(self) -> list[Worker]:
-        return [worker for worker in list(self.workers.values()) if worker.state.exact and not worker.still]
+        shows = [worker for worker in list(self.workers.values()) if worker.state.exact and not worker.still]
+        return [worker for worker in shows if not lacking(worker)]
 
     def _promote_first(self) -> None:
         """Promote the newest generation that shows a state, when none is live: the first build, or after a wipe."""
         ready = self._ready()
         if ready and (self._first is None or self._first.done()):
             newest = max(ready, key=lambda worker: worker.generation.number)
-            self._first = newest.call(lambda consumer: newest.promote(consumer) if newest.state.exact else None)
+            self._first = newest.call(lambda consumer: newest.promote(consumer) if newest in self._ready() else None)
             self._first.add_done_callback(partial(self._note_first, newest.generation.number))
 
     def _note_first(self, number: int, tried: Future[None]) -> None:
@@ -272,6 +273,7 @@ class Generations:
         """Take away what was said of a generation, and what is parked of it."""
         with self.reporting:
             self.workers.pop(number, None)
+            self.unpromoted = {each: error for each, error in self.unpromoted.items() if each != number}
             self._control.forget(self.name, number)
         self._shelf.clear(self.name, lambda each: each == number)
         self._keep_shown([each for each in self._shown if each != number])

@@ -16,7 +16,7 @@ from headrace.consumer import Generation
 from headrace.errors import Misconfigured, Refused, Transient
 from headrace.parked import records_parked
 from headrace.requests import Request
-from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, reach
+from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, lacking, reach
 from headrace.runner.worker import Worker
 
 _PATIENCE_SECONDS = 30.0
@@ -238,6 +238,12 @@ def _not_caught_up(target: Worker) -> Misconfigured:
 
 
 def _check_whole(target: Worker, live: Worker | None) -> None:
-    """Refuse to show readers of a live generation another that lacks what is parked (S24); the first one goes live without."""
+    """Refuse to show readers of a live generation another that lacks what is parked (S24); the first one goes live without.
+
+    None goes live that lacks it for ever.
+    """
+    error = lacking(target)
+    if error is not None:
+        raise error
     if live is not None and target.state.parked:
         raise records_parked(target.generation.consumer, target.generation.number, target.state.parked)
