@@ -308,3 +308,9 @@ def _made(consumer: type[Consumer], log: Log, name: str) -> Consumer:
     made = consumer(log.settings, name)
     made.progress = no_progress
     return made
+
+
+def lacking(worker: Worker) -> HeadraceError | None:
+    """Return why a generation lacks for ever what was parked of it, None when it does not."""
+    error = worker.state.error
+    return error if error is not None and error.code == "parked-lost" else None
