@@ -32,7 +32,7 @@ class Verbs:
     """Carries out what is asked of one consumer's generations."""
 
     def __init__(self, generations: Generations, told: Callable[[], None]) -> None:
-        """Call `told` when readers see another generation, and when one goes on: who asked looks at control next."""
+        """Call `told` when readers see another generation or none, and when one goes on: who asked looks at control next."""
         self._generations = generations
         self._told = told
         self.verbs: dict[str, Callable[[Request], Answer]] = {
@@ -212,6 +212,7 @@ class Verbs:
             dropped = sorted(made.workers)
             made.stay(DROPPED)
             made.drop_all()
+            self._told()
             return {"dropped": dropped}
         live = made.live()
         number = request.args.get("generation")

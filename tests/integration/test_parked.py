@@ -405,6 +405,26 @@ def test_an_effect_that_is_refused_is_parked_and_goes_to_no_other_generation(fee
         assert parked(settings, "called") == []
 
 
+def test_effects_that_are_not_on_the_shelf_any_more_are_begun_anew(feed: Feed, settings: Settings) -> None:
+    """No build would tell of them, nor be promoted."""
+    feed.cut((ITEMS, 1, 10))
+    forbid(settings, 13)
+    with serving(settings, called=Called) as control:
+        await_live(control, "called")
+        feed.cut((ITEMS, 2, 13))
+        await_parked(control, "called", 1)
+    Shelf(feed.log).clear("called", lambda _number: True)
+    with serving(settings, called=Called) as control:
+        eventually("it stops", lambda: report(control, "called").code == "parked-lost")
+        assert report(control, "called").remedy == "Run: headrace drop called --all, then headrace rebuild called"
+        assert command(settings, "drop", "called", "--all").exit_code == 0
+        assert command(settings, "rebuild", "called").exit_code == 0
+        await_live(control, "called")
+        last = feed.cut((ITEMS, 1, 11))
+        eventually("it goes on", lambda: report(control, "called").version == last.version)
+        assert settings.path("called").read_text() == "11\n"
+
+
 @pytest.mark.parametrize("verb", ["retry", "drop-parked"])
 @pytest.mark.parametrize("view", [Picky, Called])
 def test_what_was_tried_again_or_given_up_is_not_missed_after_a_restart(
