@@ -52,7 +52,7 @@ class Generations:
         self._control = control
         self._shelf = Shelf(log)
         self.reporting = threading.Lock()
-        self._remembers = self._tidy = False
+        self._remembers = self._tidy = self._unrecorded = False
         self._shown: list[int] = []
         self._first: Future[None] | None = None
         self.unpromoted: dict[int, HeadraceError] = {}
@@ -74,8 +74,11 @@ class Generations:
             kept, shown = self._control.kept(self.name, _STANDING, _SHOWN)
             self.standing = kept.get("", {}).get("phase", "")
             self._shown = shown.get("", {}).get("generations", [])
+            self._unrecorded = not shown
             self._remembers = True
         held = {generation.number: generation for generation in self._store.generations()}
+        if self._unrecorded:
+            self._seed_shown(held)
         if not self._tidy and (held or self.standing == DROPPED):
             # What a drop that was cut short has left. A store with nothing in it may be another one: there it is all of what is parked.
             self._shelf.clear(self.name, lambda number: number not in held and number not in self.workers)
@@ -120,9 +123,15 @@ class Generations:
             there = [each for each in self._shown if each in self.workers]
             self._keep_shown([*takewhile(lambda each: each != number, there), number])
 
+    def _seed_shown(self, held: dict[int, Generation]) -> None:
+        """Take what is not newer than the live one for what readers have seen: an older headrace kept no record of it."""
+        live = next((number for number, generation in held.items() if generation.live), 0)
+        self._keep_shown(sorted(number for number in held if number <= live))
+        self._unrecorded = False
+
     def _keep_shown(self, shown: list[int]) -> None:
         if shown != self._shown:
-            self._control.keep(self.name, _SHOWN, {"generations": shown} if shown else None)
+            self._control.keep(self.name, _SHOWN, {"generations": shown})
             self._shown = shown
 
     def first_builds(self) -> list[int]:
@@ -130,14 +139,15 @@ class Generations:
         return [] if self.live() else [worker.generation.number for worker in self._ready()]
 
     def _ready(self) -> list[Worker]:
-        return [worker for worker in list(self.workers.values()) if worker.state.exact and not worker.still]
+        shows = [worker for worker in list(self.workers.values()) if worker.state.exact and not worker.still]
+        return [worker for worker in shows if not lacking(worker)]
 
     def _promote_first(self) -> None:
         """Promote the newest generation that shows a state, when none is live: the first build, or after a wipe."""
         ready = self._ready()
         if ready and (self._first is None or self._first.done()):
             newest = max(ready, key=lambda worker: worker.generation.number)
-            self._first = newest.call(lambda consumer: newest.promote(consumer) if newest.state.exact else None)
+            self._first = newest.call(lambda consumer: newest.promote(consumer) if newest in self._ready() else None)
             self._first.add_done_callback(partial(self._note_first, newest.generation.number))
 
     def _note_first(self, number: int, tried: Future[None]) -> None:
@@ -263,6 +273,7 @@ class Generations:
         """Take away what was said of a generation, and what is parked of it."""
         with self.reporting:
             self.workers.pop(number, None)
+            self.unpromoted = {each: error for each, error in self.unpromoted.items() if each != number}
             self._control.forget(self.name, number)
         self._shelf.clear(self.name, lambda each: each == number)
         self._keep_shown([each for each in self._shown if each != number])
@@ -297,3 +308,9 @@ def _made(consumer: type[Consumer], log: Log, name: str) -> Consumer:
     made = consumer(log.settings, name)
     made.progress = no_progress
     return made
+
+
+def lacking(worker: Worker) -> HeadraceError | None:
+    """Return why a generation lacks for ever what was parked of it, None when it does not."""
+    error = worker.state.error
+    return error if error is not None and error.code == "parked-lost" else None

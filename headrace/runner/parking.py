@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 from headrace.change import Change, Checkpoint, Position, Source, TableSchema, Version
 from headrace.consumer import Batch, Consumer, Cursor, Generation
+from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused
 from headrace.log import Log
 from headrace.log.topics import PARKED
@@ -99,7 +100,9 @@ class Parking:
                 "parked-lost",
                 f"Records of {', '.join(self._lost)} are parked in generation {self._number} of {self._name}, and {PARKED} has none of "
                 "them: the view would lack them for ever.",
-                "Run: headrace rebuild NAME",
+                "Run: headrace drop NAME --all, then headrace rebuild NAME"  # no build would tell of them, nor be promoted
+                if isinstance(consumer, EffectConsumer)
+                else "Run: headrace rebuild NAME",
             )
 
     def apply(self, consumer: Consumer, batch: Batch) -> None:

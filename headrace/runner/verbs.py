@@ -16,7 +16,7 @@ from headrace.consumer import Generation
 from headrace.errors import Misconfigured, Refused, Transient
 from headrace.parked import records_parked
 from headrace.requests import Request
-from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, reach
+from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, lacking, reach
 from headrace.runner.worker import Worker
 
 _PATIENCE_SECONDS = 30.0
@@ -32,7 +32,7 @@ class Verbs:
     """Carries out what is asked of one consumer's generations."""
 
     def __init__(self, generations: Generations, told: Callable[[], None]) -> None:
-        """Call `told` when readers see another generation, and when one goes on: who asked looks at control next."""
+        """Call `told` when readers see another generation or none, and when one goes on: who asked looks at control next."""
         self._generations = generations
         self._told = told
         self.verbs: dict[str, Callable[[Request], Answer]] = {
@@ -146,16 +146,22 @@ class Verbs:
             raise Transient("hold-ended", f"{self._name} went on to {held}: {said}", "Promote them again.")
         wanted = max(held, at)
         if not reach(target, wanted, _PATIENCE_SECONDS):
-            raise Misconfigured(
-                "generation-behind",
-                f"{target.name} is at {target.state.reached}, readers have seen {wanted}: they would go back in time.",
-                f"Run: headrace resume {self._name}"
-                if target.paused
-                else "Use rollback --stale to accept that, or rebuild.",
+            said = (
+                f"{target.name} is at {target.state.reached}, readers have seen {wanted}: they would go back in time."
             )
+            raise Misconfigured("generation-behind", said, self._way_on(live, target))
         if live is not None and self._seen(live, target) > wanted:
             said = f"{self._name} waited, and went on to {live.state.version} when it came back."
             raise Transient("hold-ended", said, "Promote it again.")
+
+    def _way_on(self, live: Worker | None, target: Worker) -> str:
+        """Return what to do about a generation that is behind; a rollback goes to one only."""
+        if target.paused:
+            return f"Run: headrace resume {self._name}"
+        rebuild = f"headrace rebuild {self._name}"
+        if live is None or self._generations.before(live) is not target:
+            return f"Run: {rebuild}"
+        return f"To accept that run: headrace rollback {self._name} --stale. Otherwise: {rebuild}"
 
     def _held(self, live: Worker | None, target: Worker, seconds: float) -> Version:
         """Stop the live generation for so long; return what readers have seen, NOWHERE when there is none.
@@ -206,6 +212,7 @@ class Verbs:
             dropped = sorted(made.workers)
             made.stay(DROPPED)
             made.drop_all()
+            self._told()
             return {"dropped": dropped}
         live = made.live()
         number = request.args.get("generation")
@@ -232,6 +239,12 @@ def _not_caught_up(target: Worker) -> Misconfigured:
 
 
 def _check_whole(target: Worker, live: Worker | None) -> None:
-    """Refuse to show readers of a live generation another that lacks what is parked (S24); the first one goes live without."""
+    """Refuse to show readers of a live generation another that lacks what is parked (S24); the first one goes live without.
+
+    None goes live that lacks it for ever.
+    """
+    error = lacking(target)
+    if error is not None:
+        raise error
     if live is not None and target.state.parked:
         raise records_parked(target.generation.consumer, target.generation.number, target.state.parked)

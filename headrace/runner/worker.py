@@ -278,7 +278,7 @@ class Worker(threading.Thread):
     def _resting(self) -> bool:
         return self.still or self.paused
 
-    def _rest(self, consumer: Consumer, resting: Callable[[], bool] = lambda: True) -> None:
+    def _rest(self, consumer: Consumer, resting: Callable[[], bool]) -> None:
         while resting() and not self._stopping.wait(0.05 if self._calls.empty() else 0.0):
             self._answer(consumer)
 
@@ -310,10 +310,10 @@ class Worker(threading.Thread):
                     future.set_exception(error)
 
     def _halt(self, error: HeadraceError) -> None:
-        """Stay stopped, with the reason in status. A refused view can still be read, so it still answers."""
-        self._stood = None
+        """Stay stopped, with the reason in status. A refused view can still be read, so it still answers; one that is moved goes on."""
+        self._stood, self._moved = None, False
         self._set(phase="stopped", error=error)
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() and not self._moved:
             if isinstance(error, Refused):
                 self._answer_still(error)
             else:
@@ -323,7 +323,7 @@ class Worker(threading.Thread):
         consumer = self._make()
         try:
             consumer.open(self.generation)
-            self._rest(consumer)
+            self._rest(consumer, lambda: not self._moved)
         except Exception:  # noqa: BLE001  a plugin may raise anything; why it was refused is what matters
             self._answer_nothing(_BACKOFF_SECONDS[1], error)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import orjson
 import pytest
 from typer.testing import CliRunner, Result
 
+from headrace import codec
 from headrace.change import NOWHERE, Change, Position, Version
 from headrace.cli import app, together
 from headrace.consumer import Batch, Generation
@@ -538,12 +540,38 @@ def test_a_rollback_goes_to_what_readers_saw_and_not_to_a_build_that_they_never_
         refused = command(settings, "rollback", "plain").exception
         assert isinstance(refused, HeadraceError)
         assert "plain-g1 is at" in refused.message, "not the second: it is not what was there before"
+        assert "headrace rollback plain --stale" in refused.remedy
+        refused = command(settings, "promote", "plain", "--generation", "2").exception
+        assert isinstance(refused, HeadraceError)
+        assert (refused.code, refused.remedy) == ("generation-behind", "Run: headrace rebuild plain"), (
+            "not to the first"
+        )
     with serving(settings, plain=Plain) as control:
         eventually("its own goes on", lambda: report(control, "plain", 1).version == last.version)
         assert orjson.loads(command(settings, "rollback", "plain", "--json").stdout)["generation"] == 1
         none = command(settings, "rollback", "plain").exception
         assert isinstance(none, HeadraceError)
         assert none.code == "nothing-to-roll-back-to"
+
+
+def test_after_an_upgrade_a_rollback_goes_to_what_is_older(feed: Feed, settings: Settings) -> None:
+    """An older headrace kept no record of what readers have seen."""
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        control.ask("plain", "promote")
+        assert control.ask("plain", "rebuild") == {"generation": 3}
+        await_phase(control, "plain", 3, "following")
+    control.keep("plain", "shown", None)
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 2, "live")
+        eventually("that is kept", lambda: control.kept("plain", "shown") == [{"": {"generations": [1, 2]}}])
+        assert control.ask("plain", "rollback")["generation"] == 1
+        with pytest.raises(Misconfigured) as refused:
+            control.ask("plain", "rollback")
+        assert refused.value.code == "nothing-to-roll-back-to"
 
 
 def test_rollbacks_go_back_the_way_that_readers_were_led(feed: Feed, settings: Settings) -> None:
@@ -878,3 +906,35 @@ def test_no_token_is_answered_after_a_promotion_before_the_effects_up_to_it_are_
             control.ask("calls", "resume")
         eventually("it is done", lambda: report(control, "calls", 2).version == last.version)
         assert Calls.told == [2]
+
+
+class NewCalls(Calls):
+    """Other code."""
+
+
+def test_effects_of_a_refused_generation_go_on_when_it_is_rolled_back_to(feed: Feed, settings: Settings) -> None:
+    """The newer code ran for longer than delete.retention.ms; then the older one is deployed again."""
+    Calls.told.clear()
+    Calls.away.clear()
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, calls=Calls) as control:
+        await_live(control, "calls")
+    with serving(settings, calls=NewCalls) as control:
+        await_phase(control, "calls", 1, "stale")
+        assert control.ask("calls", "rebuild") == {"generation": 2}
+        await_phase(control, "calls", 2, "following")
+        control.ask("calls", "promote")
+        told = feed.cut((ITEMS, 1, 2))
+        eventually("it is told", lambda: report(control, "calls", 2).version == told.version)
+    with sqlite3.connect(settings.path("calls-effects.sqlite")) as file:
+        (kept,) = file.execute("SELECT position FROM generations WHERE number = 1").fetchone()
+        long_ago = codec.encode_position(replace(codec.decode_position(kept), appended=1))
+        file.execute("UPDATE generations SET position = ? WHERE number = 1", [long_ago])
+    file.close()
+    with serving(settings, calls=Calls) as control:
+        assert await_phase(control, "calls", 1, "stopped").code == "away-too-long"
+        assert control.ask("calls", "rollback", {"stale": True})["generation"] == 1
+        assert await_phase(control, "calls", 1, "live").code == ""
+        last = feed.cut((ITEMS, 1, 3))
+        eventually("it is done", lambda: report(control, "calls", 1).version == last.version)
+        assert Calls.told == [2, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -197,6 +198,35 @@ def test_a_view_that_lacks_what_is_not_on_the_shelf_any_more_goes_no_further(fee
         assert Plain(settings, "picky").rows() == {ONE: 11, TWO: 13}
 
 
+def test_a_generation_that_lacks_what_is_lost_is_not_promoted(feed: Feed, settings: Settings) -> None:
+    """Neither over a live one nor by itself where there is none any more."""
+    feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
+    with serving(settings, picky=Picky) as control:
+        await_live(control, "picky")
+        assert control.ask("picky", "rebuild") == {"generation": 2}
+        eventually("it is built", lambda: report(control, "picky", 2).phase == "following")
+        forbid(settings, 13)
+        feed.cut((ITEMS, 2, 13))
+        await_parked(control, "picky", 1)
+        await_parked(control, "picky", 1, generation=2)
+    Shelf(feed.log).clear("picky", lambda number: number == 2)
+    with serving(settings, picky=Picky) as control:
+        await_parked(control, "picky", 1)
+        eventually("it stops", lambda: report(control, "picky", 2).code == "parked-lost")
+        for verb in ("promote", "hold"):
+            with pytest.raises(Misconfigured) as refused:
+                control.ask("picky", verb)
+            assert refused.value.code == "parked-lost"
+            assert "headrace rebuild picky" in refused.value.remedy
+    with closing(sqlite3.connect(settings.path("plain.sqlite"))) as file, file:
+        file.execute("DELETE FROM generations WHERE number = 1")
+    with serving(settings, picky=Picky) as control:
+        eventually("it stops", lambda: report(control, "picky", 2).code == "parked-lost")
+        assert control.ask("picky", "rebuild") == {"generation": 3}
+        eventually("what is whole goes live", lambda: await_parked(control, "picky", 1, generation=3).live)
+        assert not report(control, "picky", 2).live
+
+
 def test_what_is_dropped_is_lost_and_later_changes_are_applied(feed: Feed, settings: Settings, picky: Control) -> None:
     answer = picky.ask("picky", "drop-parked", {"key": TWO})
     assert (answer["dropped"], answer["records"]) == ([[ITEMS, TWO]], 2)
@@ -373,6 +403,26 @@ def test_an_effect_that_is_refused_is_parked_and_goes_to_no_other_generation(fee
         eventually("it goes on", lambda: "30" in calls())
         control.ask("called", "promote")
         assert parked(settings, "called") == []
+
+
+def test_effects_that_are_not_on_the_shelf_any_more_are_begun_anew(feed: Feed, settings: Settings) -> None:
+    """No build would tell of them, nor be promoted."""
+    feed.cut((ITEMS, 1, 10))
+    forbid(settings, 13)
+    with serving(settings, called=Called) as control:
+        await_live(control, "called")
+        feed.cut((ITEMS, 2, 13))
+        await_parked(control, "called", 1)
+    Shelf(feed.log).clear("called", lambda _number: True)
+    with serving(settings, called=Called) as control:
+        eventually("it stops", lambda: report(control, "called").code == "parked-lost")
+        assert report(control, "called").remedy == "Run: headrace drop called --all, then headrace rebuild called"
+        assert command(settings, "drop", "called", "--all").exit_code == 0
+        assert command(settings, "rebuild", "called").exit_code == 0
+        await_live(control, "called")
+        last = feed.cut((ITEMS, 1, 11))
+        eventually("it goes on", lambda: report(control, "called").version == last.version)
+        assert settings.path("called").read_text() == "11\n"
 
 
 @pytest.mark.parametrize("verb", ["retry", "drop-parked"])

@@ -284,6 +284,36 @@ def test_a_first_build_that_cannot_be_promoted_says_why_and_fails_the_check(
         assert status(settings, "--check", "plain").stdout == "ok\n"
 
 
+class Anew(Unpromoted):
+    """It applies while it may."""
+
+    may: ClassVar[threading.Event] = threading.Event()
+
+    def apply(self, batch: Batch) -> None:
+        self.may.wait(60)
+        super().apply(batch)
+
+
+def test_why_a_build_could_not_be_promoted_is_not_said_of_the_next_one_of_its_number(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Anew.may.set()
+    Feed(settings).cut((ITEMS, 1, 1))
+    with serving(settings, plain=Anew) as control:
+        eventually("it says why", lambda: any(each.code for each in control.reports().get("plain", [])))
+        Anew.may.clear()
+        try:
+            assert control.ask("plain", "drop", {"generation": 1}) == {"dropped": [1]}
+            there = lambda: [said for said in control.reports().get("plain", []) if said.phase == "starting"]  # noqa: E731
+            eventually("it is begun anew", there)
+            (said,) = there()
+            assert (said.generation, said.code, said.reason) == (1, "", "")
+            monkeypatch.setattr(Unpromoted, "taken", False)
+        finally:
+            Anew.may.set()
+        eventually("it is live", lambda: [said.phase for said in control.reports()["plain"]] == ["live"])
+
+
 def test_a_view_that_no_heartbeat_reaches_is_wrong_by_its_own_check(settings: Settings) -> None:
     """S17: what is shown may be the newest that the log has, and an hour old."""
     settings = replace(settings, heartbeat_ms=100)
