@@ -224,8 +224,12 @@ class ProcessServer(ABC):
             place.parent.mkdir(parents=True, exist_ok=True)
             processes.own(place)
         for name, port in wanted.items():
-            if not ports.free(port):
+            if ports.free(port):
+                continue
+            if name in self._given or self.usual_ports[name]:
                 self._raise_taken(name, port)
+            self._record(ports=self.ports | {name: ports.choose()})  # of the old one nobody was told
+            del self.ports
         if self.log.exists():
             self.log.replace(self._old_log)
 

@@ -14,12 +14,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import psycopg
 import pytest
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from headrace.errors import Misconfigured
 from headrace.settings import Settings
 from headrace_ops import ALL, NAMES, Stack, artifacts, ports, processes
 from headrace_ops.elasticsearch import Elasticsearch
@@ -184,6 +186,28 @@ def test_without_a_redis_of_the_system_the_one_from_maven_runs(folder: Path, mon
     server = stack.server("redis")
     assert isinstance(server, Redis)
     assert b"redis_version:6.2" in redis_call(server, "INFO", "server")
+
+
+class Two(Redis):
+    """A Redis with a port that nobody is told of."""
+
+    usual_ports: ClassVar = {"redis": 6379, "redis-other": None}
+
+
+def test_a_port_that_was_taken_before_the_start_is_refused_or_chosen_anew_where_nobody_knows_it(folder: Path) -> None:
+    server = Two(folder, spread=True)
+    for name in ("redis-other", "redis"):
+        with socket.socket() as taken:
+            taken.bind((ports.HOST, port := server.ports[name]))
+            taken.listen()
+            if name == "redis":
+                with pytest.raises(Misconfigured, match=f"Port {port}, wanted for redis, is in use"):
+                    server.start()
+                return
+            server.start()
+            assert port not in server.ports.values()
+            assert Two(folder).ports == server.ports
+            server.stop()
 
 
 def test_a_paused_server_does_not_answer_until_it_is_resumed(redis_server: Redis) -> None:

@@ -146,6 +146,15 @@ def test_a_port_in_use_is_not_chosen() -> None:
         assert ports.choose(port) != port
 
 
+def test_processes_that_share_the_range_never_choose_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    for part in range(3):
+        monkeypatch.setattr(ports, "_share", (part, 3))
+        chosen.append({ports.choose() for _ in range(50)})
+    assert max(chosen[0]) < min(chosen[1])
+    assert max(chosen[1]) < min(chosen[2])
+
+
 def test_a_process_is_known_by_its_start_time_too() -> None:
     child = subprocess.Popen(["/bin/sleep", "60"])
     try:
