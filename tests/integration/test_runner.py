@@ -519,6 +519,14 @@ def feed_position(feed: Feed) -> Position:
             return batch.position
 
 
+def take_for_another_log(view: Plain, index: int, feed: Feed) -> None:
+    """Let one of its generations have a position of another log."""
+    position = feed_position(feed)
+    position.topics = dict.fromkeys(position.topics, "another")
+    view.open(view.generations()[index])
+    view.apply(Batch([], position, None, loading=False))
+
+
 def test_a_refused_build_still_answers_when_the_next_one_is_begun(
     feed: Feed, settings: Settings, serve: Callable[..., Served]
 ) -> None:
@@ -530,10 +538,7 @@ def test_a_refused_build_still_answers_when_the_next_one_is_begun(
     control.ask("plain", "rebuild")
     served.await_phase(2, "following")
     served.stop()
-    position = feed_position(feed)
-    position.topics = dict.fromkeys(position.topics, "another")
-    view.open(view.generations()[1])
-    view.apply(Batch([], position, None, loading=False))
+    take_for_another_log(view, 1, feed)
     served = serve()
     served.await_phase(2, "stopped")
     assert control.ask("plain", "rebuild") == {"generation": 3}
@@ -549,10 +554,7 @@ def test_a_position_of_another_log_is_refused_and_waits_for_a_rebuild(
     served = serve()
     served.await_phase(1, "live")
     served.stop()
-    position = feed_position(feed)
-    position.topics = dict.fromkeys(position.topics, "another")
-    view.open(view.generations()[0])
-    view.apply(Batch([], position, None, loading=False))
+    take_for_another_log(view, 0, feed)
     served = serve()
     report = served.await_phase(1, "stopped")
     assert report.code == "topic-replaced"
