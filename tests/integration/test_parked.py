@@ -156,14 +156,19 @@ def test_a_restart_keeps_what_is_parked(feed: Feed, settings: Settings) -> None:
         assert Plain(settings, "picky").rows() == {ONE: 11, TWO: 14}
 
 
-def test_a_start_with_another_store_leaves_what_is_parked_where_it_is(feed: Feed, settings: Settings) -> None:
-    """From another folder there is nothing of the view: it is built there from zero."""
+def parked_by_a_process_that_ended(feed: Feed, settings: Settings) -> Version:
+    """Let a live view of two rows park the second one's change, and end; return what tokens are held back to."""
     feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
     forbid(settings, 13)
     with serving(settings, picky=Picky) as control:
         await_live(control, "picky")
         feed.cut((ITEMS, 2, 13))
-        held = await_parked(control, "picky", 1).version
+        return await_parked(control, "picky", 1).version
+
+
+def test_a_start_with_another_store_leaves_what_is_parked_where_it_is(feed: Feed, settings: Settings) -> None:
+    """From another folder there is nothing of the view: it is built there from zero."""
+    held = parked_by_a_process_that_ended(feed, settings)
     elsewhere = replace(settings, state=f"{settings.state}/elsewhere")
     with serving(elsewhere, picky=Picky) as control:
         eventually("it is built there", lambda: Plain(elsewhere, "picky").rows() == {ONE: 10, TWO: 13})
@@ -177,12 +182,7 @@ def test_a_start_with_another_store_leaves_what_is_parked_where_it_is(feed: Feed
 
 
 def test_a_view_that_lacks_what_is_not_on_the_shelf_any_more_goes_no_further(feed: Feed, settings: Settings) -> None:
-    feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
-    forbid(settings, 13)
-    with serving(settings, picky=Picky) as control:
-        await_live(control, "picky")
-        feed.cut((ITEMS, 2, 13))
-        held = await_parked(control, "picky", 1).version
+    held = parked_by_a_process_that_ended(feed, settings)
     Shelf(feed.log).clear("picky", lambda _number: True)
     feed.cut((ITEMS, 1, 11))
     with serving(settings, picky=Picky) as control:
