@@ -1,6 +1,6 @@
 """What capture says of itself: to people on the terminal, to everyone else in `headrace.control` once a second [I13].
 
-It is also the watchdog of S15: the loop beats, and when it has not for ten seconds (Kafka does not take the cut) the replication
+It is also the watchdog of S15: the loop beats, and when it has not for ten seconds (mostly: Kafka does not take the cut) the replication
 connection is shut down from here, so that Postgres can stop or go on without us; the slot keeps the WAL.
 """
 
@@ -118,8 +118,8 @@ class Progress:
             self._cut_off = None
             cut_off()
             self.say(
-                f"Kafka has not taken anything for {STALLED_SECONDS:.0f} s: the replication connection is closed, the slot keeps the WAL "
-                f"from {format_lsn(self._report.version.lsn)}. Capture goes on when Kafka answers."
+                f"Capture has not come on for {STALLED_SECONDS:.0f} s, most likely because Kafka takes nothing: the replication connection is "
+                f"closed, the slot keeps the WAL from {format_lsn(self._report.version.lsn)}. It goes on when what it waits for answers."
             )
 
     def _send(self) -> None:
