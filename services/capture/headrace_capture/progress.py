@@ -118,8 +118,8 @@ class Progress:
             self._cut_off = None
             cut_off()
             self.say(
-                f"Capture has not come on for {STALLED_SECONDS:.0f} s, most likely because Kafka takes nothing: the replication connection is "
-                f"closed, the slot keeps the WAL from {format_lsn(self._report.version.lsn)}. It goes on when what it waits for answers."
+                f"Capture has not come on for {STALLED_SECONDS:.0f} s, most likely because Kafka takes nothing: the replication connection "
+                f"is closed, the slot keeps the WAL from {format_lsn(self._report.version.lsn)}. It goes on when what it waits for answers."
             )
 
     def _send(self) -> None:
