@@ -54,6 +54,7 @@ class Generations:
         self.reporting = threading.Lock()
         self._remembers = self._tidy = self._unrecorded = False
         self._shown: list[int] = []
+        self._left: dict[int, int] = {}
         self._first: Future[None] | None = None
         self.unpromoted: dict[int, HeadraceError] = {}
 
@@ -74,6 +75,7 @@ class Generations:
             kept, shown = self._control.kept(self.name, _STANDING, _SHOWN)
             self.standing = kept.get("", {}).get("phase", "")
             self._shown = shown.get("", {}).get("generations", [])
+            self._left = dict(shown.get("", {}).get("left", []))
             self._unrecorded = not shown
             self._remembers = True
         held = {generation.number: generation for generation in self._store.generations()}
@@ -113,7 +115,7 @@ class Generations:
                 self._control.forget(self.name, report.generation)
 
     def _note_live(self) -> None:
-        """Keep which generations readers have seen, in their order up to the live one: one that was left by a rollback is not among them.
+        """Keep which generations readers have seen, in their order up to the live one, and those that a rollback left, each with for which.
 
         It is a record of control, since not all that is older than the live one was ever live.
         """
@@ -121,18 +123,22 @@ class Generations:
         if live is not None:
             number = live.generation.number
             there = [each for each in self._shown if each in self.workers]
-            self._keep_shown([*takewhile(lambda each: each != number, there), number])
+            shown = [*takewhile(lambda each: each != number, there), number]
+            left = self._left | {each: number for each in there if each not in shown}
+            self._keep_shown(
+                shown, {each: to for each, to in left.items() if each in self.workers and each not in shown}
+            )
 
     def _seed_shown(self, held: dict[int, Generation]) -> None:
         """Take what is not newer than the live one for what readers have seen: an older headrace kept no record of it."""
         live = next((number for number, generation in held.items() if generation.live), 0)
-        self._keep_shown(sorted(number for number in held if number <= live))
+        self._keep_shown(sorted(number for number in held if number <= live), {})
         self._unrecorded = False
 
-    def _keep_shown(self, shown: list[int]) -> None:
-        if shown != self._shown:
-            self._control.keep(self.name, _SHOWN, {"generations": shown})
-            self._shown = shown
+    def _keep_shown(self, shown: list[int], left: dict[int, int]) -> None:
+        if (shown, left) != (self._shown, self._left):
+            self._control.keep(self.name, _SHOWN, {"generations": shown, "left": list(left.items())})
+            self._shown, self._left = shown, left
 
     def first_builds(self) -> list[int]:
         """Return the generations that show a state while, as of the last look, none is live."""
@@ -201,6 +207,14 @@ class Generations:
         """Return the worker of the generation that readers saw before the live one, of those that are there."""
         before = list(takewhile(lambda each: each != live.generation.number, self._shown))
         return next((self.workers[each] for each in reversed(before) if each in self.workers), None)
+
+    def left_for(self, number: int) -> int | None:
+        """Return for which generation a rollback left this one; None when none did, or readers see it again."""
+        return self._left.get(number)
+
+    def was_shown(self, number: int) -> bool:
+        """Return whether readers have ever seen a generation that is there."""
+        return number in self._shown or number in self._left
 
     def worker(self, number: int | None) -> Worker:
         """Return the worker of a generation, of the live one when None. Raises Misconfigured: `no-such-generation`."""
@@ -276,7 +290,8 @@ class Generations:
             self.unpromoted = {each: error for each, error in self.unpromoted.items() if each != number}
             self._control.forget(self.name, number)
         self._shelf.clear(self.name, lambda each: each == number)
-        self._keep_shown([each for each in self._shown if each != number])
+        left = {each: to for each, to in self._left.items() if each != number}
+        self._keep_shown([each for each in self._shown if each != number], left)
 
     def wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
         """Return what `function(consumer)` returns in the worker's thread. Raises Transient: `worker-busy`; then it has not been begun,

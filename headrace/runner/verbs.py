@@ -55,7 +55,7 @@ class Verbs:
     def _rebuild(self, _request: Request) -> Answer:
         """Begin the next generation, or go on with the one that is being built, also when it has stopped.
 
-        Only one that may not go on, because its position makes no sense, is left as it is.
+        One that may not go on, because its position makes no sense, is left as it is; so is one that readers saw before a rollback.
         """
         made = self._generations
         if made.standing == PAUSED:
@@ -65,7 +65,8 @@ class Verbs:
         live = made.live()
         newest = max(made.workers, default=0)
         building = made.workers.get(newest)
-        if building is None or building is live or building.still or (live and newest < live.generation.number):
+        seen = live is not None and (newest < live.generation.number or made.was_shown(newest))
+        if building is None or building is live or building.still or seen:
             building = made.begin(Generation(self._name, made.next(), made.fingerprint))
         elif building.state.phase == "stopped":
             refused = isinstance(building.state.error, Refused)
@@ -111,6 +112,11 @@ class Verbs:
     def _rollback(self, request: Request) -> Answer:
         """Go back to what readers saw before: never to a build that they never saw, which its gate may have refused."""
         live = self._generations.worker(None)
+        left = request.args.get("from", live.generation.number)
+        if (
+            left != live.generation.number
+        ):  # it was asked twice, or carried out by a process that was killed before it was taken away
+            return self._rolled_back(left, live)
         before = self._generations.before(live)
         if before is None:
             raise Misconfigured(
@@ -119,6 +125,13 @@ class Verbs:
                 f"See: headrace status. For another one: headrace promote {self._name} --generation N",
             )
         return self._switch(before, stale=bool(request.args.get("stale")))
+
+    def _rolled_back(self, left: int, live: Worker) -> Answer:
+        """Answer that readers were brought from one generation to what was before it, if the live one is that."""
+        if self._generations.left_for(left) != live.generation.number:
+            said = f"Generation {live.generation.number} of {self._name} is live, and not {left}."
+            raise Misconfigured("rolled-back-already", said, "See: headrace status. Nothing was changed.")
+        return _shown(live)
 
     def _switch(self, target: Worker, at: Version = NOWHERE, *, stale: bool = False) -> Answer:
         """Move the store's pointer so that no reader goes back in time: the old one stops at L, the new one reaches L (S24).
@@ -137,7 +150,7 @@ class Verbs:
             if live is not None:
                 live.release()
         self._told()
-        return {"generation": target.generation.number, "version": list(target.state.version)}
+        return _shown(target)
 
     def _meet(self, live: Worker | None, target: Worker, at: Version) -> None:
         held = self._held(live, target, 2 * CALL_SECONDS)
@@ -226,6 +239,10 @@ class Verbs:
         for each in wanted:
             made.drop(each)
         return {"dropped": wanted}
+
+
+def _shown(live: Worker) -> Answer:
+    return {"generation": live.generation.number, "version": list(live.state.version)}
 
 
 def _check_caught_up(target: Worker) -> None:

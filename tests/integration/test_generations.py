@@ -27,6 +27,8 @@ from headrace.control import Control, Report
 from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Transient, Wiped
 from headrace.log import Log
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.topics import CONTROL
 from headrace.runner import generations, verbs
 from headrace.runner.scratch import NUMBER, Scratch
 from headrace.settings import Settings, environment
@@ -592,6 +594,79 @@ def test_rollbacks_go_back_the_way_that_readers_were_led(feed: Feed, settings: S
     assert [generation.live for generation in Plain(settings, "plain").generations()] == [True, False, False]
 
 
+def live_of(settings: Settings) -> list[int]:
+    return [generation.number for generation in Plain(settings, "plain").generations() if generation.live]
+
+
+def build_and_promote(control: Control, *numbers: int) -> None:
+    for number in numbers:
+        assert control.ask("plain", "rebuild") == {"generation": number}
+        await_phase(control, "plain", number, "following")
+        control.ask("plain", "promote")
+
+
+def test_a_rollback_that_is_asked_twice_goes_back_once(feed: Feed, settings: Settings) -> None:
+    """Who heard no answer asks again while the first is carried out; both have seen the third generation live."""
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        build_and_promote(control, 2, 3)
+        for _ in range(2):
+            assert control.ask("plain", "rollback", {"from": 3})["generation"] == 2
+        assert live_of(settings) == [2]
+        assert command(settings, "rollback", "plain").exit_code == 0, "the next one is from what is live"
+        assert live_of(settings) == [1]
+        with pytest.raises(Misconfigured, match="Generation 1 of plain is live") as refused:
+            control.ask("plain", "rollback", {"from": 3})
+        assert refused.value.code == "rolled-back-already"
+        control.ask("plain", "promote", {"generation": 3})
+        assert control.ask("plain", "rollback", {"from": 3})["generation"] == 1
+    records = [record for record in read_to_end(settings, {(CONTROL, 0): BEGINNING}) if record.value]
+    mine = [codec.loads(record.value or b"") for record in records if settings.source.encode() in record.key]
+    assert {"stale": False, "from": 2} in [said["args"] for said in mine if said.get("verb") == "rollback"]
+
+
+def test_a_rollback_whose_process_died_before_it_was_taken_away_goes_back_once(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    died = threading.Event()
+
+    def take_away(*_: object) -> None:
+        died.set()
+        raise Transient("kafka-away", "It is killed here.")
+
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        build_and_promote(control, 2, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Control, "take_away", take_away)
+            control._request("plain", {"verb": "rollback", "args": {"from": 3}, "timeout": 300})
+            assert died.wait(30)
+            assert live_of(settings) == [2]
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 2, "live")
+        assert len(list(control.scan("plain"))) == 1, "requests are carried out in order"
+        assert live_of(settings) == [2]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_rebuild_after_a_rollback_does_not_go_on_with_what_was_left(
+    feed: Feed, settings: Settings, restarted: bool
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        build_and_promote(control, 2)
+        control.ask("plain", "rollback")
+        if not restarted:
+            assert control.ask("plain", "rebuild") == {"generation": 3}
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 1, "live")
+        assert control.ask("plain", "rebuild") == {"generation": 3}, "with this one it goes on"
+    assert live_of(settings) == [1]
+
+
 # Gates
 
 
@@ -614,6 +689,7 @@ def test_a_build_that_differs_is_refused_and_stays_beside_the_live_one(settings:
         ended = headrace(settings, "rebuild", "plain", "--wait", "--gate", gate, *spec)
         assert ended.returncode == 1, ended.stdout + ended.stderr
         assert "generation 2 of plain differs from Postgres" in ended.stderr
+        assert "headrace drop plain 2, then: headrace rebuild plain" in ended.stderr
         assert [generation.live for generation in view.generations()] == [True, False]
         ended = headrace(settings, "rebuild", "plain", "--wait", "--gate", "none", "--json")
         assert ended.returncode == 0, ended.stderr
