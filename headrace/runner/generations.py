@@ -267,6 +267,12 @@ class Generations:
                     self._drop_unserved(generation)
         self.forget(number)
 
+    def check_free(self) -> None:
+        """Check that each generation and its store do what they are asked for now. Raises HeadraceError: why one does not."""
+        for worker in self.workers.values():
+            if worker.state.phase != "stopped":
+                self.wait_for(worker, lambda consumer: consumer.generations())
+
     def drop_all(self) -> None:
         """Drop what there is, the live one last: killed half way it leaves readers what they had."""
         for number in sorted(self.workers, key=lambda number: self.workers[number].generation.live):

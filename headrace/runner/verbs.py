@@ -17,7 +17,7 @@ from headrace.errors import Misconfigured, Refused, Transient
 from headrace.parked import records_parked
 from headrace.requests import Request
 from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, lacking, reach
-from headrace.runner.worker import Worker
+from headrace.runner.worker import Worker, as_ours
 
 _PATIENCE_SECONDS = 30.0
 HOLD_SECONDS = 60.0
@@ -112,7 +112,7 @@ class Verbs:
     def _rollback(self, request: Request) -> Answer:
         """Go back to what readers saw before: never to a build that they never saw, which its gate may have refused."""
         live = self._generations.worker(None)
-        left = request.args.get("from", live.generation.number)
+        left = request.args.get("from") or live.generation.number
         if (
             left != live.generation.number
         ):  # it was asked twice, or carried out by a process that was killed before it was taken away
@@ -222,11 +222,7 @@ class Verbs:
     def _drop(self, request: Request) -> Answer:
         made = self._generations
         if request.args.get("all"):
-            dropped = sorted(made.workers)
-            made.stay(DROPPED)
-            made.drop_all()
-            self._told()
-            return {"dropped": dropped}
+            return self._drop_all()
         live = made.live()
         number = request.args.get("generation")
         if live is not None and number == live.generation.number:
@@ -239,6 +235,22 @@ class Verbs:
         for each in wanted:
             made.drop(each)
         return {"dropped": wanted}
+
+    def _drop_all(self) -> Answer:
+        """Drop the view. That is kept before the first generation goes: a later look ends what fails then, and who asked hears of it."""
+        made = self._generations
+        dropped = sorted(made.workers)
+        made.check_free()
+        made.stay(DROPPED)
+        try:
+            made.drop_all()
+        except Exception as failure:
+            error = as_ours(failure, self._name)
+            said = f"{error.message} {self._name} is dropped as soon as that is possible."
+            keep = f"To keep what is there: headrace rebuild {self._name}"
+            raise type(error)(error.code, said, f"{error.remedy} {keep}") from failure
+        self._told()
+        return {"dropped": dropped}
 
 
 def _shown(live: Worker) -> Answer:

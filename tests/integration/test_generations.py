@@ -345,6 +345,65 @@ def test_a_promotion_that_is_answered_as_busy_does_not_happen_later(
     assert report(two, "one", 1).live
 
 
+def test_a_drop_of_everything_that_is_answered_as_busy_does_not_happen_later(
+    two: Control, feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Noted.may.clear()
+    feed.cut((ITEMS, 1, 7))
+    assert Noted.waits.wait(30)
+    monkeypatch.setattr(generations, "CALL_SECONDS", 1.0)
+    with pytest.raises(Transient) as busy:
+        two.ask("one", "drop", {"all": True})
+    assert busy.value.code == "worker-busy"
+    assert two.kept("one", "standing") == [{}]
+    Noted.may.set()
+    last = feed.cut((ITEMS, 1, 8))
+    await_version(two, "one", last.version)
+    assert [generation.live for generation in Noted(settings, "one").generations()] == [True, False]
+
+
+def test_a_drop_of_everything_while_the_store_is_away_does_not_happen_later(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        with monkeypatch.context() as patch:
+            patch.setattr(Plain, "away", True)
+            with pytest.raises(Transient) as away:
+                control.ask("plain", "drop", {"all": True})
+        assert away.value.code == "plain-away"
+        assert control.kept("plain", "standing") == [{}]
+        last = feed.cut((ITEMS, 1, 2))
+        eventually("it goes on", lambda: report(control, "plain", 1).version == last.version)
+        assert report(control, "plain", 1).phase == "live"
+
+
+class Clings(Plain):
+    """Cannot be dropped."""
+
+    def drop(self) -> None:
+        raise Misconfigured("clings", "It cannot be dropped.", "Free it.")
+
+
+def test_a_drop_of_everything_that_is_still_to_come_says_so_and_can_be_taken_back(
+    feed: Feed, settings: Settings
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Clings) as control:
+        await_live(control, "plain")
+        with pytest.raises(Misconfigured, match="dropped as soon as that is possible") as stuck:
+            control.ask("plain", "drop", {"all": True})
+        assert (stuck.value.code, stuck.value.remedy) == (
+            "clings",
+            "Free it. To keep what is there: headrace rebuild plain",
+        )
+        eventually("it says so", lambda: "is to be dropped" in report(control, "plain", 1).reason)
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        assert control.kept("plain", "standing") == [{}]
+        eventually("it is as before", lambda: not report(control, "plain", 1).reason)
+
+
 class Forgets(Noted):
     """Loses everything once, and takes its time to begin anew."""
 
