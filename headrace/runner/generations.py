@@ -26,6 +26,7 @@ PAUSED, DROPPED = "paused", "dropped"
 CALL_SECONDS = 120.0
 _STANDING, _SHOWN = "standing", "shown"
 _STATE_SECONDS = 15.0
+_IDLE = frozenset({"stopped", "waiting"})
 
 
 class Generations:
@@ -170,27 +171,39 @@ class Generations:
         """
         self._control.keep(self.name, _STANDING, {"phase": phase} if phase else None)
         self.standing = phase
+        if phase == PAUSED:
+            self._pause()
+            return
         for worker in self.workers.values():
-            if phase == PAUSED:
-                self._pause(worker)
-            else:
-                if worker.state.phase == PAUSED:
-                    worker.state.phase = "starting"
-                worker.paused = False
+            if worker.state.phase == PAUSED:
+                worker.state.phase = "starting"
+            worker.paused = False
 
-    def _pause(self, worker: Worker) -> None:
-        """Let a generation stand, if it can soon at the end of a state and with all shown: readers keep that for long."""
-        stood = worker.paused or worker.still or worker.state.phase in {"stopped", "waiting"}
-        try:
-            if not stood and worker.state.exact:
+    def _pause(self) -> None:
+        """Let all stand, each if it can soon at the end of a state and with all shown: readers keep that for long.
+
+        None is waited for before all are told: one that is busy does not keep the others from it.
+        """
+        stood = {n for n, each in self.workers.items() if each.paused or each.still or each.state.phase in _IDLE}
+        for number, worker in self.workers.items():
+            if number not in stood and worker.state.exact:
                 # It says itself what it lacks, and what a plugin raises must not keep it from standing.
                 with suppress(Exception):
                     worker.hold(CALL_SECONDS, _STATE_SECONDS)
             worker.paused = True
-            if not stood and worker.state.phase != "waiting":
-                self.wait_for(worker, lambda _consumer: None)
-        finally:
-            worker.release()
+        errors: list[HeadraceError] = []
+        for number, worker in self.workers.items():
+            try:
+                if number not in stood and worker.state.phase != "waiting":
+                    self.wait_for(worker, lambda _consumer: None)
+            except HeadraceError as error:
+                errors.append(error)
+            finally:
+                worker.release()
+        if errors:
+            why = errors[0]
+            said = f"{why.message} {self.name} is recorded as paused, and stands as soon as that is over."
+            raise type(why)(why.code, said, why.remedy)
 
     # Which
 

@@ -464,6 +464,45 @@ def test_a_paused_view_is_readable_and_still_also_after_a_restart(feed: Feed, se
         eventually("it still goes on", lambda: view.rows() == {KEY: 3})
 
 
+class Stuck(Plain):
+    """Its first generation applies nothing while `may` is not set, and says by `waits` that something has come."""
+
+    may: ClassVar[threading.Event] = threading.Event()
+    waits: ClassVar[threading.Event] = threading.Event()
+
+    def apply(self, batch: Batch) -> None:
+        if self._number == 1 and not self.may.is_set():
+            self.waits.set()
+            self.may.wait(60)
+        super().apply(batch)
+
+
+def test_all_generations_of_a_view_stand_when_one_was_too_busy_to_be_paused_at_once(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Stuck.may.set()
+    Stuck.waits.clear()
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Stuck) as control:
+        await_live(control, "plain")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        Stuck.may.clear()
+        feed.cut((ITEMS, 1, 2))
+        assert Stuck.waits.wait(30)
+        monkeypatch.setattr(generations, "CALL_SECONDS", 1.0)
+        monkeypatch.setattr(generations, "_STATE_SECONDS", 1.0)
+        with pytest.raises(Transient, match="plain is recorded as paused, and stands as soon as that is over") as busy:
+            control.ask("plain", "pause")
+        assert busy.value.code == "worker-busy"
+        await_phase(control, "plain", 2, "paused")
+        Stuck.may.set()
+        await_phase(control, "plain", 1, "paused")
+        control.ask("plain", "resume")
+        last = feed.cut((ITEMS, 1, 3))
+        await_version(control, "plain", last.version)
+
+
 def test_a_view_that_was_paused_for_longer_than_tombstones_stay_is_refused(feed: Feed, settings: Settings) -> None:
     """S19."""
     settings = replace(settings, delete_retention_ms=2000)
