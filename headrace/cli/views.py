@@ -116,11 +116,17 @@ def promote(
 
 
 def _promoted(json: bool, answers: list[dict[str, Any]]) -> None:
-    lines = [
-        f"generation {each['generation']} of {each['name']} is live; the one before stays until: headrace drop {each['name']}"
-        for each in answers
-    ]
+    lines = [f"generation {each['generation']} of {each['name']} is live{_stays(each)}" for each in answers]
     _say(json, answers, lines)
+
+
+def _stays(answer: dict[str, Any]) -> str:
+    """Return what stays beside a generation that was promoted; `drop` without a number takes older ones only."""
+    before = answer.get("before")
+    if before is None:
+        return ""
+    number = f" {before}" if before > answer["generation"] else ""
+    return f"; the one before stays until: headrace drop {answer['name']}{number}"
 
 
 def rollback(

@@ -13,7 +13,7 @@ from typing import Any
 
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Generation
-from headrace.errors import Misconfigured, Refused, Transient
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.parked import records_parked
 from headrace.requests import Request
 from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, lacking, reach
@@ -131,7 +131,7 @@ class Verbs:
         if self._generations.left_for(left) != live.generation.number:
             said = f"Generation {live.generation.number} of {self._name} is live, and not {left}."
             raise Misconfigured("rolled-back-already", said, "See: headrace status. Nothing was changed.")
-        return _shown(live)
+        return _shown(live) | {"before": left}
 
     def _switch(self, target: Worker, at: Version = NOWHERE, *, stale: bool = False) -> Answer:
         """Move the store's pointer so that no reader goes back in time: the old one stops at L, the new one reaches L (S24).
@@ -139,6 +139,7 @@ class Verbs:
         With several views L is `at`, the highest of those where they stopped: no old one has shown more, no new one shows less.
         """
         live = self._generations.live()
+        before = live.generation.number if live is not None and live is not target else None
         try:
             if live is not target:
                 _check_caught_up(target)
@@ -150,7 +151,7 @@ class Verbs:
             if live is not None:
                 live.release()
         self._told()
-        return _shown(target)
+        return _shown(target) | {"before": before}
 
     def _meet(self, live: Worker | None, target: Worker, at: Version) -> None:
         held = self._held(live, target, 2 * CALL_SECONDS)
@@ -162,17 +163,19 @@ class Verbs:
             said = (
                 f"{target.name} is at {target.state.reached}, readers have seen {wanted}: they would go back in time."
             )
-            raise Misconfigured("generation-behind", said, self._way_on(live, target))
+            error = _final(target)
+            stopped = f" It has stopped: {error.message}" if error else ""
+            raise Misconfigured("generation-behind", said + stopped, self._way_on(live, target))
         if live is not None and self._seen(live, target) > wanted:
             said = f"{self._name} waited, and went on to {live.state.version} when it came back."
             raise Transient("hold-ended", said, "Promote it again.")
 
     def _way_on(self, live: Worker | None, target: Worker) -> str:
-        """Return what to do about a generation that is behind; a rollback goes to one only."""
+        """Return what to do about a generation that is behind; a rollback goes to one only, and to none that answers nothing."""
         if target.paused:
             return f"Run: headrace resume {self._name}"
         rebuild = f"headrace rebuild {self._name}"
-        if live is None or self._generations.before(live) is not target:
+        if live is None or self._generations.before(live) is not target or _final(target):
             return f"Run: {rebuild}"
         return f"To accept that run: headrace rollback {self._name} --stale. Otherwise: {rebuild}"
 
@@ -255,6 +258,12 @@ class Verbs:
 
 def _shown(live: Worker) -> Answer:
     return {"generation": live.generation.number, "version": list(live.state.version)}
+
+
+def _final(target: Worker) -> HeadraceError | None:
+    """Return why a generation has stopped and answers nothing any more."""
+    error = target.state.error
+    return error if target.state.phase == "stopped" and not isinstance(error, Refused) else None
 
 
 def _check_caught_up(target: Worker) -> None:

@@ -692,6 +692,49 @@ def test_rollbacks_go_back_the_way_that_readers_were_led(feed: Feed, settings: S
     assert [generation.live for generation in Plain(settings, "plain").generations()] == [True, False, False]
 
 
+class Fails(Plain):
+    """Its first generation stops at 13."""
+
+    def apply(self, batch: Batch) -> None:
+        if self._number == 1 and any(change.row and change.row["n"] == 13 for change in batch.changes):
+            raise Misconfigured("fails-at-13", "It has met 13.", "Change it.")
+        super().apply(batch)
+
+
+def test_stale_is_not_offered_for_a_generation_that_has_stopped(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers nothing: a rollback that accepts what it lacks would fail as well."""
+    monkeypatch.setattr(verbs, "_PATIENCE_SECONDS", 1.0)
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Fails) as control:
+        await_live(control, "plain")
+        build_and_promote(control, 2)
+        feed.cut((ITEMS, 1, 13))
+        await_phase(control, "plain", 1, "stopped")
+        with pytest.raises(Misconfigured) as refused:
+            control.ask("plain", "rollback")
+        assert (refused.value.code, refused.value.remedy) == ("generation-behind", "Run: headrace rebuild plain")
+        assert "It has stopped: It has met 13." in refused.value.message
+
+
+def test_a_promotion_says_what_stays_of_what_was_there_before(feed: Feed, settings: Settings) -> None:
+    feed.cut((ITEMS, 1, 1))
+
+    def promoted(*options: str) -> str:
+        return command(settings, "promote", "plain", *options).stdout.strip()
+
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        assert promoted("--generation", "1") == "generation 1 of plain is live"
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        assert promoted() == "generation 2 of plain is live; the one before stays until: headrace drop plain"
+        assert promoted("--generation", "1") == (
+            "generation 1 of plain is live; the one before stays until: headrace drop plain 2"
+        )
+
+
 def live_of(settings: Settings) -> list[int]:
     return [generation.number for generation in Plain(settings, "plain").generations() if generation.live]
 
