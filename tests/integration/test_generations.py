@@ -654,6 +654,9 @@ def test_a_rollback_goes_to_what_readers_saw_and_not_to_a_build_that_they_never_
         assert none.code == "nothing-to-roll-back-to"
 
 
+KEPT = {"": {"generations": [1, 2], "left": []}}
+
+
 def test_after_an_upgrade_a_rollback_goes_to_what_is_older(feed: Feed, settings: Settings) -> None:
     """An older headrace kept no record of what readers have seen."""
     feed.cut((ITEMS, 1, 1))
@@ -667,7 +670,7 @@ def test_after_an_upgrade_a_rollback_goes_to_what_is_older(feed: Feed, settings:
     control.keep("plain", "shown", None)
     with serving(settings, plain=Plain) as control:
         await_phase(control, "plain", 2, "live")
-        eventually("that is kept", lambda: control.kept("plain", "shown") == [{"": {"generations": [1, 2]}}])
+        eventually("that is kept", lambda: control.kept("plain", "shown") == [KEPT])
         assert control.ask("plain", "rollback")["generation"] == 1
         with pytest.raises(Misconfigured) as refused:
             control.ask("plain", "rollback")
