@@ -118,10 +118,11 @@ def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequ
         ).returncode
         if code:
             why = "differs from Postgres" if code == CHECK_FAILED else "could not be compared with Postgres"
-            stands = (
-                "it is live already, for no other was" if _is_live(control, name, number) else "nothing was promoted"
-            )
+            live = _is_live(control, name, number)
+            stands = "it is live already, for no other was" if live else "nothing was promoted"
             err.print(f"[red]generation {number} of {name} {why}; {stands}[/red]")
+            if code == CHECK_FAILED and not live:
+                err.print(f"to build another: headrace drop {name} {number}, then: headrace rebuild {name}")
             raise typer.Exit(code)
 
 

@@ -236,7 +236,16 @@ def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> N
                     f"{who}: shows a state {seconds(report.shows)} old, no heartbeat has come since (S17); see: headrace status"
                 )
             inexact.update(report.facts.get("inexact", ()))
+        for build in _builds(found):
+            if build.phase == "stopped":
+                _check_one(f"{who} g{build.generation}", build, most)
     typer.echo(f"ok, but inexact (S12): {', '.join(sorted(inexact))}" if inexact else "ok")
+
+
+def _builds(found: list[Report]) -> list[Report]:
+    """Return the generations beside the live one that may follow it; what was live before is kept, and nobody waits for it."""
+    live = max((report.generation for report in found if report.live), default=None)
+    return [report for report in found if live is not None and report.generation > live]
 
 
 def _check_one(name: str, report: Report, most: float) -> None:

@@ -45,7 +45,8 @@ def rebuild(
     """Build views anew from offset 0, beside the live ones.
 
     Readers see nothing of a build until it is promoted. Run again, also after this command or the view's process was stopped or killed, it
-    goes on with the generation that is being built; on a host where the view's local rows are lost, these are loaded again first.
+    goes on with the generation that is being built, never with one that readers have seen; on a host where the view's local rows are
+    lost, these are loaded again first.
 
     With --wait and several views they are promoted at the same LSN, one after the other: all live ones stop, all new ones reach where the
     furthest of them stopped, and each store's pointer moves. That is not atomic over all stores: for a moment some views are new and some
@@ -115,11 +116,17 @@ def promote(
 
 
 def _promoted(json: bool, answers: list[dict[str, Any]]) -> None:
-    lines = [
-        f"generation {each['generation']} of {each['name']} is live; the one before stays until: headrace drop {each['name']}"
-        for each in answers
-    ]
+    lines = [f"generation {each['generation']} of {each['name']} is live{_stays(each)}" for each in answers]
     _say(json, answers, lines)
+
+
+def _stays(answer: dict[str, Any]) -> str:
+    """Return what stays beside a generation that was promoted; `drop` without a number takes older ones only."""
+    before = answer.get("before")
+    if before is None:
+        return ""
+    number = f" {before}" if before > answer["generation"] else ""
+    return f"; the one before stays until: headrace drop {answer['name']}{number}"
 
 
 def rollback(
@@ -141,7 +148,9 @@ def rollback(
 
         headrace rollback search
     """
-    answer = _control().ask(name, "rollback", {"stale": stale}, timeout=120)
+    control = _control()
+    live = next((report.generation for report in control.running(name) if report.live), None)
+    answer = control.ask(name, "rollback", {"stale": stale, "from": live}, timeout=120)  # asked twice it goes back once
     _say(json, [answer], [f"generation {answer['generation']} of {name} is live again"])
 
 

@@ -26,6 +26,7 @@ PAUSED, DROPPED = "paused", "dropped"
 CALL_SECONDS = 120.0
 _STANDING, _SHOWN = "standing", "shown"
 _STATE_SECONDS = 15.0
+_IDLE = frozenset({"stopped", "waiting"})
 
 
 class Generations:
@@ -54,6 +55,7 @@ class Generations:
         self.reporting = threading.Lock()
         self._remembers = self._tidy = self._unrecorded = False
         self._shown: list[int] = []
+        self._left: dict[int, int] = {}
         self._first: Future[None] | None = None
         self.unpromoted: dict[int, HeadraceError] = {}
 
@@ -74,6 +76,7 @@ class Generations:
             kept, shown = self._control.kept(self.name, _STANDING, _SHOWN)
             self.standing = kept.get("", {}).get("phase", "")
             self._shown = shown.get("", {}).get("generations", [])
+            self._left = dict(shown.get("", {}).get("left", []))
             self._unrecorded = not shown
             self._remembers = True
         held = {generation.number: generation for generation in self._store.generations()}
@@ -113,7 +116,7 @@ class Generations:
                 self._control.forget(self.name, report.generation)
 
     def _note_live(self) -> None:
-        """Keep which generations readers have seen, in their order up to the live one: one that was left by a rollback is not among them.
+        """Keep which generations readers have seen, in their order up to the live one, and those that a rollback left, each with for which.
 
         It is a record of control, since not all that is older than the live one was ever live.
         """
@@ -121,18 +124,22 @@ class Generations:
         if live is not None:
             number = live.generation.number
             there = [each for each in self._shown if each in self.workers]
-            self._keep_shown([*takewhile(lambda each: each != number, there), number])
+            shown = [*takewhile(lambda each: each != number, there), number]
+            left = self._left | {each: number for each in there if each not in shown}
+            self._keep_shown(
+                shown, {each: to for each, to in left.items() if each in self.workers and each not in shown}
+            )
 
     def _seed_shown(self, held: dict[int, Generation]) -> None:
         """Take what is not newer than the live one for what readers have seen: an older headrace kept no record of it."""
         live = next((number for number, generation in held.items() if generation.live), 0)
-        self._keep_shown(sorted(number for number in held if number <= live))
+        self._keep_shown(sorted(number for number in held if number <= live), {})
         self._unrecorded = False
 
-    def _keep_shown(self, shown: list[int]) -> None:
-        if shown != self._shown:
-            self._control.keep(self.name, _SHOWN, {"generations": shown})
-            self._shown = shown
+    def _keep_shown(self, shown: list[int], left: dict[int, int]) -> None:
+        if (shown, left) != (self._shown, self._left):
+            self._control.keep(self.name, _SHOWN, {"generations": shown, "left": list(left.items())})
+            self._shown, self._left = shown, left
 
     def first_builds(self) -> list[int]:
         """Return the generations that show a state while, as of the last look, none is live."""
@@ -164,27 +171,39 @@ class Generations:
         """
         self._control.keep(self.name, _STANDING, {"phase": phase} if phase else None)
         self.standing = phase
+        if phase == PAUSED:
+            self._pause()
+            return
         for worker in self.workers.values():
-            if phase == PAUSED:
-                self._pause(worker)
-            else:
-                if worker.state.phase == PAUSED:
-                    worker.state.phase = "starting"
-                worker.paused = False
+            if worker.state.phase == PAUSED:
+                worker.state.phase = "starting"
+            worker.paused = False
 
-    def _pause(self, worker: Worker) -> None:
-        """Let a generation stand, if it can soon at the end of a state and with all shown: readers keep that for long."""
-        stood = worker.paused or worker.still or worker.state.phase in {"stopped", "waiting"}
-        try:
-            if not stood and worker.state.exact:
+    def _pause(self) -> None:
+        """Let all stand, each if it can soon at the end of a state and with all shown: readers keep that for long.
+
+        None is waited for before all are told: one that is busy does not keep the others from it.
+        """
+        stood = {n for n, each in self.workers.items() if each.paused or each.still or each.state.phase in _IDLE}
+        for number, worker in self.workers.items():
+            if number not in stood and worker.state.exact:
                 # It says itself what it lacks, and what a plugin raises must not keep it from standing.
                 with suppress(Exception):
                     worker.hold(CALL_SECONDS, _STATE_SECONDS)
             worker.paused = True
-            if not stood and worker.state.phase != "waiting":
-                self.wait_for(worker, lambda _consumer: None)
-        finally:
-            worker.release()
+        errors: list[HeadraceError] = []
+        for number, worker in self.workers.items():
+            try:
+                if number not in stood and worker.state.phase != "waiting":
+                    self.wait_for(worker, lambda _consumer: None)
+            except HeadraceError as error:
+                errors.append(error)
+            finally:
+                worker.release()
+        if errors:
+            why = errors[0]
+            said = f"{why.message} {self.name} is recorded as paused, and stands as soon as that is over."
+            raise type(why)(why.code, said, why.remedy)
 
     # Which
 
@@ -201,6 +220,14 @@ class Generations:
         """Return the worker of the generation that readers saw before the live one, of those that are there."""
         before = list(takewhile(lambda each: each != live.generation.number, self._shown))
         return next((self.workers[each] for each in reversed(before) if each in self.workers), None)
+
+    def left_for(self, number: int) -> int | None:
+        """Return for which generation a rollback left this one; None when none did, or readers see it again."""
+        return self._left.get(number)
+
+    def was_shown(self, number: int) -> bool:
+        """Return whether readers have ever seen a generation that is there."""
+        return number in self._shown or number in self._left
 
     def worker(self, number: int | None) -> Worker:
         """Return the worker of a generation, of the live one when None. Raises Misconfigured: `no-such-generation`."""
@@ -253,6 +280,12 @@ class Generations:
                     self._drop_unserved(generation)
         self.forget(number)
 
+    def check_free(self) -> None:
+        """Check that each generation and its store do what they are asked for now. Raises HeadraceError: why one does not."""
+        for worker in self.workers.values():
+            if worker.state.phase != "stopped":
+                self.wait_for(worker, lambda consumer: consumer.generations())
+
     def drop_all(self) -> None:
         """Drop what there is, the live one last: killed half way it leaves readers what they had."""
         for number in sorted(self.workers, key=lambda number: self.workers[number].generation.live):
@@ -276,7 +309,8 @@ class Generations:
             self.unpromoted = {each: error for each, error in self.unpromoted.items() if each != number}
             self._control.forget(self.name, number)
         self._shelf.clear(self.name, lambda each: each == number)
-        self._keep_shown([each for each in self._shown if each != number])
+        left = {each: to for each, to in self._left.items() if each != number}
+        self._keep_shown([each for each in self._shown if each != number], left)
 
     def wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
         """Return what `function(consumer)` returns in the worker's thread. Raises Transient: `worker-busy`; then it has not been begun,

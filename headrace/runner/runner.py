@@ -178,6 +178,8 @@ class Runner:
         return inexact | parked | ({"written_ms": state.written} if state.exact else {})
 
     def _reason(self, state: State) -> str:
+        if self.generations.standing == DROPPED != state.phase:
+            return f"it is to be dropped as soon as that is possible: to keep it run headrace rebuild {self.name}"
         hours = self._log.settings.delete_retention_ms / 3_600_000
         return {
             "stale": f"stale since {format_lsn(state.version.lsn)}, built by other code: run headrace rebuild {self.name}",

@@ -13,11 +13,11 @@ from typing import Any
 
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Generation
-from headrace.errors import Misconfigured, Refused, Transient
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.parked import records_parked
 from headrace.requests import Request
 from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, lacking, reach
-from headrace.runner.worker import Worker
+from headrace.runner.worker import Worker, as_ours
 
 _PATIENCE_SECONDS = 30.0
 HOLD_SECONDS = 60.0
@@ -55,7 +55,7 @@ class Verbs:
     def _rebuild(self, _request: Request) -> Answer:
         """Begin the next generation, or go on with the one that is being built, also when it has stopped.
 
-        Only one that may not go on, because its position makes no sense, is left as it is.
+        One that may not go on, because its position makes no sense, is left as it is; so is one that readers saw before a rollback.
         """
         made = self._generations
         if made.standing == PAUSED:
@@ -65,7 +65,8 @@ class Verbs:
         live = made.live()
         newest = max(made.workers, default=0)
         building = made.workers.get(newest)
-        if building is None or building is live or building.still or (live and newest < live.generation.number):
+        seen = live is not None and (newest < live.generation.number or made.was_shown(newest))
+        if building is None or building is live or building.still or seen:
             building = made.begin(Generation(self._name, made.next(), made.fingerprint))
         elif building.state.phase == "stopped":
             refused = isinstance(building.state.error, Refused)
@@ -111,6 +112,11 @@ class Verbs:
     def _rollback(self, request: Request) -> Answer:
         """Go back to what readers saw before: never to a build that they never saw, which its gate may have refused."""
         live = self._generations.worker(None)
+        left = request.args.get("from") or live.generation.number
+        if (
+            left != live.generation.number
+        ):  # it was asked twice, or carried out by a process that was killed before it was taken away
+            return self._rolled_back(left, live)
         before = self._generations.before(live)
         if before is None:
             raise Misconfigured(
@@ -120,12 +126,20 @@ class Verbs:
             )
         return self._switch(before, stale=bool(request.args.get("stale")))
 
+    def _rolled_back(self, left: int, live: Worker) -> Answer:
+        """Answer that readers were brought from one generation to what was before it, if the live one is that."""
+        if self._generations.left_for(left) != live.generation.number:
+            said = f"Generation {live.generation.number} of {self._name} is live, and not {left}."
+            raise Misconfigured("rolled-back-already", said, "See: headrace status. Nothing was changed.")
+        return _shown(live) | {"before": left}
+
     def _switch(self, target: Worker, at: Version = NOWHERE, *, stale: bool = False) -> Answer:
         """Move the store's pointer so that no reader goes back in time: the old one stops at L, the new one reaches L (S24).
 
         With several views L is `at`, the highest of those where they stopped: no old one has shown more, no new one shows less.
         """
         live = self._generations.live()
+        before = live.generation.number if live is not None and live is not target else None
         try:
             if live is not target:
                 _check_caught_up(target)
@@ -137,7 +151,7 @@ class Verbs:
             if live is not None:
                 live.release()
         self._told()
-        return {"generation": target.generation.number, "version": list(target.state.version)}
+        return _shown(target) | {"before": before}
 
     def _meet(self, live: Worker | None, target: Worker, at: Version) -> None:
         held = self._held(live, target, 2 * CALL_SECONDS)
@@ -149,17 +163,19 @@ class Verbs:
             said = (
                 f"{target.name} is at {target.state.reached}, readers have seen {wanted}: they would go back in time."
             )
-            raise Misconfigured("generation-behind", said, self._way_on(live, target))
+            error = _final(target)
+            stopped = f" It has stopped: {error.message}" if error else ""
+            raise Misconfigured("generation-behind", said + stopped, self._way_on(live, target))
         if live is not None and self._seen(live, target) > wanted:
             said = f"{self._name} waited, and went on to {live.state.version} when it came back."
             raise Transient("hold-ended", said, "Promote it again.")
 
     def _way_on(self, live: Worker | None, target: Worker) -> str:
-        """Return what to do about a generation that is behind; a rollback goes to one only."""
+        """Return what to do about a generation that is behind; a rollback goes to one only, and to none that answers nothing."""
         if target.paused:
             return f"Run: headrace resume {self._name}"
         rebuild = f"headrace rebuild {self._name}"
-        if live is None or self._generations.before(live) is not target:
+        if live is None or self._generations.before(live) is not target or _final(target):
             return f"Run: {rebuild}"
         return f"To accept that run: headrace rollback {self._name} --stale. Otherwise: {rebuild}"
 
@@ -209,11 +225,7 @@ class Verbs:
     def _drop(self, request: Request) -> Answer:
         made = self._generations
         if request.args.get("all"):
-            dropped = sorted(made.workers)
-            made.stay(DROPPED)
-            made.drop_all()
-            self._told()
-            return {"dropped": dropped}
+            return self._drop_all()
         live = made.live()
         number = request.args.get("generation")
         if live is not None and number == live.generation.number:
@@ -226,6 +238,32 @@ class Verbs:
         for each in wanted:
             made.drop(each)
         return {"dropped": wanted}
+
+    def _drop_all(self) -> Answer:
+        """Drop the view. That is kept before the first generation goes: a later look ends what fails then, and who asked hears of it."""
+        made = self._generations
+        dropped = sorted(made.workers)
+        made.check_free()
+        made.stay(DROPPED)
+        try:
+            made.drop_all()
+        except Exception as failure:
+            error = as_ours(failure, self._name)
+            said = f"{error.message} {self._name} is dropped as soon as that is possible."
+            keep = f"To keep what is there: headrace rebuild {self._name}"
+            raise type(error)(error.code, said, f"{error.remedy} {keep}") from failure
+        self._told()
+        return {"dropped": dropped}
+
+
+def _shown(live: Worker) -> Answer:
+    return {"generation": live.generation.number, "version": list(live.state.version)}
+
+
+def _final(target: Worker) -> HeadraceError | None:
+    """Return why a generation has stopped and answers nothing any more."""
+    error = target.state.error
+    return error if target.state.phase == "stopped" and not isinstance(error, Refused) else None
 
 
 def _check_caught_up(target: Worker) -> None:

@@ -27,6 +27,8 @@ from headrace.control import Control, Report
 from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Transient, Wiped
 from headrace.log import Log
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.topics import CONTROL
 from headrace.runner import generations, verbs
 from headrace.runner.scratch import NUMBER, Scratch
 from headrace.settings import Settings, environment
@@ -343,6 +345,65 @@ def test_a_promotion_that_is_answered_as_busy_does_not_happen_later(
     assert report(two, "one", 1).live
 
 
+def test_a_drop_of_everything_that_is_answered_as_busy_does_not_happen_later(
+    two: Control, feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Noted.may.clear()
+    feed.cut((ITEMS, 1, 7))
+    assert Noted.waits.wait(30)
+    monkeypatch.setattr(generations, "CALL_SECONDS", 1.0)
+    with pytest.raises(Transient) as busy:
+        two.ask("one", "drop", {"all": True})
+    assert busy.value.code == "worker-busy"
+    assert two.kept("one", "standing") == [{}]
+    Noted.may.set()
+    last = feed.cut((ITEMS, 1, 8))
+    await_version(two, "one", last.version)
+    assert [generation.live for generation in Noted(settings, "one").generations()] == [True, False]
+
+
+def test_a_drop_of_everything_while_the_store_is_away_does_not_happen_later(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        with monkeypatch.context() as patch:
+            patch.setattr(Plain, "away", True)
+            with pytest.raises(Transient) as away:
+                control.ask("plain", "drop", {"all": True})
+        assert away.value.code == "plain-away"
+        assert control.kept("plain", "standing") == [{}]
+        last = feed.cut((ITEMS, 1, 2))
+        eventually("it goes on", lambda: report(control, "plain", 1).version == last.version)
+        assert report(control, "plain", 1).phase == "live"
+
+
+class Clings(Plain):
+    """Cannot be dropped."""
+
+    def drop(self) -> None:
+        raise Misconfigured("clings", "It cannot be dropped.", "Free it.")
+
+
+def test_a_drop_of_everything_that_is_still_to_come_says_so_and_can_be_taken_back(
+    feed: Feed, settings: Settings
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Clings) as control:
+        await_live(control, "plain")
+        with pytest.raises(Misconfigured, match="dropped as soon as that is possible") as stuck:
+            control.ask("plain", "drop", {"all": True})
+        assert (stuck.value.code, stuck.value.remedy) == (
+            "clings",
+            "Free it. To keep what is there: headrace rebuild plain",
+        )
+        eventually("it says so", lambda: "is to be dropped" in report(control, "plain", 1).reason)
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        assert control.kept("plain", "standing") == [{}]
+        eventually("it is as before", lambda: not report(control, "plain", 1).reason)
+
+
 class Forgets(Noted):
     """Loses everything once, and takes its time to begin anew."""
 
@@ -401,6 +462,45 @@ def test_a_paused_view_is_readable_and_still_also_after_a_restart(feed: Feed, se
     with serving(settings, plain=Plain) as control:
         feed.cut((ITEMS, 1, 3))
         eventually("it still goes on", lambda: view.rows() == {KEY: 3})
+
+
+class Stuck(Plain):
+    """Its first generation applies nothing while `may` is not set, and says by `waits` that something has come."""
+
+    may: ClassVar[threading.Event] = threading.Event()
+    waits: ClassVar[threading.Event] = threading.Event()
+
+    def apply(self, batch: Batch) -> None:
+        if self._number == 1 and not self.may.is_set():
+            self.waits.set()
+            self.may.wait(60)
+        super().apply(batch)
+
+
+def test_all_generations_of_a_view_stand_when_one_was_too_busy_to_be_paused_at_once(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Stuck.may.set()
+    Stuck.waits.clear()
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Stuck) as control:
+        await_live(control, "plain")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        Stuck.may.clear()
+        feed.cut((ITEMS, 1, 2))
+        assert Stuck.waits.wait(30)
+        monkeypatch.setattr(generations, "CALL_SECONDS", 1.0)
+        monkeypatch.setattr(generations, "_STATE_SECONDS", 1.0)
+        with pytest.raises(Transient, match="plain is recorded as paused, and stands as soon as that is over") as busy:
+            control.ask("plain", "pause")
+        assert busy.value.code == "worker-busy"
+        await_phase(control, "plain", 2, "paused")
+        Stuck.may.set()
+        await_phase(control, "plain", 1, "paused")
+        control.ask("plain", "resume")
+        last = feed.cut((ITEMS, 1, 3))
+        await_version(control, "plain", last.version)
 
 
 def test_a_view_that_was_paused_for_longer_than_tombstones_stay_is_refused(feed: Feed, settings: Settings) -> None:
@@ -554,6 +654,9 @@ def test_a_rollback_goes_to_what_readers_saw_and_not_to_a_build_that_they_never_
         assert none.code == "nothing-to-roll-back-to"
 
 
+KEPT = {"": {"generations": [1, 2], "left": []}}
+
+
 def test_after_an_upgrade_a_rollback_goes_to_what_is_older(feed: Feed, settings: Settings) -> None:
     """An older headrace kept no record of what readers have seen."""
     feed.cut((ITEMS, 1, 1))
@@ -567,7 +670,7 @@ def test_after_an_upgrade_a_rollback_goes_to_what_is_older(feed: Feed, settings:
     control.keep("plain", "shown", None)
     with serving(settings, plain=Plain) as control:
         await_phase(control, "plain", 2, "live")
-        eventually("that is kept", lambda: control.kept("plain", "shown") == [{"": {"generations": [1, 2]}}])
+        eventually("that is kept", lambda: control.kept("plain", "shown") == [KEPT])
         assert control.ask("plain", "rollback")["generation"] == 1
         with pytest.raises(Misconfigured) as refused:
             control.ask("plain", "rollback")
@@ -592,6 +695,122 @@ def test_rollbacks_go_back_the_way_that_readers_were_led(feed: Feed, settings: S
     assert [generation.live for generation in Plain(settings, "plain").generations()] == [True, False, False]
 
 
+class Fails(Plain):
+    """Its first generation stops at 13."""
+
+    def apply(self, batch: Batch) -> None:
+        if self._number == 1 and any(change.row and change.row["n"] == 13 for change in batch.changes):
+            raise Misconfigured("fails-at-13", "It has met 13.", "Change it.")
+        super().apply(batch)
+
+
+def test_stale_is_not_offered_for_a_generation_that_has_stopped(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers nothing: a rollback that accepts what it lacks would fail as well."""
+    monkeypatch.setattr(verbs, "_PATIENCE_SECONDS", 1.0)
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Fails) as control:
+        await_live(control, "plain")
+        build_and_promote(control, 2)
+        feed.cut((ITEMS, 1, 13))
+        await_phase(control, "plain", 1, "stopped")
+        with pytest.raises(Misconfigured) as refused:
+            control.ask("plain", "rollback")
+        assert (refused.value.code, refused.value.remedy) == ("generation-behind", "Run: headrace rebuild plain")
+        assert "It has stopped: It has met 13." in refused.value.message
+
+
+def test_a_promotion_says_what_stays_of_what_was_there_before(feed: Feed, settings: Settings) -> None:
+    feed.cut((ITEMS, 1, 1))
+
+    def promoted(*options: str) -> str:
+        return command(settings, "promote", "plain", *options).stdout.strip()
+
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        assert promoted("--generation", "1") == "generation 1 of plain is live"
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        assert promoted() == "generation 2 of plain is live; the one before stays until: headrace drop plain"
+        assert promoted("--generation", "1") == (
+            "generation 1 of plain is live; the one before stays until: headrace drop plain 2"
+        )
+
+
+def live_of(settings: Settings) -> list[int]:
+    return [generation.number for generation in Plain(settings, "plain").generations() if generation.live]
+
+
+def build_and_promote(control: Control, *numbers: int) -> None:
+    for number in numbers:
+        assert control.ask("plain", "rebuild") == {"generation": number}
+        await_phase(control, "plain", number, "following")
+        control.ask("plain", "promote")
+
+
+def test_a_rollback_that_is_asked_twice_goes_back_once(feed: Feed, settings: Settings) -> None:
+    """Who heard no answer asks again while the first is carried out; both have seen the third generation live."""
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        build_and_promote(control, 2, 3)
+        for _ in range(2):
+            assert control.ask("plain", "rollback", {"from": 3})["generation"] == 2
+        assert live_of(settings) == [2]
+        assert command(settings, "rollback", "plain").exit_code == 0, "the next one is from what is live"
+        assert live_of(settings) == [1]
+        with pytest.raises(Misconfigured, match="Generation 1 of plain is live") as refused:
+            control.ask("plain", "rollback", {"from": 3})
+        assert refused.value.code == "rolled-back-already"
+        control.ask("plain", "promote", {"generation": 3})
+        assert control.ask("plain", "rollback", {"from": 3})["generation"] == 1
+    records = [record for record in read_to_end(settings, {(CONTROL, 0): BEGINNING}) if record.value]
+    mine = [codec.loads(record.value or b"") for record in records if settings.source.encode() in record.key]
+    assert {"stale": False, "from": 2} in [said["args"] for said in mine if said.get("verb") == "rollback"]
+
+
+def test_a_rollback_whose_process_died_before_it_was_taken_away_goes_back_once(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    died = threading.Event()
+
+    def take_away(*_: object) -> None:
+        died.set()
+        raise Transient("kafka-away", "It is killed here.")
+
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        build_and_promote(control, 2, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Control, "take_away", take_away)
+            control._request("plain", {"verb": "rollback", "args": {"from": 3}, "timeout": 300})
+            assert died.wait(30)
+            assert live_of(settings) == [2]
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 2, "live")
+        assert len(list(control.scan("plain"))) == 1, "requests are carried out in order"
+        assert live_of(settings) == [2]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_rebuild_after_a_rollback_does_not_go_on_with_what_was_left(
+    feed: Feed, settings: Settings, restarted: bool
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        build_and_promote(control, 2)
+        control.ask("plain", "rollback")
+        if not restarted:
+            assert control.ask("plain", "rebuild") == {"generation": 3}
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 1, "live")
+        assert control.ask("plain", "rebuild") == {"generation": 3}, "with this one it goes on"
+    assert live_of(settings) == [1]
+
+
 # Gates
 
 
@@ -614,6 +833,7 @@ def test_a_build_that_differs_is_refused_and_stays_beside_the_live_one(settings:
         ended = headrace(settings, "rebuild", "plain", "--wait", "--gate", gate, *spec)
         assert ended.returncode == 1, ended.stdout + ended.stderr
         assert "generation 2 of plain differs from Postgres" in ended.stderr
+        assert "headrace drop plain 2, then: headrace rebuild plain" in ended.stderr
         assert [generation.live for generation in view.generations()] == [True, False]
         ended = headrace(settings, "rebuild", "plain", "--wait", "--gate", "none", "--json")
         assert ended.returncode == 0, ended.stderr

@@ -79,6 +79,17 @@ def test_a_view_that_was_given_up_is_wrong_only_for_who_asks_for_it(settings: Se
     assert status(settings, "--check", "pages").exit_code == 1
 
 
+def test_check_sees_a_build_that_has_stopped_beside_the_live_one(settings: Settings, control: Control) -> None:
+    """Not what was live before: that is kept, and nobody waits for it."""
+    live = Report("plain", 2, live=True, phase="live", version=Version(1, 5))
+    say(control, Report("plain", 1, phase="stopped", reason="It was away.", remedy="Wait."), live)
+    assert status(settings, "--check", "plain").stdout == "ok\n"
+    say(control, Report("plain", 3, phase="stopped", reason="It has met 13.", remedy="Change it."))
+    for options in (["--check"], ["--check", "plain"]):
+        ended = status(settings, *options)
+        assert (ended.exit_code, ended.stdout) == (1, "plain g3: stopped: It has met 13. Change it.\n")
+
+
 @pytest.mark.parametrize("name", ["plain", "capture"])
 def test_check_fails_beyond_the_lag_that_is_allowed(settings: Settings, control: Control, name: str) -> None:
     say(control, Report(name, 1, live=True, phase="live", version=Version(1, 5), lag=(7, 4096, 61.0)))
