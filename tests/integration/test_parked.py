@@ -752,3 +752,27 @@ def test_a_huge_reason_is_cut_and_no_entry_or_report_is_too_large_for_it(feed: F
         assert (len(entry.reason) < 20_000, entry.cut, entry.change().row) == (True, False, {"id": 2, "n": 13})
         feed.cut((ITEMS, 3, 13))
         eventually("it stops and says so", lambda: report(control, "wordy").code == "too-many-parked")
+
+
+class Many(Wordy):
+    """Counts rows of very many collections."""
+
+    def count(self) -> dict[str, int]:
+        return {f"public.items{number}": 1 for number in range(100_000)}
+
+
+def test_an_answer_that_kafka_does_not_take_is_refused_and_the_process_goes_on(feed: Feed, settings: Settings) -> None:
+    """Its request must not be read again at the next start, either."""
+    feed.cut((ITEMS, 1, 10))
+    forbid(settings, 13)
+    small = replace(settings, parked_limit=200, message_max_bytes=100_000)
+    with serving(small, wordy=Many) as control:
+        await_live(control, "wordy")
+        feed.cut(*((ITEMS, number, 13) for number in range(100, 250)))
+        await_parked(control, "wordy", 150)
+        answer = control.ask("wordy", "retry", timeout=60)
+        assert {(len(each["reason"]) < 500, each["reason"].endswith("…")) for each in answer["left"]} == {(True, True)}
+        with pytest.raises(Misconfigured) as error:
+            control.counts("wordy", 1, timeout=20)
+        assert error.value.code == "record-too-large"
+        assert control.ask("wordy", "release") == {}
