@@ -18,10 +18,12 @@ from typing import ClassVar
 import orjson
 import psycopg
 import pytest
+from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from headrace.change import Version
 from headrace.cli import app
+from headrace.cli.status import _source_line
 from headrace.consumer import Batch
 from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Transient
@@ -271,6 +273,17 @@ def test_what_was_asked_is_taken_back_by_who_no_longer_waits(
     finally:
         box.close()
     assert not read
+
+
+def test_a_check_is_one_line_and_no_json(settings: Settings, control: Control) -> None:
+    say(control, Report("plain", 1, live=True, phase="stopped", reason="It broke:\n  here", remedy="Mend it."))
+    assert status(settings, "--check", "plain").stdout == "plain: stopped: It broke: here Mend it.\n"
+    assert status(settings, "--check", "--json", "plain").exit_code == 2
+
+
+def test_what_a_source_says_is_shown_as_it_is(settings: Settings) -> None:
+    facts = {"source": {"name": "main", "error": "no [/] and no [red]", "remedy": "[bold]"}}
+    assert Text.from_markup(_source_line(facts)).plain == "source main: no [/] and no [red] [bold]"
 
 
 class Hangs(Plain):
