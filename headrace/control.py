@@ -28,7 +28,7 @@ from headrace.change import NOWHERE, Version
 from headrace.consumer import ViewRow
 from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
 from headrace.log import Log
-from headrace.log.plain import PlainWriter
+from headrace.log.plain import PlainWriter, shared
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL
 from headrace.requests import Request, RequestBox
@@ -141,7 +141,7 @@ class Control:
 
     def take_away(self, name: str, request: Request) -> None:
         """Take a request away. Raises Transient: `kafka-away`."""
-        self._writer.write(CONTROL, self._key(name, "request", request.id), None)
+        self._request(name, request.id, None)
 
     def send_rows(self, request: Request, rows: Sequence[ViewRow], *, last: bool) -> int:
         """Send rows that were asked for, in pages; `last` ends them. Return how many bytes they are.
@@ -232,26 +232,20 @@ class Control:
             Transient: `no-answer`, when none comes within `timeout` seconds.
         """
         self.running(name)
+        request = uuid.uuid4().hex
         tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)})
         try:
-            request = self._request(name, {"verb": verb, "args": args or {}, "timeout": timeout})
+            self._request(name, request, {"verb": verb, "args": args or {}, "timeout": timeout})
             key = self._key(name, "answer", request)
-
-            def look() -> None:
-                try:
-                    self.running(name)
-                except Misconfigured:  # who is told so must not see it carried out at the next start
-                    self._writer.write(CONTROL, self._key(name, "request", request), None)
-                    raise
-
-            for value in _values(tail, key, timeout, name, look):
-                self._writer.write(CONTROL, key, None)
-                return _answer(value)
+            value = next(_values(tail, key, timeout, name, lambda: self.running(name)))
+        except BaseException:  # who is told so, or no longer waits, must not see it carried out later
+            with suppress(HeadraceError):
+                self._request(name, request, None)
+            raise
         finally:
             tail.close()
-        raise Transient(
-            "no-answer", f"The runner of {name} did not answer {verb!r} in {timeout:.0f} s.", "See: headrace status"
-        )
+        self._writer.write(CONTROL, key, None)
+        return _answer(value)
 
     def scan(self, name: str, generation: int | None = None, timeout: float = 60.0) -> Iterator[ViewRow]:
         """Yield the rows of a generation (the live one when None) as its readers see them, in (collection, key) order.
@@ -298,10 +292,10 @@ class Control:
         """Wait up to `seconds` until what was written is in Kafka. Raises Transient: `kafka-away`."""
         self._writer.flush(seconds)
 
-    def _request(self, name: str, said: dict[str, Any]) -> str:
-        request = uuid.uuid4().hex
-        self._writer.write(CONTROL, self._key(name, "request", request), codec.dumps(said))
-        return request
+    def _request(self, name: str, request: str, said: dict[str, Any] | None) -> None:
+        self._writer.write(
+            CONTROL, self._key(name, "request", request), codec.dumps(said) if said is not None else None
+        )
 
     def _put(self, key: bytes, value: dict[str, Any] | None) -> None:
         self._writer.send(CONTROL, key, codec.dumps(value) if value is not None else None)
@@ -310,7 +304,8 @@ class Control:
         return record_key(self._source, name, kind, id_)
 
     def _end(self, topic: str) -> int:
-        return self._log.topics.ends({topic: 1})[topic][0]
+        with shared():
+            return self._log.topics.ends({topic: 1})[topic][0]
 
     def _newest(self, *kinds: str) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
         if CONTROL not in self._log.topics.names():

@@ -8,6 +8,7 @@ the newest state matters. Its one writer is the runner of the view, as with cont
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -72,8 +73,8 @@ class Entry:
         return Misconfigured(
             "parked-body-cut",
             f"The change of {self.collection} {self.key} was too large to be kept whole.",
-            f"Run: headrace parked drop {self.name} --collection {self.collection} '{self.key}', then headrace resnapshot "
-            f"{self.collection}: it comes again.",
+            f"Run: headrace parked drop {self.name} --generation {self.generation} --collection {shlex.quote(self.collection)} "
+            f"{pasted(self.key)}, then headrace resnapshot {shlex.quote(self.collection)}: it comes again.",
         )
 
     def change(self) -> Change:
@@ -82,6 +83,11 @@ class Entry:
             raise self.body_cut()
         read = dict(self.body)
         return Change(**read | {"key": read["key"].encode(), "version": Version(*read["version"])})
+
+
+def pasted(word: str) -> str:
+    """Return a word as the last of a command line that is pasted into a shell: it may begin as an option does."""
+    return f"{'-- ' if word.startswith('-') else ''}{shlex.quote(word)}"
 
 
 _IDENTITY = ("name", "generation", "collection", "key", "at")

@@ -11,6 +11,7 @@ from headrace.log.tail import BEGINNING, Tail, end_of_partition
 from headrace.log.topics import CONTROL
 
 _MOMENT_SECONDS = 2.0
+_CLOCK_SECONDS = 60.0
 
 
 class Request(NamedTuple):
@@ -46,7 +47,7 @@ class RequestBox:
         self._open: dict[tuple[str, str], Request] = {}
         self._caught_up = False
         self._ended = 0.0
-        self._ahead: float | None = None
+        self._late: list[tuple[float, float]] = []
 
     def poll(self, timeout: float) -> list[tuple[str, Request]]:
         """Return requests as (name, request); each is returned once."""
@@ -67,15 +68,21 @@ class RequestBox:
                 self._open[key["name"], key["id"]] = Request(key["id"], said["verb"], said["args"], at, timeout)
         if not self._caught_up:
             return []
-        ready = [(name, request._replace(ahead=self._ahead or 0.0)) for (name, _), request in self._open.items()]
+        ahead = self._late[0][1] if self._late else 0.0
+        ready = [(name, request._replace(ahead=ahead)) for (name, _), request in self._open.items()]
         self._open.clear()
         return ready
 
     def _compare(self, written: float) -> None:
-        """Compare the clocks by what was written a moment ago: it came when the end had been read just before."""
-        if time.monotonic() - self._ended < _MOMENT_SECONDS:
+        """Compare the clocks by what was written a moment ago: it came when the end had been read just before.
+
+        What came soonest counts, of the last minute: clocks are set right. So of two the later is kept, and the earlier if it came sooner.
+        """
+        now = time.monotonic()
+        if now - self._ended < _MOMENT_SECONDS:
             late = time.time() - written
-            self._ahead = late if self._ahead is None else min(self._ahead, late)
+            sooner = [(at, each) for at, each in self._late if now - at < _CLOCK_SECONDS and each < late]
+            self._late = [*sooner, (now, late)]
 
     def close(self) -> None:
         """Leave."""

@@ -21,9 +21,12 @@ _PREFIX = "HEADRACE_"
 _OUTSIDE = frozenset({"HEADRACE_CONFIG", "HEADRACE_STACK"})
 """Names of the environment that are not settings: where the settings are, and which backend runs the local stack."""
 
+_LARGEST = 1_000_000_000 - 1024 * 1024
+"""What librdkafka sends at most, less the room for key, headers and framing."""
 
-def _setting(default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"doc": doc})
+
+def _setting(default: Any, doc: str, most: int | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "most": most})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Settings:
     snapshot_connections: int = _setting(2, "connections that read the initial snapshot")
     cut_ms: int = _setting(200, "longest time a cut stays open, ms")
     cut_records: int = _setting(20_000, "most records in a cut")
-    message_max_bytes: int = _setting(16 * 1024 * 1024, "largest record; a larger row stops capture")
+    message_max_bytes: int = _setting(16 * 1024 * 1024, "largest record; a larger row stops capture", _LARGEST)
     min_compaction_lag_ms: int = _setting(3_600_000, "how long every record stays in the log at least, ms")
     delete_retention_ms: int = _setting(
         7 * 24 * 3_600_000, "how long a tombstone stays, ms; the longest a consumer may be away"
@@ -149,5 +152,10 @@ def _value(setting: Field[Any], value: Any) -> Any:
     if number < 0:
         raise Misconfigured(
             "bad-setting", f"{_PREFIX}{setting.name.upper()}={value!r} is not a whole number.", setting.metadata["doc"]
+        )
+    most = setting.metadata["most"]
+    if most is not None and number > most:
+        raise Misconfigured(
+            "bad-setting", f"{_PREFIX}{setting.name.upper()}={value!r} is more than {most}.", setting.metadata["doc"]
         )
     return number

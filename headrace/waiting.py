@@ -27,8 +27,9 @@ def reached(
     """Wait until a generation of a view, the live one when None, shows `wanted`; return what it says then. `told` is called meanwhile.
 
     Raises:
-        Misconfigured: `consumer-not-running`, `no-live-generation`, `records-parked`, `view-paused`, `stale-generation`, and what
-            stopped the view: it will not come there. `token-void`, when the view has come to a later epoch (S2).
+        Misconfigured: `consumer-not-running`, `no-live-generation`, `records-parked`, `view-paused`, `stale-generation`,
+            `no-such-generation`, and what stopped the view or its promotion: it will not come there. `token-void`, when the view has come
+            to a later epoch (S2).
         Transient: `view-behind`.
     """
     deadline = time.monotonic() + seconds
@@ -41,6 +42,8 @@ def reached(
         if report is not None:
             check_whole(report)
             check_not_paused(report)
+        elif newest := control.running(name)[-1:]:
+            _check_becomes_live(newest[0])
         if time.monotonic() > deadline:
             stands = f"is at {report.version}" if report else "has no live generation"
             said = f"{name} {stands}, not at {wanted}, after {seconds:.0f} s."
@@ -79,6 +82,16 @@ def check_not_paused(report: Report) -> None:
     if report.phase == "paused":
         said = f"{report.name} is paused at {report.version}."
         raise Misconfigured("view-paused", said, f"Run: headrace resume {report.name}")
+
+
+def _check_becomes_live(report: Report) -> None:
+    """Refuse a view of which no generation is live when its newest will not become so before somebody changes something."""
+    check_not_stopped(report)
+    check_not_paused(report)
+    if report.phase == "dropped":
+        raise Misconfigured("no-such-generation", f"{report.name} is dropped.", f"Run: headrace rebuild {report.name}")
+    if report.phase == "following" and report.code:
+        raise Misconfigured(report.code, f"{report.name} cannot be promoted: {report.reason}", report.remedy)
 
 
 def _of(control: Control, name: str, generation: int | None) -> Report | None:

@@ -16,7 +16,7 @@ from headrace.cli.show import agree, out, print_json
 from headrace.control import Control
 from headrace.errors import CHECK_FAILED, USAGE, Misconfigured
 from headrace.log import Log
-from headrace.parked import Entry, Shelf
+from headrace.parked import Entry, Shelf, pasted
 from headrace.settings import load
 
 app = typer.Typer(help="Records that could not be done: look, try again, give up.", no_args_is_help=True)
@@ -58,7 +58,9 @@ def show_all(
         out.print("nothing is parked")
     else:
         out.print(_table(entries))
-        out.print(f"then: headrace parked show {entries[0].name} '{entries[0].key}'", markup=False, soft_wrap=True)
+        out.print(
+            f"then: headrace parked show {entries[0].name} {pasted(entries[0].key)}", markup=False, soft_wrap=True
+        )
 
 
 @app.command()
@@ -101,7 +103,7 @@ def retry(
     New code is another matter: `headrace rebuild NAME` builds anew with it.
 
     Exit codes: 0 it is done; 1 something still cannot be done; 2 neither a key nor --all is given; 3 nothing is parked there, or no process
-    runs the view; 5 a server or that process does not answer.
+    runs the view; 4 the view has stopped by a record that cannot be set aside; 5 a server or that process does not answer.
 
     Examples:
 
@@ -139,7 +141,7 @@ def drop(
     row that is read again (`headrace resnapshot`) or changed comes back by itself.
 
     Exit codes: 0 it is given up; 2 neither a key nor --all is given, or nobody agreed; 3 nothing is parked there, or no process runs the
-    view; 5 a server or that process does not answer.
+    view; 4 the view has stopped by a record that cannot be set aside; 5 a server or that process does not answer.
 
     Examples:
 
@@ -200,7 +202,7 @@ def _show(entry: Entry) -> None:
         ),
         "why": f"{entry.reason} [{entry.code}]" if entry.code else entry.reason,
         "do": entry.remedy,
-        "then": f"headrace parked retry {entry.name} '{entry.key}' --generation {entry.generation}",
+        "then": f"headrace parked retry {entry.name} --generation {entry.generation} {pasted(entry.key)}",
     }
     for what, said in lines.items():
         if said:

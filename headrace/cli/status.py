@@ -58,8 +58,8 @@ def status(
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
     Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked, not to be promoted or
-    too far behind, the heartbeat or the look at the catalogue fails, or Kafka does not answer; 3 a setting is wrong; 5 without --check,
-    and Kafka does not answer.
+    too far behind, the heartbeat or the look at the catalogue fails, or Kafka does not answer; 2 --check and --json are given; 3 a setting
+    is wrong; 5 without --check, and Kafka does not answer.
 
     Examples:
 
@@ -69,6 +69,8 @@ def status(
 
         headrace status --check search --max-lag 60s
     """
+    if check and json:
+        raise typer.BadParameter("--check and --json exclude each other.")
     settings = load()
     control = Control(Log(settings))
     if check:
@@ -150,7 +152,7 @@ def _named(facts: Facts) -> list[tuple[str, Facts]]:
 def _source_line(facts: Facts) -> str:
     source = facts["source"]
     if "error" in source:
-        return f"source [bold]{source['name']}[/bold]: [red]{source['error']}[/red] {source.get('remedy', '')}"
+        return f"source [bold]{source['name']}[/bold]: [red]{escape(source['error'])}[/red] {escape(source.get('remedy', ''))}"
     if source.get("feed") == "debezium":
         return f"source [bold]{source['name']}[/bold]: fed by Debezium, no checkpoints"
     if not source.get("exists", True):
@@ -284,7 +286,7 @@ def _parked(name: str, count: int) -> str:
 
 
 def _wrong(line: str) -> NoReturn:
-    typer.echo(line)
+    typer.echo(" ".join(line.split()))  # a reason may have several
     raise typer.Exit(CHECK_FAILED)
 
 

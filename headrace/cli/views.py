@@ -95,8 +95,8 @@ def promote(
 
     Several views are promoted at the same LSN, one after the other, as `headrace rebuild` tells; not atomically.
 
-    Exit codes: 0 they are live; 2 --generation is given for several; 3 one cannot be promoted, or no process runs it; 5 a server or that
-    process does not answer. With several, 3 and 5 say which are live and which are not.
+    Exit codes: 0 they are live; 2 --generation is given for several; 3 one cannot be promoted, or no process runs it; 4 one has stopped by
+    a record; 5 a server or that process does not answer. With several, 3, 4 and 5 say which are live and which are not.
 
     Examples:
 
@@ -141,8 +141,8 @@ def rollback(
 ) -> None:
     """Let readers see again what was live before; a build that was never promoted is not gone back to.
 
-    Exit codes: 0 it is live again; 3 there is none, it is behind (see --stale), or no process runs it; 5 a server or that
-    process does not answer.
+    Exit codes: 0 it is live again; 3 there is none, it is behind (see --stale), or no process runs it; 4 it has stopped by a record; 5 a
+    server or that process does not answer.
 
     Example:
 

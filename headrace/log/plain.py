@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from confluent_kafka import KafkaError, Message, Producer
 
-from headrace.errors import Transient
+from headrace.errors import Misconfigured, Transient
 from headrace.log import kafka
 from headrace.settings import Settings
 
@@ -45,7 +46,8 @@ class PlainWriter:
             producer.poll(_POLL_SECONDS)  # whichever thread polls, the report ends in `said`
         error, written = said[0]
         if error is not None:
-            raise kafka.translate(error, f"writing to {topic}")
+            with shared():
+                raise kafka.translate(error, f"writing to {topic}")
         return written
 
     def flush(self, seconds: float) -> None:
@@ -65,13 +67,25 @@ class PlainWriter:
         delivered: Callable[[KafkaError | None, Message], None] | None,
     ) -> Producer:
         producer = self._producer = self._producer or kafka.producer(self._settings, **{"linger.ms": 0})
-        with kafka.kafka_errors(f"writing to {topic}"):
+        with shared(), kafka.kafka_errors(f"writing to {topic}"):
             try:
                 producer.produce(topic, value, key, on_delivery=delivered)
             except BufferError as error:
                 raise _away() from error
         producer.poll(0)
         return producer
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Where a topic that all share is missing, say what makes it: to read tables again, as for one of theirs, would be in vain."""
+    try:
+        yield
+    except Misconfigured as error:
+        if error.code != "topic-missing":
+            raise
+        remedy = "Start any process of headrace again, headrace run NAME or headrace capture: it makes it."
+        raise Misconfigured(error.code, error.message, remedy) from error
 
 
 def _away() -> Transient:

@@ -107,7 +107,7 @@ def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
     return {
         schemas_topic(settings.source): kept,
         checkpoints_topic(settings.source): kept | often | {"delete.retention.ms": str(settings.delete_retention_ms)},
-        CONTROL: kept | often,
+        CONTROL: kept | often | {"max.message.bytes": _largest(settings)},  # an answer may name very many keys
         PARKED: kept | {"max.message.bytes": _largest(settings)},  # a body may be as large as a row of a table
         ANSWERS: {
             "cleanup.policy": "delete",

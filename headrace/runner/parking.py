@@ -181,7 +181,8 @@ class Parking:
                 f"{self.count} records of {self._name} are parked, HEADRACE_PARKED_LIMIT={self._limit} is the most; the next is: "
                 f"{last}",
                 f"See: headrace parked list {self._name}. Mend the cause; then raise HEADRACE_PARKED_LIMIT and run: headrace run "
-                f"{self._name}, headrace parked retry {self._name} --all. Or run: headrace rebuild {self._name}",
+                f"{self._name}, headrace parked retry {self._name} --all --generation {self._number}. Or run: headrace rebuild "
+                f"{self._name}",
             ) from error
         for entry in entries:
             self._shelf.put(entry)

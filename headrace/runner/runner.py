@@ -93,11 +93,15 @@ class Runner:
 
     def handle(self, request: Request) -> None:
         """Carry out a request and answer it; one whose asker has given up is only taken away."""
-        with suppress(Transient):  # with Kafka away nobody hears it
+        with suppress(HeadraceError):  # nobody hears it: with Kafka away, or refusing what this process writes
             if request.given_up:
                 self._control.take_away(self.name, request)
-            else:
-                self._control.answer(self.name, request, self._carried_out(request))
+                return
+            answer = self._carried_out(request)
+            try:
+                self._control.answer(self.name, request, answer)
+            except Misconfigured as error:  # it is too large
+                self._control.answer(self.name, request, refusal(error))
 
     def _carried_out(self, request: Request) -> dict[str, Any]:
         verb = self._verbs.get(request.verb)

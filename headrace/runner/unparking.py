@@ -16,6 +16,7 @@ from headrace.runner.worker import Worker
 
 _PATIENCE_SECONDS = 60.0
 _STEP_SECONDS = 0.01
+_CHARACTERS = 400
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -33,8 +34,11 @@ class Unparking:
         """Try again what is named; answer what is done and what is left, with the reasons."""
         chosen = _chosen(request)
         worker, done = self._standing(request, lambda consumer, parking, at: parking.retry(consumer, chosen, at))
-        told = ("collection", "key", "code", "reason", "remedy")
-        left = [{name: getattr(entry, name) for name in told} for entry in done.left]
+        told = ("code", "reason", "remedy")
+        left = [
+            {"collection": entry.collection, "key": entry.key} | {name: _short(getattr(entry, name)) for name in told}
+            for entry in done.left
+        ]
         return {"generation": worker.generation.number, "done": done.done, "left": left}
 
     def drop(self, request: Request) -> Answer:
@@ -62,6 +66,11 @@ class Unparking:
                 said = f"{worker.name} came to no complete state in {_PATIENCE_SECONDS:.0f} s."
                 raise Transient("worker-busy", said, "Try again; see headrace status")
             time.sleep(_STEP_SECONDS)
+
+
+def _short(said: str) -> str:
+    """Return the beginning of what an entry says of itself: it has the whole, and an answer may tell of very many."""
+    return said if len(said) <= _CHARACTERS else f"{said[:_CHARACTERS]}…"
 
 
 def _check(worker: Worker) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from headrace.errors import Misconfigured
+from headrace.settings import masked
 from headrace_ops import ports
 from headrace_ops.docker_server import PROJECT, DockerServer, engine
 from headrace_ops.server import ALL, NAMES, Report, silent
@@ -156,7 +157,7 @@ def _facts(server: DockerServer) -> dict[str, Any]:
     return {
         "server": server.name,
         "state": "stopped" if not running else "running" if server.healthy() else "not answering",
-        "address": server.address(),
+        "address": masked(server.address()),  # it has the password; `stack env` gives it
         "pid": container.attrs["State"]["Pid"] or None,
         "data": "volume",
         "log": f"docker logs {container.name}",

@@ -15,6 +15,7 @@ import struct
 import time
 from typing import ClassVar, Final
 
+from headrace.errors import Transient
 from headrace_ops import artifacts, java, ports, processes
 from headrace_ops.process_server import ProcessServer
 
@@ -68,6 +69,8 @@ _NONE_TO_FENCE: Final = b"maybeFenceStaleBroker generated 0 records"
 _LOOKS: Final = 40
 """It looks every eighth of its session: after so many looks without a broker to fence, there is none."""
 _METADATA, _METADATA_VERSION = 3, 1
+_SESSION_SECONDS = 60.0
+_STUCK: Final = "kafka was killed, and its controller did not end the old session in time: started so, readers would be stuck for ever."
 _HEADER: Final = struct.Struct(">iii")
 """Of the answer: its size, the number of the request, the number of live brokers."""
 
@@ -112,13 +115,22 @@ class Kafka(ProcessServer):
         begin = self.log.stat().st_size if self.log.exists() else 0
         talking = self.java("talking.properties")
         controller = self.spawn([*talking, "kafka.Kafka", str(self.conf / "controller.properties")])
-        deadline = time.monotonic() + 60
-        while processes.alive(controller) and time.monotonic() < deadline and not self.cancelled.wait(0.05):
+        deadline = time.monotonic() + _SESSION_SECONDS
+        ended = False
+        while (
+            not ended and processes.alive(controller) and time.monotonic() < deadline and not self.cancelled.wait(0.05)
+        ):
             said = self.log.read_bytes()[begin:]
             none = _FENCING not in said and said.count(_NONE_TO_FENCE) >= _LOOKS
-            if none or _FENCED.search(said):
-                break
+            ended = none or _FENCED.search(said) is not None
+        died = not processes.alive(controller)
         self.stop()
+        if not ended:
+            raise (
+                self._died()
+                if died
+                else Transient("server-slow", _STUCK, f"Look at {self.log}, then run headrace stack up again.")
+            )
 
     def java(self, told: str = "log4j2.properties") -> list[str]:
         """Return the start of a command line that runs a class of Kafka's: the broker or one of its tools; `told` is how it logs."""

@@ -34,19 +34,27 @@ CONF
     KAFKA_LOG4J_OPTS="-Dlog4j2.configurationFile=$work/log4j2.properties" \
         /opt/kafka/bin/kafka-server-start.sh "$work/controller.properties" > "$work/log" 2>&1 &
     controller=$!
+    trap 'kill "$controller" 2>/dev/null || true; exit 143' TERM
+    ended=
     # What it says before the fencing is in its log does not count; after forty looks without a broker to fence there is none.
     for _ in $(seq 600); do
         kill -0 "$controller" 2>/dev/null || break
         if grep -q "Fencing broker $KAFKA_NODE_ID " "$work/log"; then
             fencing=$(grep -o "Read-write operation maybeFenceStaleBroker([0-9]*)" "$work/log" | head -n 1 | grep -o "maybe.*" || true)
-            if [ -n "$fencing" ] && grep -qF "Processed $fencing in " "$work/log"; then break; fi
+            if [ -n "$fencing" ] && grep -qF "Processed $fencing in " "$work/log"; then ended=yes; fi
         elif [ "$(grep -c "maybeFenceStaleBroker generated 0 records" "$work/log")" -ge 40 ]; then
-            break
+            ended=yes
         fi
+        if [ -n "$ended" ]; then break; fi
         sleep 0.1
     done
     kill "$controller" 2>/dev/null || true
     wait "$controller" || true
+    trap - TERM
     tail -n 3 "$work/log"
+    if [ -z "$ended" ]; then
+        echo "Its old session was not ended in a minute: starting again, for readers would be stuck for ever"
+        exit 1
+    fi
 fi
 exec /etc/kafka/docker/run

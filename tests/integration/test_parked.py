@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -20,7 +22,7 @@ from headrace.control import Control, Report
 from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.log import Log
-from headrace.parked import Shelf
+from headrace.parked import Entry, Shelf
 from headrace.settings import Settings, environment
 from headrace.stores.duckdb import Database, query
 from headrace.stores.redis import PageReader
@@ -285,6 +287,7 @@ def test_above_the_limit_the_consumer_stops_and_says_what_to_run(feed: Feed, set
         eventually("it stops", lambda: report(control, "picky").phase == "stopped")
         said = report(control, "picky")
         assert said.code == "too-many-parked"
+        assert f"--all --generation {said.generation}" in said.remedy
         assert "headrace parked list picky" in said.remedy
         assert Plain(settings, "picky").rows() == {ONE: 10}, "nothing of that batch was applied"
     forbid(settings)
@@ -703,7 +706,7 @@ def test_a_body_that_is_too_large_is_cut_and_says_so(feed: Feed, settings: Setti
         with pytest.raises(Misconfigured) as cut:
             control.ask("picky", "retry")
         assert cut.value.code == "parked-body-cut"
-        assert f"headrace parked drop picky --collection {ITEMS} '{TWO}'" in cut.value.remedy
+        assert f"headrace parked drop picky --generation 1 --collection {ITEMS} '{TWO}'" in cut.value.remedy
 
 
 def test_a_retry_of_all_leaves_what_is_cut_and_does_the_rest(feed: Feed, settings: Settings) -> None:
@@ -752,3 +755,42 @@ def test_a_huge_reason_is_cut_and_no_entry_or_report_is_too_large_for_it(feed: F
         assert (len(entry.reason) < 20_000, entry.cut, entry.change().row) == (True, False, {"id": 2, "n": 13})
         feed.cut((ITEMS, 3, 13))
         eventually("it stops and says so", lambda: report(control, "wordy").code == "too-many-parked")
+
+
+class Many(Wordy):
+    """Counts rows of very many collections."""
+
+    def count(self) -> dict[str, int]:
+        return {f"public.items{number}": 1 for number in range(100_000)}
+
+
+def test_an_answer_that_kafka_does_not_take_is_refused_and_the_process_goes_on(feed: Feed, settings: Settings) -> None:
+    """Its request must not be read again at the next start, either."""
+    feed.cut((ITEMS, 1, 10))
+    forbid(settings, 13)
+    small = replace(settings, parked_limit=200, message_max_bytes=100_000)
+    with serving(small, wordy=Many) as control:
+        await_live(control, "wordy")
+        feed.cut(*((ITEMS, number, 13) for number in range(100, 250)))
+        await_parked(control, "wordy", 150)
+        answer = control.ask("wordy", "retry", timeout=60)
+        assert {(len(each["reason"]) < 500, each["reason"].endswith("…")) for each in answer["left"]} == {(True, True)}
+        with pytest.raises(Misconfigured) as error:
+            control.counts("wordy", 1, timeout=20)
+        assert error.value.code == "record-too-large"
+        assert control.ask("wordy", "release") == {}
+
+
+@pytest.mark.parametrize("key", ['{"name":"o\'brien"}', "-5", "two words"])
+def test_what_is_printed_to_be_pasted_names_the_key_whatever_it_is(settings: Settings, key: str) -> None:
+    log = Log(settings)
+    log.ensure_spine()
+    entry = Entry("picky", 3, ITEMS, key, "0:1", reason="No.", body={"n": 13})
+    Shelf(log).put(entry)
+    (line,) = [line for line in command(settings, "parked", "list").stdout.splitlines() if line.startswith("then: ")]
+    shown = command(settings, *shlex.split(line.removeprefix("then: headrace ")))
+    assert (shown.exit_code, "picky, generation 3" in shown.stdout) == (0, True)
+    (line,) = re.findall(r"then  (headrace parked retry .*)", shown.stdout)
+    assert shlex.split(line)[3:6] == ["picky", "--generation", "3"]
+    assert shlex.split(line)[-1] == key
+    assert f"drop picky --generation 3 --collection {ITEMS} {line.partition(' 3 ')[2]}, then" in entry.body_cut().remedy

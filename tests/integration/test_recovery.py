@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 
+import orjson
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from headrace.change import Version
 from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.log.topics import checkpoints_topic, schemas_topic
-from headrace.settings import Settings
+from headrace.settings import Settings, environment
 from headrace_capture import catalog, setup, teardown
 from headrace_capture.recovery import recover
+from headrace_capture.resnapshot_cli import resnapshot
 from tests.fixtures.capture import (
     capturing,
     changes,
@@ -54,6 +58,14 @@ def recreate_slot(settings: Settings) -> None:
 def advance_slot(settings: Settings) -> None:
     execute(settings, "INSERT INTO items VALUES (98, 'between')")
     execute(settings, f"SELECT pg_replication_slot_advance('{settings.slot}', pg_current_wal_lsn())")
+
+
+def test_a_recovery_prints_one_document_for_scripts(captured: Settings) -> None:
+    app = typer.Typer()
+    app.command()(resnapshot)
+    ended = CliRunner().invoke(app, ["--recover", "--json"], env=environment(captured))
+    said = orjson.loads(ended.stdout)
+    assert (ended.exit_code, said["epoch"], said["snapshot"]) == (0, 2, False)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_killed_anywhere_it_ends_exact_and_never_shows_a_half(settings: Settings
         if cuts == 1:
             reporting(settings)
             said = {"verb": "resnapshot", "args": {"tables": [T]}, "timeout": 30.0}
-            Control(Log(settings))._request("capture", said)  # it may die before it answers
+            Control(Log(settings))._request("capture", "1", said)  # it may die before it answers
         eventually("it dies or is done", lambda: running.error or phases(settings).get(T) == "done")  # noqa: B023
         if running.error is None:
             running.stop()

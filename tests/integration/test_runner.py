@@ -457,7 +457,7 @@ def test_a_request_that_was_given_up_is_not_carried_out_by_the_next_runner(
     served.await_phase(1, "live")
     served.stop()
     control = Control(feed.log)
-    control._request("plain", {"verb": "rebuild", "args": {}, "timeout": 0})
+    control._request("plain", "1", {"verb": "rebuild", "args": {}, "timeout": 0})
     served = serve()
     served.await_phase(1, "live")
     assert len(list(control.scan("plain"))) == 1  # requests are carried out in order

@@ -263,6 +263,17 @@ def test_a_locked_table_stops_setup_soon_and_whole(db: Connection, source: Setti
     assert db.execute("SELECT FROM pg_publication").fetchall() == []
 
 
+def test_nothing_is_told_to_be_applied_before_it_is(db: Connection, source: Settings) -> None:
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY, big text)")
+    app = typer.Typer()
+    app.command()(setup_command)
+    with psycopg.connect(source.dsn) as other:
+        other.execute("LOCK TABLE public.a IN ACCESS SHARE MODE")
+        ended = CliRunner().invoke(app, ["--dsn", source.dsn, "--json", "--apply"])
+    assert isinstance(ended.exception, Transient)
+    assert (ended.exception.code, ended.stdout) == ("table-locked", "")
+
+
 def test_bad_connections_name_the_setting(postgres: Postgres) -> None:
     wrong = {
         "postgres-away": "postgresql://postgres@127.0.0.1:1/postgres",

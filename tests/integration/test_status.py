@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -17,14 +18,17 @@ from typing import ClassVar
 import orjson
 import psycopg
 import pytest
+from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from headrace.change import Version
 from headrace.cli import app
+from headrace.cli.status import _source_line
 from headrace.consumer import Batch
 from headrace.control import Control, Report
-from headrace.errors import Misconfigured
+from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
+from headrace.requests import Request
 from headrace.settings import Settings, environment
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import capturing, eventually, execute, prepare, replay
@@ -196,15 +200,17 @@ def test_what_is_missing_is_counted_to_what_is_captured_now(
 
 
 class Clock:
-    """A clock that is ahead, or behind."""
-
-    monotonic = staticmethod(time.monotonic)
+    """A clock that is ahead, or behind, until it is set right; `passed` seconds have passed then."""
 
     def __init__(self, ahead: float) -> None:
-        self._ahead = ahead
+        self.ahead = ahead
+        self.passed = 0.0
 
     def time(self) -> float:
-        return time.time() + self._ahead
+        return time.time() + self.ahead
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.passed
 
 
 @pytest.mark.parametrize("ahead", [15.0, -15.0])
@@ -235,6 +241,60 @@ def test_a_request_is_carried_out_by_a_process_whose_clock_is_ahead(
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
         assert control.ask("plain", "release", timeout=10.0) == {}
+
+
+@pytest.mark.parametrize("ahead", [-60.0, 60.0])
+def test_a_clock_that_was_set_right_is_believed_a_minute_later(
+    settings: Settings, control: Control, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    clock = Clock(ahead)
+    monkeypatch.setattr("headrace.requests.time", clock)
+    box = control.requests(["plain"])
+
+    def heard() -> list[Request]:
+        control._request("plain", "1", {"verb": "any", "args": {}, "timeout": 30.0})
+        return [request for _ in range(5) for _, request in box.poll(0.2)]  # its end is heard when nothing more comes
+
+    try:
+        eventually("it is known", lambda: any(abs(request.ahead - ahead) < 10 for request in heard()), 20)
+        clock.ahead, clock.passed = 0.0, 61.0
+        eventually("it is believed", lambda: any(abs(request.ahead) < 10 for request in heard()), 20)
+        assert not any(request.given_up for request in heard())
+    finally:
+        box.close()
+
+
+def interrupted(*_: object) -> Iterator[dict[str, object]]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("by", [KeyboardInterrupt, Transient])
+def test_what_was_asked_is_taken_back_by_who_no_longer_waits(
+    settings: Settings, control: Control, monkeypatch: pytest.MonkeyPatch, by: type[BaseException]
+) -> None:
+    """Else it would be carried out when the process comes to it, up to two minutes later."""
+    say(control, Report("busy", 1, live=True, phase="live"))
+    if by is KeyboardInterrupt:
+        monkeypatch.setattr("headrace.control._values", interrupted)
+    with pytest.raises(by):
+        control.ask("busy", "drop", {"all": True}, timeout=0.5)
+    box = control.requests(["busy"])
+    try:
+        read = [(name, request.verb) for _ in range(20) for name, request in box.poll(0.1)]
+    finally:
+        box.close()
+    assert not read
+
+
+def test_a_check_is_one_line_and_no_json(settings: Settings, control: Control) -> None:
+    say(control, Report("plain", 1, live=True, phase="stopped", reason="It broke:\n  here", remedy="Mend it."))
+    assert status(settings, "--check", "plain").stdout == "plain: stopped: It broke: here Mend it.\n"
+    assert status(settings, "--check", "--json", "plain").exit_code == 2
+
+
+def test_what_a_source_says_is_shown_as_it_is(settings: Settings) -> None:
+    facts = {"source": {"name": "main", "error": "no [/] and no [red]", "remedy": "[bold]"}}
+    assert Text.from_markup(_source_line(facts)).plain == "source main: no [/] and no [red] [bold]"
 
 
 class Hangs(Plain):

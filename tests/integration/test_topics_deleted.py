@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.control import Control
-from headrace.errors import HeadraceError
+from headrace.control import Control, Report
+from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import Log
-from headrace.log.topics import checkpoints_topic, schemas_topic
+from headrace.log.plain import PlainWriter
+from headrace.log.topics import ANSWERS, checkpoints_topic, schemas_topic
 from headrace.settings import Settings
 from headrace_capture import attention
 from tests.fixtures.capture import Running, eventually, execute, prepare
@@ -57,3 +58,25 @@ def test_a_running_capture_stops(
     assert error.exit_code == 3
     assert error.code in ({"topic-replaced"} if anew else {"topic-missing", "checkpoints-missing"})
     assert anew is False or topic in error.message
+
+
+def test_a_topic_that_all_share_is_made_by_the_next_start_and_no_table_is_read_again_for_it(settings: Settings) -> None:
+    log = Log(settings)
+    log.ensure_spine()
+    control = Control(log)
+    control.report(Report("plain", 1, live=True, phase="live"))
+    control.flush()
+    writer = PlainWriter(settings)
+    writer.write(ANSWERS, b"1", b"{}")
+    log.topics.delete([ANSWERS], wait=True)
+    try:
+        with pytest.raises(Misconfigured) as asked:
+            list(control.scan("plain"))
+        with pytest.raises(Misconfigured) as written:
+            writer.write(ANSWERS, b"1", b"{}", seconds=90)  # librdkafka looks for it for half a minute
+    finally:
+        log.ensure_spine()
+    for error in (asked.value, written.value):
+        assert error.code == "topic-missing"
+        assert "--recover" not in error.remedy
+        assert "headrace run NAME" in error.remedy

@@ -117,6 +117,30 @@ def test_a_wait_that_lasts_over_a_recovery_does_not_answer_for_an_epoch_that_is_
     assert reached(control, VIEW, Version(2, 1), 0).version == Version(2, 1)
 
 
+@pytest.mark.parametrize(
+    ("report", "code"),
+    [
+        (Report(VIEW, 1, phase="paused"), "view-paused"),
+        (Report(VIEW, 1, phase="stopped", reason="It is full.", code="store-full", remedy="Empty it."), "store-full"),
+        (Report(VIEW, 1, phase="following", reason="An index has it.", code="name-taken"), "name-taken"),
+        (Report(VIEW, 0, phase="dropped"), "no-such-generation"),
+        (Report(VIEW, 1, phase="loading"), "view-behind"),
+        (Report(VIEW, 1, phase="waiting", reason="It is away.", code="elasticsearch-away"), "view-behind"),
+    ],
+)
+def test_who_waits_for_a_first_build_that_does_not_become_live_is_told_at_once(
+    settings: Settings, report: Report, code: str
+) -> None:
+    log = Log(settings)
+    log.ensure_spine()
+    control = Control(log)
+    control.report(report)
+    control.flush()
+    with pytest.raises(HeadraceError) as caught:
+        reached(control, VIEW, Version(1, 10), 2 if code == "view-behind" else 0)
+    assert caught.value.code == code
+
+
 def facts(control: Control) -> dict[str, Any]:
     (report,) = control.running(VIEW)
     return report.facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -239,6 +240,36 @@ def test_a_killed_broker_is_started_as_the_other_backend_starts_it() -> None:
         assert said in kafka
     assert SERVICES["kafka"]["environment"]["KAFKA_BROKER_SESSION_TIMEOUT_MS"] == 600000
     assert "broker.session.timeout.ms=600000" in kafka
+
+
+FENCED = """
+Read-write operation maybeFenceStaleBroker(7)
+Fencing broker 1 because it is stale
+Processed maybeFenceStaleBroker(7) in 3 us
+"""
+
+
+@pytest.mark.parametrize(("said", "code", "out"), [("", 1, "starting again"), (FENCED, 0, "the broker runs")])
+def test_a_killed_broker_is_started_only_when_its_old_session_has_ended(
+    tmp_path: Path, said: str, code: int, out: str
+) -> None:
+    script = (ROOT / "ops/kafka/start.sh").read_text().replace("seq 600", "seq 10")
+    for place, name, does in (
+        ("/opt/kafka/bin", "kafka-server-start.sh", f"echo '{said}'; exec sleep 30"),
+        ("/etc/kafka/docker", "run", "echo the broker runs"),
+        ("/tmp/headrace-controller", "", ""),  # noqa: S108 -- it is replaced
+    ):
+        script = script.replace(place, f"{tmp_path}{place}")
+        (tmp_path / place[1:]).mkdir(parents=True)
+        if name:
+            (tmp_path / place[1:] / name).write_text(f"#!/bin/bash\n{does}\n")
+            (tmp_path / place[1:] / name).chmod(0o755)
+    (tmp_path / "meta.properties").touch()
+    environ = {"KAFKA_LOG_DIRS": str(tmp_path), "KAFKA_NODE_ID": "1", "PATH": os.environ["PATH"]}
+    environ |= {"KAFKA_CONTROLLER_QUORUM_VOTERS": "1@kafka:9093", "KAFKA_CONTROLLER_LISTENER_NAMES": "CONTROLLER"}
+    done = subprocess.run(["/bin/bash", "-c", script], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, out in done.stdout) == (code, True), done.stdout + done.stderr
+    assert ("the broker runs" in done.stdout) == (code == 0)
 
 
 def test_compose_itself_accepts_the_file(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import platform
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from headrace.errors import Misconfigured
+from headrace.errors import HeadraceError, Misconfigured
 from headrace_ops import Stack, artifacts, docker_stack, processes
+from headrace_ops.kafka import Kafka
 
 
 def made(folder: Path, *, port: int = 5432, running: bool = False) -> Path:
@@ -75,6 +77,52 @@ def test_what_cannot_be_removed_is_said(tmp_path: Path) -> None:
     (tmp_path / "logs/postgres.log").mkdir()
     with pytest.raises(Misconfigured, match=r"could not be removed.*postgres\.log"):
         Stack(tmp_path).down(remove=True)
+
+
+class Stuck(Kafka):
+    """Its controller ends no session: it says nothing, or dies."""
+
+    seconds = "30"
+
+    def java(self, told: str = "") -> list[str]:
+        return ["/bin/sh", "-c", f"exec sleep {self.seconds}"]
+
+
+@pytest.mark.parametrize(("seconds", "code"), [("30", "server-slow"), ("0", "server-died")])
+def test_a_killed_broker_is_not_started_while_its_old_session_has_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str, code: str
+) -> None:
+    monkeypatch.setattr("headrace_ops.kafka._SESSION_SECONDS", 1.0)
+    monkeypatch.setattr(Stuck, "seconds", seconds)
+    monkeypatch.setattr(processes, "server_user", lambda: None)  # who cannot reach a test's folder
+    broker = Stuck(tmp_path, spread=True)
+    (broker.data / "log").mkdir(parents=True)
+    (broker.data / "log/meta.properties").touch()
+    with pytest.raises(HeadraceError) as caught:
+        broker.start()
+    assert caught.value.code == code
+    assert broker.process() is None
+
+
+class Contained:
+    """What is told of a container, without an engine."""
+
+    name = "elasticsearch"
+    attrs: ClassVar = {"State": {"Pid": 1}}
+
+    def container(self) -> Contained:
+        return self
+
+    def running(self) -> bool:
+        return False
+
+    def address(self) -> str:
+        return "http://elastic:secret@127.0.0.1:9200"
+
+
+def test_what_is_told_of_containers_has_no_password() -> None:
+    address = docker_stack._facts(Contained())["address"]  # type: ignore[arg-type]
+    assert ("secret" in address, address.endswith("***@127.0.0.1:9200")) == (False, True)
 
 
 @pytest.mark.usefixtures("starts_nothing")

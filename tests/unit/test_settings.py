@@ -9,9 +9,18 @@ from typer.testing import CliRunner
 
 from headrace.cli import app
 from headrace.errors import Misconfigured
+from headrace.log import kafka
 from headrace.settings import Settings, environment, load, table
 from headrace.stores.elasticsearch.client import client as elasticsearch
 from headrace.stores.redis.client import client as redis
+
+
+def test_a_record_may_not_be_larger_than_librdkafka_sends() -> None:
+    most = 1_000_000_000 - 1024 * 1024
+    kafka.producer(load({"HEADRACE_MESSAGE_MAX_BYTES": str(most)}))
+    with pytest.raises(Misconfigured, match=str(most)) as caught:
+        load({"HEADRACE_MESSAGE_MAX_BYTES": str(most + 1)})
+    assert caught.value.code == "bad-setting"
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:

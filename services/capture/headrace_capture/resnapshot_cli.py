@@ -77,10 +77,7 @@ def resnapshot(
     """
     log = Log(load())
     if recover:
-        begun = recovery.recover(log.settings, typer.echo)
-        streams = f"streams from {format_lsn(begun.version.lsn)} and reads all tables beside that"
-        does = "takes the initial snapshot again" if begun.snapshot == "running" else streams
-        typer.echo(f"Next: headrace capture. It {does}.")
+        _recover(log, json=json)
         return
     named = [table if "." in table else f"public.{table}" for table in tables or []]
     verb = _verb(pause=pause, resume=resume, cancel=cancel)
@@ -91,6 +88,16 @@ def resnapshot(
         typer.echo("Name tables, or say --all.", err=True)
         raise typer.Exit(USAGE)
     _carry_out(log, verb, named, key, wait=wait, json=json)
+
+
+def _recover(log: Log, *, json: bool) -> None:
+    begun = recovery.recover(log.settings, lambda line: typer.echo(line, err=json))
+    snapshot, lsn = begun.snapshot == "running", format_lsn(begun.version.lsn)
+    if json:
+        print_json({"epoch": begun.version.epoch, "lsn": lsn, "snapshot": snapshot})
+        return
+    streams = f"streams from {lsn} and reads all tables beside that"
+    typer.echo(f"Next: headrace capture. It {'takes the initial snapshot again' if snapshot else streams}.")
 
 
 def _carry_out(log: Log, verb: str, named: list[str], key: str, *, wait: bool, json: bool) -> None:

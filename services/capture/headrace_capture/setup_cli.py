@@ -70,13 +70,13 @@ def setup(
     settings = _settings(dsn)
     with connect(settings.dsn, name="headrace setup", setting=_where(dsn)) as connection:
         made = making.plan(connection, settings, table or [], role, append_only or [])
-        if json:
-            print_json(made.facts() | {"applied": apply})
-        else:
+        if not json:
             _show(made, applied=apply)
         if apply:
             making.apply(connection, made)
-    if not json:
+    if json:
+        print_json(made.facts() | {"applied": apply})
+    else:
         _next(made, applied=apply)
 
 
@@ -101,17 +101,19 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
     with connect(settings.dsn, name="headrace teardown", setting=_where(dsn)) as connection:
         removal = removing.plan(connection, settings)
         own = log.own_topics() if topics else []
-        if json:
-            print_json(removal.facts() | {"topics": own, "applied": yes})
-        else:
+        facts = removal.facts() | {"topics": own, "applied": yes}
+        if not json:
             _tell(settings, removal, own, topics=topics)
             if not yes:
                 agree("Nothing was changed.")
-        if json and not yes:
+        elif not yes:
+            print_json(facts)
             return
         removing.run(connection, settings, removal)
     log.delete_topics(own)
-    if not json:
+    if json:
+        print_json(facts)
+    else:
         typer.echo(f"headrace is gone from source {settings.source}.")
 
 
