@@ -70,11 +70,6 @@ class Job:
         """Whether there is something to do, now or after a resume."""
         return self.phase in {WAITING, READING, PAUSED, WRITING, REMOVING}
 
-    @property
-    def over(self) -> bool:
-        """Whether nothing of it is left to be done; one that failed can begin again."""
-        return self.phase in {DONE, CANCELLED}
-
     def begin_again(self) -> None:
         """Forget how far it is."""
         self.phase = PAUSED if self.phase == PAUSED else WAITING

@@ -130,7 +130,7 @@ class Resnapshot:
         self._forget(table)
         self._disturb(table)
         job = self._jobs.all.get(table)
-        if job is None or job.over:
+        if job is None or job.phase == DONE:
             job = Job(table)
         job.why, job.floor = why, floor or job.floor
         job.begin_again()
