@@ -242,7 +242,7 @@ class Resnapshot:
         mark, shape = uuid.uuid4().hex, self._relations.shapes.get(job.table)
         appended = shape is not None and not shape.key
         most = self._log.settings.cut_records
-        ask = Ask(mark, job.table, job.after, job.key, most, self._leaves(), job.floor, appended)
+        ask = Ask(mark, job.table, job.after, job.key, most, self._leaves(), job.floor, appended, bool(job.reason))
         known, ends = self._writing.known_of(job.table), self._cut.sealed.ends.get(self._log.topic_of(job.table), [])
         future = self._reader.begin(ask, lambda tick: known.catch_up(ends, tick))
         self._reading = _Reading(job, mark, future)
@@ -268,9 +268,7 @@ class Resnapshot:
 
     def _wait(self, job: Job, reason: str) -> None:
         self._not_before = time.monotonic() + _AGAIN_SECONDS
-        if job.reason != reason:
-            job.reason = reason
-            self._jobs.put(job)
+        self._jobs.wait(job, reason)
 
     # Within the stream
 
