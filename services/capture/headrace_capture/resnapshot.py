@@ -30,7 +30,7 @@ from headrace_capture.attention import CatalogueWatch, Findings, Requests
 from headrace_capture.chunks import Ask, Chunk, ChunkReader
 from headrace_capture.cut import Cut
 from headrace_capture.fingerprints import Fingerprint
-from headrace_capture.jobs import DONE, FAILED, JOINED, READING, WAITING, Job, Jobs
+from headrace_capture.jobs import DONE, FAILED, JOINED, READING, REMOVING, WAITING, WRITING, Job, Jobs
 from headrace_capture.pgoutput import Message
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
@@ -244,7 +244,7 @@ class Resnapshot:
         most = self._log.settings.cut_records
         ask = Ask(mark, job.table, job.after, job.key, most, self._leaves(), job.floor, appended, bool(job.reason))
         known, ends = self._writing.known_of(job.table), self._cut.sealed.ends.get(self._log.topic_of(job.table), [])
-        future = self._reader.begin(ask, lambda tick: known.catch_up(ends, tick))
+        future = self._reader.begin(ask, lambda check: known.catch_up(ends, check, check))
         self._reading = _Reading(job, mark, future)
 
     def _failed(self, reading: _Reading) -> None:
@@ -253,6 +253,8 @@ class Resnapshot:
         error = reading.future.exception()
         self._not_before = time.monotonic() + _AGAIN_SECONDS
         if isinstance(error, Misconfigured) and not reading.stale:  # it may have asked for a shape of before
+        if isinstance(error, Misconfigured):
+            self._writing.forget_known()  # where its disk is full it has a half of what was read
             self._fail(reading.job, error)
         elif isinstance(error, HeadraceError):
             self._wait(reading.job, error.message)
@@ -303,6 +305,9 @@ class Resnapshot:
                 self._writing.write(job, chunk, (reading.low, high), seal)
             except (Poison, Misconfigured) as error:
                 self._fail(job, error)
+                self._writing.forget_known()
+                if job.phase in {WRITING, REMOVING}:
+                    raise  # half of it is in the log: who starts capture again mends that
         self._written()
         self._go_on()
 

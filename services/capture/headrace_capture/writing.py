@@ -149,6 +149,7 @@ class Writing:
             rewriting.anew(rows)
         except (Poison, Misconfigured):
             self._rewriting(table, high, seal).undo()
+            job.begin_again()
             raise
         self._enter(job, REMOVING)
         job.removed = rewriting.vanished(high, job.seen)
@@ -191,10 +192,10 @@ class Writing:
             self._cut.inexact.discard(job.table)
             self._jobs.drop(job.name)
             return None
-        return self._made(shape_then, None)
         if job.key is not None:
             said = f"{job.table} is gone: no row of it can be read."
             raise Misconfigured("bad-key", said, f"All of its keys are removed by: headrace resnapshot {job.table}")
+        return self._made(shape_then, None)
 
     def _made(self, shape: TableSchema, chunk: Chunk | None) -> Table:
         about = (self._log.settings.source, self._cut.source.database)
