@@ -88,7 +88,7 @@ class Resnapshot:
         self._reading: _Reading | None = None
         self._writing = Writing(log, cut, relations, self._jobs, progress, tick, filler)
         self._names: Findings | None = None
-        self._printed_at = 0.0
+        self._printed_at: dict[str, float] = {}
         self._not_before = 0.0
         self._approximate = 0
 
@@ -156,7 +156,7 @@ class Resnapshot:
             ):  # whether a new one has rows is asked beside the stream: it may be locked
                 found = replace(found, leaves=known.leaves)
             self._compare(table, known, found)
-            self._printed_at = time.monotonic()
+            self._printed_at[table] = time.monotonic()
         elif why:
             self.mark(table, why)
 
@@ -169,7 +169,7 @@ class Resnapshot:
         gone = {name for name in known if name != table and any(oid in oids for oid, _ in known[name].leaves)}
         if gone:
             self._jobs.know_only(known.keys() - gone)
-            self._printed_at = time.monotonic()
+            self._printed_at.update(dict.fromkeys(gone, time.monotonic()))
 
     def _rename(self) -> None:
         """Let rows go by their table's name of now, once the stream is where it has that name, and read again what went by another."""
@@ -200,9 +200,10 @@ class Resnapshot:
 
     def _judge(self, findings: Findings) -> None:
         self._progress.failing(findings.failing)
-        if findings.asked < self._printed_at:
-            return  # something newer is known by now
+        newer = {table for table, at in self._printed_at.items() if findings.asked < at}
         for table, print_ in findings.prints.items():
+            if table in newer:
+                continue  # more is known of it by now
             known = self._jobs.prints.get(table)
             if table not in self._relations.shapes:
                 if self._writing.left_out.get(table) != print_ and table not in self._jobs.all:
@@ -211,7 +212,7 @@ class Resnapshot:
                 self._compare(table, known, print_)
             elif not self._joining(table):
                 self._came(table, print_)
-        self._jobs.know_only(findings.prints)
+        self._jobs.know_only(findings.prints.keys() | newer)
 
     def _joining(self, table: str) -> bool:
         """Whether the next chunk takes the table for one that has just joined, and learns its fingerprint."""
@@ -252,9 +253,9 @@ class Resnapshot:
         self._reading = None
         error = reading.future.exception()
         self._not_before = time.monotonic() + _AGAIN_SECONDS
-        if isinstance(error, Misconfigured) and not reading.stale:  # it may have asked for a shape of before
         if isinstance(error, Misconfigured):
             self._writing.forget_known()  # where its disk is full it has a half of what was read
+        if isinstance(error, Misconfigured) and not reading.stale:  # it may have asked for a shape of before
             self._fail(reading.job, error)
         elif isinstance(error, HeadraceError):
             self._wait(reading.job, error.message)
@@ -304,10 +305,10 @@ class Resnapshot:
             try:
                 self._writing.write(job, chunk, (reading.low, high), seal)
             except (Poison, Misconfigured) as error:
-                self._fail(job, error)
                 self._writing.forget_known()
                 if job.phase in {WRITING, REMOVING}:
                     raise  # half of it is in the log: who starts capture again mends that
+                self._fail(job, error)
         self._written()
         self._go_on()
 
@@ -332,8 +333,10 @@ class Resnapshot:
     def _same(self, job: Job, print_: Fingerprint, *, joining: bool) -> bool:
         """Take the fingerprint that came with a chunk; return whether the job can go on with it."""
         table, known = job.table, self._jobs.prints.get(job.table)
-        self._printed_at = time.monotonic()
+        self._printed_at[table] = time.monotonic()
         if joining or (known and not job.first and not fingerprints.unsent(known, print_)):
+            if known and fingerprints.silent(known, print_, self._relations.names[table]):
+                self._cut.inexact.add(table)
             self._jobs.know(table, print_)
             return True
         if known:
