@@ -131,10 +131,8 @@ class Tail:
             messages = self.poll(0.5)
             if messages:
                 heard = time.monotonic()
-            elif time.monotonic() - heard > timeout:
-                raise Transient(
-                    "kafka-away", f"Kafka sent nothing for {timeout:.0f} s.", "Check HEADRACE_KAFKA and the broker."
-                )
+            else:
+                check_heard(heard, timeout)
             for message in messages:
                 place = (message.topic() or "", message.partition() or 0)
                 # The end may be a marker or a hole, which no message shows: then the partition's end is told instead.
@@ -168,6 +166,13 @@ class Tail:
     def close(self) -> None:
         """Leave."""
         self._consumer.close()
+
+
+def check_heard(at: float, timeout: float = 60.0) -> None:
+    """Raise Transient (`kafka-away`) when nothing has come for `timeout` seconds, since `at` (`time.monotonic`)."""
+    if time.monotonic() - at > timeout:
+        said = f"Kafka sent nothing for {timeout:.0f} s."
+        raise Transient("kafka-away", said, "Check HEADRACE_KAFKA and the broker.")
 
 
 def read_to_end(settings: Settings, starts: dict[tuple[str, int], int]) -> Iterator[Record]:

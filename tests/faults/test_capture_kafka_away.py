@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 
 from headrace.settings import Settings
+from headrace_capture.known import KnownKeys
 from headrace_ops import Stack
-from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, rows
+from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, replay, rows, selected
+from tests.integration.test_resnapshot import ask, done
 
 T = "public.items"
 
@@ -30,3 +35,36 @@ def test_a_kafka_that_is_paused_does_not_hold_postgres(settings: Settings, stack
         execute(settings, "INSERT INTO items VALUES (3)")
         capture.reach()
     assert [c.row["id"] for c in changes(settings, T) if c.row] == [1, 2, 3]
+
+
+@pytest.mark.timeout(400)
+def test_a_kafka_that_is_paused_while_keys_are_read_back_does_not_hold_postgres(
+    settings: Settings, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream stands still at a high watermark then, and reads what the log has of the table."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)", "INSERT INTO items VALUES (1), (2)")
+    walsender = f"SELECT active FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
+    catch_up, paused = KnownKeys.catch_up, threading.Event()
+
+    def pausing(known: KnownKeys, *args: Any) -> None:
+        if threading.current_thread().name.startswith("resnapshot"):
+            return  # all is left to the stream
+        if not paused.is_set():
+            stack.server("kafka").pause()
+            paused.set()
+        catch_up(known, *args)
+
+    monkeypatch.setattr(KnownKeys, "catch_up", pausing)
+    with capturing(settings) as capture:
+        capture.hear("streaming from")
+        ask(settings, tables=[T])
+        try:
+            assert paused.wait(60)
+            capture.hear("the replication connection is closed")
+            eventually("the slot is free", lambda: rows(settings, walsender) == [(False,)])
+            capture.hear("kafka-away")
+        finally:
+            stack.server("kafka").resume()
+        capture.eventually("it streams again", lambda: rows(settings, walsender) == [(True,)], 180)
+        done(settings, capture, T)
+    assert replay(settings, T) == selected(settings, "items")

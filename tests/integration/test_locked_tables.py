@@ -14,7 +14,7 @@ from headrace.settings import Settings
 from headrace_capture import attention, catalog, copies, fingerprints, snapshot
 from headrace_capture.published import row_filters
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows, selected
-from tests.integration.test_resnapshot import jobs
+from tests.integration.test_resnapshot import ask, jobs
 
 
 @pytest.fixture
@@ -177,6 +177,20 @@ def test_a_locked_table_holds_up_neither_the_stream_nor_what_is_read_beside_it(e
         capture.eventually("all is exact", lambda: capture.reach().inexact == ())
     for table in tables:
         assert replay(settings, f"public.{table}") == selected(settings, table)
+
+
+def test_of_tables_that_were_locked_the_one_that_is_free_first_is_read_first(settings: Settings) -> None:
+    prepare(settings, "CREATE TABLE held (id int PRIMARY KEY)", "CREATE TABLE soon (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        with locked(settings, "held") as release, locked(settings, "soon") as release_soon:
+            ask(settings, tables=["public.held", "public.soon"])
+            eventually("both wait", lambda: all("lock" in said["reason"] for said in jobs(settings).values()))
+            release_soon()
+            capture.hear("public.soon was read again")
+            assert jobs(settings)["public.held"]["phase"] == "waiting"
+            release()
+        capture.hear("public.held was read again")
 
 
 @pytest.mark.usefixtures("often")

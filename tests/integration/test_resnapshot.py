@@ -33,10 +33,12 @@ from tests.fixtures.capture import (
     eventually,
     execute,
     prepare,
+    refused,
     replay,
     selected,
     spawn,
 )
+from tests.fixtures.disk import no_room
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
@@ -440,3 +442,25 @@ def test_a_row_that_cannot_be_written_stops_its_table_and_nothing_else(settings:
         assert capture.reach().inexact == ()
     assert replay(settings, T) == selected(settings, T)
     assert replay(settings, "public.large") == selected(settings, "large")
+
+
+def test_no_room_for_the_keys_stops_their_table_and_nothing_else(settings: Settings) -> None:
+    """With room again the pass ends; a TRUNCATE, for which the stream itself must list the keys, stops capture with the reason."""
+    prepare(settings, ITEMS, "CREATE TABLE few (id int PRIMARY KEY)")
+    execute(settings, "INSERT INTO items SELECT i, i FROM generate_series(1, 200000) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        capture.reach()
+        with no_room():
+            ask(settings, tables=[T])
+            assert "spool-full" in capture.hear("cannot be read again")
+            execute(settings, "INSERT INTO few VALUES (1)")
+            capture.reach()
+        ask(settings, tables=[T])
+        done(settings, capture)
+    execute(settings, "TRUNCATE items")
+    with no_room():
+        assert refused(settings).code == "spool-full"
+    with capturing(settings) as capture:
+        capture.reach()
+    assert replay(settings, T) == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -32,6 +31,7 @@ from tests.fixtures.capture import (
     rows,
     selected,
 )
+from tests.fixtures.disk import no_room
 from tests.fixtures.mortal import Life, MortalLog
 from tests.fixtures.slots import drop_slot
 from tests.integration.test_capture_append_only import EVENTS, SOME, T, equal, prepare_append_only
@@ -360,17 +360,6 @@ def test_a_row_that_cannot_be_written_leaves_the_table_as_it_was(settings: Setti
         ask(settings, tables=[T])
         done(settings, capture, T)
     equal(settings)
-
-
-@contextmanager
-def no_room() -> Iterator[None]:
-    """No file of this process may grow beyond a megabyte."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_no_room_for_the_rows_is_told_and_the_stream_goes_on(settings: Settings) -> None:

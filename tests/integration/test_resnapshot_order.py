@@ -112,3 +112,29 @@ def test_a_table_that_joins_waits_for_what_committed_before(settings: Settings) 
             eventually("it waits", lambda: jobs(settings).get("public.late", {}).get("reason") == waits)
         done(settings, capture, "public.late")
     assert replay(settings, "public.late") == selected(settings, "late") == {b'{"id":1}': {"id": 1}}
+
+
+def test_a_table_that_was_cancelled_while_it_waited_waits_again_when_it_is_asked_for(settings: Settings) -> None:
+    """The row came while the table was not published, so the stream never has it."""
+    prepare(settings, ITEMS, "CREATE TABLE others (id int PRIMARY KEY)")
+    publication = f"ALTER PUBLICATION {settings.publication}"
+    waits = "waits for transactions that began before it"
+    with capturing(settings) as capture, psycopg.connect(settings.dsn) as application:
+        capture.hear("streaming")
+        capture.reach()
+        execute(settings, f"{publication} DROP TABLE items")
+        application.execute("INSERT INTO items VALUES (1, 1)")
+        execute(settings, f"{publication} ADD TABLE items")
+        eventually("it waits", lambda: jobs(settings).get(T, {}).get("reason") == waits)
+        assert ask(settings, "cancel") == {"jobs": [T]}
+        assert jobs(settings)[T]["phase"] == "cancelled"
+        assert ask(settings, tables=[T]) == {"jobs": [T]}
+        again = eventually(
+            "it is tried", lambda: (said := jobs(settings)[T])["reason"] + said["phase"] != "waiting" and said
+        )
+        assert again["reason"] == waits
+        assert capture.reach().inexact == (T,)
+        application.commit()
+        done(settings, capture)
+        assert capture.reach().inexact == ()
+    assert replay(settings, T) == selected(settings, T) == {b'{"id":1}': {"id": 1, "no": 1}}

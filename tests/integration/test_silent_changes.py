@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import psycopg
 import pytest
@@ -16,10 +17,10 @@ from headrace.cli import app
 from headrace.control import Control
 from headrace.log import Log
 from headrace.settings import Settings, environment
-from headrace_capture import attention
+from headrace_capture import attention, fingerprints, resnapshot
 from headrace_capture.fingerprints import ColumnPrint, Fingerprint, silent
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
-from tests.integration.test_resnapshot import ask, jobs
+from tests.integration.test_resnapshot import ask, done, jobs
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int)"
@@ -359,6 +360,53 @@ def test_a_change_in_the_middle_of_a_pass_begins_it_again(settings: Settings) ->
         eventually("it is seen", lambda: fingerprint(settings, T) != before)
         assert not [line for line in capture.said if f"{T} was read again" in line], "in the middle"
         exact(settings, capture, T)
+
+
+def test_a_table_that_is_read_all_the_time_hides_no_other(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the catalogue takes longer than its next chunk: what the look says of the others counts."""
+    settings = replace(settings, cut_records=5)
+    prepare(settings, ITEMS, PARTS, "INSERT INTO items SELECT i, i FROM generate_series(1, 12000) i")
+    read, chunks = fingerprints.read, []
+
+    def slow(*args: Any) -> dict[str, Fingerprint]:
+        found = read(*args)
+        if args[3:]:
+            chunks.append(args)
+        elif jobs(settings).get(T, {}).get("phase") == "reading":
+            before = len(chunks)
+            eventually("chunks are read meanwhile", lambda: len(chunks) > before + 2)
+        return found
+
+    monkeypatch.setattr(fingerprints, "read", slow)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        capture.reach()
+        ask(settings, tables=[T])
+        eventually("it reads", lambda: jobs(settings)[T]["rows"])
+        execute(settings, "ALTER TABLE parts ALTER COLUMN n TYPE bigint USING n + 1")
+        capture.hear("public.parts is inexact")
+        assert not [line for line in capture.said if f"{T} was read again" in line], "in the middle"
+        ask(settings, "cancel", tables=[T])
+
+
+def test_a_change_that_the_first_chunk_shows_is_told_by_the_checkpoints(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody asked for the table just then, so that nothing has begun its job by itself."""
+    monkeypatch.setattr(resnapshot.Resnapshot, "_judge", lambda *_: None)
+    settings = replace(settings, cut_records=50)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 10000) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        ask(settings, tables=[T])
+        capture.hear(f"{T} was read again")
+        assert capture.reach().inexact == ()
+        execute(settings, "ALTER TABLE items ALTER COLUMN n TYPE int USING n + 1")
+        ask(settings, tables=[T])
+        done(settings, capture)
+        assert capture.reach().inexact == ()
+    assert replay(settings, T) == selected(settings, "items")
+    assert any(checkpoint.inexact == (T,) for checkpoint in Log(settings).checkpoints())
 
 
 def print_of(*columns: ColumnPrint, kind: str = "r", leaves: tuple[tuple[int, int], ...] = ((1, 1),)) -> Fingerprint:

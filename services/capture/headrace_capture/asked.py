@@ -15,7 +15,7 @@ from headrace.control import Control, refusal
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.requests import Request
 from headrace_capture.cut import Cut
-from headrace_capture.jobs import CANCELLED, FAILED, PAUSED, READING, WAITING, Job, Jobs
+from headrace_capture.jobs import CANCELLED, DONE, FAILED, PAUSED, READING, WAITING, Job, Jobs
 from headrace_capture.progress import NAME
 from headrace_capture.relations import Relations
 
@@ -77,7 +77,7 @@ class Asked:
             known = self._jobs.all.get(job.name)
             if known is not None and known.request == request.id:
                 continue  # asked before a kill, and not answered
-            if known is not None and not known.over:
+            if known is not None and known.phase != DONE:  # a cancelled one too: it may not forget what it waited for
                 self._begin_again(known, request.id)
             else:
                 self._jobs.put(job)

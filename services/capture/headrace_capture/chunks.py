@@ -32,6 +32,7 @@ MOST_BYTES = 8 * 1024 * 1024
 _CLOSE_SECONDS = 5.0
 _LOCK_SECONDS = 1.0
 """A table that is locked for longer is tried again later, for others wait to be read."""
+_LOCK = sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE")
 _BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 
@@ -39,7 +40,7 @@ class Ask(NamedTuple):
     """What to read: the rows of `table` after the key `after`, at most `most`; or the row of one `key`, texts by column.
 
     `leaves` are the table's that are known (see `fingerprints.read`). A snapshot that does not cover `floor` reads nothing. `appended`:
-    the log has the table as append-only.
+    the log has the table as append-only. `again`: it could not be read the last time.
     """
 
     mark: str
@@ -50,6 +51,7 @@ class Ask(NamedTuple):
     leaves: frozenset[int]
     floor: str
     appended: bool
+    again: bool
 
 
 class Chunk(NamedTuple):
@@ -119,7 +121,8 @@ class ChunkReader:
 
     def _run(self, ask: Ask, before: Callable[[Callable[[], None]], None]) -> Chunk:
         try:
-            before(self._check)
+            if not ask.again or self._can_go_on(ask):
+                before(self._check)
             with postgres_errors(f"reading {ask.table} again"):
                 connection = self._connected()
                 watermarks.emit(connection, watermarks.LOW, ask.mark)
@@ -151,10 +154,25 @@ class ChunkReader:
             self._connection.execute("SET synchronous_commit = local")
         return self._connection
 
+    def _can_go_on(self, ask: Ask) -> bool:
+        """Whether a table that had to wait need not any more; before, nothing of what the log has of it is read back."""
+        with postgres_errors(f"reading {ask.table} again"):
+            connection = self._connected()
+            connection.execute(_BEGIN)
+            try:
+                connection.execute(_LOCK.format(sql.Identifier(*ask.table.split(".", 1))))
+                return ask.floor == JOINED or _nothing(connection, ask, exists=True).covered
+            except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+                return True
+            except psycopg.errors.LockNotAvailable:
+                return False
+            finally:
+                connection.execute("ROLLBACK")
+
     def _chunk(self, connection: catalog.Connection, ask: Ask) -> Chunk:
         name = sql.Identifier(*ask.table.split(".", 1))
         try:
-            connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(name))
+            connection.execute(_LOCK.format(name))
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             connection.execute("ROLLBACK")
             connection.execute(_BEGIN)
@@ -174,6 +192,8 @@ class ChunkReader:
             return none._replace(table=table, spool=self._spooled(connection, table, ask))
         if table is None or not table.key:
             return none
+        if ask.after and len(ask.after) != len(table.key):  # changed in the middle of the pass: the fingerprint tells
+            return none._replace(covered=False)
         wanted = _wanted(connection, table, ask.key) if ask.key is not None else None
         rows, last = _rows(connection, _query(connection, publication, table, ask), ask.most)
         return none._replace(table=table, rows=rows, last=last, wanted=wanted)

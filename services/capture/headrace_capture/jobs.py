@@ -70,11 +70,6 @@ class Job:
         """Whether there is something to do, now or after a resume."""
         return self.phase in {WAITING, READING, PAUSED, WRITING, REMOVING}
 
-    @property
-    def over(self) -> bool:
-        """Whether nothing of it is left to be done; one that failed can begin again."""
-        return self.phase in {DONE, CANCELLED}
-
     def begin_again(self) -> None:
         """Forget how far it is."""
         self.phase = PAUSED if self.phase == PAUSED else WAITING
@@ -114,14 +109,23 @@ class Jobs:
         return bool(self._dirty or self._dirty_prints)
 
     def next(self) -> Job | None:
-        """Return the job to go on with: what is being read before what waits, and last what could not go on just now."""
+        """Return the job to go on with: what is being read before what waits, and last what could not go on just now, in turn."""
         ready = [job for job in self.all.values() if job.phase in {READING, WAITING}]
-        return min(ready, key=lambda job: (bool(job.reason), job.phase != READING), default=None)
+        return min(ready, key=lambda job: (bool(job.reason), not job.reason and job.phase != READING), default=None)
 
     def put(self, job: Job) -> None:
         """Add or change a job."""
         self.all[job.name] = job
         self._dirty.add(job.name)
+
+    def wait(self, job: Job, reason: str) -> None:
+        """Let a job wait, behind all others; one that is no longer wanted is let alone."""
+        if self.all.get(job.name) is not job:
+            return
+        self.all[job.name] = self.all.pop(job.name)
+        if job.reason != reason:
+            job.reason = reason
+            self.put(job)
 
     def drop(self, name: str) -> None:
         """Forget a job."""

@@ -8,6 +8,7 @@ written, what the log has gained since is read back.
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from typing import NamedTuple
 from headrace.change import LSN_BITS, Version
 from headrace.errors import HeadraceError
 from headrace.log import Log
-from headrace.log.tail import BEGINNING, Tail, end_of_partition, head
+from headrace.log.tail import BEGINNING, Tail, check_heard, end_of_partition, head
+from headrace_capture.spool import room
 
 _BUNCH = 5_000
 _STEPS = 1_000_000
@@ -46,16 +48,23 @@ class KnownKeys:
             "CREATE TABLE known (key BLOB PRIMARY KEY, version INTEGER, xid INTEGER, live INTEGER) WITHOUT ROWID"
         )
 
-    def catch_up(self, ends: Sequence[int], tick: Callable[[], None]) -> None:
-        """Read on to `ends`, partition by partition, as a checkpoint names them; `tick` is called now and then.
+    def catch_up(self, ends: Sequence[int], tick: _Call, idle: _Call = lambda: None) -> None:
+        """Read on to `ends`, partition by partition, as a checkpoint names them; `tick` is called when something came, else `idle`.
 
         Raises:
-            Transient: `kafka-away`.
+            Transient: `kafka-away`, when nothing comes for a minute; Misconfigured: `spool-full`.
         """
         tail = self._opened(len(ends)) if any(ends) else None
+        heard = time.monotonic()
         while tail and any(self._next[partition] < end for partition, end in enumerate(ends)):
             rows = []
-            for message in tail.poll(0.5):
+            messages = tail.poll(0.5)
+            if not messages:
+                check_heard(heard)
+                idle()
+                continue
+            heard = time.monotonic()
+            for message in messages:
                 partition, offset, key, headers, live = head(message)
                 if end_of_partition(message):
                     self._next[partition] = max(self._next[partition], offset)
@@ -77,7 +86,8 @@ class KnownKeys:
 
     def newest(self, key: bytes) -> Newest | None:
         """Return a key's newest record, None for a key that was never there."""
-        row = self._db.execute("SELECT version, xid, live FROM known WHERE key = ?", (key,)).fetchone()
+        with room():
+            row = self._db.execute("SELECT version, xid, live FROM known WHERE key = ?", (key,)).fetchone()
         return Newest(Version.unpacked(row[0]), row[1], bool(row[2])) if row else None
 
     def note(self, keys: Sequence[bytes], version: Version) -> None:
@@ -99,7 +109,8 @@ class KnownKeys:
         try:
             while True:
                 seal()  # where few keys are such, all may have to be looked at
-                rows = self._db.execute(query, (after, bound.packed(), _BUNCH)).fetchall()
+                with room():
+                    rows = self._db.execute(query, (after, bound.packed(), _BUNCH)).fetchall()
                 for key, packed, xid in rows:
                     yield key, Newest(Version.unpacked(packed), xid, live=True)
                 if len(rows) < _BUNCH:
@@ -125,9 +136,10 @@ class KnownKeys:
         return {(self._topic, partition): at for partition, at in self._next.items()}
 
     def _take(self, rows: list[tuple[bytes, int, int, bool]]) -> None:
-        self._db.execute("BEGIN")
-        self._db.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?)", rows)
-        self._db.execute("COMMIT")
+        with room():
+            self._db.execute("BEGIN")
+            self._db.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?)", rows)
+            self._db.execute("COMMIT")
 
 
 def _quietly(tick: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ from typing import Self
 from headrace.change import Version
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, Record, read_to_end
+from headrace_capture.spool import room
 
 _BUNCH = 2_000
 
@@ -51,7 +52,7 @@ class LiveKeys:
         """Read the topic on to its end; `tick` is called now and then.
 
         Raises:
-            Transient: `kafka-away`.
+            Transient: `kafka-away`; Misconfigured: `spool-full`.
         """
         bunch: list[Record] = []
         for record in read_to_end(self._settings, dict(self._next)):
@@ -71,9 +72,10 @@ class LiveKeys:
         after = b""
         while True:
             seal()
-            rows = self._db.execute(
-                "SELECT key FROM live WHERE key > ? AND version < ? ORDER BY key LIMIT ?", (after, bound, _BUNCH)
-            ).fetchall()
+            with room():
+                rows = self._db.execute(
+                    "SELECT key FROM live WHERE key > ? AND version < ? ORDER BY key LIMIT ?", (after, bound, _BUNCH)
+                ).fetchall()
             for (key,) in rows:
                 yield key
             if len(rows) < _BUNCH:
@@ -82,7 +84,8 @@ class LiveKeys:
 
     def value(self, key: bytes) -> bytes | None:
         """Return the value of the key's newest record, None when the key is not live."""
-        row = self._db.execute("SELECT partition, at FROM live WHERE key = ?", (key,)).fetchone()
+        with room():
+            row = self._db.execute("SELECT partition, at FROM live WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
         records = read_to_end(self._settings, {(self._topic, row[0]): row[1]})
@@ -96,6 +99,10 @@ class LiveKeys:
         self._db.close()
 
     def _take(self, records: list[Record]) -> None:
+        with room():
+            self._note(records)
+
+    def _note(self, records: list[Record]) -> None:
         self._db.execute("BEGIN")
         for record in records:
             if record.value is None:

@@ -30,7 +30,7 @@ from headrace_capture.attention import CatalogueWatch, Findings, Requests
 from headrace_capture.chunks import Ask, Chunk, ChunkReader
 from headrace_capture.cut import Cut
 from headrace_capture.fingerprints import Fingerprint
-from headrace_capture.jobs import DONE, FAILED, JOINED, READING, WAITING, Job, Jobs
+from headrace_capture.jobs import DONE, FAILED, JOINED, READING, REMOVING, WAITING, WRITING, Job, Jobs
 from headrace_capture.pgoutput import Message
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
@@ -88,7 +88,7 @@ class Resnapshot:
         self._reading: _Reading | None = None
         self._writing = Writing(log, cut, relations, self._jobs, progress, tick, filler)
         self._names: Findings | None = None
-        self._printed_at = 0.0
+        self._printed_at: dict[str, float] = {}
         self._not_before = 0.0
         self._approximate = 0
 
@@ -130,7 +130,7 @@ class Resnapshot:
         self._forget(table)
         self._disturb(table)
         job = self._jobs.all.get(table)
-        if job is None or job.over:
+        if job is None or job.phase == DONE:
             job = Job(table)
         job.why, job.floor = why, floor or job.floor
         job.begin_again()
@@ -156,7 +156,7 @@ class Resnapshot:
             ):  # whether a new one has rows is asked beside the stream: it may be locked
                 found = replace(found, leaves=known.leaves)
             self._compare(table, known, found)
-            self._printed_at = time.monotonic()
+            self._printed_at[table] = time.monotonic()
         elif why:
             self.mark(table, why)
 
@@ -169,7 +169,7 @@ class Resnapshot:
         gone = {name for name in known if name != table and any(oid in oids for oid, _ in known[name].leaves)}
         if gone:
             self._jobs.know_only(known.keys() - gone)
-            self._printed_at = time.monotonic()
+            self._printed_at.update(dict.fromkeys(gone, time.monotonic()))
 
     def _rename(self) -> None:
         """Let rows go by their table's name of now, once the stream is where it has that name, and read again what went by another."""
@@ -200,9 +200,10 @@ class Resnapshot:
 
     def _judge(self, findings: Findings) -> None:
         self._progress.failing(findings.failing)
-        if findings.asked < self._printed_at:
-            return  # something newer is known by now
+        newer = {table for table, at in self._printed_at.items() if findings.asked < at}
         for table, print_ in findings.prints.items():
+            if table in newer:
+                continue  # more is known of it by now
             known = self._jobs.prints.get(table)
             if table not in self._relations.shapes:
                 if self._writing.left_out.get(table) != print_ and table not in self._jobs.all:
@@ -211,7 +212,7 @@ class Resnapshot:
                 self._compare(table, known, print_)
             elif not self._joining(table):
                 self._came(table, print_)
-        self._jobs.know_only(findings.prints)
+        self._jobs.know_only(findings.prints.keys() | newer)
 
     def _joining(self, table: str) -> bool:
         """Whether the next chunk takes the table for one that has just joined, and learns its fingerprint."""
@@ -242,9 +243,9 @@ class Resnapshot:
         mark, shape = uuid.uuid4().hex, self._relations.shapes.get(job.table)
         appended = shape is not None and not shape.key
         most = self._log.settings.cut_records
-        ask = Ask(mark, job.table, job.after, job.key, most, self._leaves(), job.floor, appended)
+        ask = Ask(mark, job.table, job.after, job.key, most, self._leaves(), job.floor, appended, bool(job.reason))
         known, ends = self._writing.known_of(job.table), self._cut.sealed.ends.get(self._log.topic_of(job.table), [])
-        future = self._reader.begin(ask, lambda tick: known.catch_up(ends, tick))
+        future = self._reader.begin(ask, lambda check: known.catch_up(ends, check, check))
         self._reading = _Reading(job, mark, future)
 
     def _failed(self, reading: _Reading) -> None:
@@ -252,6 +253,8 @@ class Resnapshot:
         self._reading = None
         error = reading.future.exception()
         self._not_before = time.monotonic() + _AGAIN_SECONDS
+        if isinstance(error, Misconfigured):
+            self._writing.forget_known()  # where its disk is full it has a half of what was read
         if isinstance(error, Misconfigured) and not reading.stale:  # it may have asked for a shape of before
             self._fail(reading.job, error)
         elif isinstance(error, HeadraceError):
@@ -268,9 +271,7 @@ class Resnapshot:
 
     def _wait(self, job: Job, reason: str) -> None:
         self._not_before = time.monotonic() + _AGAIN_SECONDS
-        if job.reason != reason:
-            job.reason = reason
-            self._jobs.put(job)
+        self._jobs.wait(job, reason)
 
     # Within the stream
 
@@ -304,6 +305,9 @@ class Resnapshot:
             try:
                 self._writing.write(job, chunk, (reading.low, high), seal)
             except (Poison, Misconfigured) as error:
+                self._writing.forget_known()
+                if job.phase in {WRITING, REMOVING}:
+                    raise  # half of it is in the log: who starts capture again mends that
                 self._fail(job, error)
         self._written()
         self._go_on()
@@ -329,8 +333,10 @@ class Resnapshot:
     def _same(self, job: Job, print_: Fingerprint, *, joining: bool) -> bool:
         """Take the fingerprint that came with a chunk; return whether the job can go on with it."""
         table, known = job.table, self._jobs.prints.get(job.table)
-        self._printed_at = time.monotonic()
+        self._printed_at[table] = time.monotonic()
         if joining or (known and not job.first and not fingerprints.unsent(known, print_)):
+            if known and fingerprints.silent(known, print_, self._relations.names[table]):
+                self._cut.inexact.add(table)
             self._jobs.know(table, print_)
             return True
         if known:

@@ -5,8 +5,10 @@ The lines of COPY … TO STDOUT as they come: none has a newline within. The fil
 
 from __future__ import annotations
 
+import sqlite3
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from headrace.errors import Misconfigured
@@ -48,6 +50,19 @@ class Spool:
     def close(self) -> None:
         """Remove it."""
         self._file.close()
+
+
+@contextmanager
+def room() -> Iterator[None]:
+    """Say what it means that SQLite cannot write a table's keys to its file without a name. Raises Misconfigured: `spool-full`."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise Misconfigured(
+            "spool-full",
+            f"The folder for temporary files does not take a table's keys: {error}.",
+            "Make room in TMPDIR (/var/tmp where it is not set), or set it to a folder with more and start capture again.",
+        ) from error
 
 
 def _full(error: OSError) -> Misconfigured:

@@ -84,7 +84,8 @@ class Writing:
             seal: Commits what came before the high watermark.
 
         Raises:
-            Misconfigured: `key-changed`, `key-missing`, `row-too-large`; Poison: `bad-value`. The table is as it was, or as far as it was.
+            Misconfigured: `key-changed`, `key-missing`, `row-too-large`, `bad-key`, `spool-full`; Poison: `bad-value`. The table is as
+                it was, or as far as it was.
         """
         table = self._table(job, chunk)
         if table is None:
@@ -132,8 +133,9 @@ class Writing:
         if job.key is not None:
             job.removed = 0 if chunk.rows else rewriting.absent(_key(table, chunk), chunk)
         elif chunk.last:
-            first = rewriting.version.lsn if chunk.table is None else job.first
-            job.removed = rewriting.vanished(first, job.seen)
+            gone = chunk.table is None  # rows of which the first chunk knew nothing are dead then too
+            first, seen = (rewriting.version.lsn, chunk.snapshot) if gone else (job.first, job.seen)
+            job.removed = rewriting.vanished(first, seen)
         else:
             job.after = [chunk.rows[-1][at].decode() for at in table.key_at]
 
@@ -147,6 +149,7 @@ class Writing:
             rewriting.anew(rows)
         except (Poison, Misconfigured):
             self._rewriting(table, high, seal).undo()
+            job.begin_again()
             raise
         self._enter(job, REMOVING)
         job.removed = rewriting.vanished(high, job.seen)
@@ -189,6 +192,9 @@ class Writing:
             self._cut.inexact.discard(job.table)
             self._jobs.drop(job.name)
             return None
+        if job.key is not None:
+            said = f"{job.table} is gone: no row of it can be read."
+            raise Misconfigured("bad-key", said, f"All of its keys are removed by: headrace resnapshot {job.table}")
         return self._made(shape_then, None)
 
     def _made(self, shape: TableSchema, chunk: Chunk | None) -> Table:
