@@ -123,7 +123,7 @@ def _mend_topics(
     kept = {}
     for topic in there:
         table, shape = log.table_of(topic), shapes.get(log.table_of(topic))
-        whole = counts[topic] == len(before.ends[topic]) and actual[topic] >= before.ends[topic]
+        whole = counts[topic] == len(before.ends[topic])
         whole = whole and all(is_now >= end for is_now, end in zip(actual[topic], before.ends[topic], strict=True))
         readable = shape.key == keys.get(table, shape.key) if shape else not any(before.ends[topic])
         if whole and readable:
