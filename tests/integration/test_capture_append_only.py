@@ -190,6 +190,18 @@ def test_it_is_captured_only_when_named_and_stays_so(settings: Settings) -> None
     assert any("refuses" in warning for warning in again.warnings)
 
 
+def test_one_that_was_dropped_and_made_anew_is_captured_again_where_it_is_named(settings: Settings) -> None:
+    """Setup remembers that it was append-only once, and it is not published now."""
+    prepare_append_only(settings, EVENTS, "CREATE TABLE items (id int PRIMARY KEY)")
+    execute(settings, "DROP TABLE events", EVENTS)
+    with closing(catalog.connect(settings.dsn)) as connection:
+        made = setup.plan(connection, settings, [], "", [T])
+        setup.apply(connection, made)
+        assert (made.append_only, made.left_out) == ([T], [])
+        assert T in {table.full_name for table in catalog.published_tables(connection, settings.publication)}
+        assert setup.plan(connection, settings, [], "", [T]).statements == []
+
+
 @pytest.mark.parametrize(
     ("ddl", "code"),
     [

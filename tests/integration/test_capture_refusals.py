@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
@@ -16,7 +17,9 @@ from headrace.change import Checkpoint, Source, Version
 from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
 from headrace.settings import Settings, environment
+from headrace_capture.capture import Capture
 from headrace_capture.identity import Here, Slot, check
+from headrace_capture.snapshot import Snapshot
 from tests.fixtures.capture import (
     Running,
     capturing,
@@ -196,6 +199,32 @@ def test_a_slot_of_another_log(settings: Settings) -> None:
     execute(settings, f"SELECT pg_create_logical_replication_slot('{settings.slot}', 'pgoutput')")
     assert refused(settings).code == "slot-without-checkpoint"
     assert rows(settings, f"SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{settings.slot}'") == [(1,)]
+
+
+def test_a_slot_of_another_database_is_not_dropped(
+    settings: Settings, fresh_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where nobody knows of it, nor for being in place of the one that an initial snapshot was about to make."""
+    prepare(settings, ITEMS)
+    other = replace(settings, dsn=fresh_database())
+    execute(other, f"SELECT pg_create_logical_replication_slot('{settings.slot}', 'pgoutput')")
+    where = f"in database {other.dsn.rpartition('/')[2]}"
+    error = refused(settings)
+    assert (error.code, where in error.message, "teardown" in error.remedy) == ("slot-without-checkpoint", True, False)
+    drop_slot(other)
+    with monkeypatch.context() as patched:
+        patched.setattr(Snapshot, "take", killed)
+        with pytest.raises(InterruptedError):
+            Capture(settings, print, lambda: False).run()
+    execute(other, f"SELECT pg_create_logical_replication_slot('{settings.slot}', 'pgoutput')")
+    error = refused(settings)
+    assert (error.code, where in error.message) == ("slot-lost", True)
+    assert rows(settings, f"SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{settings.slot}'") == [(1,)]
+
+
+def killed(*_: object) -> NoReturn:
+    """The process ends once the intent of its snapshot is in the log."""
+    raise InterruptedError
 
 
 def test_another_database_under_the_same_source(captured: Settings, fresh_database: Callable[[], str]) -> None:

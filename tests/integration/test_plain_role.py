@@ -14,6 +14,7 @@ from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import attention, catalog, setup
 from tests.fixtures.capture import capturing, eventually, execute, replay, selected
+from tests.integration.test_resnapshot import ask
 from tests.integration.test_silent_changes import exact
 
 PARTS = (
@@ -81,6 +82,23 @@ def test_a_new_partition_that_may_not_be_read_does_not_hide_what_the_catalogue_s
         assert not any("public.parts" in line for line in capture.said if "inexact" in line), "it is empty"
         execute(settings, *ATTACH, "INSERT INTO parts VALUES (20, 1)")
         exact(settings, capture, "public.parts")
+
+
+def test_a_table_that_joined_and_could_not_be_read_is_read_when_it_is_asked_for_again(
+    settings: Settings, theirs: Settings
+) -> None:
+    """It has no shape yet, and capture itself named the command."""
+    prepare(settings, *PARTS)
+    with capturing(theirs) as capture:
+        capture.reach()
+        execute(settings, "CREATE TABLE lands (id int PRIMARY KEY, n int)", "INSERT INTO lands VALUES (1, 1)")
+        execute(settings, f"ALTER PUBLICATION {settings.publication} ADD TABLE lands")
+        assert "headrace resnapshot public.lands" in capture.hear("public.lands cannot be read again")
+        execute(settings, f"GRANT SELECT ON lands TO {settings.source}_role")
+        assert ask(settings, tables=["public.lands"]) == {"jobs": ["public.lands"]}
+        capture.hear("public.lands was read again")
+        capture.reach()
+    assert replay(settings, "public.lands") == selected(settings, "lands")
 
 
 def test_a_catalogue_that_cannot_be_read_is_told_in_the_status(settings: Settings, theirs: Settings) -> None:

@@ -302,6 +302,24 @@ def test_pause_resume_cancel(commands: Settings, capsys: pytest.CaptureFixture[s
     assert replay(settings, T) == selected(settings, T)
 
 
+def test_what_is_cancelled_by_its_key_is_that_row_only(settings: Settings) -> None:
+    """The table's own pass goes on where it was; so with a pause."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1), (2, 2)")
+    one, two = {"id": "1"}, {"id": "2"}
+    row = f'{T} {{"id":"1"}}'
+    with capturing(settings) as capture, psycopg.connect(settings.dsn) as application:
+        capture.hear("streaming")
+        application.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+        ask(settings, tables=[T])
+        ask(settings, tables=[T], key=one)
+        ask(settings, tables=[T], key=two)
+        assert ask(settings, "pause", tables=[T], key=one) == {"jobs": [row]}
+        assert ask(settings, "cancel", tables=[T], key=one) == {"jobs": [row]}
+        assert phases(settings) == {T: "waiting", row: "cancelled", f'{T} {{"id":"2"}}': "waiting"}
+        application.rollback()
+        done(settings, capture)
+
+
 @contextmanager
 def awaited(settings: Settings, table: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Run `headrace resnapshot TABLE --wait`; go on when capture has answered that it will be done."""

@@ -17,6 +17,7 @@ from headrace_capture import catalog, setup, teardown
 from headrace_capture.slot import slot_facts
 from tests.fixtures.capture import eventually, execute, rows
 from tests.fixtures.processes import System
+from tests.fixtures.slots import drop_slot
 
 
 def test_it_names_its_topics_and_deletes_those_and_no_others(system: System) -> None:
@@ -101,6 +102,26 @@ def test_a_role_that_a_slot_of_another_database_may_need_keeps_its_attributes(
         assert torn_down(billing) == []
     finally:
         execute(billing, f"DROP OWNED BY {name}")
+
+
+def test_a_slot_of_another_database_or_plugin_stays(
+    role: tuple[Settings, str], fresh_database: Callable[[], str]
+) -> None:
+    """Two databases of a server may both have the default name; Postgres would drop the other's from here."""
+    settings, name = role
+    other = replace(settings, dsn=fresh_database())
+    at = other.dsn.rpartition("/")[2]
+    execute(settings, "CREATE TABLE t (id int PRIMARY KEY)")
+    for theirs, plugin, where in ((other, "pgoutput", at), (settings, "test_decoding", settings.slot)):
+        with closing(catalog.connect(settings.dsn)) as db:
+            setup.apply(db, setup.plan(db, settings, [], name))
+        execute(theirs, f"SELECT pg_create_logical_replication_slot('{settings.slot}', '{plugin}')")
+        kept = torn_down(settings)
+        assert f"The slot {settings.slot} stays: it is of {plugin} in database {where}." in kept
+        assert any(f"slot {settings.slot} of database {where} may need it" in line for line in kept), "the role's"
+        assert slot_facts(settings)["exists"]
+        drop_slot(theirs)
+        execute(settings, f"ALTER ROLE {name} NOREPLICATION")
 
 
 def test_what_another_source_of_the_same_database_relies_on_stays(role: tuple[Settings, str]) -> None:

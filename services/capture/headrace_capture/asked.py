@@ -65,7 +65,8 @@ class Asked:
 
     def _again(self, request: Request) -> dict[str, Any]:
         tables = request.args.get("tables") or sorted(self._jobs.prints.keys() & self._relations.shapes.keys())
-        unknown = [table for table in tables if table not in self._relations.shapes]
+        # One that joined and could not be read has a job, and no shape yet.
+        unknown = [table for table in tables if table not in self._relations.shapes and table not in self._jobs.all]
         if unknown:
             raise Misconfigured(
                 "table-not-captured",
@@ -90,11 +91,13 @@ class Asked:
         self._jobs.put(job)
 
     def _named(self, request: Request) -> list[Job]:
-        tables = request.args.get("tables")
+        tables, key = request.args.get("tables"), request.args.get("key")
         return [
             job
             for job in self._jobs.all.values()
-            if (job.open or job.phase == FAILED) and (not tables or job.table in tables)
+            if (job.open or job.phase == FAILED)
+            and (not tables or job.table in tables)
+            and (key is None or job.key == key)
         ]
 
     def _pause(self, request: Request) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from headrace_capture.replication import MEND, Replication, postgres_errors
 
 _TOLD = 3
 """So many topics are named."""
+_ANOTHER = "Name another slot by HEADRACE_SLOT"
 
 
 class Slot(NamedTuple):
@@ -34,6 +35,10 @@ class Slot(NamedTuple):
     active_pid: int | None
     confirmed: int
     lost: str
+
+    def fits(self, database: str) -> bool:
+        """Whether capture of this database may have made it: Postgres lets anybody drop one of another database."""
+        return (self.plugin, self.database) == ("pgoutput", database)
 
 
 class Here(NamedTuple):
@@ -104,10 +109,12 @@ def check(checkpoint: Checkpoint | None, here: Here, slot: Slot | None, remains:
         if remains:
             raise _checkpoints_missing(sorted(remains))
         if slot is not None:
+            drop = ", or drop it: headrace teardown, then setup and capture"
             raise Misconfigured(
                 "slot-without-checkpoint",
-                f"Slot {here.source.slot} exists, but this log has no checkpoint: it may be another log's.",
-                "Name another one by HEADRACE_SLOT, or drop it: headrace teardown, then setup and capture.",
+                f"Slot {here.source.slot} exists ({slot.plugin} in database {slot.database}), but this log has no checkpoint: "
+                "it may be another log's.",
+                f"Name another one by HEADRACE_SLOT{drop if slot.fits(here.source.database) else ''}.",
             )
         return
     if replace(checkpoint.source, timeline=0) != replace(here.source, timeline=0):
@@ -120,6 +127,13 @@ def check(checkpoint: Checkpoint | None, here: Here, slot: Slot | None, remains:
     if checkpoint.snapshot != "running":
         _check_history(checkpoint, here)
         _check_slot(checkpoint, here.source, slot)
+    elif slot is not None and not slot.fits(here.source.database):
+        raise Misconfigured("slot-lost", foreign(here.source.slot, slot), f"{_ANOTHER}; then: {MEND}")
+
+
+def foreign(name: str, slot: Slot) -> str:
+    """Say whose a slot is that does not fit."""
+    return f"Slot {name} is of {slot.plugin} in database {slot.database}: it is not ours to drop."
 
 
 def _checkpoints_missing(remains: list[str]) -> Misconfigured:
@@ -173,11 +187,11 @@ def _check_slot(checkpoint: Checkpoint, source: Source, slot: Slot | None) -> No
             f"The log ends at {at}, but there is no slot {source.slot}{why}: what came since is lost to the log.",
             MEND,
         )
-    if slot.plugin != "pgoutput" or slot.database != source.database:
+    if not slot.fits(source.database):
         raise Misconfigured(
             "slot-lost",
             f"Slot {source.slot} is of {slot.plugin} in database {slot.database}: what came since {at} is lost to the log.",
-            f"Name another slot by HEADRACE_SLOT, or drop that one; then: {MEND}",
+            f"{_ANOTHER}, or drop that one; then: {MEND}",
         )
     if slot.lost:
         raise Misconfigured(

@@ -63,12 +63,8 @@ def _check_free(slot: Slot | None, source: Source) -> None:
         raise Misconfigured(
             "slot-active", f"Process {slot.active_pid} of Postgres reads slot {source.slot}.", "Stop headrace capture."
         )
-    if slot is not None and (slot.plugin != "pgoutput" or slot.database != source.database):
-        raise Misconfigured(
-            "slot-lost",
-            f"Slot {source.slot} is of {slot.plugin} in database {slot.database}: it is not ours to drop.",
-            "Name another one by HEADRACE_SLOT.",
-        )
+    if slot is not None and not slot.fits(source.database):
+        raise Misconfigured("slot-lost", identity.foreign(source.slot, slot), "Name another one by HEADRACE_SLOT.")
 
 
 def _begin(
@@ -127,7 +123,7 @@ def _mend_topics(
     kept = {}
     for topic in there:
         table, shape = log.table_of(topic), shapes.get(log.table_of(topic))
-        whole = counts[topic] == len(before.ends[topic]) and actual[topic] >= before.ends[topic]
+        whole = counts[topic] == len(before.ends[topic])
         whole = whole and all(is_now >= end for is_now, end in zip(actual[topic], before.ends[topic], strict=True))
         readable = shape.key == keys.get(table, shape.key) if shape else not any(before.ends[topic])
         if whole and readable:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from json import dumps, loads
 from typing import Annotated, Any
 
-import orjson
 import typer
 from rich.markup import escape
 from rich.table import Table as Shown
@@ -142,19 +142,21 @@ def _key(log: Log, tables: list[str], text: str) -> dict[str, str]:
         said = "--key wants one captured table, and that it is not append-only: its rows have no key then."
         raise Misconfigured("bad-key", said, "headrace resnapshot TABLE [--key K]")
     try:
-        given = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        given = text
-    values = given if isinstance(given, dict) else dict(zip(shape.key, [given], strict=False))
-    if values.keys() != set(shape.key):
+        given, written = loads(text), loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except ValueError:
+        given = written = text
+    if not isinstance(given, dict):
+        given, written = (dict.fromkeys(shape.key[:1], value) for value in (given, written))
+    if given.keys() != set(shape.key):
         raise Misconfigured(
             "bad-key", f"The key of {tables[0]} is ({', '.join(shape.key)}), not {text}.", "See --key in --help."
         )
-    return {name: _text(values[name]) for name in shape.key}
+    return {name: _text(given[name], written[name]) for name in shape.key}
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else orjson.dumps(value).decode()
+def _text(given: Any, written: Any) -> str:
+    """Return a value's text; a number's is as it was `written`: 1.10 is not the text 1.1."""
+    return written if isinstance(written, str) else dumps(given, ensure_ascii=False)
 
 
 def _wait(log: Log, names: list[str], *, forgotten: bool) -> None:

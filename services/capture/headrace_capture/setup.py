@@ -108,7 +108,8 @@ def _loose(
     """Return the tables to capture as append-only, now or already, and warn of what that does."""
     known = memory.append_only if memory else []
     before = [table for table in present if table.full_name in known]
-    new = [table for table in catalog.named_tables(connection, appended) if table.full_name not in known]
+    there = {table.full_name for table in before}
+    new = [table for table in catalog.named_tables(connection, appended) if table.full_name not in there]
     for table in [*before, *new]:
         append_only.check(table)
         made.append_only.append(table.full_name)

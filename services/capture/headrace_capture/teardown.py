@@ -18,6 +18,7 @@ from headrace.settings import Settings
 from headrace_capture import catalog, rights
 from headrace_capture.catalog import Connection
 from headrace_capture.identities import WORDS
+from headrace_capture.identity import slot_of
 from headrace_capture.memory import Memory, recall
 
 _LOCK_SECONDS = 3
@@ -44,14 +45,17 @@ def plan(connection: Connection, settings: Settings) -> Removal:
     Raises:
         Misconfigured: `slot-active`.
     """
-    row = connection.execute(_SLOT, [settings.slot]).fetchone()
-    if row and row[0]:
+    slot, kept = slot_of(connection, settings.slot), []
+    if slot and not slot.fits(_database(connection)):
+        kept.append(f"The slot {settings.slot} stays: it is of {slot.plugin} in database {slot.database}.")
+        slot = None
+    if slot and slot.active_pid is not None:
         raise _active(settings)
     memory = recall(connection, settings.publication)
     if memory is None:
-        return Removal(row is not None, (), _not_ours(connection, settings.publication))
+        return Removal(slot is not None, (), (*kept, *_not_ours(connection, settings.publication)))
     statements = [sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(settings.publication))]
-    needed, kept = _needed(connection, settings), []
+    needed = _needed(connection, settings)
     for where, statement in _restore(connection, memory):
         if where in needed:
             kept.append(
@@ -59,7 +63,7 @@ def plan(connection: Connection, settings: Settings) -> Removal:
             )
         else:
             statements.append(statement)
-    return Removal(row is not None, tuple(statement.as_string() for statement in statements), tuple(kept))
+    return Removal(slot is not None, tuple(statement.as_string() for statement in statements), tuple(kept))
 
 
 def run(connection: Connection, settings: Settings, removal: Removal) -> None:
@@ -89,6 +93,12 @@ def run(connection: Connection, settings: Settings, removal: Removal) -> None:
 def _active(settings: Settings) -> Misconfigured:
     said = f"The slot {settings.slot} is in use: capture is running."
     return Misconfigured("slot-active", said, "Stop `headrace capture` first.")
+
+
+def _database(connection: Connection) -> str:
+    row = connection.execute("SELECT current_database()").fetchone()
+    assert row is not None
+    return str(row[0])
 
 
 def _not_ours(connection: Connection, publication: str) -> tuple[str, ...]:
@@ -131,10 +141,9 @@ def _restore(connection: Connection, memory: Memory) -> list[tuple[_Where, sql.C
 
 _OTHER_SLOTS = """
 SELECT slot_name, database FROM pg_replication_slots
-WHERE slot_type = 'logical' AND NOT temporary AND slot_name <> %s ORDER BY 1
+WHERE slot_type = 'logical' AND NOT temporary AND (slot_name, plugin, database) <> (%s, 'pgoutput', current_database())
+ORDER BY 1
 """
-
-_SLOT = "SELECT active FROM pg_replication_slots WHERE slot_name = %s"
 
 _IDENTITIES = """
 SELECT n.nspname, c.relname, c.relreplident::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
