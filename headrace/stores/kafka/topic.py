@@ -8,8 +8,9 @@
 
 *Writing.* The documents of a state and the position are one Kafka transaction: they are never there without their position [I7], and a
 `read_committed` reader of a partition sees whole states only, as long as it is less than HEADRACE_MIN_COMPACTION_LAG_MS behind; the commit
-reaches partition by partition. A tombstone stays for HEADRACE_DELETE_RETENTION_MS, the longest that a reader may be away. While a generation is loading
-it is not the live one, and pieces are committed as they come. One process writes a generation: opening it fences the one before (S21).
+reaches partition by partition. A tombstone stays for HEADRACE_DELETE_RETENTION_MS, the longest that a reader may be away.
+While a generation is loading it is not the live one, and pieces are committed as they come.
+One process writes a generation: opening it fences the one before (S21).
 
 *Versions.* Each record has the headers `epoch` and `lsn`, the state that the document shows. A state that is older than the position
 was written whole already; it is passed over, so that the stream never goes back.

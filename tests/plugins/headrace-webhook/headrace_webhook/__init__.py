@@ -12,7 +12,8 @@ from headrace.errors import Misconfigured, Poison, Transient
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    redirect_request = lambda *_: None  # a redirected POST would be a GET without its body
+    def redirect_request(self, *_: object) -> None:
+        """Follow none: a redirected POST would be a GET without its body."""
 
 
 class Webhook(EffectConsumer):
