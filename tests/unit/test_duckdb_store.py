@@ -366,6 +366,19 @@ except Exception as error:
     assert [found.number for found in store.generations()] == [1]
 
 
+def test_an_attempt_that_failed_while_the_file_was_given_up_can_be_closed(
+    store: DuckDBStore, settings: Settings
+) -> None:
+    other = DuckDBStore(settings, "warehouse")
+    database = Database.opened(settings.warehouse, settings.warehouse_memory)
+    database._root.close()
+    with pytest.raises(Transient):
+        other.open(FIRST)
+    other.close()
+    assert database.users == 2
+    database.release()
+
+
 def test_what_was_set_aside_before_is_kept(store: DuckDBStore, settings: Settings) -> None:
     store.close()
     file = Path(settings.warehouse)
