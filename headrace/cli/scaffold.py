@@ -47,7 +47,7 @@ def consumer(
 ) -> None:
     """Write a consumer's package: what the view holds, an entry point, and the test that every consumer passes.
 
-    Exit codes: 0 written; 3 the name cannot be used or is taken, or the folder is there already.
+    Exit codes: 0 written; 3 the name, or that of the table, cannot be used or is taken, or the folder is there already.
 
     Examples:
 
@@ -66,11 +66,16 @@ def consumer(
         path: files("headrace.cli").joinpath("scaffolds", scaffold).read_text() for path, scaffold in written.items()
     }
     _check(name, cls, texts.values())
+    if not re.fullmatch(r'[^."\\\s]+\.[^"\\\s]+', table):
+        raise Misconfigured(
+            "bad-name", f"{table!r} is no name of a table.", "Write it as schema.table, without quotes."
+        )
+    needs = ', "headrace-warehouse"' if store == Store.duckdb else ""
     if root.exists():
         raise Misconfigured("exists", f"{root} exists already.", "Choose another name or --dir.")
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(Template(text).substitute(name=name, table=table, cls=cls))
+        path.write_text(Template(text).substitute(name=name, table=table, cls=cls, upper=name.upper(), needs=needs))
     place = shlex.quote(str(root))
     out.print(f"wrote {root}; next: pip install -e {place} && headrace run {name}", soft_wrap=True, markup=False)
 

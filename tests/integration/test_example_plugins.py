@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from headrace import plugins
 from headrace.change import Version
 from headrace.consumer import Consumer
 from headrace.control import Control
+from headrace.effects import EffectConsumer
+from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
 from headrace.stores.kafka import live_topic
 from headrace.stores.redis import PageReader
+from headrace.testing import History, shape
 from headrace_ops.redis import Redis
 from tests.fixtures.capture import capturing, eventually, execute, prepare, rows
 from tests.fixtures.serving import await_live, serving
@@ -56,7 +60,13 @@ Heard = list[tuple[str, str, str | None, bytes]]
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
+def answers() -> dict[str, int]:
+    """What is answered at which path, where it is not 204."""
+    return {}
+
+
+@pytest.fixture
+def heard(answers: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
     """Somebody who is called: (method, path, Idempotency-Key, body) of each request."""
     requests: Heard = []
 
@@ -64,10 +74,13 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             requests.append((self.command, self.path, self.headers.get("Idempotency-Key"), body))
-            self.send_response(204)
+            answer = answers.get(self.path, 204)
+            self.send_response(answer)
+            if answer == 301:
+                self.send_header("Location", "/elsewhere")
             self.end_headers()
 
-        do_PURGE = do_POST  # noqa: N815
+        do_GET = do_PURGE = do_POST  # noqa: N815
 
         def log_message(self, *_args: object) -> None:
             """Say nothing."""
@@ -80,6 +93,55 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
     yield requests
     server.shutdown()
     server.server_close()
+
+
+def effect(name: str, table: str) -> None:
+    """Let a consumer do its effect for one change."""
+    log = History([shape(table, id="integer")])
+    log.put(table, {"id": 1})
+    log.cut()
+    (batch,) = log.batches(None)
+    made = plugin(name)(Settings(), name)
+    assert isinstance(made, EffectConsumer)
+    made.effect(batch.changes)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(301, Misconfigured), (400, Poison), (422, Poison), (429, Transient), (408, Transient), (503, Transient)],
+)
+def test_a_webhook_that_will_not_take_a_change_is_not_asked_for_ever(
+    answer: int, error: type[HeadraceError], heard: Heard, answers: dict[str, int]
+) -> None:
+    """A redirected POST would be a GET without a body, and taken for told."""
+    answers["/orders"] = answer
+    with pytest.raises(error) as raised:
+        effect("webhook", "public.orders")
+    assert getattr(raised.value, "cursor", None) == (("public.orders", '{"id":1}') if error is Poison else None)
+    assert [request[:2] for request in heard] == [("POST", "/orders")]
+
+
+@pytest.mark.parametrize("name", ["webhook", "purge"])
+def test_an_answer_that_is_no_http_is_tried_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a proxy that restarts."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for setting in ("WEBHOOK", "CACHE"):
+            monkeypatch.setenv(setting, f"http://127.0.0.1:{server.getsockname()[1]}")
+
+        def answer() -> None:
+            with server.accept()[0] as asked:
+                asked.recv(65536)
+                asked.sendall(b"nonsense\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(Transient):
+            effect(name, "public.orders" if name == "webhook" else "public.products")
+
+
+def test_a_page_that_the_cache_does_not_have_is_purged(heard: Heard, answers: dict[str, int]) -> None:
+    answers["/products/1"] = 404
+    effect("purge", "public.products")
+    assert [request[:2] for request in heard] == [("PURGE", "/products/1")]
 
 
 def test_effects_follow_what_is_committed_from_now_on(settings: Settings, heard: Heard) -> None:

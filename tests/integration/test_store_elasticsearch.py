@@ -347,6 +347,33 @@ def test_elasticsearch_away_is_transient_and_it_goes_on_after(open_store: Open, 
     assert [row.key for row in store.scan(None, 10)] == ["1", "2"]
 
 
+def test_part_of_an_index_is_never_taken_for_all_of_it(settings: Settings, client: Client) -> None:
+    store = ElasticsearchIndex("search", mappings=MAPPINGS, settings={"number_of_shards": 3})
+    store.bind(settings, "search")
+    store.open(G1)
+    store.write([doc(str(n), 1) for n in range(30)], at(1))
+    assert (store.count(), len(store.scan(None, 100))) == ({"": 30}, 30)
+    client.indices.put_settings(index="search-g1", settings={"routing.allocation.enable": "none"})
+    (node,) = client.nodes.info()["nodes"]
+    gone = {"index": "search-g1", "shard": 1, "node": node, "allow_primary": True}
+    client.cluster.reroute(commands=[{"cancel": gone}])
+    for look in (store.count, lambda: store.scan(None, 100), lambda: store.get([str(n) for n in range(30)])):
+        with pytest.raises(Transient):
+            look()
+    store.drop()
+    store.close()
+
+
+def test_a_number_of_replicas_is_not_overridden(settings: Settings, client: Client) -> None:
+    store = ElasticsearchIndex("search", mappings=MAPPINGS, settings={"number_of_replicas": 2})
+    store.bind(settings, "search")
+    store.open(G1)
+    made = client.indices.get_settings(index="search-g1")["search-g1"]["settings"]["index"]
+    assert (made["number_of_replicas"], "auto_expand_replicas" in made) == ("2", False)
+    store.drop()
+    store.close()
+
+
 def test_a_refused_mapping_says_why(settings: Settings) -> None:
     store = ElasticsearchIndex("broken", mappings={"properties": {"a": {"type": "nonsense"}}})
     store.bind(settings, "search")

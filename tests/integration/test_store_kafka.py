@@ -70,6 +70,14 @@ def stream(kafka: Kafka, tmp_path: Path) -> Stream:
     return Stream(replace(Settings(), kafka=kafka.address(), state=str(tmp_path), message_max_bytes=200_000))
 
 
+def test_tombstones_last_as_long_as_a_reader_may_be_away(stream: Stream) -> None:
+    stream.settings = replace(stream.settings, delete_retention_ms=7_000_000, min_compaction_lag_ms=50_000)
+    stream.commit("kettle")
+    stream.catch_up()
+    kept = {"delete.retention.ms": "7000000", "min.compaction.lag.ms": "50000"}
+    assert Log(stream.settings).topics.configure({"titles.g1": kept}) == []
+
+
 def test_what_is_written_can_be_read_at_once(stream: Stream) -> None:
     stream.commit("kettle", "cup")
     stream.catch_up(promote=True)

@@ -520,3 +520,24 @@ def test_a_loopback_address_of_version_6_is_answered_too(settings: Settings, sto
         assert ask(f"[::1]:{server.port}", "SELECT 1").get("rows") == [[1]]
     finally:
         server.stop()
+
+
+def test_health_is_answered_while_more_ask_than_can_be_answered(store: Warehouse) -> None:
+    fill(store)
+    store.promote()
+    (only,) = endpoint._serving.values()
+    with ExitStack() as busy:
+        for _ in range(endpoint._QUERIES):
+            only._queries.acquire()
+            busy.callback(only._queries.release)
+        askers = [threading.Thread(target=ask, args=(address(), "SELECT 1")) for _ in range(45)]
+        for asker in askers:
+            asker.start()
+        for _ in range(300):
+            if sum(thread.name.startswith("AnyIO worker") for thread in threading.enumerate()) >= 40:
+                break
+            time.sleep(0.1)
+        with urllib.request.urlopen(f"http://{address()}/health", timeout=5) as answer:
+            assert answer.status == 200
+    for asker in askers:
+        asker.join()

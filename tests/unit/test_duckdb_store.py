@@ -332,6 +332,62 @@ def test_a_damaged_file_is_set_aside_and_made_anew(store: DuckDBStore, settings:
     assert len(store.scan(None, 9)) == 1
 
 
+@pytest.mark.parametrize("scarce", ["files", "memory"])
+def test_a_whole_file_that_cannot_be_opened_now_is_left_as_it_is(
+    store: DuckDBStore, settings: Settings, scarce: str
+) -> None:
+    """The process is short of something as it starts; the next attempt finds the view where it was."""
+    store.apply(batch(10, *(put(ITEMS, 10, id=n, name=str(n) * 500) for n in range(9000)), schemas=(ITEMS,)))
+    store.close()
+    script = f"""
+import os, resource, duckdb
+real = duckdb.connect
+if {scarce == "memory"}:
+    with real({settings.warehouse!r}, config={{"checkpoint_threshold": "1GB"}}) as large:
+        large.execute("PRAGMA disable_checkpoint_on_shutdown")
+        large.execute("CREATE TABLE g1.more AS SELECT range AS n, repeat(md5(range::text), 2) AS text FROM range(300000)")
+        large.execute("UPDATE g1.more SET text = text || 'x' WHERE n % 2 = 0")
+    duckdb.connect = lambda path, config: real(path, config=config | {{"memory_limit": "8MB"}})
+from headrace.settings import Settings
+from headrace.stores.duckdb import Database
+if {scarce == "files"}:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    last = max(os.dup(0) for _ in range(64 - len(os.listdir("/proc/self/fd")) + 1))
+    os.close(last)
+try:
+    Database.opened({settings.warehouse!r}, "1GB")
+except Exception as error:
+    print(type(error).__name__, error.code, error.remedy)
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    expected = {"files": "Transient warehouse-io See the message", "memory": "Transient warehouse-memory"}
+    assert said.startswith(expected[scarce])
+    assert not list(Path(settings.warehouse).parent.glob("*.broken"))
+    assert [found.number for found in store.generations()] == [1]
+
+
+def test_an_attempt_that_failed_while_the_file_was_given_up_can_be_closed(
+    store: DuckDBStore, settings: Settings
+) -> None:
+    other = DuckDBStore(settings, "warehouse")
+    database = Database.opened(settings.warehouse, settings.warehouse_memory)
+    database._root.close()
+    with pytest.raises(Transient):
+        other.open(FIRST)
+    other.close()
+    assert database.users == 2
+    database.release()
+
+
+def test_what_was_set_aside_before_is_kept(store: DuckDBStore, settings: Settings) -> None:
+    store.close()
+    file = Path(settings.warehouse)
+    for text in ("first", "second"):
+        file.write_text(text)
+        assert store.generations() == []
+    assert [file.with_name(f"w.duckdb.{name}").read_text() for name in ("broken", "broken2")] == ["first", "second"]
+
+
 def test_a_file_that_another_process_has_is_refused(settings: Settings) -> None:
     script = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
     with subprocess.Popen(

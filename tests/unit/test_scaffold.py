@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from headrace import plugins
 from headrace.cli import scaffold
 from headrace.cli.scaffold import Store
+from headrace.consumer import Generation
 from headrace.errors import Misconfigured
+from headrace.settings import Settings
+from headrace.testing import History, shape
+from headrace_warehouse import endpoint
+from headrace_warehouse.cli import ask
 
 TABLE = "public.products"
 
@@ -65,6 +71,33 @@ def test_a_name_whose_class_would_hide_what_it_needs_is_refused(name: str, store
 )
 def test_a_name_that_is_installed_is_refused(name: str, tmp_path: Path) -> None:
     _refused(name, Store.custom, tmp_path)
+
+
+@pytest.mark.parametrize("table", ["products", "public.", 'public."odd"', "public.a\\b", "public.$x\n"])
+def test_a_table_that_could_not_be_found_or_written_is_refused(table: str, tmp_path: Path) -> None:
+    with pytest.raises(Misconfigured, match="schema") as refused:
+        scaffold.consumer("titles", Store.redis, table, tmp_path)
+    assert (refused.value.code, list(tmp_path.iterdir())) == ("bad-name", [])
+
+
+def test_a_duckdb_view_can_be_asked_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaffold.consumer("asked", Store.duckdb, TABLE, tmp_path)
+    assert '"headrace-warehouse"' in (tmp_path / "headrace-asked" / "pyproject.toml").read_text()
+    cls = plugins.load_file(f"{tmp_path}/headrace-asked/headrace_asked/__init__.py:Asked")[1]
+    log = History([shape(TABLE, id="integer", name="text")])
+    log.put(TABLE, {"id": 1, "name": "kettle"})
+    log.cut()
+    monkeypatch.setenv("ASKED_LISTEN", "127.0.0.1:0")
+    view = cls(Settings(state=str(tmp_path)), "asked")
+    try:
+        for batch in log.batches(view.open(Generation("asked", 1, "abc"))):
+            view.apply(batch)
+        view.promote()
+        (only,) = endpoint._serving.values()
+        assert ask(f"127.0.0.1:{only.port}", "SELECT name FROM products")["rows"] == [["kettle"]]
+    finally:
+        view.close()
+        endpoint.stop()
 
 
 def _refused(name: str, store: Store, folder: Path) -> None:

@@ -124,8 +124,12 @@ def test_a_missing_folder_names_the_setting(tmp_path: Path) -> None:
         Pages(replace(SETTINGS, templates=str(tmp_path / "none")), "pages")
 
 
-def test_templates_are_part_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEADRACE_TEMPLATES", str(TEMPLATES))
+def test_templates_are_part_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an editor leaves beside them is not."""
+    folder = shutil.copytree(TEMPLATES, tmp_path / "templates")
+    for name in (".product.html.swp", "product.html~", "#product.html#"):
+        (folder / name).touch()
+    monkeypatch.setenv("HEADRACE_TEMPLATES", str(folder))
     assert {path.name for path in Pages.fingerprint_files()} == {
         "base.html",
         "category.html",

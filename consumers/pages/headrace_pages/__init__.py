@@ -47,8 +47,9 @@ class Pages(DocumentConsumer):
 
     @staticmethod
     def fingerprint_files() -> list[Path]:
-        """Return the templates."""
-        return [path for path in Path(all_settings.load().templates).rglob("*") if path.is_file()]
+        """Return the templates, without what an editor leaves beside them."""
+        found = Path(all_settings.load().templates).rglob("*")
+        return [path for path in found if path.is_file() and path.name[0] not in ".#" and path.name[-1] != "~"]
 
     def id(self, table: str, key: Row) -> str:
         """Return the page's address in the shop."""

@@ -10,6 +10,7 @@ send across sites unasked, and on a loopback address only loopback names are ans
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import ipaddress
 import logging
@@ -145,7 +146,8 @@ class Endpoint:
 
     async def _health(self, _request: Request) -> Response:
         try:
-            version = await run_in_threadpool(shown, self._database)
+            # Not in the threads of the queries, which may all be waiting.
+            version = await asyncio.get_running_loop().run_in_executor(None, shown, self._database)
         except Transient as error:
             return _error(error, 503)
         return _json({"status": "live", "version": str(version), "lsn": format_lsn(version.lsn)})

@@ -30,7 +30,8 @@ Strategy
     they are right when they were read again. A record of an older schema than the table's is applied without the
     columns that are gone.
 
-    *A file that cannot be read* is set aside as `<file>.broken`, and a new one is loaded from zero [I6].
+    *A file that cannot be read* is set aside as `<file>.broken`, and a new one is loaded from zero [I6]: only where DuckDB says that it
+    is damaged. What keeps it from being opened for a while leaves it whole.
 """
 
 from headrace.stores.duckdb.database import Database

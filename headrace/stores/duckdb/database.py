@@ -10,6 +10,7 @@ into the file, and then DuckDB gives up whatever is open: all of it is closed an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -33,7 +34,7 @@ _CONFIG: dict[str, str | bool | int | float | list[str]] = {
 }
 _NO_ROOM = ("Could not write file", "No space left on device")
 """Also within what DuckDB says when it gives up."""
-_DAMAGE = ("Corrupt database", "Could not read enough bytes", "not a valid DuckDB database")
+_DAMAGE = ("Corrupt database", "Corrupt WAL", "Could not read enough bytes", "not a valid DuckDB database")
 _open: dict[Path, Database] = {}
 _opening = threading.Lock()
 
@@ -176,7 +177,8 @@ def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
         return Misconfigured(
             "warehouse-damaged",
             f"{path} is damaged: {text}",
-            f"Run this process again: it sets the file aside as {path.name}.broken and loads a new one from zero.",
+            f"Run this process again: it sets the file aside as {path.name}.broken and loads a new one from zero. If you restore a copy"
+            f" first, remove {_mark(path).name} too.",
         )
     if isinstance(error, (duckdb.FatalException, duckdb.InternalException)):
         return Misconfigured(
@@ -185,7 +187,7 @@ def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
     if isinstance(error, duckdb.OutOfMemoryException):
         return Transient("warehouse-memory", f"DuckDB needs more memory: {text}", "Raise HEADRACE_WAREHOUSE_MEMORY.")
     if isinstance(error, (duckdb.OperationalError, duckdb.TransactionException)):
-        return _no_room(error)
+        return Transient("warehouse-io", f"DuckDB cannot write or read: {text}", "See the message.")
     return Misconfigured("warehouse-failed", f"DuckDB refused a statement of headrace: {text}", "Report this.")
 
 
@@ -207,16 +209,24 @@ def _connect(path: Path, memory: str) -> duckdb.DuckDBPyConnection:
     except OSError as error:
         raise _file(path, str(error)) from error
     except duckdb.Error as error:
-        refusal = _refusal(path, str(error).splitlines()[0])
-        if refusal is not None:
+        refusal = _refusal(path, error)
+        if refusal.code != "warehouse-damaged":
             raise refusal from error
         log.warning("%s is damaged: %s", path, error)
-    log.warning("%s is set aside as %s.broken; a new one is loaded from zero", path, path.name)
-    for file in (path, path.with_name(f"{path.name}.wal")):
-        if file.exists():
-            file.replace(f"{file}.broken")
-    _mark(path).unlink(missing_ok=True)
+    _set_aside(path)
     return _configured(path, memory)
+
+
+def _set_aside(path: Path) -> None:
+    """Rename the file and its write-ahead log; what was set aside before stays."""
+    files = [path, path.with_name(f"{path.name}.wal")]
+    names = (f"broken{number or ''}" for number in itertools.chain([0], itertools.count(2)))
+    name = next(name for name in names if not any(Path(f"{file}.{name}").exists() for file in files))
+    log.warning("%s is set aside as %s.%s; a new one is loaded from zero", path, path.name, name)
+    for file in files:
+        if file.exists():
+            file.replace(f"{file}.{name}")
+    _mark(path).unlink(missing_ok=True)
 
 
 def _configured(path: Path, memory: str) -> duckdb.DuckDBPyConnection:
@@ -251,8 +261,9 @@ def _settle(connection: duckdb.DuckDBPyConnection, memory: str) -> None:
     connection.execute("SET lock_configuration = true")
 
 
-def _refusal(path: Path, text: str) -> Misconfigured | None:
-    """Return why a file is left as it is, None when it is damaged."""
+def _refusal(path: Path, error: duckdb.Error) -> HeadraceError:
+    """Return why a file cannot be opened: damaged only if DuckDB says so, as whatever passes leaves it whole."""
+    text = str(error).splitlines()[0]
     if "Could not set lock" in text:
         return Misconfigured(
             "warehouse-locked",
@@ -267,7 +278,7 @@ def _refusal(path: Path, text: str) -> Misconfigured | None:
         )
     if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
         return _file(path, text)
-    return None
+    return _ours(error, path)
 
 
 def _file(path: Path, text: str) -> Misconfigured:

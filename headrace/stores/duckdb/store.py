@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from headrace.change import NOWHERE, Position
 from headrace.consumer import ALL, Batch, Cursor, Generation, ViewRow, no_progress
-from headrace.errors import Misconfigured
+from headrace.errors import HeadraceError, Misconfigured
 from headrace.settings import Settings
 from headrace.stores.duckdb import catalogue, tables
 from headrace.stores.duckdb.build import Build
@@ -52,10 +52,15 @@ class DuckDBStore:
             Misconfigured: `view-of-another`.
         """
         self.close()
-        self._database = Database.opened(self.settings.warehouse, self.settings.warehouse_memory)
-        self._cursor = self._database.lend()
+        database = Database.opened(self.settings.warehouse, self.settings.warehouse_memory)
+        try:
+            self._cursor = database.lend()
+        except HeadraceError:
+            database.release()
+            raise
+        self._database = database
         self._number = generation.number
-        with self._database.writing(self._cursor):
+        with database.writing(self._cursor):
             if not catalogue.ready(self._cursor):
                 catalogue.prepare(self._cursor)
             catalogue.own(self._cursor, self.name)

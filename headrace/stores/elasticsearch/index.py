@@ -14,7 +14,8 @@ index that was restored or made again is another) and its *owner*, which `open` 
 replaced meanwhile finds out at once.
 
 *Visibility.* Indices never refresh by themselves; the store does with each position. So readers see the states at
-positions, not what is half written, and what `write` has returned for can be read (S25). An empty write costs no
+positions, not what is half written, and what `write` has returned for can be read (S25). Only `open` shows, with the position
+that is there, what a process had written beyond it before it ended; it is written again with the next position. An empty write costs no
 refresh.
 
 *Bulks.* Where more follows, some of them are on their way at once, so that Elasticsearch indexes while the next documents are
@@ -90,7 +91,9 @@ class ElasticsearchIndex:
         """Say where documents go; connects to nothing."""
         self.alias = alias
         self._mappings = mappings
-        self._index_settings = {"number_of_shards": 1, "auto_expand_replicas": "0-1"} | dict(settings or {})
+        self._index_settings = {"number_of_shards": 1} | dict(settings or {})
+        if "number_of_replicas" not in str(settings):  # it would be overridden
+            self._index_settings.setdefault("auto_expand_replicas", "0-1")
         self._owner = ""
         self._index = ""
         self._uuid = ""
@@ -172,7 +175,10 @@ class ElasticsearchIndex:
     def count(self) -> dict[str, int]:
         """Return how many documents readers see."""
         with errors():
-            return {"": self._client.count(index=self._index, query=_VISIBLE)["count"]}
+            found = self._client.search(  # `_count` leaves out a shard that is away
+                index=self._index, query=_VISIBLE, size=0, track_total_hits=True, allow_partial_search_results=False
+            )
+            return {"": found["hits"]["total"]["value"]}
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id.
@@ -378,7 +384,13 @@ class ElasticsearchIndex:
 
     def _search(self, query: dict[str, Any], size: int, **how: Any) -> list[ViewRow]:
         found = self._client.search(
-            index=self._index, query=query, size=size, version=True, track_total_hits=False, **how
+            index=self._index,
+            query=query,
+            size=size,
+            version=True,
+            track_total_hits=False,
+            allow_partial_search_results=False,  # what a shard that is away has would look missing
+            **how,
         )
         return [row_of(hit) for hit in found["hits"]["hits"]]
 

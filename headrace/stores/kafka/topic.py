@@ -7,8 +7,10 @@
 | `<name>.generations` | `live`    | the number of the generation that readers should read, its topic  |
 
 *Writing.* The documents of a state and the position are one Kafka transaction: they are never there without their position [I7], and a
-`read_committed` reader of a partition sees whole states only; the commit reaches partition by partition. While a generation is loading
-it is not the live one, and pieces are committed as they come. One process writes a generation: opening it fences the one before (S21).
+`read_committed` reader of a partition sees whole states only, as long as it is less than HEADRACE_MIN_COMPACTION_LAG_MS behind; the commit
+reaches partition by partition. A tombstone stays for HEADRACE_DELETE_RETENTION_MS, the longest that a reader may be away.
+While a generation is loading it is not the live one, and pieces are committed as they come.
+One process writes a generation: opening it fences the one before (S21).
 
 *Versions.* Each record has the headers `epoch` and `lsn`, the state that the document shows. A state that is older than the position
 was written whole already; it is passed over, so that the stream never goes back.
@@ -95,8 +97,11 @@ class KafkaTopic:
         kept = {"cleanup.policy": "compact", "message.timestamp.type": "LogAppendTime"}
         kept["max.message.bytes"] = str(self._settings.message_max_bytes + 1024 * 1024)
         often = {"segment.ms": "600000", "segment.bytes": str(16 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.1"}
-        self._topics.make({self._pointers: (1, kept | often), topic: (self._partitions, kept)})
-        self._topics.configure({self._pointers: kept | often, topic: kept})
+        # As of a table's topic: so long may who reads the stream be away, and be behind and yet see whole states.
+        lasting = {"delete.retention.ms": str(self._settings.delete_retention_ms)}
+        lasting["min.compaction.lag.ms"] = str(self._settings.min_compaction_lag_ms)
+        self._topics.make({self._pointers: (1, kept | often), topic: (self._partitions, kept | lasting)})
+        self._topics.configure({self._pointers: kept | often, topic: kept | lasting})
         self._writer = TransactionWriter(self._settings, f"headrace-view-{self.name}-g{number}")
         facts = self._check(ours, number)
         topic_id, self._count = self._topics.describe([topic])[topic]

@@ -7,7 +7,8 @@
 | `<prefix>:g<N>`        | of generation N: consumer, fingerprint, owner (none: dropped), position       |
 | `<prefix>:<N>:<id>`    | a page: the fields of its body, which are text, and its version in `@version` |
 
-*Writing* is one Lua call for pages and position together. It first compares owner and position with what this process
+*Writing* is one Lua call for pages and position together, or several where there is much: the last of them has the position, and
+readers of a live generation see the pages of those before already. Each first compares owner and position with what this process
 wrote last (S23): a FLUSHALL, a restart from an old dump or another process that has opened the generation since are
 noticed before anything is written. So an older process never writes at all (S21) and a delete can simply remove the
 page. Versions are text of a fixed width, because Lua's numbers are floats; an older one never replaces a newer one.

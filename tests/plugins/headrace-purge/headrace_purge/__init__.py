@@ -3,6 +3,7 @@
 import os
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 
 from headrace import codec
 from headrace.change import Change
@@ -21,5 +22,7 @@ class Purge(EffectConsumer):
             request = urllib.request.Request(f"{os.environ['CACHE']}/products/{id_}", method="PURGE")
             try:
                 urllib.request.urlopen(request, timeout=10).close()
-            except OSError as error:
+            except (OSError, HTTPException) as error:
+                if getattr(error, "code", 0) == 404:  # the cache does not have it
+                    continue
                 raise Transient("cache-away", f"The cache does not answer: {error}.", "Change CACHE.") from error
