@@ -58,6 +58,11 @@ def errors(path: Path, close: Callable[[], None]) -> Iterator[None]:
 
 
 def discard(path: Path) -> None:
-    """Remove a local store with what SQLite keeps beside it."""
-    for suffix in ("", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    """Remove a local store with what SQLite keeps beside it. Raises Transient: `local-state`."""
+    try:
+        for suffix in ("", "-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+    except OSError as error:
+        raise Transient(
+            "local-state", f"{path}: {error}.", "Mend the rights of the folder of HEADRACE_STATE."
+        ) from error

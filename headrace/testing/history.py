@@ -94,11 +94,12 @@ class History:
         """The version of the newest cut."""
         return Version(1, _WAL_A_CUT * len(self._cuts)) if self._cuts else NOWHERE
 
-    def batches(self, position: Position | None, piece: int = 1_000_000) -> Iterator[Batch]:
-        """Yield all that is after `position`, to the newest cut, in pieces of so many records of a table.
+    def batches(self, position: Position | None, piece: int | None = None) -> Iterator[Batch]:
+        """Yield all that is after `position`, to the newest cut; where `piece` is given, in pieces of so many records of a table.
 
         From zero only the last change of each key in a piece is there, as in a compacted log, and only the last piece completes a
-        state. After that each cut is one: what a live reader is given.
+        state. After that each cut is one: what a live reader is given. What comes in pieces is ended by a batch without changes, as a
+        reader does that has all changes before it knows that a state is complete.
         """
         now = position or Position(appended=self._began)
         if now.loading:
@@ -109,15 +110,15 @@ class History:
                 now = batch.position
                 yield batch
 
-    def _pieces(self, now: Position, cut: int, piece: int) -> Iterator[Batch]:
+    def _pieces(self, now: Position, cut: int, piece: int | None) -> Iterator[Batch]:
         """Yield what leads from `now` to a cut."""
         ends, version = self._cuts[cut - 1], Version(1, _WAL_A_CUT * cut)
         checkpoint = Checkpoint(version, self._began, 0, {_topic(table): end for table, end in ends.items()}, _SOURCE)
         loading = now.loading
         while True:
             offsets = {table: (now.offsets.get(_topic(table)) or [0])[0] for table in ends}
-            upto = {table: min(offsets[table] + piece, end) for table, (end,) in ends.items()}
-            whole = all(upto[table] == end for table, (end,) in ends.items())
+            upto = {table: min(offsets[table] + (piece or end), end) for table, (end,) in ends.items()}
+            whole = upto == (offsets if piece else {table: end for table, (end,) in ends.items()})
             now = Position(
                 {_topic(table): [at] for table, at in upto.items()},
                 {_topic(table): f"id-{table}" for table in upto},

@@ -30,7 +30,7 @@ STEPS: Final = SENT | frozenset(
 )
 _IN_MEMORY = (str, bytes, bytearray, date, time, StringIO, BytesIO, GeneratorType, CoroutineType)
 """Who has methods of these names that change nothing outside of the process: `replace`, `write`, `send`."""
-_DIED = 77
+_DIED, _UNSEEN = 77, 78
 _SECONDS = 120
 
 
@@ -39,6 +39,7 @@ class Steps:
 
     Attributes:
         count: How many times it was called.
+        local: How many of these were for the local rows of documents, whatever their store is.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Steps:
             names: Of C functions.
             modules: Those whose Python functions are steps too. Python does not see the C functions of some clients, as DuckDB's.
         """
-        self.count = 0
+        self.count = self.local = 0
         self._between = between
         self._names = names
         self._modules = modules
@@ -74,8 +75,12 @@ class Steps:
         else:
             counts = event == "call" and frame.f_globals.get("__name__", "").startswith(self._modules or ("-",))
         if counts:
-            self.count += 1
+            self._add(frame)
             self._between(self.count)
+
+    def _add(self, frame: FrameType) -> None:
+        self.count += 1
+        self.local += frame.f_globals.get("__name__", "").startswith("headrace.documents.")
 
     def _is_step(self, function: Any) -> bool:
         return function.__name__ in self._names and not isinstance(getattr(function, "__self__", None), _IN_MEMORY)
@@ -94,8 +99,8 @@ class Fails(Steps):
         self._number = number
         self.failed = False
 
-    def _fail(self, error: Exception) -> None:
-        self.count += 1
+    def _fail(self, frame: FrameType, error: Exception) -> None:
+        self._add(frame)
         if self.count == self._number:
             self.failed = True
             raise error
@@ -115,9 +120,9 @@ class FailAfterWrite(Fails):
         """Fail once, after the `number`-th is sent, counted from 1."""
         super().__init__(number, names)
 
-    def _profile(self, _frame: FrameType, event: str, function: Any) -> None:
+    def _profile(self, frame: FrameType, event: str, function: Any) -> None:
         if event == "c_return" and self._is_step(function):
-            self._fail(ConnectionResetError("what was sent is lost with its answer"))
+            self._fail(frame, ConnectionResetError("what was sent is lost with its answer"))
 
 
 class FailBeforeWrite(Fails):
@@ -136,9 +141,9 @@ class FailBeforeWrite(Fails):
         """Fail once, before the `number`-th step, counted from 1."""
         super().__init__(number, names)
 
-    def _profile(self, _frame: FrameType, event: str, function: Any) -> None:
+    def _profile(self, frame: FrameType, event: str, function: Any) -> None:
         if event == "c_call" and self._is_step(function) and (error := _refusal(function)):
-            self._fail(error)
+            self._fail(frame, error)
 
 
 def _refusal(function: Any) -> Exception | None:
@@ -162,7 +167,7 @@ def dies_before(step: int, work: Callable[[], None], modules: tuple[str, ...] = 
     `modules`: see `Steps`.
 
     Raises:
-        AssertionError: it ended in another way.
+        AssertionError: it ended in another way, or no step is known but those for the local rows of documents.
     """
 
     def between(count: int) -> None:
@@ -171,8 +176,10 @@ def dies_before(step: int, work: Callable[[], None], modules: tuple[str, ...] = 
 
     def mortal() -> None:
         gc.freeze()  # what others left is theirs: a client whose threads stayed behind cannot be ended here (librdkafka crashes)
-        with Steps(between, modules=modules):
+        with Steps(between, modules=modules) as steps:
             work()
+        if step and steps.count == steps.local:
+            os._exit(_UNSEEN)
 
     # A fork: the work is whatever the caller has at hand, and it opens its connections itself.
     process = multiprocessing.get_context("fork").Process(target=mortal)
@@ -180,5 +187,6 @@ def dies_before(step: int, work: Callable[[], None], modules: tuple[str, ...] = 
     process.join(_SECONDS)
     if process.is_alive():
         process.kill()
+    assert process.exitcode != _UNSEEN, "it has no step that is known: set `modules`"
     assert process.exitcode in {0, _DIED}, f"it ended with {process.exitcode} before step {step}"
     return process.exitcode == _DIED

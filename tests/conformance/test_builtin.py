@@ -103,7 +103,6 @@ class TestWarehouse(ConsumerConformance):
     name = "warehouse"
     history = SHOP
     lost = "description"
-    modules = ("headrace.stores.duckdb",)
     test_every_lost_answer = None  # it is a file
     test_every_write_that_does_not_arrive = None  # DuckDB writes it, which Python does not see
     stride = STRIDE
@@ -128,7 +127,6 @@ class TestStream(ConsumerConformance):
     name = "titles"
     history = STREAMED
     lost = "description"
-    modules = ("headrace.log.transaction",)
     test_every_lost_answer = None  # librdkafka sends in threads of its own, and asks again by itself
 
     @pytest.fixture

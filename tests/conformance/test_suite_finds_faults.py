@@ -123,15 +123,15 @@ FAULTS = {
         "test_every_write_that_does_not_arrive",
     ),
     "a scan goes backwards": (
-        '(tbl, key) > (?, ?) ORDER BY tbl, key LIMIT ?",\n            (self._number, *(after or ("", "")), limit),',
-        '(tbl, key) < (?, ?) ORDER BY tbl DESC, key DESC LIMIT ?",\n            (self._number, *(after or ("~", "~")), limit),',
+        '(tbl, key) > (?, ?) ORDER BY tbl, key LIMIT ?",\n                (self._number, *(after or ("", "")), limit),',
+        '(tbl, key) < (?, ?) ORDER BY tbl DESC, key DESC LIMIT ?",\n                (self._number, *(after or ("~", "~")), limit),',
         "test_a_scan_gives_the_same_rows_in_pages_of_any_size",
     ),
     "a scan goes by numbers": (
         """AND (tbl, key) > (?, ?) ORDER BY tbl, key LIMIT ?",
-            (self._number, *(after or ("", "")), limit),""",
+                (self._number, *(after or ("", "")), limit),""",
         """AND (tbl, key->>'id') > (?, ?) ORDER BY tbl, key->>'id' LIMIT ?",
-            (self._number, *((after[0], codec.loads(after[1])["id"]) if after else ("", -9)), limit),""",
+                (self._number, *((after[0], codec.loads(after[1])["id"]) if after else ("", -9)), limit),""",
         "test_a_scan_gives_the_same_rows_in_pages_of_any_size",
     ),
     "it is asked for rows and gives those that nobody sees yet": (
@@ -162,18 +162,97 @@ FAULTS = {
                         self._db.execute("INSERT OR REPLACE INTO staged VALUES (?, ?, ?, ?, ?)", kept.pop(each))""",
         "test_what_one_process_begins_another_ends",
     ),
+    "what its client raises comes out of open": (
+        'with self._transaction():\n            self._db.execute("INSERT OR IGNORE INTO generations',
+        'if True:\n            self._db.execute("INSERT OR IGNORE INTO generations',
+        "test_every_write_that_does_not_arrive",
+    ),
+    "what its client raises comes out of generations": (
+        'with self._errors():\n            found = self._db.execute("SELECT number',
+        'if True:\n            found = self._db.execute("SELECT number',
+        "test_every_promotion_that_fails",
+    ),
+    "what its client raises comes out of a promotion": (
+        'with self._transaction():\n            self._db.execute("UPDATE generations SET live',
+        'if True:\n            self._db.execute("UPDATE generations SET live',
+        "test_every_promotion_that_fails",
+    ),
+    "what its client raises comes out of a drop": (
+        "with self._transaction():\n            for table in",
+        "with self._db:\n            for table in",
+        "test_every_drop_that_fails",
+    ),
+    "a drop that fails is not noticed": (
+        "with self._transaction():\n            for table in",
+        "with __import__('contextlib').suppress(sqlite3.OperationalError), self._db:\n            for table in",
+        "test_every_drop_that_fails",
+    ),
+    "a batch without changes is passed over": (
+        "with self._transaction():\n            self._move(batch.position)",
+        "if not batch.changes:\n            return\n        with self._transaction():\n            self._move(batch.position)",
+        "test_between_two_states_the_earlier_one_is_shown",
+    ),
+    "its position stays where it was when nothing has changed": (
+        "with self._transaction():\n            self._move(batch.position)",
+        "if not batch.changes:\n            return\n        with self._transaction():\n            self._move(batch.position)",
+        "test_the_position_is_where_the_view_is",
+    ),
+    "the pointer outlives the drop of the live one": (
+        (
+            'self._db.execute("UPDATE generations SET live = (number = ?)", (self._number,))',
+            'self._db.execute("REPLACE INTO generations (number, fingerprint) VALUES (-1, ?)", (self._number,))',
+        ),
+        (
+            '"SELECT number, fingerprint, live FROM generations ORDER BY number"',
+            """"SELECT number, fingerprint, number = (SELECT fingerprint + 0 FROM generations WHERE number = -1) "
+                "FROM generations WHERE number > 0 ORDER BY number\"""",
+        ),
+        "test_what_is_dropped_while_it_is_live_is_live_no_more",
+    ),
+    "a position is offsets and a version": (
+        "codec.encode_position(position), self._number",
+        "codec.encode_position(Position(offsets=position.offsets, version=position.version)), self._number",
+        "test_the_position_is_where_the_view_is",
+    ),
+    "a position is a version": (
+        "codec.encode_position(position), self._number",
+        "codec.encode_position(Position(version=position.version)), self._number",
+        "test_every_write_that_does_not_arrive",
+    ),
+    "a position forgets what is parked": (
+        "codec.encode_position(position), self._number",
+        "codec.encode_position(__import__('dataclasses').replace(position, held=None, parked=(), inexact=())), self._number",
+        "test_the_position_is_where_the_view_is",
+    ),
+    "a generation forgets what built it": (
+        "Generation(self.name, number, fingerprint, bool(live))",
+        'Generation(self.name, number, "", bool(live))',
+        "test_a_promotion_keeps_the_earlier_generation",
+    ),
+    "a scan goes on after rows only that are there": (
+        "        with self._errors():\n            found = self._db.execute(\n",
+        """        keys = [(key.collection, key.key) for key in self.scan(None, 1000)] if after else []
+        if after and after not in keys:
+            raise KeyError(after)
+        with self._errors():
+            found = self._db.execute(
+""",
+        "test_single_rows_and_counts_are_those_of_a_scan",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(fault: str, tmp_path: Path) -> None:
-    right, wrong, test = FAULTS[fault]
+    *edits, test = FAULTS[fault]
+    edits = edits if isinstance(edits[0], tuple) else [tuple(edits)]
     made = [sys.executable, "-m", "headrace", "new", "consumer", "rows", "--store", "custom", "--dir", str(tmp_path)]
     subprocess.run(made, check=True)
     root = tmp_path / "headrace-rows"
     module = root / "headrace_rows/__init__.py"
-    assert right in module.read_text()
-    module.write_text(module.read_text().replace(right, wrong))
+    for right, wrong in edits:
+        assert right in module.read_text()
+        module.write_text(module.read_text().replace(right, wrong))
     done = subprocess.run(
         [
             sys.executable,

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace.documents import Document
+from headrace.documents.local import LocalRows
 from headrace.testing import FailBeforeWrite, Steps, dies_before
 
 
@@ -82,6 +84,17 @@ def test_a_process_that_dies_does_not_end_what_its_parent_has_left() -> None:
         assert not dies_before(0, _collect)
     finally:
         gc.enable()
+
+
+def test_the_steps_of_local_rows_are_none_of_a_store_that_python_does_not_see(tmp_path: Path) -> None:
+    def work() -> None:
+        LocalRows(tmp_path / "rows", [Document("public.t")], "abc").close()
+
+    with Steps() as steps:
+        work()
+    assert steps.count == steps.local > 0
+    with pytest.raises(AssertionError, match="no step"):
+        dies_before(10_000, work)
 
 
 def _collect() -> None:
