@@ -39,6 +39,8 @@ STORE = """
     version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
     part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
 """
+BEGUN: Final = ("-begun", "-begun-new")
+"""Of what `headrace.documents.begun` keeps beside the file."""
 
 
 @contextmanager
@@ -59,5 +61,5 @@ def errors(path: Path, close: Callable[[], None]) -> Iterator[None]:
 
 def discard(path: Path) -> None:
     """Remove a local store with what SQLite keeps beside it."""
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm", *BEGUN):
         path.with_name(path.name + suffix).unlink(missing_ok=True)

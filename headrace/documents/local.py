@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from headrace import codec
 from headrace.change import NOWHERE, Change, Position, Row, TableSchema, Version
 from headrace.documents import layout
+from headrace.documents.begun import Begun
 from headrace.documents.declaration import Folding, Level, Node
 from headrace.documents.nodes import Nodes
 from headrace.documents.order import Shape
@@ -47,6 +48,7 @@ class LocalRows:
     Attributes:
         position: Where the committed rows stand; None for an empty store.
         nodes: The rows, put together.
+        begun: The documents that were to be shown.
     """
 
     def __init__(self, path: Path, documents: Sequence[Root], fingerprint: str) -> None:
@@ -86,6 +88,7 @@ class LocalRows:
             self._keys: dict[str, list[str]] = codec.loads(self._meta("keys") or b"{}")
             shapes = codec.loads(self._meta("shapes") or b"{}")
             self.nodes = Nodes(self._db, self._paths, self.shape)
+            self.begun = Begun(self._db, self.path)
             self._shapes = {
                 table: Shape(tuple(key), frozenset(numbers), tuple(columns), frozenset(times))
                 for table, (key, numbers, columns, times) in shapes.items()
