@@ -46,7 +46,7 @@ from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check, check_types, check_window
 from headrace.documents.declaration import Level, Node
-from headrace.documents.layout import discard, errors
+from headrace.documents.layout import discard, errors, of_the_store
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
 from headrace.documents.rendering import rendered
@@ -91,6 +91,13 @@ class DocumentConsumer:
 
     def __init__(self, settings: Settings, name: str) -> None:
         """Connect to nothing yet. Raises Misconfigured: `document-ids`."""
+        kinds = [(document.table, getattr(document, "start", None)) for document in self.documents]
+        if twice := next((table for table, start in kinds if kinds.count((table, start)) > 1), None):
+            raise Misconfigured(
+                "document-ids",
+                f"{type(self).__name__} has two documents of {twice} that id(table, key) cannot tell apart.",
+                "Make one Document of them; give each Window a start of its own name.",
+            )
         if len(self.documents) > 1 and type(self).id is DocumentConsumer.id:
             raise Misconfigured(
                 "document-ids",
@@ -301,10 +308,11 @@ class DocumentConsumer:
             yield Sent(None, Doc(id_, None, version))
 
     def _ids(self) -> Iterator[str]:
-        rows = self.store.scan(None, CHUNK)
+        scan = of_the_store()(self.store.scan)
+        rows = scan(None, CHUNK)
         while rows:
             yield from (row.key for row in rows)
-            rows = self.store.scan((rows[-1].collection, rows[-1].key), CHUNK)
+            rows = scan((rows[-1].collection, rows[-1].key), CHUNK)
 
     def _doc(self, touched: Touched, cursor: Cursor, version: Version, unshown: Unshown) -> Doc | None:
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from headrace.documents.paths import TOUCHED
-from headrace.errors import Transient
+from headrace.errors import Misconfigured, Transient, described
 
 LAYOUT: Final = 6
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
@@ -57,6 +57,20 @@ def errors(path: Path, close: Callable[[], None]) -> Iterator[None]:
         close()
         discard(path)
         raise Transient("local-state", f"{path} is damaged ({error}); it is loaded from the log again.") from error
+
+
+@contextmanager
+def of_the_store() -> Iterator[None]:
+    """Turn an error of SQLite that the plugin's store raises into one of its own: it says nothing of the local rows."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise Transient(
+            "local-state", f"The store raised {described(error)}.", "Free space, or mend rights."
+        ) from error
+    except sqlite3.Error as error:
+        said = f"The store raised {described(error)}."
+        raise Misconfigured("consumer-failed", said, "Mend it, and start it again.") from error
 
 
 def discard(path: Path) -> None:

@@ -14,10 +14,21 @@ from hypothesis import strategies as st
 
 from headrace import codec
 from headrace.change import Row, TableSchema
-from headrace.documents import Document, DocumentConsumer, Node, One
-from headrace.errors import Misconfigured, Poison, Refused, Transient
+from headrace.documents import Count, Document, DocumentConsumer, Many, Node, One, Window
+from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
-from tests.fixtures.documents import CATEGORIES, GENERATION, NOW, PRODUCTS, REVIEWS, SCHEMAS, Products, World, shop
+from tests.fixtures.documents import (
+    CATEGORIES,
+    GENERATION,
+    NOW,
+    PRODUCTS,
+    REVIEWS,
+    SCHEMAS,
+    Memory,
+    Products,
+    World,
+    shop,
+)
 
 
 @pytest.fixture
@@ -266,6 +277,22 @@ def test_a_generation_of_other_code_gets_local_rows_of_its_own(world: World) -> 
     assert world.start().open(replace(GENERATION, fingerprint="other")) is None
 
 
+def test_the_same_code_with_another_declaration_gets_local_rows_of_its_own(world: World) -> None:
+    """It may be taken from a package that is not the plugin's: the indexes are by the places in it."""
+    shop(world.log)
+    world.run()
+    assert world.opened_at() is not None
+    reviews, category = Many(REVIEWS, by="product_id"), One(CATEGORIES, on="category_id")
+
+    class Other(Products):
+        document = Document(PRODUCTS, reviews=reviews, category=category)
+
+    world.cls = type("Products", (Other,), {"store": world.store})
+    assert world.opened_at() is None
+    world.run()
+    world.check()
+
+
 def test_a_reload_is_refused_when_tombstones_may_be_gone(world: World) -> None:
     shop(world.log)
     world.run()
@@ -292,6 +319,32 @@ def test_the_rows_wait_until_the_view_accepts(world: World) -> None:
     world.check()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(sqlite3.IntegrityError("NOT NULL"), "consumer-failed"), (sqlite3.OperationalError("full"), "local-state")],
+)
+def test_an_error_of_sqlite_in_the_store_says_nothing_of_the_local_rows(
+    world: World, error: sqlite3.Error, code: str
+) -> None:
+    shop(world.log)
+    world.run()
+    world.log.put(PRODUCTS, 2, {"id": 2, "category_id": 5, "name": "mug"})
+    world.log.cut()
+
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise error
+
+    write, world.store.write = world.store.write, broken  # type: ignore[method-assign]
+    with pytest.raises(HeadraceError, match=type(error).__name__) as raised:
+        world.run()
+    world.store.write = write  # type: ignore[method-assign]
+    assert raised.value.code == code
+    assert "products-g1.sqlite" not in str(raised.value)
+    assert world.opened_at() is not None
+    world.run()
+    world.check()
+
+
 def test_an_error_in_render_names_the_document(tmp_path: Path) -> None:
     class Broken(Products):
         def render(self, row: Node) -> Row:
@@ -313,6 +366,30 @@ def test_a_declared_column_that_does_not_exist_is_refused(tmp_path: Path) -> Non
     shop(world.log)
     with pytest.raises(Misconfigured, match=r"public\.products has no column kind_id"):
         world.run()
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        (Document(PRODUCTS), Document(PRODUCTS, reviews=Many(REVIEWS, by="product_id"))),
+        (Window(REVIEWS, "at", 60, n=Count()), Window(REVIEWS, "at", 3600, n=Count())),
+    ],
+)
+def test_documents_that_no_id_can_tell_apart_are_refused(tmp_path: Path, documents: Any) -> None:
+    made = type("Twice", (Products,), {"store": Memory(), "documents": documents, "id": lambda _, *at: repr(at)})
+    with pytest.raises(Misconfigured, match=documents[0].table) as refused:
+        made(Settings(state=str(tmp_path)), "twice")
+    assert refused.value.code == "document-ids"
+
+
+def test_windows_with_keys_of_their_own_names_are_told_apart(tmp_path: Path) -> None:
+    documents = (
+        Window(REVIEWS, "at", 60, start="minute", n=Count()),
+        Window(REVIEWS, "at", 3600, n=Count()),
+        Document(REVIEWS),
+    )
+    made = type("Apart", (Products,), {"store": Memory(), "documents": documents, "id": lambda _, *at: repr(at)})
+    made(Settings(state=str(tmp_path)), "apart")
 
 
 def test_a_view_whose_joined_columns_change_their_type_waits_until_both_have(world: World) -> None:
