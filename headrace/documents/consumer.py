@@ -3,13 +3,15 @@
 Two stores have a position each: the view (the plugin's store) and the local rows (`headrace.documents.local`). A cut
 goes to the view first and is committed locally only when the view has it. So the local rows are never ahead of a
 healthy view, and reading resumes from *their* position: what a crash left undone is found again by the old join values,
-which the local rows still have.
+which the local rows still have, and by what was begun (`headrace.documents.begun`), where the log has lost a row since.
 
 | what happened                                 | local   | view   | on open                                           |
 |-----------------------------------------------|---------|--------|---------------------------------------------------|
 | a kill before the view had the cut            | L       | L      | resume at L: the cut comes again                  |
-| a kill after documents, before the position   | L       | L      | the same; equal or newer versions overwrite       |
-| a kill between the view's commit and local's  | L       | L' > L | resume at L: what was touched since is rendered   |
+| a kill after documents, before the position   | L       | L      | the same; what was begun is rendered again        |
+| a kill between the view's commit and local's  | L       | L' > L | the same                                          |
+| the view was fed from elsewhere meanwhile, or | L       | L' > L | the same; where compaction may have begun since L |
+| a power failure took local commits back       |         |        | (half of its lag ago), local goes; reload         |
 | a kill amid a transaction of several cuts     | L       | L      | its pieces were uncommitted: they come again      |
 | a kill while loading                          | loading | none   | resume at the last committed piece; view is empty |
 | a kill while every document is rendered       | loading | none   | the same; every document is rendered again        |
@@ -44,7 +46,7 @@ from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check, check_types, check_window
 from headrace.documents.declaration import Level, Node
-from headrace.documents.layout import discard, errors
+from headrace.documents.layout import discard, errors, of_the_store
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
 from headrace.documents.rendering import rendered
@@ -89,6 +91,13 @@ class DocumentConsumer:
 
     def __init__(self, settings: Settings, name: str) -> None:
         """Connect to nothing yet. Raises Misconfigured: `document-ids`."""
+        kinds = [(document.table, getattr(document, "start", None)) for document in self.documents]
+        if twice := next((table for table, start in kinds if kinds.count((table, start)) > 1), None):
+            raise Misconfigured(
+                "document-ids",
+                f"{type(self).__name__} has two documents of {twice} that id(table, key) cannot tell apart.",
+                "Make one Document of them; give each Window a start of its own name.",
+            )
         if len(self.documents) > 1 and type(self).id is DocumentConsumer.id:
             raise Misconfigured(
                 "document-ids",
@@ -219,7 +228,7 @@ class DocumentConsumer:
             self._showing.early(local, self._of_one_row(local, new))
 
     def _fits(self, local: Position, view: Position | None) -> bool:
-        """Whether reading may go on from the local rows: they are loading, or not ahead of the view."""
+        """Whether reading may go on from the local rows: they are loading, or not ahead of the view nor long behind it."""
         if view is not None and not (
             local.continued_by(view.version, view.source) and local.topics.items() <= view.topics.items()
         ):
@@ -227,7 +236,10 @@ class DocumentConsumer:
         if local.loading:
             # Tombstones that the load has not read yet may be gone (S19).
             return now() - local.appended <= self.settings.delete_retention_ms
-        return view is not None and local.version <= view.version and _behind(local, view)
+        if view is None or local.version > view.version or not _behind(local, view):
+            return False
+        # The view may show rows that the local rows never had; of those that are gone by now the log says so only for a while.
+        return local.version == view.version or now() - local.appended <= self.settings.min_compaction_lag_ms / 2
 
     def _check_reload(self, view: Position, state: Position) -> None:
         """Refuse to go on with a view's old documents from a state that does not continue them."""
@@ -256,6 +268,9 @@ class DocumentConsumer:
         if batch.loading and self._view is not None:
             self._check_reload(self._view, batch.position)
         self._showing.settle(local)
+        further = local.position is None or _state(batch.position) != _state(local.position)
+        if further and not batch.loading:
+            local.begun.begin(when, batch.position.version)
         done, total = 0, local.count_touched() if batch.loading else 0
         unshown = Unshown(self.settings.parked_limit)
         with closing(self._docs(local, batch, when, unshown)) as docs:
@@ -268,6 +283,8 @@ class DocumentConsumer:
         unshown.check()
         local.clear_touched(when, unshown.waiting)
         local.commit(batch.position)
+        if further:
+            local.begun.forget()
         self._view, self._left, self._early = batch.position, left, False
 
     def _docs(self, local: LocalRows, batch: Batch, when: When, unshown: Unshown) -> Generator[Sent]:
@@ -291,10 +308,11 @@ class DocumentConsumer:
             yield Sent(None, Doc(id_, None, version))
 
     def _ids(self) -> Iterator[str]:
-        rows = self.store.scan(None, CHUNK)
+        scan = of_the_store()(self.store.scan)
+        rows = scan(None, CHUNK)
         while rows:
             yield from (row.key for row in rows)
-            rows = self.store.scan((rows[-1].collection, rows[-1].key), CHUNK)
+            rows = scan((rows[-1].collection, rows[-1].key), CHUNK)
 
     def _doc(self, touched: Touched, cursor: Cursor, version: Version, unshown: Unshown) -> Doc | None:
         try:
@@ -364,6 +382,10 @@ def _behind(local: Position, view: Position) -> bool:
         topic in view.offsets and all(a <= b for a, b in zip(offsets, view.offsets[topic], strict=True))
         for topic, offsets in local.offsets.items()
     )
+
+
+def _state(position: Position) -> tuple[Version, Mapping[str, Sequence[int]]]:
+    return position.version, position.offsets
 
 
 def _refused(code: str, seen: str) -> Refused:

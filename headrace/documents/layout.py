@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from headrace.documents.paths import TOUCHED
-from headrace.errors import Transient
+from headrace.errors import Misconfigured, Transient, described
 
 LAYOUT: Final = 6
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
@@ -39,6 +39,8 @@ STORE = """
     version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
     part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
 """
+BEGUN: Final = ("-begun", "-begun-new")
+"""Of what `headrace.documents.begun` keeps beside the file."""
 
 
 @contextmanager
@@ -57,10 +59,24 @@ def errors(path: Path, close: Callable[[], None]) -> Iterator[None]:
         raise Transient("local-state", f"{path} is damaged ({error}); it is loaded from the log again.") from error
 
 
+@contextmanager
+def of_the_store() -> Iterator[None]:
+    """Turn an error of SQLite that the plugin's store raises into one of its own: it says nothing of the local rows."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise Transient(
+            "local-state", f"The store raised {described(error)}.", "Free space, or mend rights."
+        ) from error
+    except sqlite3.Error as error:
+        said = f"The store raised {described(error)}."
+        raise Misconfigured("consumer-failed", said, "Mend it, and start it again.") from error
+
+
 def discard(path: Path) -> None:
     """Remove a local store with what SQLite keeps beside it. Raises Transient: `local-state`."""
     try:
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", "-wal", "-shm", *BEGUN):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
     except OSError as error:
         raise Transient(

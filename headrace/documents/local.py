@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from headrace import codec
 from headrace.change import NOWHERE, Change, Position, Row, TableSchema, Version
 from headrace.documents import layout
+from headrace.documents.begun import Begun
 from headrace.documents.declaration import Folding, Level, Node
 from headrace.documents.nodes import Nodes
 from headrace.documents.order import Shape
@@ -47,10 +48,11 @@ class LocalRows:
     Attributes:
         position: Where the committed rows stand; None for an empty store.
         nodes: The rows, put together.
+        begun: The documents that were to be shown.
     """
 
     def __init__(self, path: Path, documents: Sequence[Root], fingerprint: str) -> None:
-        """Open the file; one of another fingerprint or layout, or one that is damaged, is thrown away.
+        """Open the file; one of another fingerprint, declaration or layout, or one that is damaged, is thrown away.
 
         Raises:
             Transient: `local-state`.
@@ -58,7 +60,7 @@ class LocalRows:
         self.path = path
         self._documents = documents
         self._paths = Paths(documents)
-        built_by = f"{layout.LAYOUT} {fingerprint}".encode()
+        built_by = f"{layout.LAYOUT} {fingerprint} ".encode() + self._paths.meaning
         with layout.errors(path, lambda: None):
             try:
                 self._open(built_by)
@@ -86,6 +88,7 @@ class LocalRows:
             self._keys: dict[str, list[str]] = codec.loads(self._meta("keys") or b"{}")
             shapes = codec.loads(self._meta("shapes") or b"{}")
             self.nodes = Nodes(self._db, self._paths, self.shape)
+            self.begun = Begun(self._db, self.path)
             self._shapes = {
                 table: Shape(tuple(key), frozenset(numbers), tuple(columns), frozenset(times))
                 for table, (key, numbers, columns, times) in shapes.items()

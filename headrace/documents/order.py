@@ -133,7 +133,7 @@ def sorting(order: Sequence[tuple[str, bool]], shape: Shape) -> Callable[[Row], 
     key = [(name, shape.rank(name)) for name in shape.key]
 
     def by(row: Row) -> tuple[Any, ...]:
-        last = [rank(row[name]) for name, rank in key] or [_content(row)]
+        last = [rank(row[name]) for name, rank in key] or [_content(shape.whole(dict(row)))]
         return (*(_placed(row.get(name), falling, rank) for name, falling, rank in columns), *last)
 
     return by

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from headrace.change import Position
 from headrace.consumer import Cursor
 from headrace.documents.declaration import Node
+from headrace.documents.layout import of_the_store
 from headrace.documents.local import LocalRows, Touched
 from headrace.errors import Poison
 from headrace.stores import Doc, DocumentStore
@@ -88,8 +89,8 @@ class Showing:
 
     def __init__(self, store: DocumentStore) -> None:
         """Give nothing yet."""
-        self._store = store
-        self._arrive: Callable[[], None] = getattr(store, "arrive", lambda: None)
+        self._write = of_the_store()(store.write)
+        self._arrive: Callable[[], None] = of_the_store()(getattr(store, "arrive", lambda: None))
         self._recent: deque[dict[str, Sent]] = deque(maxlen=_RECENT)
 
     def write(self, chunk: Sequence[Sent], position: Position | None, unshown: Unshown) -> None:
@@ -103,7 +104,7 @@ class Showing:
         last = position is not None
         while True:
             try:
-                self._store.write(docs, None if unshown else position, bulk=position is None or bool(unshown))
+                self._write(docs, None if unshown else position, bulk=position is None or bool(unshown))
                 if unshown and last:
                     self._arrive()
                     self.forget()
@@ -122,7 +123,7 @@ class Showing:
         while chunk := chunk_of(docs).docs:
             self._recent.append({sent.doc.id: sent for sent in chunk})
             with self._noting(local):
-                self._store.write([sent.doc for sent in chunk], None, bulk=True)
+                self._write([sent.doc for sent in chunk], None, bulk=True)
 
     def settle(self, local: LocalRows) -> None:
         """Wait for what was written early: what is refused of it by now may be another document at the end."""

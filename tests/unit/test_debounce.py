@@ -242,7 +242,7 @@ STEP = st.one_of(
     ),
     st.just(("run", None, 10**9, 10**9)),
     st.tuples(st.just("tick"), st.sampled_from([0.5, SECONDS / 2, SECONDS, -SECONDS / 2])),
-    st.sampled_from([("poll",), ("poll",), ("hurry",), ("lose",), ("wipe",)]),
+    st.sampled_from([("poll",), ("poll",), ("hurry",), ("lose",), ("wipe",), ("compact",)]),
 )
 
 
@@ -271,6 +271,9 @@ def _take(world: World, clock: Clock, step: tuple[Any, ...]) -> None:
         _poll(world, hurry=what == "hurry")
     elif what == "wipe":
         world.store.wipe()
+    elif what == "compact":
+        world.log.cut()
+        world.log.compact()
     elif what != "lose":
         key, row = how
         world.log.put(what, key, row and {"id": key, **row})

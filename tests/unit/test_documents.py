@@ -12,11 +12,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrace import codec
 from headrace.change import Row, TableSchema
-from headrace.documents import Document, DocumentConsumer, Node, One
-from headrace.errors import Misconfigured, Poison, Refused, Transient
+from headrace.documents import Count, Document, DocumentConsumer, Many, Node, One, Window
+from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
 from headrace.settings import Settings
-from tests.fixtures.documents import CATEGORIES, GENERATION, NOW, PRODUCTS, REVIEWS, SCHEMAS, Products, World, shop
+from tests.fixtures.documents import (
+    CATEGORIES,
+    GENERATION,
+    NOW,
+    PRODUCTS,
+    REVIEWS,
+    SCHEMAS,
+    Memory,
+    Products,
+    World,
+    shop,
+)
 
 
 @pytest.fixture
@@ -50,6 +62,94 @@ def test_a_kill_at_any_step_of_a_move_leaves_no_old_parent(world: World, at: str
     world.run(kill=at)
     world.log.put(PRODUCTS, 2, {"id": 2, "category_id": 5, "name": "mug"})
     world.log.cut()
+    world.run()
+    world.check()
+
+
+@pytest.mark.parametrize("row", [None, {"id": 7, "product_id": 1, "stars": 4}], ids=["goes", "moves"])
+@pytest.mark.parametrize("at", ["middle", "after"])
+def test_what_came_in_an_apply_that_was_killed_and_is_gone_by_the_next_leaves_no_trace(
+    world: World, at: str, row: Row | None
+) -> None:
+    """After `min.compaction.lag.ms` the log says nothing of its coming."""
+    shop(world.log)
+    world.log.put(REVIEWS, 7, None)
+    world.log.cut()
+    world.run()
+    world.log.put(REVIEWS, 7, {"id": 7, "product_id": 2, "stars": 4})
+    world.log.cut()
+    world.run(kill=at)
+    world.run(stop_after=0)
+    world.run(kill="before")
+    assert world.store.bodies()["2"]["reviews"] == [7]  # type: ignore[index]
+    world.log.put(REVIEWS, 7, row)
+    world.log.cut()
+    world.log.compact()
+    world.run()
+    world.check()
+    assert not [path for path in Path(world.settings.state).iterdir() if "begun" in path.name]
+
+
+@pytest.mark.parametrize("at", ["middle", "after"])
+def test_a_list_of_what_was_begun_that_is_damaged_is_made_good_by_a_reload(world: World, at: str) -> None:
+    """Of a power failure."""
+    shop(world.log)
+    world.run()
+    world.log.put(REVIEWS, 8, {"id": 8, "product_id": 2, "stars": 4})
+    world.log.cut()
+    world.run(kill=at)
+    (begun,) = Path(world.settings.state).glob("*begun")
+    begun.write_bytes(b"\0" * 100)
+    world.log.put(REVIEWS, 8, None)
+    world.log.cut()
+    world.log.compact()
+    with pytest.raises(Transient, match="loaded from the log again"):
+        world.run()
+    world.run()
+    world.check()
+
+
+def away(world: World, *, hours: int) -> None:
+    """Let the local rows have been committed so long ago."""
+    db = sqlite3.connect(world.settings.path("products-g1.sqlite"))
+    ((position,),) = db.execute("SELECT value FROM meta WHERE name = 'position'")
+    at = codec.decode_position(position)
+    at.appended -= hours * 3_600_000
+    db.execute("UPDATE meta SET value = ? WHERE name = 'position'", (codec.encode_position(at),))
+    db.commit()
+    db.close()
+
+
+def test_local_rows_that_another_process_has_left_behind_are_loaded_again(world: World, tmp_path: Path) -> None:
+    """It ran elsewhere, with local rows of its own: what came and went by then, these rows never heard of."""
+    shop(world.log)
+    world.run()
+    here = world.settings
+    world.settings = replace(here, state=str(tmp_path / "elsewhere"))
+    world.log.put(REVIEWS, 8, {"id": 8, "product_id": 2, "stars": 4})
+    world.log.cut()
+    world.run()
+    assert world.store.bodies()["2"]["reviews"] == [8]  # type: ignore[index]
+    world.settings = here
+    assert world.opened_at() is not None, "for a while the log has it all"
+    away(world, hours=1)
+    world.log.put(REVIEWS, 8, None)
+    world.log.cut()
+    world.log.compact()
+    world.run()
+    world.check()
+
+
+def test_a_stop_is_no_reason_to_load_again_however_long(world: World) -> None:
+    shop(world.log)
+    world.run()
+    away(world, hours=100)
+    assert world.opened_at() is not None
+    world.log.put(REVIEWS, 7, {"id": 7, "product_id": 2, "stars": 4})
+    world.log.cut()
+    world.log.compact()
+    world.run(kill="middle")
+    assert world.opened_at() is not None
     world.run()
     world.check()
 
@@ -177,6 +277,22 @@ def test_a_generation_of_other_code_gets_local_rows_of_its_own(world: World) -> 
     assert world.start().open(replace(GENERATION, fingerprint="other")) is None
 
 
+def test_the_same_code_with_another_declaration_gets_local_rows_of_its_own(world: World) -> None:
+    """It may be taken from a package that is not the plugin's: the indexes are by the places in it."""
+    shop(world.log)
+    world.run()
+    assert world.opened_at() is not None
+    reviews, category = Many(REVIEWS, by="product_id"), One(CATEGORIES, on="category_id")
+
+    class Other(Products):
+        document = Document(PRODUCTS, reviews=reviews, category=category)
+
+    world.cls = type("Products", (Other,), {"store": world.store})
+    assert world.opened_at() is None
+    world.run()
+    world.check()
+
+
 def test_a_reload_is_refused_when_tombstones_may_be_gone(world: World) -> None:
     shop(world.log)
     world.run()
@@ -203,6 +319,32 @@ def test_the_rows_wait_until_the_view_accepts(world: World) -> None:
     world.check()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(sqlite3.IntegrityError("NOT NULL"), "consumer-failed"), (sqlite3.OperationalError("full"), "local-state")],
+)
+def test_an_error_of_sqlite_in_the_store_says_nothing_of_the_local_rows(
+    world: World, error: sqlite3.Error, code: str
+) -> None:
+    shop(world.log)
+    world.run()
+    world.log.put(PRODUCTS, 2, {"id": 2, "category_id": 5, "name": "mug"})
+    world.log.cut()
+
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise error
+
+    write, world.store.write = world.store.write, broken  # type: ignore[method-assign]
+    with pytest.raises(HeadraceError, match=type(error).__name__) as raised:
+        world.run()
+    world.store.write = write  # type: ignore[method-assign]
+    assert raised.value.code == code
+    assert "products-g1.sqlite" not in str(raised.value)
+    assert world.opened_at() is not None
+    world.run()
+    world.check()
+
+
 def test_an_error_in_render_names_the_document(tmp_path: Path) -> None:
     class Broken(Products):
         def render(self, row: Node) -> Row:
@@ -224,6 +366,30 @@ def test_a_declared_column_that_does_not_exist_is_refused(tmp_path: Path) -> Non
     shop(world.log)
     with pytest.raises(Misconfigured, match=r"public\.products has no column kind_id"):
         world.run()
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        (Document(PRODUCTS), Document(PRODUCTS, reviews=Many(REVIEWS, by="product_id"))),
+        (Window(REVIEWS, "at", 60, n=Count()), Window(REVIEWS, "at", 3600, n=Count())),
+    ],
+)
+def test_documents_that_no_id_can_tell_apart_are_refused(tmp_path: Path, documents: Any) -> None:
+    made = type("Twice", (Products,), {"store": Memory(), "documents": documents, "id": lambda _, *at: repr(at)})
+    with pytest.raises(Misconfigured, match=documents[0].table) as refused:
+        made(Settings(state=str(tmp_path)), "twice")
+    assert refused.value.code == "document-ids"
+
+
+def test_windows_with_keys_of_their_own_names_are_told_apart(tmp_path: Path) -> None:
+    documents = (
+        Window(REVIEWS, "at", 60, start="minute", n=Count()),
+        Window(REVIEWS, "at", 3600, n=Count()),
+        Document(REVIEWS),
+    )
+    made = type("Apart", (Products,), {"store": Memory(), "documents": documents, "id": lambda _, *at: repr(at)})
+    made(Settings(state=str(tmp_path)), "apart")
 
 
 def test_a_view_whose_joined_columns_change_their_type_waits_until_both_have(world: World) -> None:
@@ -295,7 +461,7 @@ STEP = st.one_of(
     st.tuples(
         st.just("run"), st.sampled_from([None, None, "before", "middle", "after"]), st.integers(1, 5), st.integers(1, 9)
     ),
-    st.sampled_from([("lose",), ("wipe",), ("truncate",)]),
+    st.sampled_from([("lose",), ("wipe",), ("truncate",), ("compact",)]),
 )
 
 
@@ -320,6 +486,9 @@ def _take(world: World, step: tuple[Any, ...]) -> None:
             world.lose_local()
     elif step[0] == "wipe":
         world.store.wipe()
+    elif step[0] == "compact":
+        world.log.cut()
+        world.log.compact()
     elif step[0] == "truncate":
         for key in list(world.log.rows[PRODUCTS]):
             world.log.put(PRODUCTS, key, None)

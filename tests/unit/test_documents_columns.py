@@ -9,6 +9,7 @@ import pytest
 
 from headrace.change import Column, Row, TableSchema
 from headrace.documents import Aggregate, Avg, Count, Document, DocumentConsumer, Many, Node, Sum, count, mean, total
+from headrace.documents.order import Shape
 from headrace.settings import Settings
 from tests.fixtures.documents import GENERATION, PRODUCTS, REVIEWS, World
 
@@ -147,3 +148,16 @@ def test_a_feed_has_shapes_of_single_rows_and_no_column_goes_by_them(tmp_path: P
     made.log.cut()
     made.run()
     assert made.store.bodies() == {"1": {"id": 1, "name": "kettle", "seq": 1}, "2": {"id": 2, "name": "cup"}}
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_rows_without_a_key_are_in_order_by_what_they_hold_also_from_before_a_column(limit: int | None) -> None:
+    """One that came is NULL, one that went is not compared: as Postgres has the rows."""
+    many, shape = Many("public.lines", by="maker", limit=limit), Shape(columns=("maker", "said", "note"))
+    rows: list[Row] = [
+        {"maker": 1, "said": "b", "note": None},
+        {"maker": 1, "said": "a"},
+        {"maker": 1, "said": "c", "gone": "x"},
+    ]
+    found = [row["said"] for row, _ in many.picked([(row, None) for row in rows], shape)]
+    assert found == ["a", "b", "c"][:limit]

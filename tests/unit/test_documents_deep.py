@@ -288,7 +288,7 @@ def _changed(table: str) -> st.SearchStrategy[tuple[str, int, Row | None]]:
 CHANGE = st.one_of(*map(_changed, COLUMNS))
 CAUGHT_UP = st.tuples(st.just("caught up"), st.integers(1, 5))
 KILLED = st.tuples(st.just("killed"), st.sampled_from(["before", "middle", "after", None]), st.integers(1, 3))
-STEP = st.one_of(*[CHANGE] * 5, *[CAUGHT_UP] * 4, KILLED, st.sampled_from([("lose",), ("wipe",)]))
+STEP = st.one_of(*[CHANGE] * 5, *[CAUGHT_UP] * 4, KILLED, st.sampled_from([("lose",), ("wipe",), ("compact",)]))
 FULL = st.fixed_dictionaries({table: st.tuples(*[_rows(table)] * len(KEYS)) for table in COLUMNS})
 
 
@@ -320,6 +320,9 @@ def _take(world: World, step: tuple[Any, ...]) -> None:
             world.lose_local()
     elif step[0] == "wipe":
         world.store.wipe()
+    elif step[0] == "compact":
+        world.log.cut()
+        world.log.compact()
     else:
         table, key, row = step
         world.log.put(table, key, row and {"id": key, **row})

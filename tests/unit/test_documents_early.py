@@ -232,7 +232,7 @@ STEP = st.one_of(
     st.tuples(
         st.just("run"), st.sampled_from([None, None, "before", "middle", "after"]), st.integers(1, 5), st.integers(1, 9)
     ),
-    st.sampled_from([("lose",), ("wipe",), ("run", None, 10**9, 10**9)]),
+    st.sampled_from([("lose",), ("wipe",), ("compact",), ("run", None, 10**9, 10**9)]),
 )
 
 

@@ -210,7 +210,7 @@ STEP = st.one_of(
         st.just("run"), st.sampled_from([None, None, "before", "middle", "after"]), st.integers(1, 5), st.integers(1, 9)
     ),
     st.tuples(st.just("caught up"), st.integers(1, 5)),
-    st.sampled_from([("lose",), ("wipe",)]),
+    st.sampled_from([("lose",), ("wipe",), ("compact",)]),
 )
 
 
@@ -235,6 +235,9 @@ def _take(world: World, step: tuple[Any, ...]) -> None:
     elif step[0] == "lose":
         if Path(world.settings.state).exists():
             world.lose_local()
+    elif step[0] == "compact":
+        world.log.cut()
+        world.log.compact()
     else:
         world.store.wipe()
 
