@@ -345,7 +345,7 @@ ALIKE = {
     "text": ("0e37df36-f698-11e6-8dd4-cb9ced3df976", ["varchar(36)", "uuid", "name"]),
     "uuid": ("0e37df36-f698-11e6-8dd4-cb9ced3df976", ["text"]),
     "mood": ("good", ["text", "other_mood"]),
-    "varchar(9)": ("(1,2)", ["point", "char"]),
+    "varchar(9)": ("(1,2)", ["point"]),
     'text COLLATE "C"': ("a", ["text", 'text COLLATE "ucs_basic"']),
     "char(3)": ("a", ["char(3)"]),
     "timestamptz": ("2026-01-01 10:00:00+00", ["timestamptz(3)"]),
