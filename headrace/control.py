@@ -338,8 +338,8 @@ def _values(tail: Tail, key: bytes, timeout: float, name: str, look: Callable[[]
         for message in tail.poll(0.2):
             value = None if end_of_partition(message) else message.value()
             if value is not None and message.key() == key:
-                deadline = time.monotonic() + timeout
                 yield codec.loads(value)
+                deadline = time.monotonic() + timeout  # from when it is waited for again
     raise Transient("no-answer", f"The runner of {name} said nothing for {timeout:.0f} s.", "See: headrace status")
 
 

@@ -17,6 +17,7 @@ from headrace.consumer import ViewRow
 from headrace.control import Control
 from headrace.errors import CHECK_FAILED
 from headrace.log import Log
+from headrace.parked import Shelf
 from headrace.settings import load
 
 _WIDE = 200
@@ -63,13 +64,15 @@ def why(
     with Control(log).stream(name, "why", args, _TIMEOUT) as (answer, sent):
         rows = list(sent)
     shown, origins = rows[: answer["found"]], [row.value for row in rows[answer["found"] :]]
+    parked = _parked(log, name, answer["generation"], table, key)
     facts = {
         "consumer": name,
         "generation": answer["generation"],
         "version": _version(answer["version"]),
         "stale": answer.get("stale", False),
         "key": key,
-        "waits": any(origin["waits"] for origin in origins),
+        "waits": parked is None and any(origin["waits"] for origin in origins),
+        "parked": parked,
         "document": _document(shown),
         "made_from": _nested(log, origins),
     }
@@ -83,6 +86,14 @@ def why(
 
 def _document(shown: list[ViewRow]) -> Facts | None:
     return {"version": _version(shown[0].version), "value": shown[0].value} if shown else None
+
+
+def _parked(log: Log, name: str, generation: int, table: str, key: str) -> Facts | None:
+    """Return why the key is parked: of a row, what the first of its changes is parked for."""
+    for entry in Shelf(log).entries(name, generation):
+        if entry.key == key and table in {"", entry.collection}:
+            return {"code": entry.code, "reason": entry.reason}
+    return None
 
 
 def _version(version: Iterable[int]) -> Facts:
@@ -141,6 +152,9 @@ def _tree(facts: Facts) -> Tree:
             branch.add(Text(_short(f"{name}: {codec.dumps(value).decode()}")))
     else:
         tree.add(Text("readers see nothing under this key", style="yellow"))
+    if facts["parked"]:
+        said = f"parked: {_short(facts['parked']['reason'])}\nheadrace parked show {facts['consumer']} '{facts['key']}'"
+        tree.add(Text(f"{said} --generation {facts['generation']}", style="red"))
     if facts["waits"]:
         tree.add(Text("the rows below have changed since, and wait to be shown", style="yellow"))
     if facts["stale"]:
@@ -150,7 +164,7 @@ def _tree(facts: Facts) -> Tree:
         tree.add(Text("no rows of it are kept by the view's process", style="dim"))
     else:
         _grow(tree, "made from" if document else "the rows that are kept", origin)
-        if not document and not facts["waits"] and "row" in origin:
+        if not document and not facts["waits"] and not facts["parked"] and "row" in origin:
             tree.add(Text("render returned no document for them", style="yellow"))
     return tree
 

@@ -15,7 +15,7 @@ _NOT_COMPARED = ("json", "jsonb")
 _WHOLE = frozenset({"smallint", "integer", "bigint", "oid"})
 _BY_ITSELF = frozenset({
     "boolean", "real", "double precision", "date", "timestamp without time zone", "timestamp with time zone", "time without time zone",
-    "time with time zone", "inet", "cidr", "money",
+    "time with time zone", "inet", "cidr", "macaddr", "macaddr8", "money",
 })  # fmt: skip
 """Types whose values the log writes in one way, and those of other types otherwise."""
 _IN_TWO_WAYS = frozenset({"citext", "interval", "json", "jsonb", "numrange", "nummultirange"})

@@ -73,11 +73,13 @@ class Held:
 
     def rows(self, generation: int, version: Version) -> Iterator[ViewRow]:
         """Yield its rows, all of the state at `version`. Raises Transient: `hold-ended`."""
-        for row in self._control.scan(self._name, generation):
-            if time.monotonic() - self._asked > HOLD_SECONDS / 3:
-                self._check(generation, version)
-            yield row
+        yield from self._control.scan(self._name, generation)
         self._check(generation, version)
+
+    def renew(self, generation: int, version: Version) -> None:
+        """Keep it held, also while none of its rows are asked for. Raises Transient: `hold-ended`."""
+        if time.monotonic() - self._asked > HOLD_SECONDS / 3:
+            self._check(generation, version)
 
     def release(self) -> None:
         """Let it go on."""
@@ -101,6 +103,7 @@ def compare(held: Held, scratch: Scratch, least: Version, limit: int) -> Compari
     scratch.reach(version)
     found = Comparison(generation, version)
     for before, after in _paired(held.rows(generation, version), scratch.rows()):
+        held.renew(generation, version)
         changed = _changed(before, after)
         found.counts[changed.kind if changed else "same"] += 1
         if changed and len(found.shown) < limit:

@@ -35,7 +35,7 @@ from headrace_verify.expected import everything, expectation
 from headrace_verify.film import Film
 from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference
 from headrace_verify.postgres import connect, moment
-from headrace_verify.verify import Verifier
+from headrace_verify.verify import Verifier, _postgres_errors
 from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
@@ -716,6 +716,13 @@ def test_without_a_view_or_postgres_it_says_what_to_do(settings: Settings) -> No
         with pytest.raises(Transient) as away:
             found(replace(settings, dsn="postgresql://postgres@127.0.0.1:1/x"), Other)
         assert away.value.code == "postgres-away"
+        with (
+            connect(settings) as postgres,
+            pytest.raises(Misconfigured, match="text = uuid") as refused,
+            _postgres_errors(),
+        ):
+            postgres.execute("SELECT 'a'::text = gen_random_uuid()")
+        assert refused.value.code == "verify-no-expectation", "it is there, and answers"
     with pytest.raises(Misconfigured, match="No process runs"):
         found(settings, Other)
 

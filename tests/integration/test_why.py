@@ -14,8 +14,11 @@ from headrace.change import Change, format_lsn, parse_lsn
 from headrace.control import Control
 from headrace.documents import Document, Many, One
 from headrace.log import Log
+from headrace.parked import Shelf
 from headrace.settings import Settings, environment
 from tests.fixtures.capture import eventually, execute, now, prepare, rows
+from tests.fixtures.parked import Found as Parking
+from tests.fixtures.parked import forbid
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import serving
 from tests.integration.test_verify import ITEMS, SHOP, Products, kept
@@ -94,6 +97,32 @@ def test_a_document_is_told_with_its_rows_and_where_each_came_from(settings: Set
         assert "readers see nothing under this key" in hidden
         assert "render returned no document" in hidden
         assert "no rows of it are kept" in why(settings, "view", "3", code=1)
+
+
+def test_a_document_that_is_parked_is_told_with_its_reason(settings: Settings) -> None:
+    """It is not said to wait: nothing shows it before somebody tries it again."""
+    prepare(
+        settings,
+        "CREATE TABLE films (id int PRIMARY KEY, n int)",
+        "CREATE TABLE reviews (id int PRIMARY KEY, film_id int)",
+        "INSERT INTO films VALUES (1, 1), (2, 2), (3, 3)",
+    )
+    forbid(settings, 3, 13)
+    with kept(settings, Parking) as control:
+        execute(settings, "UPDATE films SET n = 13 WHERE id = 1")
+        eventually("two are parked", lambda: len(Shelf(Log(settings)).entries("view")) == 2)
+        told = json.loads(why(settings, "view", "1", "--json"))
+        assert (told["parked"]["code"], told["waits"]) == ("render-failed", False)
+        assert "13 is not to be rendered" in told["parked"]["reason"]
+        assert (told["document"]["value"]["n"], told["made_from"]["row"]["n"]) == (1, 13)
+        people = why(settings, "view", "1")
+        assert "headrace parked show view '1' --generation 1" in people
+        assert "wait to be shown" not in people
+        assert "render returned no document" not in why(settings, "view", "3")
+        assert json.loads(why(settings, "view", "2", "--json"))["parked"] is None
+        forbid(settings)
+        control.ask("view", "retry")
+        assert json.loads(why(settings, "view", "1", "--json"))["parked"] is None
 
 
 class Turned(Products):

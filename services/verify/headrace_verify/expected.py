@@ -139,6 +139,7 @@ def expectation(
             raise Misconfigured("table-not-captured", said, "Run: headrace setup --table TABLE --apply")
         _check_roots(consumer, name, {table.name: table for table in tables})
         _check_columns(consumer, {table.name: table for table in tables}, shapes)
+        notes += _dropped(tables, shapes)
         return Documents(consumer(settings, name), {table.name: table for table in tables}, notes)
     raise Misconfigured(
         "verify-no-expectation",
@@ -190,6 +191,20 @@ def _tables(
         if table.approximate
     ]
     return there, tuple(notes)
+
+
+def _dropped(tables: list[Table], shapes: Shapes) -> tuple[str, ...]:
+    """Return notes on columns that documents show until the log, with the next row of the table, says that they are gone."""
+    notes: list[str] = []
+    for table in tables:
+        there = {column.name for column in table.columns}
+        gone = [column.name for column in shapes[table.name].columns if column.name not in there]
+        if gone:
+            said = "documents that show whole rows differ until a row of it is written: update one, as it is"
+            notes.append(
+                f"{table.name} has no column {', '.join(gone)} any more, which the log does not know yet: {said}"
+            )
+    return tuple(notes)
 
 
 class Rows:

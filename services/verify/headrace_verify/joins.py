@@ -29,6 +29,7 @@ from headrace_verify.postgres import Table
 Tables = Mapping[str, Table]
 Members = list[tuple[str, str]]
 """Joined rows by table and log's key."""
+Pair = tuple[sql.Composable, sql.Composable]
 
 
 class Select:
@@ -87,12 +88,12 @@ class Select:
                 row, further = self._row(join, name)
                 there = sql.Identifier(name, other.key[0])
                 values.append(sql.SQL("CASE WHEN {} IS NOT NULL THEN {} END").format(there, row))
-                on = _on(name, other.key, alias, join.on)
+                on = _equal(_pairs(other, name, other.key, self._tables[level.table], alias, join.on))
                 sources.append(sql.SQL("LEFT JOIN {} {} ON {}").format(other.source, sql.Identifier(name), on))
                 sources += further
             else:
                 values.append(sql.SQL("{}").format(sql.Identifier(name, "found")))
-                sources.append(self._referring(join, name, alias, self._tables[level.table].key))
+                sources.append(self._referring(join, name, alias, self._tables[level.table]))
         return values, sources
 
     def _row(self, level: Level, alias: str) -> tuple[sql.Composed, list[sql.Composed]]:
@@ -102,12 +103,13 @@ class Select:
             row = sql.SQL("json_build_array({})").format(sql.SQL(", ").join([row, *values]))
         return row, sources
 
-    def _referring(self, join: Many | Aggregate, name: str, above: str, key: Sequence[str]) -> sql.Composed:
+    def _referring(self, join: Many | Aggregate, name: str, above: str, parent: Table) -> sql.Composed:
         """Return the item of FROM that has in ``found`` what of a table refers to the row of `above`."""
         table, child = self._tables[join.table], f"{name}c"
-        by = [sql.Identifier(child, column) for column in join.by]
+        pairs = _pairs(table, child, join.by, parent, above, parent.key)
+        by = [one for one, _ in pairs]
         conditions = [_among(table, child, column, values) for column, values in join.where.items()]
-        conditions += [_on(child, join.by, above, key)] if self._few else []
+        conditions += [_equal(pairs)] if self._few else []
         condition: sql.Composable = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
         if isinstance(join, Aggregate):
             found, sources = _aggregated(join, table, child), list[sql.Composed]()
@@ -116,7 +118,7 @@ class Select:
             found = sql.SQL("json_agg({})").format(row)
         source = sql.SQL("{} {} {}").format(table.source, sql.Identifier(child), sql.SQL(" ").join(sources))
         if isinstance(join, Many) and in_order(join, table):
-            source = _numbered(join, table, child, row, source, condition)
+            source = _numbered(join, table, child, by, row, source, condition)
             by = [sql.Identifier("q", f"k{number}") for number in range(len(by))]
             found = sql.SQL("json_agg(q.element ORDER BY q.n)").format()
             condition = sql.SQL("q.n <= {}").format(sql.Literal(join.limit)) if join.limit else sql.SQL("true")
@@ -128,7 +130,9 @@ class Select:
             condition,
             sql.SQL(", ").join(by),
             sql.Identifier(name),
-            sql.SQL("true") if self._few else _on(name, [f"k{number}" for number in range(len(by))], above, key),
+            sql.SQL("true")
+            if self._few
+            else _equal([(sql.Identifier(name, f"k{number}"), other) for number, (_, other) in enumerate(pairs)]),
         )
 
 
@@ -138,14 +142,19 @@ def in_order(join: Many, table: Table) -> bool:
 
 
 def _numbered(
-    join: Many, table: Table, child: str, row: sql.Composed, source: sql.Composed, condition: sql.Composable
+    join: Many,
+    table: Table,
+    child: str,
+    by: Sequence[sql.Composable],
+    row: sql.Composed,
+    source: sql.Composed,
+    condition: sql.Composable,
 ) -> sql.Composed:
     """Return rows as ``q.element`` with their places in the order as ``q.n``."""
     order = [
         sql.SQL("{} {} NULLS LAST").format(table.ordering(child, column), sql.SQL("DESC" if falling else "ASC"))
         for column, falling in (*join.order, *((column, False) for column in table.key))
     ]
-    by = [sql.Identifier(child, column) for column in join.by]
     return sql.SQL(
         "(SELECT {}, {} AS element, row_number() OVER (PARTITION BY {} ORDER BY {}) AS n FROM {} WHERE {}) q"
     ).format(_keys(by), row, sql.SQL(", ").join(by), sql.SQL(", ").join(order), source, condition)
@@ -156,10 +165,21 @@ def _keys(by: Sequence[sql.Composable]) -> sql.Composed:
     return sql.SQL(", ").join(named)
 
 
-def _on(left: str, left_columns: Sequence[str], right: str, right_columns: Sequence[str]) -> sql.Composed:
-    pairs = zip(left_columns, right_columns, strict=True)
-    equal = [sql.SQL("{} = {}").format(sql.Identifier(left, a), sql.Identifier(right, b)) for a, b in pairs]
-    return sql.SQL(" AND ").join(equal)
+def _pairs(
+    one: Table, left: str, left_columns: Sequence[str], other: Table, right: str, right_columns: Sequence[str]
+) -> list[Pair]:
+    """Return what must be equal of two rows: the columns, or where Postgres does not compare those, what the log writes."""
+    pairs: list[Pair] = []
+    for a, b in zip(left_columns, right_columns, strict=True):
+        if one.column(a).compares_with(other.column(b)):
+            pairs.append((sql.Identifier(left, a), sql.Identifier(right, b)))
+        else:
+            pairs.append((one.written(left, a), other.written(right, b)))
+    return pairs
+
+
+def _equal(pairs: Iterable[Pair]) -> sql.Composed:
+    return sql.SQL(" AND ").join(sql.SQL("{} = {}").format(*pair) for pair in pairs)
 
 
 def _among(table: Table, alias: str, column: str, values: Sequence[Any]) -> sql.Composed:

@@ -129,6 +129,7 @@ class _Column(NamedTuple):
     type: str
     base: str
     element: str
+    collation: int = 0
 
     @property
     def number(self) -> bool:
@@ -139,6 +140,13 @@ class _Column(NamedTuple):
     def time(self) -> bool:
         """Whether its values are dates or timestamps."""
         return self.base in {"date", "timestamp", "timestamptz"}
+
+    def compares_with(self, other: _Column) -> bool:
+        """Whether Postgres itself compares the two: it has no ``text = uuid``, and does not choose between two collations."""
+        if all(each.number or each.base == "oid" for each in (self, other)):
+            return True
+        one, another = ("text" if each.base in _STRINGS else each.base for each in (self, other))
+        return one == another and (self.collation == other.collation or 0 in {self.collation, other.collation})
 
     @property
     def ordered(self) -> bool:
@@ -227,7 +235,8 @@ def stream(connection: Connection, query: bytes) -> Iterator[tuple[Any, ...]]:
 
 
 _NATURAL = frozenset({"bool", "int2", "int4", "int8", "float4", "float8", "timestamp", "timestamptz"})
-_TEXT = frozenset({"text", "varchar", "bpchar", "name", "inet"})
+_STRINGS = frozenset({"text", "varchar", "name"})
+_TEXT = _STRINGS | {"bpchar", "inet"}
 """Types whose cast to text is not their output, or needs none: inside an array `to_json` gives the output."""
 
 
@@ -293,7 +302,8 @@ SELECT c.relkind::text, EXISTS (SELECT FROM pg_class l WHERE l.reltoastrelid <> 
          AND (l.oid = c.oid OR l.oid IN (SELECT relid FROM pg_partition_tree(c.oid)))),
        a.attname, format_type(a.atttypid, a.atttypmod),
        CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN t.typname ELSE format_type(t.oid, NULL) END,
-       coalesce(CASE WHEN et.typnamespace = 'pg_catalog'::regnamespace THEN et.typname ELSE format_type(et.oid, NULL) END, '')
+       coalesce(CASE WHEN et.typnamespace = 'pg_catalog'::regnamespace THEN et.typname ELSE format_type(et.oid, NULL) END, ''),
+       CASE WHEN a.attcollation <> 'pg_catalog."default"'::regcollation THEN a.attcollation ELSE 0 END
 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN base b ON b.oid = a.atttypid JOIN pg_type t ON t.oid = b.below
 LEFT JOIN base e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type et ON et.oid = e.below

@@ -280,6 +280,9 @@ def _postgres_errors() -> Iterator[None]:
     except psycopg.errors.InsufficientPrivilege as error:
         said = f"The role of HEADRACE_DSN may not read everything: {error.diag.message_primary}."
         raise Misconfigured("verify-not-allowed", said, "Run: headrace setup --role ROLE --apply") from error
+    except psycopg.ProgrammingError as error:
+        said = f"Postgres does not answer what the view should hold: {' '.join(str(error).split())}."
+        raise Misconfigured("verify-no-expectation", said, "If a table was altered meanwhile, run it again.") from error
     except psycopg.Error as error:
         said = f"Reading Postgres broke off: {' '.join(str(error).split())}."
         raise Transient("postgres-away", said, "Run verify again.") from error
