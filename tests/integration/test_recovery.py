@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 import orjson
 import pytest
@@ -269,6 +270,44 @@ def test_recovered_twice_and_under_another_key(captured: Settings) -> None:
     pairs = {(row["id"], row["name"]) for row in replay(captured, T).values()}
     assert pairs == set(rows(captured, "SELECT id, name FROM items"))
     assert {tuple(key) for key in (Log(captured).schemas()[T, 2].key,)} == {("id", "name")}
+
+
+def test_a_table_that_lost_its_key_and_is_append_only_by_now_has_a_new_topic(captured: Settings) -> None:
+    """Records under both kinds of key were in one topic, and no view that is joined by the old one asked to be rebuilt."""
+    old = Log(captured).topics.describe([Log(captured).topic_of(T)])
+    execute(captured, "ALTER TABLE items DROP CONSTRAINT items_pkey, REPLICA IDENTITY DEFAULT")
+    with closing(catalog.connect(captured.dsn)) as connection:
+        setup.apply(connection, setup.plan(connection, captured, [], appended=[T]))
+    said: list[str] = []
+    recover(captured, said.append)
+    assert any("made anew" in line for line in said)
+    assert Log(captured).topics.describe(old) != old
+    made = Log(captured).topics.describe(old)
+    recover(captured, lambda _: None)
+    assert Log(captured).topics.describe(old) == made, "once is enough"
+    with capturing(captured) as capture:
+        capture.hear("public.items was read again")
+        capture.reach()
+    found = sorted((row["id"], row["name"]) for row in replay(captured, T).values())
+    assert found == sorted(rows(captured, "SELECT id, name FROM items"))
+
+
+def test_another_slot_leaves_the_one_before_and_says_so(captured: Settings) -> None:
+    """Nobody reads it any more, and it keeps WAL."""
+    said: list[str] = []
+    other = replace(captured, slot=f"{captured.slot}_2")
+    assert "--recover" in refused(other).remedy
+    recover(other, said.append)
+    drop = f"SELECT pg_drop_replication_slot('{captured.slot}')"
+    assert any(line.endswith(drop) for line in said), said
+    execute(captured, drop)
+    with capturing(other) as capture:
+        capture.hear("public.items was read again")
+        capture.reach()
+    await_free(other)
+    said.clear()
+    recover(other, said.append)
+    assert not any("pg_drop" in line for line in said)
 
 
 def test_tables_that_went_meanwhile(settings: Settings) -> None:

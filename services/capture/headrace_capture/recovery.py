@@ -24,7 +24,7 @@ from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
-from headrace_capture import beginnings, catalog, identity
+from headrace_capture import append_only, beginnings, catalog, identity
 from headrace_capture.identity import Here, Slot
 from headrace_capture.progress import Progress
 from headrace_capture.replication import Replication
@@ -85,6 +85,10 @@ def _begin(
             exporter.drop_slot(log.settings.slot, _never)
         begun = beginnings.begin(log, writer, connection, exporter, where, progress, _never, initial=initial)
     say(f"epoch {begun.version.epoch} begins at {format_lsn(begun.version.lsn)}; every table will be read again")
+    old = before.source.slot
+    left = identity.slot_of(connection, old) if old != source.slot else None
+    if left is not None and left.fits(source.database):
+        say(f"slot {old} stays and keeps WAL; if nothing else reads it: SELECT pg_drop_replication_slot('{old}')")
     return begun
 
 
@@ -118,7 +122,9 @@ def _mend_topics(
     there = [topic for topic in before.ends if topic in log.topics.names()]
     counts = log.partitions(there)
     actual = log.topics.ends(counts, committed=False)
-    keys = {t.full_name: t.key for t in catalog.published_tables(connection, log.settings.publication) if t.key}
+    publication = log.settings.publication
+    tables, appended = catalog.published_tables(connection, publication), append_only.named(connection, publication)
+    keys = {table.full_name: table.key for table in tables if table.key or table.full_name in appended}
     shapes = newest(log.schemas().values())
     kept = {}
     for topic in there:

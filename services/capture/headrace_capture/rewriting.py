@@ -107,13 +107,13 @@ class Rewriting:
             seen: The snapshot of its first chunk.
         """
         older = self.known.older(Version(self.version.epoch, first), self.seal, self.tick)
-        return self._delete(key for key, newest in older if not self._unseen(newest, seen))
+        return self._delete(key for key, newest in older if not self._unseen(newest, seen, first))
 
     def _may_replace(self, newest: Newest | None, snapshot: str) -> bool:
         return newest is None or (newest.version <= self.version and not self._unseen(newest, snapshot))
 
-    def _unseen(self, newest: Newest, snapshot: str) -> bool:
-        since = self.version.lsn - newest.version.lsn
+    def _unseen(self, newest: Newest, snapshot: str, taken: int = 0) -> bool:
+        since = (taken or self.version.lsn) - newest.version.lsn  # to where this snapshot was taken
         return newest.version.epoch == self.version.epoch and not _parsed(snapshot).sees(newest.xid, since)
 
     def _stamp(self) -> tuple[Stamp, list[tuple[str, bytes]]]:
