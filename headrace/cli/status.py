@@ -247,7 +247,8 @@ def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> N
 def _builds(found: list[Report]) -> list[Report]:
     """Return the generations beside the live one that may follow it; what was live before is kept, and nobody waits for it."""
     live = max((report.generation for report in found if report.live), default=None)
-    return [report for report in found if live is not None and report.generation > live]
+    after = [report for report in found if live is not None and report.generation > live]
+    return [report for report in after if not report.facts.get("left")]
 
 
 def _check_one(name: str, report: Report, most: float) -> None:

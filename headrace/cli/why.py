@@ -17,7 +17,7 @@ from headrace.consumer import ViewRow
 from headrace.control import Control
 from headrace.errors import CHECK_FAILED
 from headrace.log import Log
-from headrace.parked import Shelf
+from headrace.parked import Shelf, pasted
 from headrace.settings import load
 
 _WIDE = 200
@@ -153,8 +153,8 @@ def _tree(facts: Facts) -> Tree:
     else:
         tree.add(Text("readers see nothing under this key", style="yellow"))
     if facts["parked"]:
-        said = f"parked: {_short(facts['parked']['reason'])}\nheadrace parked show {facts['consumer']} '{facts['key']}'"
-        tree.add(Text(f"{said} --generation {facts['generation']}", style="red"))
+        show = f"headrace parked show {facts['consumer']} --generation {facts['generation']} {pasted(facts['key'])}"
+        tree.add(Text(f"parked: {_short(facts['parked']['reason'])}\n{show}", style="red"))
     if facts["waits"]:
         tree.add(Text("the rows below have changed since, and wait to be shown", style="yellow"))
     if facts["stale"]:

@@ -103,7 +103,7 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
             f"Kafka has no such topic while {doing}: {error.str()}.",
             "Run: headrace capture. If somebody deleted it: headrace resnapshot --recover",
         )
-    if name == "MSG_SIZE_TOO_LARGE":
+    if name in {"MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE"}:
         return Misconfigured(
             "record-too-large",
             f"Kafka does not take a record that large while {doing}.",

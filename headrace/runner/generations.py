@@ -192,10 +192,11 @@ class Generations:
                     worker.hold(CALL_SECONDS, _STATE_SECONDS)
             worker.paused = True
         errors: list[HeadraceError] = []
+        until = time.monotonic() + CALL_SECONDS / 2  # who asks is to hear it
         for number, worker in self.workers.items():
             try:
                 if number not in stood and worker.state.phase != "waiting":
-                    self.wait_for(worker, lambda _consumer: None)
+                    self.wait_for(worker, lambda _consumer: None, max(0.0, until - time.monotonic()))
             except HeadraceError as error:
                 errors.append(error)
             finally:
@@ -281,10 +282,11 @@ class Generations:
         self.forget(number)
 
     def check_free(self) -> None:
-        """Check that each generation and its store do what they are asked for now. Raises HeadraceError: why one does not."""
+        """Check that the store answers, and that no generation is busy. Raises what the store raises; Transient: `worker-busy`."""
+        self._store.generations()
         for worker in self.workers.values():
-            if worker.state.phase != "stopped":
-                self.wait_for(worker, lambda consumer: consumer.generations())
+            if worker.state.phase not in _IDLE:
+                self.wait_for(worker, lambda _consumer: None)
 
     def drop_all(self) -> None:
         """Drop what there is, the live one last: killed half way it leaves readers what they had."""
@@ -312,12 +314,12 @@ class Generations:
         left = {each: to for each, to in self._left.items() if each != number}
         self._keep_shown([each for each in self._shown if each != number], left)
 
-    def wait_for(self, worker: Worker, function: Callable[[Consumer], Any]) -> Any:
+    def wait_for(self, worker: Worker, function: Callable[[Consumer], Any], seconds: float | None = None) -> Any:
         """Return what `function(consumer)` returns in the worker's thread. Raises Transient: `worker-busy`; then it has not been begun,
         and is not, unless it is what takes so long."""
         future = worker.call(function)
         try:
-            return future.result(CALL_SECONDS)
+            return future.result(CALL_SECONDS if seconds is None else seconds)
         except NoAnswer as error:
             future.cancel()
             raise Transient(

@@ -166,7 +166,7 @@ class Runner:
             reason=error.message if error else self._reason(state),
             code=error.code if error else "",
             remedy=error.remedy if error else "",
-            facts=self._facts(state),
+            facts=self._facts(generation, state),
             ended=self._ended,
         )
 
@@ -174,12 +174,13 @@ class Runner:
         """Return why a generation does not go on, or cannot be promoted though there is no other."""
         return state.error or self.generations.unpromoted.get(generation.number)
 
-    def _facts(self, state: State) -> dict[str, Any]:
+    def _facts(self, generation: Generation, state: State) -> dict[str, Any]:
+        left = {"left": True} if self.generations.left_for(generation.number) is not None else {}
         inexact = {"inexact": list(state.inexact)} if state.inexact else {}
         parked = {"parked": state.parked} if state.parked else {}
         if self._log.fed_by_debezium:
-            return inexact | parked | {"checkpoints": "none"}
-        return inexact | parked | ({"written_ms": state.written} if state.exact else {})
+            return left | inexact | parked | {"checkpoints": "none"}
+        return left | inexact | parked | ({"written_ms": state.written} if state.exact else {})
 
     def _reason(self, state: State) -> str:
         if self.generations.standing == DROPPED != state.phase:

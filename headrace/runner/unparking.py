@@ -34,11 +34,8 @@ class Unparking:
         """Try again what is named; answer what is done and what is left, with the reasons."""
         chosen = _chosen(request)
         worker, done = self._standing(request, lambda consumer, parking, at: parking.retry(consumer, chosen, at))
-        told = ("code", "reason", "remedy")
-        left = [
-            {"collection": entry.collection, "key": entry.key} | {name: _short(getattr(entry, name)) for name in told}
-            for entry in done.left
-        ]
+        told = ("collection", "key", "code", "remedy")
+        left = [{name: getattr(entry, name) for name in told} | {"reason": _short(entry.reason)} for entry in done.left]
         return {"generation": worker.generation.number, "done": done.done, "left": left}
 
     def drop(self, request: Request) -> Answer:

@@ -62,7 +62,7 @@ def test_a_kafka_that_is_paused_while_keys_are_read_back_does_not_hold_postgres(
             assert paused.wait(60)
             capture.hear("the replication connection is closed")
             eventually("the slot is free", lambda: rows(settings, walsender) == [(False,)])
-            capture.hear("kafka-away")
+            capture.eventually("it says why", lambda: capture._heard("kafka-away"), 120)
         finally:
             stack.server("kafka").resume()
         capture.eventually("it streams again", lambda: rows(settings, walsender) == [(True,)], 180)

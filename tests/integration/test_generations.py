@@ -708,13 +708,14 @@ def test_stale_is_not_offered_for_a_generation_that_has_stopped(
     feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It answers nothing: a rollback that accepts what it lacks would fail as well."""
-    monkeypatch.setattr(verbs, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(verbs, "_PATIENCE_SECONDS", 5.0)
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Fails) as control:
         await_live(control, "plain")
         build_and_promote(control, 2)
-        feed.cut((ITEMS, 1, 13))
+        last = feed.cut((ITEMS, 1, 13))
         await_phase(control, "plain", 1, "stopped")
+        eventually("the live one has it", lambda: report(control, "plain", 2).version == last.version)
         with pytest.raises(Misconfigured) as refused:
             control.ask("plain", "rollback")
         assert (refused.value.code, refused.value.remedy) == ("generation-behind", "Run: headrace rebuild plain")
@@ -785,7 +786,7 @@ def test_a_rollback_whose_process_died_before_it_was_taken_away_goes_back_once(
         build_and_promote(control, 2, 3)
         with monkeypatch.context() as patch:
             patch.setattr(Control, "take_away", take_away)
-            control._request("plain", {"verb": "rollback", "args": {"from": 3}, "timeout": 300})
+            control._request("plain", "1", {"verb": "rollback", "args": {"from": 3}, "timeout": 300})
             assert died.wait(30)
             assert live_of(settings) == [2]
     with serving(settings, plain=Plain) as control:

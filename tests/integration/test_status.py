@@ -259,7 +259,7 @@ def test_a_clock_that_was_set_right_is_believed_a_minute_later(
         eventually("it is known", lambda: any(abs(request.ahead - ahead) < 10 for request in heard()), 20)
         clock.ahead, clock.passed = 0.0, 61.0
         eventually("it is believed", lambda: any(abs(request.ahead) < 10 for request in heard()), 20)
-        assert not any(request.given_up for request in heard())
+        assert not any(request.given_up for request in eventually("it is heard", heard))
     finally:
         box.close()
 
@@ -281,6 +281,7 @@ def test_what_was_asked_is_taken_back_by_who_no_longer_waits(
     box = control.requests(["busy"])
     try:
         read = [(name, request.verb) for _ in range(20) for name, request in box.poll(0.1)]
+        assert box._caught_up
     finally:
         box.close()
     assert not read

@@ -116,7 +116,7 @@ def test_a_document_that_is_parked_is_told_with_its_reason(settings: Settings) -
         assert "13 is not to be rendered" in told["parked"]["reason"]
         assert (told["document"]["value"]["n"], told["made_from"]["row"]["n"]) == (1, 13)
         people = why(settings, "view", "1")
-        assert "headrace parked show view '1' --generation 1" in people
+        assert "headrace parked show view --generation 1 1" in people
         assert "wait to be shown" not in people
         assert "render returned no document" not in why(settings, "view", "3")
         assert json.loads(why(settings, "view", "2", "--json"))["parked"] is None

@@ -164,8 +164,6 @@ class ChunkReader:
                 return ask.floor == JOINED or _nothing(connection, ask, exists=True).covered
             except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
                 return True
-            except psycopg.errors.LockNotAvailable:
-                return False
             finally:
                 connection.execute("ROLLBACK")
 

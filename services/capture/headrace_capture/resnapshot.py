@@ -244,8 +244,9 @@ class Resnapshot:
         appended = shape is not None and not shape.key
         most = self._log.settings.cut_records
         ask = Ask(mark, job.table, job.after, job.key, most, self._leaves(), job.floor, appended, bool(job.reason))
-        known, ends = self._writing.known_of(job.table), self._cut.sealed.ends.get(self._log.topic_of(job.table), [])
-        future = self._reader.begin(ask, lambda check: known.catch_up(ends, check, check))
+        ends = self._cut.sealed.ends.get(self._log.topic_of(job.table), [])
+        # Asked for when it is needed: what another table has on disk is not given up for one that must wait.
+        future = self._reader.begin(ask, lambda check: self._writing.known_of(job.table).catch_up(ends, check, check))
         self._reading = _Reading(job, mark, future)
 
     def _failed(self, reading: _Reading) -> None:
