@@ -34,11 +34,10 @@ class Begun:
     def begin(self, when: When, version: Version) -> None:
         """Touch what was begun before, as by a change of `version`; then all that is touched and due is begun."""
         with _like_sqlite():
-            if self._path.exists():
-                with self._path.open("rb") as file:
-                    again = ((*codec.loads(line), version.packed()) for line in file)
-                    self._db.executemany(layout.TOUCH, again)
+            before = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+            self._db.executemany(layout.TOUCH, ((*codec.loads(line), version.packed()) for line in before))
             with self._new.open("wb") as file:
+                file.writelines(before)  # they are touched, but perhaps not due
                 file.writelines(codec.dumps(each) + b"\n" for each in self._db.execute(_DUE, when._asdict()))
             self._new.replace(self._path)
 

@@ -52,7 +52,7 @@ class LocalRows:
     """
 
     def __init__(self, path: Path, documents: Sequence[Root], fingerprint: str) -> None:
-        """Open the file; one of another fingerprint, declaration or layout, or one that is damaged, is thrown away.
+        """Open the file; one of another fingerprint or layout, or one that is damaged, is thrown away.
 
         Raises:
             Transient: `local-state`.
@@ -60,7 +60,7 @@ class LocalRows:
         self.path = path
         self._documents = documents
         self._paths = Paths(documents)
-        built_by = f"{layout.LAYOUT} {fingerprint} ".encode() + self._paths.meaning
+        built_by = f"{layout.LAYOUT} {fingerprint}".encode()
         with layout.errors(path, lambda: None):
             try:
                 self._open(built_by)

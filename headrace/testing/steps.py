@@ -80,7 +80,10 @@ class Steps:
 
     def _add(self, frame: FrameType) -> None:
         self.count += 1
-        self.local += frame.f_globals.get("__name__", "").startswith("headrace.documents.")
+        asks: FrameType | None = frame
+        while asks is not None and asks.f_globals.get("__name__", "") == "pathlib":
+            asks = asks.f_back
+        self.local += asks is not None and asks.f_globals.get("__name__", "").startswith("headrace.documents.")
 
     def _is_step(self, function: Any) -> bool:
         return function.__name__ in self._names and not isinstance(getattr(function, "__self__", None), _IN_MEMORY)

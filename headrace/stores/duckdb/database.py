@@ -34,7 +34,15 @@ _CONFIG: dict[str, str | bool | int | float | list[str]] = {
 }
 _NO_ROOM = ("Could not write file", "No space left on device")
 """Also within what DuckDB says when it gives up."""
-_DAMAGE = ("Corrupt database", "Corrupt WAL", "Could not read enough bytes", "not a valid DuckDB database")
+_DAMAGE = (
+    "Corrupt database",
+    "Corrupt WAL",
+    "Could not read enough bytes",
+    "not a valid DuckDB database",
+    "WAL does not match",
+    "checkpoint iteration does not match",
+    "data may be corrupt",
+)
 _open: dict[Path, Database] = {}
 _opening = threading.Lock()
 
@@ -178,7 +186,7 @@ def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
             "warehouse-damaged",
             f"{path} is damaged: {text}",
             f"Run this process again: it sets the file aside as {path.name}.broken and loads a new one from zero. If you restore a copy"
-            f" first, remove {_mark(path).name} too.",
+            f" first, remove {_mark(path).name} and {path.name}.wal too.",
         )
     if isinstance(error, (duckdb.FatalException, duckdb.InternalException)):
         return Misconfigured(
