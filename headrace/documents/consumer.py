@@ -185,8 +185,8 @@ class DocumentConsumer:
         self.store.close()
 
     def get(self, keys: Sequence[Cursor]) -> Sequence[ViewRow]:
-        """Return some documents as readers see them."""
-        return self.store.get([key for _, key in keys])
+        """Return some documents as readers see them: none before the first state, of which a load may have written a part."""
+        return self.store.get([key for _, key in keys]) if self._view is not None else ()
 
     def count(self) -> Mapping[str, int] | None:
         """Return how many documents readers see, None where the store does not count by itself."""
@@ -195,8 +195,8 @@ class DocumentConsumer:
         return found
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
-        """Return documents as readers see them."""
-        return self.store.scan(after, limit)
+        """Return documents as readers see them (see `get`)."""
+        return self.store.scan(after, limit) if self._view is not None else ()
 
     def why(self, key: Cursor, limit: int) -> Sequence[Origin]:
         """Return what a document is made from, as the local rows are now."""
