@@ -190,7 +190,7 @@ class DocumentConsumer:
 
     def count(self) -> Mapping[str, int] | None:
         """Return how many documents readers see, None where the store does not count by itself."""
-        count = getattr(self.store, "count", None)
+        count = getattr(self.store, "count", None) if self._view is not None else None
         found: Mapping[str, int] | None = count() if count else None
         return found
 
