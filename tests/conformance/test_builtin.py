@@ -128,6 +128,7 @@ class TestStream(ConsumerConformance):
     history = STREAMED
     lost = "description"
     test_every_lost_answer = None  # librdkafka sends in threads of its own, and asks again by itself
+    stride = 3  # it takes long, and no step is far from one that is tried
 
     @pytest.fixture
     def settings(self, kafka: Kafka) -> Settings:
