@@ -113,9 +113,8 @@ class Verbs:
         """Go back to what readers saw before: never to a build that they never saw, which its gate may have refused."""
         live = self._generations.worker(None)
         left = request.args.get("from") or live.generation.number
-        if (
-            left != live.generation.number
-        ):  # it was asked twice, or carried out by a process that was killed before it was taken away
+        if left != live.generation.number:
+            # It was asked twice, or carried out by a process that was killed before it was taken away.
             return self._rolled_back(left, live)
         before = self._generations.before(live)
         if before is None:
