@@ -27,7 +27,7 @@ from headrace.documents.consumer import DocumentConsumer
 from headrace.errors import Transient
 from headrace.fingerprint import fingerprint
 from headrace.settings import Settings
-from headrace.stores import Doc
+from headrace.stores import Doc, DocumentStore
 from headrace_shop import documents
 from headrace_shop.database import KEYS, TABLES, Connection
 from headrace_shop.documents import Touched
@@ -220,13 +220,16 @@ def _firmly(name: str, write: Callable[[], None]) -> None:
 
 
 def _compare(expected: dict[tuple[str, str], Row], consumer: Consumer) -> tuple[int, int]:
-    found = {(row.collection, row.key): row.value for row in _scan(consumer)}
+    kept = (
+        consumer.store if isinstance(consumer, DocumentConsumer) else consumer
+    )  # a consumer that was not opened shows nothing
+    found = {(row.collection, row.key): row.value for row in _scan(kept)}
     differing = sum(1 for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
     return len(found), differing
 
 
-def _scan(consumer: Consumer) -> Iterator[ViewRow]:
+def _scan(kept: Consumer | DocumentStore) -> Iterator[ViewRow]:
     after = None
-    while rows := consumer.scan(after, _CHUNK):
+    while rows := kept.scan(after, _CHUNK):
         yield from rows
         after = (rows[-1].collection, rows[-1].key)
