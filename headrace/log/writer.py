@@ -70,12 +70,13 @@ class CutWriter:
         self.opened_at = 0.0
 
     def open(self) -> None:
-        """Fence every predecessor; complete or abort the transaction that it left (S3).
+        """Fence every predecessor; complete or abort the transaction that it left (S3), until readers are shown all that was committed.
 
         Raises:
             Transient: `kafka-away`.
         """
         self._failed = None
+        self.close()
         self._producer = kafka.producer(
             self._settings,
             **{

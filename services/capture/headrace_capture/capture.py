@@ -112,6 +112,7 @@ class Capture:
                 checkpoint = self._resume(writer, here, slot)
                 if checkpoint is None or checkpoint.snapshot == "running":
                     checkpoint = self._snapshot(writer, checkpoint, here, slot, connection)
+                    writer.open()  # a commit is answered before its markers are written; this is answered when readers see it all
                 self._stream(writer, checkpoint, connection)
             finally:
                 with suppress(HeadraceError):
