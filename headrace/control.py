@@ -90,6 +90,11 @@ class Report:
         """Whether the process that wrote it no longer writes."""
         return self.age > DEAD_SECONDS and self.phase not in {"stopped", "off"}
 
+    @property
+    def gone(self) -> bool:
+        """Whether it is of a service that runs no more: dead, stopped or ended."""
+        return self.dead or self.phase in {"stopped", "off"}
+
 
 class Control:
     """Reads and writes `headrace.control` for one source.

@@ -57,9 +57,9 @@ def status(
 
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
-    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked, not to be promoted or
-    too far behind, the heartbeat or the look at the catalogue fails, or Kafka does not answer; 2 --check and --json are given; 3 a setting
-    is wrong; 5 without --check, and Kafka does not answer.
+    Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked, not to be promoted, too
+    far behind or loads while no capture runs, the heartbeat or the look at the catalogue fails, or Kafka does not answer; 2 --check and
+    --json are given; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
 
     Examples:
 
@@ -74,7 +74,7 @@ def status(
     settings = load()
     control = Control(Log(settings))
     if check:
-        _check(_reports(control), name, _span(max_lag))
+        _check(_reports(control), settings.source, name, _span(max_lag))
     elif json:
         print_json(_facts(settings, control, name))
     elif watch:
@@ -91,10 +91,15 @@ def _facts(settings: Settings, control: Control, name: str | None) -> Facts:
     wanted = {n: found for n, found in reports.items() if name in {None, n}}
     captures = reports.get("capture", [])
     source = captures[-1] if captures else None
+
+    def said(report: Report) -> Facts:
+        unwritten = _unwritten(report, captures, settings.source)
+        return _said(report, source) | ({"unwritten": unwritten} if unwritten else {})
+
     return {
         "source": {"name": settings.source, "clock_ahead_seconds": round(control.ahead, 1)} | _slot(settings),
         "capture": [_said(report, source) for report in captures],
-        "consumers": {n: [_said(report, source) for report in found] for n, found in wanted.items() if n != "capture"},
+        "consumers": {n: [said(report) for report in found] for n, found in wanted.items() if n != "capture"},
     }
 
 
@@ -204,7 +209,7 @@ def _notes(name: str, report: Facts) -> Iterator[str]:
         yield f"[red]{name}[/red]: no word for {seconds(report['age_seconds'])}; run: {command_of(name)}"
     elif reason := f"{report['reason']} {report['remedy']}".strip():
         yield f"[yellow]{_called(name, report)}[/yellow]: {escape(reason)}"
-    for trouble in _troubles(report):
+    for trouble in [*_troubles(report), *filter(None, [report.get("unwritten")])]:
         yield f"[red]{name}[/red]: {escape(trouble)}"
     if parked := report.get("parked"):
         yield f"[yellow]{_called(name, report)}[/yellow]: {_parked(name, parked)}"
@@ -222,7 +227,7 @@ def _reports(control: Control) -> dict[str, list[Report]]:
         _wrong(str(error))
 
 
-def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> None:
+def _check(reports: dict[str, list[Report]], source: str, name: str | None, most: float) -> None:
     wanted = {who: found for who, found in reports.items() if name in {None, who}}
     if not wanted:
         _wrong(f"{name or 'capture'}: nobody has ever reported; run: {command_of(name or 'capture')}")
@@ -233,6 +238,7 @@ def _check(reports: dict[str, list[Report]], name: str | None, most: float) -> N
             if name is None and report.phase == "dropped" and (report.dead or report.ended):
                 continue  # it was given up, and its process too
             _check_one(who, report, most)
+            _check_written(report, reports.get("capture", []), source)
             if heartbeat and report.shows > most + heartbeat:
                 _wrong(
                     f"{who}: shows a state {seconds(report.shows)} old, no heartbeat has come since (S17); see: headrace status"
@@ -263,6 +269,19 @@ def _check_one(name: str, report: Report, most: float) -> None:
         _wrong(f"{name}: {_parked(name, parked)}")
     if report.lag[2] > most:
         _wrong(f"{name}: {seconds(report.lag[2])} behind ({report.lag[0]} records); see: headrace status --watch")
+
+
+def _check_written(report: Report, captures: list[Report], source: str) -> None:
+    if unwritten := _unwritten(report, captures, source):
+        _wrong(f"{report.name}: {unwritten}")
+
+
+def _unwritten(report: Report, captures: list[Report], source: str) -> str:
+    """Return why a view that has come to no state yet waits in vain: nobody writes the log of that source. "" when it does not."""
+    waits = report.phase == "loading" and not report.dead and "checkpoints" not in report.facts
+    if not waits or not all(capture.gone for capture in captures):
+        return ""
+    return f"loading, and no capture of source {source} runs; run: {command_of('capture')}"
 
 
 def _troubles(facts: Facts) -> Iterator[str]:

@@ -94,6 +94,19 @@ def test_check_sees_a_build_that_has_stopped_beside_the_live_one(settings: Setti
         assert (ended.exit_code, ended.stdout) == (1, "plain g3: stopped: It has met 13. Change it.\n")
 
 
+def test_check_sees_a_view_that_loads_a_log_which_nobody_writes(settings: Settings, control: Control) -> None:
+    """Its source is not what capture's is, or capture was never started or has stopped: nothing else of that ever shows in the view."""
+    said = f"plain: loading, and no capture of source {settings.source} runs; run: headrace capture\n"
+    loads = Report("plain", 1, phase="loading")
+    say(control, loads)
+    assert (status(settings, "--check", "plain").stdout, status(settings).stdout.count(said)) == (said, 1)
+    for phase, told in (("stopped", said), ("off", said), ("snapshot", "ok\n")):
+        say(control, Report("capture", phase=phase), loads)
+        assert status(settings, "--check", "plain").stdout == told, phase
+    say(control, Report("capture", phase="off"), replace(loads, facts={"checkpoints": "none"}))
+    assert status(settings, "--check", "plain").stdout == "ok\n", "it is fed by Debezium"
+
+
 @pytest.mark.parametrize("name", ["plain", "capture"])
 def test_check_fails_beyond_the_lag_that_is_allowed(settings: Settings, control: Control, name: str) -> None:
     say(control, Report(name, 1, live=True, phase="live", version=Version(1, 5), lag=(7, 4096, 61.0)))

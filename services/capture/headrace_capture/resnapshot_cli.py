@@ -128,7 +128,7 @@ def _ask(log: Log, verb: str, args: dict[str, Any]) -> dict[str, Any]:
 
 def _check_running(control: Control, source: str) -> None:
     reports = control.reports().get(NAME, [])
-    if not reports or reports[-1].dead or reports[-1].phase in {"off", "stopped"}:
+    if not reports or reports[-1].gone:
         why = (
             f" It stopped: {reports[-1].reason} {reports[-1].remedy}".rstrip() if reports and reports[-1].reason else ""
         )
