@@ -6,7 +6,7 @@ import pytest
 
 from headrace.control import Control, Report
 from headrace.errors import HeadraceError, Misconfigured
-from headrace.log import Log
+from headrace.log import Log, kafka, writer
 from headrace.log.plain import PlainWriter
 from headrace.log.topics import ANSWERS, checkpoints_topic, schemas_topic
 from headrace.settings import Settings
@@ -28,6 +28,7 @@ from tests.fixtures.capture import Running, eventually, execute, prepare
 def test_a_running_capture_stops(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, which: str, *, anew: bool, busy: bool
 ) -> None:
+    monkeypatch.setattr(writer, "_COMMIT_SECONDS", 5)  # a cut that Kafka does not take is given up after them
     # No two looks while there is no topic.
     monkeypatch.setattr(attention, "LOOK_SECONDS", 1.0 if anew else 0.2)
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1)")
@@ -48,9 +49,7 @@ def test_a_running_capture_stops(
             log.topics.make({topic: (1, {})})
         if busy:
             execute(settings, "INSERT INTO items VALUES (1000, 1)")
-        eventually(
-            "it stops", lambda: running.error, 120.0
-        )  # a cut that Kafka does not take is given up after a minute
+        eventually("it stops", lambda: running.error)
     finally:
         running.stop()
     error = running.error
@@ -60,20 +59,25 @@ def test_a_running_capture_stops(
     assert anew is False or topic in error.message
 
 
-def test_a_topic_that_all_share_is_made_by_the_next_start_and_no_table_is_read_again_for_it(settings: Settings) -> None:
+def test_a_topic_that_all_share_is_made_by_the_next_start_and_no_table_is_read_again_for_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = kafka._common(settings)
+    # librdkafka looks for a topic for half a minute otherwise.
+    monkeypatch.setattr(kafka, "_common", lambda _settings: common | {"topic.metadata.propagation.max.ms": 1000})
     log = Log(settings)
     log.ensure_spine()
     control = Control(log)
     control.report(Report("plain", 1, live=True, phase="live"))
     control.flush()
-    writer = PlainWriter(settings)
-    writer.write(ANSWERS, b"1", b"{}")
+    plain = PlainWriter(settings)
+    plain.write(ANSWERS, b"1", b"{}")
     log.topics.delete([ANSWERS], wait=True)
     try:
         with pytest.raises(Misconfigured) as asked:
             list(control.scan("plain"))
         with pytest.raises(Misconfigured) as written:
-            writer.write(ANSWERS, b"1", b"{}", seconds=90)  # librdkafka looks for it for half a minute
+            plain.write(ANSWERS, b"1", b"{}", seconds=90)
     finally:
         log.ensure_spine()
     for error in (asked.value, written.value):
