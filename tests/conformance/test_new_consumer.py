@@ -38,3 +38,14 @@ def test_a_new_consumer_passes_its_own_test(store: Store, stack: Stack, tmp_path
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
+
+
+def test_what_it_writes_type_checks(tmp_path: Path) -> None:
+    for store in Store:
+        made = [sys.executable, "-m", "headrace", "new", "consumer", f"v_{store}", "--store", store, "--dir"]
+        subprocess.run([*made, str(tmp_path)], check=True)
+    code = [str(found) for found in tmp_path.glob("*/headrace_*")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", *code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (len(code), done.returncode) == (len(Store), 0), done.stdout

@@ -385,6 +385,25 @@ def test_a_number_of_replicas_is_not_overridden(settings: Settings, client: Clie
     store.close()
 
 
+def test_an_index_is_durable_whatever_a_template_says_and_refused_where_it_is_not(
+    open_store: Open, client: Client
+) -> None:
+    async_ = {"index.translog.durability": "async"}
+    client.indices.put_index_template(name="lax", index_patterns=["products-g*"], template={"settings": async_})
+    try:
+        open_store().write([doc("1", 1)], at(1))
+        made = client.indices.get_settings(index="products-g1")["products-g1"]["settings"]["index"]
+        assert made["translog"] == {"durability": "request"}
+    finally:
+        client.indices.delete_index_template(name="lax")
+    client.indices.put_settings(index="products-g1", settings=async_)
+    with pytest.raises(Misconfigured) as error:
+        open_store()
+    assert error.value.code == "index-not-durable"
+    client.indices.put_settings(index="products-g1", settings={"index.translog.durability": "request"})
+    assert open_store().get(["1"])
+
+
 def test_a_refused_mapping_says_why(settings: Settings) -> None:
     store = ElasticsearchIndex("broken", mappings={"properties": {"a": {"type": "nonsense"}}})
     store.bind(settings, "search")

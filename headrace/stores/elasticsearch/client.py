@@ -118,3 +118,15 @@ def about(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return what an index says of the generation that it is; nothing when headrace did not make it."""
     said: dict[str, str] = facts["mappings"].get("_meta", {}).get("headrace", {})
     return said
+
+
+def check_durable(index: str, settings: Mapping[str, Any]) -> None:
+    """Refuse an index that answers before it is on disk: after a crash it may have the position and not the documents (S22)."""
+    if settings.get("translog", {}).get("durability", "request").lower() != "request":
+        raise Misconfigured(
+            "index-not-durable",
+            f"The index {index} has index.translog.durability=async: a crash can take documents from below its position.",
+            "Take it out of the store's settings, and run: curl -X PUT -H 'content-type: application/json' "
+            f'$HEADRACE_ELASTICSEARCH/{index}/_settings -d \'{{"index.translog.durability":"request"}}\'; '
+            "then headrace verify.",
+        )

@@ -11,7 +11,7 @@ removed after a day.
 *Position.* A bulk is not atomic, so the position is a document of its own, written after every item succeeded, with
 `if_seq_no`: each write proves that it is still the one that this process wrote (S22). It names the index's UUID (an
 index that was restored or made again is another) and its *owner*, which `open` takes, so that a process that was
-replaced meanwhile finds out at once.
+replaced meanwhile finds out at once. It covers what is on disk: an index with `translog.durability` async is refused.
 
 *Visibility.* Indices never refresh by themselves; the store does with each position. So readers see the states at
 positions, not what is half written, and what `write` has returned for can be read (S25). Only `open` shows, with the position
@@ -54,7 +54,7 @@ from headrace.stores.elasticsearch.bulks import (
     never_fits,
     written,
 )
-from headrace.stores.elasticsearch.client import about, client, errors, held, row_of, sequence_of
+from headrace.stores.elasticsearch.client import about, check_durable, client, errors, held, row_of, sequence_of
 from headrace.stores.sending import MOST, Sending
 
 _INTERNAL = {"exists": {"field": "headrace.kind"}}
@@ -221,6 +221,7 @@ class ElasticsearchIndex:
 
     def _know(self, facts: Mapping[str, Any]) -> None:
         index = facts["settings"]["index"]
+        check_durable(self._index, index)
         self._uuid, self._one_shard = index["uuid"], index["number_of_shards"] == "1"
 
     def _take(self) -> Position | None:
@@ -259,7 +260,7 @@ class ElasticsearchIndex:
         self._client.indices.create(
             index=self._index,
             mappings={**self._mappings, "properties": properties, "_meta": meta},
-            settings={**self._index_settings, "refresh_interval": -1},
+            settings={**self._index_settings, "refresh_interval": -1, "translog.durability": "request"},
             aliases={self._target: {}},
         )
         self._know(self._client.indices.get(index=self._index)[self._index])
