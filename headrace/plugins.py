@@ -35,7 +35,7 @@ def load(name: str) -> type[Consumer]:
         raise Misconfigured(
             "unknown-consumer",
             f"There is no consumer {name!r}; installed: {', '.join(found) or 'none'}.",
-            "Install its package, or run: headrace run --consumer path/to/file.py:ClassName",
+            "Install its package, or give this command its file: --consumer path/to/file.py:ClassName",
         )
     try:
         cls: type[Consumer] = found[name].load()

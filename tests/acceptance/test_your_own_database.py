@@ -83,6 +83,8 @@ def test_a_warehouse_and_a_search_plugin_of_one_file(library: System, elasticsea
     ended = library.ask("rebuild", "books", "--wait")
     assert ended.code == 3, "a consumer of a file is known to who names the file"
     assert "could not be compared" in ended.err
+    assert "give this command its file: --consumer" in ended.err
+    assert "headrace run" not in ended.err, "it runs; a second one would take the view from it"
     assert "differs" not in ended.err + ended.out
     assert live_generation(library) == 1
     built = orjson.loads(library.run("rebuild", "books", "--wait", "--consumer", spec, "--json"))

@@ -11,7 +11,7 @@ from itertools import repeat
 
 import pytest
 
-from headrace.errors import Transient
+from headrace.errors import Misconfigured, Transient
 from headrace.settings import Settings, environment
 from headrace_ops import ports
 from headrace_shop import database, dual, edits, replay, work
@@ -104,3 +104,11 @@ def test_both_ways_of_writing_leave_the_same_in_postgres(shop: Settings) -> None
     with closing(LogWrites(shop.dsn)) as log, closing(DualWrites(shop, shop.dsn)) as dual:
         numbers = [writes.write(edit).made.numbers for writes in (log, dual)]
     assert len(numbers[0]) == len(numbers[1]) == 5
+
+
+def test_a_replay_that_fails_tells_no_password(settings: Settings) -> None:
+    dsn = "postgresql://shop:secret@127.0.0.1:1/shop"
+    with pytest.raises(Misconfigured) as refused:
+        replay.replay(settings, dsn, "log", seed=1, say=print)
+    assert refused.value.code == "replay-failed"
+    assert "secret" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""`headrace resnapshot --key K`: the text that Postgres is asked with is the one that was given."""
+"""`headrace resnapshot`: --key K asks Postgres with the text that was given; options that contradict each other."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from headrace.change import Column, TableSchema
-from headrace.errors import Misconfigured
-from headrace_capture.resnapshot_cli import _key
+from headrace.errors import USAGE, Misconfigured
+from headrace_capture.resnapshot_cli import _key, resnapshot
 
 
 def asked(text: str, *names: str) -> dict[str, str]:
@@ -40,3 +42,14 @@ def test_so_are_the_columns_of_an_object() -> None:
     }
     with pytest.raises(Misconfigured, match=r"The key of public.t is \(id, at\)"):
         asked("5", "id", "at")
+
+
+@pytest.mark.parametrize(
+    "options", [["--pause", "--status"], ["--recover", "--cancel"], ["t", "--recover"], ["--recover", "--all"]]
+)
+def test_what_contradicts_itself_is_refused_before_anything_is_done(options: list[str]) -> None:
+    """With --recover it would be a new epoch, though one table was named."""
+    app = typer.Typer()
+    app.command()(resnapshot)
+    ended = CliRunner().invoke(app, options)
+    assert ended.exit_code == USAGE, ended.output

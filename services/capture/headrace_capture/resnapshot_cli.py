@@ -75,12 +75,16 @@ def resnapshot(
 
         headrace resnapshot --recover && headrace capture
     """
+    verb = _verb(status=status, pause=pause, resume=resume, cancel=cancel, recover=recover)
+    if recover and (tables or key or everything):
+        raise typer.BadParameter(
+            "--recover begins a new epoch and reads every table again: it takes no TABLE, --key or --all."
+        )
     log = Log(load())
     if recover:
         _recover(log, json=json)
         return
     named = [table if "." in table else f"public.{table}" for table in tables or []]
-    verb = _verb(pause=pause, resume=resume, cancel=cancel)
     if status:
         _show(log, named, json=json)
         return

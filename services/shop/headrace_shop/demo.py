@@ -31,7 +31,7 @@ from headrace.change import format_lsn, parse_lsn
 from headrace.control import Control, Report
 from headrace.errors import CHECK_FAILED, INTERRUPTED, HeadraceError
 from headrace.log import Log
-from headrace.settings import load
+from headrace.settings import load, masked
 from headrace_shop.processes import Programs, watched
 
 VIEWS = ("search", "pages", "warehouse")
@@ -125,7 +125,7 @@ class Act:
         bare.run("stack", "up", "--dir", place, *_ports())
         settings = bare.facts("stack", "env", "--dir", place)
         for name, address in settings.items():
-            say(f"{name.removeprefix('HEADRACE_').lower()} at {address}")
+            say(f"{name.removeprefix('HEADRACE_').lower()} at {masked(address)}")
         state = self.folder / "state"
         config = self.folder / "headrace.toml"
         config.touch()  # an empty one: the one of the current folder is not the demo's
@@ -242,6 +242,7 @@ class Act:
         """Return a file that a shell reads to use this stack."""
         path = self.folder / "env"
         mine = {name: value for name, value in self.programs.environment.items() if name.startswith("HEADRACE_")}
+        path.touch(0o600)  # there may be passwords in it
         path.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in mine.items()))
         return path
 

@@ -14,6 +14,7 @@ DuckDB admits one process, so the race is one process, the death another, and wh
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -62,10 +63,10 @@ def plan(connection: Connection, seed: int) -> Plan:
 
 def replay(settings: Settings, dsn: str, mode: str, seed: int, say: Say) -> dict[str, tuple[int, int]]:
     """Replay both accidents; return (rows, differing rows) of each of the dual writer's views, nothing for ``log``."""
-    command = ["shop", "replay", "--writes", mode, "--seed", str(seed), "--dsn", dsn, "--part"]
-    for line in _lines([*command, "race"]):
+    command = ["shop", "replay", "--writes", mode, "--seed", str(seed), "--part"]
+    for line in _lines([*command, "race"], dsn):
         say(line)
-    die([*command, "death"], say)
+    die([*command, "death"], say, dsn)
     if mode == "log":
         return {}
     with closing(DualWrites(settings, dsn)) as writes:
@@ -97,15 +98,14 @@ def race(first: Iterator[Any], second: Iterator[Any], say: Say) -> None:
     say(f"editor A writes {rest} other stores, late" if rest else "editor A has nothing else to write")
 
 
-def die(command: list[str], say: Say) -> None:
-    """Run `command`, which commits, says so in one line and waits; kill it then.
+def die(command: list[str], say: Say, dsn: str) -> None:
+    """Run `command`, which commits to `dsn`, says so in one line and waits; kill it then.
 
     Raises:
         Misconfigured: `replay-failed`, when it ends before it has said so.
     """
-    with subprocess.Popen(
-        [sys.executable, "-m", "headrace", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    program, pipe = [sys.executable, "-m", "headrace", *command], subprocess.PIPE
+    with subprocess.Popen(program, stdin=pipe, stdout=pipe, text=True, env=_environment(dsn)) as process:
         line = process.stdout.readline() if process.stdout else ""
         process.kill()
     if not line:
@@ -128,8 +128,15 @@ def _plan(dsn: str, seed: int) -> Plan:
         return plan(connection, seed)
 
 
-def _lines(command: list[str]) -> list[str]:
-    done = subprocess.run([sys.executable, "-m", "headrace", *command], stdout=subprocess.PIPE, text=True, check=False)
+def _environment(dsn: str) -> dict[str, str]:
+    return os.environ | {
+        "SHOP_DSN": dsn
+    }  # not an argument: everybody on the machine may read these, and they stand in errors
+
+
+def _lines(command: list[str], dsn: str) -> list[str]:
+    program = [sys.executable, "-m", "headrace", *command]
+    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=False, env=_environment(dsn))
     if done.returncode:
         raise Misconfigured("replay-failed", f"`headrace {' '.join(command)}` ended with {done.returncode}.", _BY_HAND)
     return done.stdout.splitlines()
