@@ -395,6 +395,31 @@ def test_a_view_that_was_away_for_long_and_lacks_nothing_is_not_refused(feed: Fe
     reader.close()
 
 
+def test_what_a_view_has_not_read_grows_too_old_also_while_it_reads(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S19: it was opened in time, and its backlog takes longer. Where only other tables were written it has missed nothing."""
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = codec.encode_position(drain(reader, first.version)[-1].position)
+    reader.close()
+    other = feed.cut((TAGS, 1, 1))
+    quiet = feed.log.reader([ITEMS], replace(codec.decode_position(position), appended=1))
+    drain(quiet, other.version)
+    hours = feed.log.settings.delete_retention_ms // 3_600_000
+    last = feed.cut((ITEMS, 1, None))
+    assert rows(drain(quiet, last.version)) == {}
+    quiet.close()
+    in_time = int(time.time() * 1000) - (hours - 1) * 3_600_000
+    reader = feed.log.reader([ITEMS], replace(codec.decode_position(position), appended=in_time))
+    now = time.time
+    monkeypatch.setattr("headrace.log.refusal.time.time", lambda: now() + 2 * 3600)
+    with pytest.raises(Refused) as caught:
+        drain(reader, last.version)
+    assert caught.value.code == "away-too-long"
+    reader.close()
+
+
 def test_a_few_records_that_are_old_are_a_state_though_nothing_follows(settings: Settings) -> None:
     """Capture is off, and its last cuts are older than what a compaction leaves alone."""
     feed = Seen(replace(settings, min_compaction_lag_ms=0))
