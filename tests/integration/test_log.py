@@ -236,6 +236,7 @@ def test_a_state_older_than_the_compaction_lag_is_not_exact_while_more_follows(f
     second = feed.seal()
     # At the very end of the log nothing can have been compacted away, however old the checkpoint is.
     batches = drain(reader, second.version)
+    assert [batch.position.version for batch in batches if batch.complete] == [second.version]
     assert rows(batches) == {(ITEMS, b'{"id":1}'): 11, (ITEMS, b'{"id":2}'): 12}
     reader.close()
 
