@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
-from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, ResourceType
+from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, NewTopic, ResourceType
 
 from headrace import codec
 from headrace.change import Checkpoint, Column, Position, TableSchema, Version
@@ -104,6 +104,25 @@ def config_of(settings: Settings, topic: str) -> dict[str, str]:
     admin = AdminClient({"bootstrap.servers": settings.kafka})
     found = admin.describe_configs([asked])[asked].result(30)
     return {name: entry.value for name, entry in found.items()}
+
+
+@pytest.mark.parametrize(("said", "asked"), [(0, -1), (1, 1)])  # -1 is Kafka's word for the broker's own
+def test_the_broker_says_how_many_copies_a_topic_has_unless_the_settings_do(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, said: int, asked: int
+) -> None:
+    assert Settings().replication == 0
+    made: list[NewTopic] = []
+    create = AdminClient.create_topics
+
+    def noted(client: AdminClient, new: list[NewTopic], **how: Any) -> Any:
+        made.extend(new)
+        return create(client, new, **how)
+
+    monkeypatch.setattr(AdminClient, "create_topics", noted)
+    log = Log(replace(settings, replication=said))
+    log.ensure_spine()
+    assert {topic.replication_factor for topic in made} == {asked}
+    assert checkpoints_topic(settings.source) in log.topics.names()
 
 
 def test_several_may_make_the_topics_at_once(settings: Settings) -> None:
