@@ -55,7 +55,7 @@ class Settings:
     warehouse_listen: str = _setting("127.0.0.1:8790", "where the warehouse process answers SQL")
     templates: str = _setting("./templates", "folder of the Jinja2 templates of the pages")
     partitions: int = _setting(1, "partitions of a new table topic; never changed afterwards")
-    replication: int = _setting(1, "replicas of a new topic")
+    replication: int = _setting(0, "replicas of a topic when it is made, not afterwards; 0: as many as the broker says")
     snapshot_connections: int = _setting(2, "connections that read the initial snapshot")
     cut_ms: int = _setting(200, "longest time a cut stays open, ms")
     cut_records: int = _setting(20_000, "most records in a cut")

@@ -18,6 +18,7 @@ from headrace.documents import layout
 from headrace.documents.when import When
 
 _DUE = f"SELECT doc, key FROM touched WHERE {layout.WAITS} AND {layout.IS_DUE}"
+_IS_DUE = f"{_DUE} AND doc = :doc AND key = :key"
 
 
 class Begun:
@@ -34,12 +35,17 @@ class Begun:
     def begin(self, when: When, version: Version) -> None:
         """Touch what was begun before, as by a change of `version`; then all that is touched and due is begun."""
         with _like_sqlite():
-            before = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-            self._db.executemany(layout.TOUCH, ((*codec.loads(line), version.packed()) for line in before))
-            with self._new.open("wb") as file:
-                file.writelines(before)  # they are touched, but perhaps not due
+            self._path.touch()
+            with self._path.open("rb") as before, self._new.open("wb") as file:
+                self._db.executemany(layout.TOUCH, ((*codec.loads(line), version.packed()) for line in before))
                 file.writelines(codec.dumps(each) + b"\n" for each in self._db.execute(_DUE, when._asdict()))
+                before.seek(0)  # it is touched, but perhaps not due: then it stays in the list, once
+                file.writelines(line for line in before if not self._is_due(when, *codec.loads(line)))
             self._new.replace(self._path)
+
+    def _is_due(self, when: When, doc: int, key: str) -> bool:
+        found = self._db.execute(_IS_DUE, when._asdict() | {"doc": doc, "key": key})
+        return found.fetchone() is not None
 
     def forget(self) -> None:
         """Say that the local rows are committed."""

@@ -17,9 +17,10 @@ from confluent_kafka import Message
 
 from headrace.change import DELETE, Change, Checkpoint, Position, Source, Version
 from headrace.consumer import ALL, Batch
-from headrace.errors import Misconfigured, Refused, Transient
+from headrace.errors import Misconfigured, Transient
 from headrace.log.debezium import EPOCH, Decoder
 from headrace.log.reader import Lag
+from headrace.log.refusal import check_age, refused
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, record
 from headrace.log.topics import Ends, table_of, topic_of
 
@@ -49,7 +50,7 @@ class FeedReader:
         self._source = Source("debezium", 0, log.settings.source, "", "")
         self.position = position or Position(source=self._source)
         if self.position.source != self._source:
-            raise _refused(
+            raise refused(
                 "position-of-another-source", f"The view was built from {self.position.source}, not from this feed."
             )
         self._decoder = Decoder(self.position.version.lsn)
@@ -58,6 +59,7 @@ class FeedReader:
         self._ends: Ends = {}
         self._asked = self._looked = self._told = 0.0
         self._whole = not self.position.loading
+        self._unread = False
         self._behind_since: float | None = None
         self._tail = Tail(log.settings, {}, group)
         self._add_topics()
@@ -69,7 +71,7 @@ class FeedReader:
         Raises:
             Transient: `kafka-away`, `feed-topic-missing`.
             Poison: `undecodable-record`, `debezium-placeholder`, `debezium-truncate`.
-            Misconfigured: `feed-incomplete`; Refused: `build-too-slow` (S19).
+            Misconfigured: `feed-incomplete`; Refused: `build-too-slow`, `away-too-long` (S19).
         """
         self._require_tables()
         if time.monotonic() - self._looked > _TOPICS_SECONDS:
@@ -115,15 +117,15 @@ class FeedReader:
 
     def _batch(self, changes: list[Change], *, reached: bool) -> Batch:
         loading = self.position.loading
+        if self._unread and self.position.offsets:  # what there was at the opening, which may be as old as the position
+            check_age(self._log.settings, self.position)
         for (topic, partition), offset in self._read_to.items():
             self.position.offsets[topic][partition] = offset
         checkpoint = self._checkpoint() if reached else None
         self._whole = reached
         if checkpoint:
-            self._told = time.monotonic()
+            self._told, self._unread = time.monotonic(), False
             self.position = replace(self.position, version=checkpoint.version, appended=checkpoint.appended)
-        elif loading:
-            self._check_age()
         if loading:
             changes = list({(change.table, change.key): change for change in changes}.values())
         else:
@@ -160,7 +162,7 @@ class FeedReader:
         for topic in new:
             identity, count = described[topic]
             if self.position.topics.setdefault(topic, identity) != identity:
-                raise _refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
+                raise refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
             offsets = self.position.offsets.setdefault(topic, [0] * count)
             if any(begin > offset for begin, offset in zip(begins[topic], offsets, strict=True)):
                 raise Misconfigured(
@@ -193,34 +195,16 @@ class FeedReader:
 
     def _check_position(self) -> None:
         """Refuse a position that lies beyond the feed, or so far back that tombstones before its end may be gone (S19)."""
-        behind = False
+        behind = self.position.loading
         for place, end in self._goal.items():
             if self._read_to[place] > end:
-                raise _refused(
+                raise refused(
                     "position-ahead", f"The view is at {self._read_to[place]} of {place[0]}, which ends at {end}."
                 )
             behind = behind or self._read_to[place] < end
-        if behind:
-            self._check_age()
-
-    def _check_age(self) -> None:
-        """See `Reader`: the position's age bounds what may have been removed."""
-        hours = time.time() / 3600 - self.position.appended / 3_600_000
-        if hours <= self._log.settings.delete_retention_ms / 3_600_000:
-            return
-        if self.position.loading:
-            raise _refused(
-                "build-too-slow", f"The build began {hours:.0f} hours ago, and is not at the feed's end yet."
-            )
-        raise _refused(
-            "away-too-long", f"The view was last fed {hours:.0f} hours ago, longer than delete.retention.ms."
-        )
-
-
-def _refused(code: str, seen: str) -> Refused:
-    return Refused(
-        code, f"{seen} Going on could miss changes or keep rows that are gone.", "Run: headrace rebuild NAME"
-    )
+        self._unread = behind
+        if behind and self.position.offsets:
+            check_age(self._log.settings, self.position)
 
 
 def _said(before: Change | None, now: Change) -> bool:

@@ -23,7 +23,8 @@ from confluent_kafka import Message
 from headrace import codec
 from headrace.change import DELETE, Change, Checkpoint, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
-from headrace.errors import Misconfigured, Refused, Transient
+from headrace.errors import Misconfigured, Transient
+from headrace.log.refusal import check_age, refused
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, Tail, end_of_partition
 from headrace.log.topics import checkpoints_topic, partitions_changed, source_of, table_of, topic_of
@@ -85,7 +86,7 @@ class Reader:
         if self._newest:
             self._add_topics(self._newest)
             if self._newest.version != self.position.version:
-                self._behind_since = self.position.appended / 1000 or time.time()
+                self._behind_since = self._behind_since or self.position.appended / 1000 or time.time()
 
     @property
     def newest(self) -> Checkpoint | None:
@@ -99,7 +100,7 @@ class Reader:
             Transient: `kafka-away`, `schema-not-there`, `registry-away`.
             Poison: `undecodable-record`.
             Misconfigured: `table-not-captured`, `partitions-changed` (S9), `schema-unknown`, `registry-refuses`.
-            Refused: `build-too-slow` (S19).
+            Refused: `build-too-slow`, `away-too-long` (S19), `topic-replaced`.
         """
         batch = self._next(idle=False)
         if batch is None:
@@ -178,7 +179,7 @@ class Reader:
 
     def _check_topic(self, topic: str, identity: str) -> None:
         if self.position.topics.setdefault(topic, identity) != identity:
-            raise _refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
+            raise refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
 
     def _add_topics(self, checkpoint: Checkpoint) -> None:
         new = [topic for topic in checkpoint.ends if self._reads(topic) and (topic, 0) not in self._read_to]
@@ -246,6 +247,7 @@ class Reader:
         return newest
 
     def _complete(self, target: Checkpoint) -> Batch:
+        self._check_age()
         changes = self._hand_out(target)
         loading = self.position.loading
         for topic, ends in target.ends.items():
@@ -264,11 +266,10 @@ class Reader:
         return self._batch(changes, target, loading=loading)
 
     def _piece(self, target: Checkpoint) -> Batch | None:
+        self._check_age()
         changes = self._hand_out(target)
         if not changes:
             return None
-        if self.position.loading:
-            self._check_age()
         return self._batch(changes, None, loading=self.position.loading)
 
     def _batch(self, changes: list[Change], checkpoint: Checkpoint | None, *, loading: bool) -> Batch:
@@ -346,38 +347,30 @@ class Reader:
         position, source = self.position, self._log.settings.source
         others = [topic for topic in position.topics if source_of(topic) != source]
         if others:  # all else may be the same: the log was begun anew under another HEADRACE_SOURCE
-            raise _refused("position-of-another-source", f"The view was built from {others[0]}, not from {source}.")
+            raise refused("position-of-another-source", f"The view was built from {others[0]}, not from {source}.")
         if newest is None:
             return
         if not position.continued_by(newest.version, newest.source):
-            raise _refused(
+            raise refused(
                 "position-of-another-source",
                 f"The view was built from {position.source}, the log is of {newest.source}.",
             )
         if position.version > newest.version:
-            raise _refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
-        if position.offsets and position.version != newest.version:
-            self._check_age()
+            raise refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
+        if not position.offsets or position.version == newest.version:
+            return
+        unread = position.loading or any(
+            at < end
+            for topic, offsets in position.offsets.items()
+            for at, end in zip(offsets, newest.ends.get(topic, offsets), strict=False)
+        )
+        # Where nothing of its tables was written since, nothing can have been removed.
+        self._behind_since = position.appended / 1000 if unread else time.time()
+        self._check_age()
 
     def _check_age(self) -> None:
-        """Refuse to go on where tombstones may be gone that the view has not seen (S19)."""
-        hours = (_now_ms() - self.position.appended) / 3_600_000
-        if hours <= self._log.settings.delete_retention_ms / 3_600_000:
-            return
-        if self.position.loading:
-            raise _refused(
-                "build-too-slow",
-                f"The build began {hours:.0f} hours ago, longer than delete.retention.ms, and is at no state yet.",
-            )
-        raise _refused(
-            "away-too-long", f"The view was last fed {hours:.0f} hours ago, longer than delete.retention.ms."
-        )
-
-
-def _refused(code: str, seen: str) -> Refused:
-    return Refused(
-        code, f"{seen} Going on could miss changes or keep rows that are gone.", "Run: headrace rebuild NAME"
-    )
+        if self.position.offsets:
+            check_age(self._log.settings, self.position, self._behind_since)
 
 
 def _now_ms() -> int:

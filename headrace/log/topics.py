@@ -150,8 +150,9 @@ class Topics:
         missing = {name: how for name, how in wanted.items() if name not in self.names()}
         if not missing:
             return
+        copies = self._settings.replication or -1  # the broker's default.replication.factor
         new = [
-            NewTopic(name, num_partitions=partitions, replication_factor=self._settings.replication, config=config)
+            NewTopic(name, num_partitions=partitions, replication_factor=copies, config=config)
             for name, (partitions, config) in missing.items()
         ]
         for name, future in self._client.create_topics(new, operation_timeout=TIMEOUT).items():

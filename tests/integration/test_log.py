@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
-from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, ResourceType
+from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, NewTopic, ResourceType
 
 from headrace import codec
 from headrace.change import Checkpoint, Column, Position, TableSchema, Version
@@ -104,6 +104,25 @@ def config_of(settings: Settings, topic: str) -> dict[str, str]:
     admin = AdminClient({"bootstrap.servers": settings.kafka})
     found = admin.describe_configs([asked])[asked].result(30)
     return {name: entry.value for name, entry in found.items()}
+
+
+@pytest.mark.parametrize(("said", "asked"), [(0, -1), (1, 1)])  # -1 is Kafka's word for the broker's own
+def test_the_broker_says_how_many_copies_a_topic_has_unless_the_settings_do(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, said: int, asked: int
+) -> None:
+    assert Settings().replication == 0
+    made: list[NewTopic] = []
+    create = AdminClient.create_topics
+
+    def noted(client: AdminClient, new: list[NewTopic], **how: Any) -> Any:
+        made.extend(new)
+        return create(client, new, **how)
+
+    monkeypatch.setattr(AdminClient, "create_topics", noted)
+    log = Log(replace(settings, replication=said))
+    log.ensure_spine()
+    assert {topic.replication_factor for topic in made} == {asked}
+    assert checkpoints_topic(settings.source) in log.topics.names()
 
 
 def test_several_may_make_the_topics_at_once(settings: Settings) -> None:
@@ -236,6 +255,7 @@ def test_a_state_older_than_the_compaction_lag_is_not_exact_while_more_follows(f
     second = feed.seal()
     # At the very end of the log nothing can have been compacted away, however old the checkpoint is.
     batches = drain(reader, second.version)
+    assert [batch.position.version for batch in batches if batch.complete] == [second.version]
     assert rows(batches) == {(ITEMS, b'{"id":1}'): 11, (ITEMS, b'{"id":2}'): 12}
     reader.close()
 
@@ -392,6 +412,31 @@ def test_a_view_that_was_away_for_long_and_lacks_nothing_is_not_refused(feed: Fe
     reader = feed.log.reader([ITEMS], replace(position, appended=1))
     second = feed.cut((ITEMS, 2, 20))
     assert rows(drain(reader, second.version)) == {(ITEMS, b'{"id":2}'): 20}
+    reader.close()
+
+
+def test_what_a_view_has_not_read_grows_too_old_also_while_it_reads(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S19: it was opened in time, and its backlog takes longer. Where only other tables were written it has missed nothing."""
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = codec.encode_position(drain(reader, first.version)[-1].position)
+    reader.close()
+    other = feed.cut((TAGS, 1, 1))
+    quiet = feed.log.reader([ITEMS], replace(codec.decode_position(position), appended=1))
+    drain(quiet, other.version)
+    hours = feed.log.settings.delete_retention_ms // 3_600_000
+    last = feed.cut((ITEMS, 1, None))
+    assert rows(drain(quiet, last.version)) == {}
+    quiet.close()
+    in_time = int(time.time() * 1000) - (hours - 1) * 3_600_000
+    reader = feed.log.reader([ITEMS], replace(codec.decode_position(position), appended=in_time))
+    now = time.time
+    monkeypatch.setattr("headrace.log.refusal.time.time", lambda: now() + 2 * 3600)
+    with pytest.raises(Refused) as caught:
+        drain(reader, last.version)
+    assert caught.value.code == "away-too-long"
     reader.close()
 
 

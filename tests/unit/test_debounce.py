@@ -189,6 +189,27 @@ def test_a_kill_while_what_was_due_is_written_leaves_it_due(world: World, clock:
     world.check()
 
 
+def test_what_was_begun_is_still_known_when_it_is_not_due_any_more(world: World, clock: Clock) -> None:
+    """The row is gone by then, and compaction has taken what says in which document it was."""
+    world.log.put(REVIEWS, 7, None)
+    world.log.cut()
+    world.run()
+    clock.tick(SECONDS)
+    world.log.put(REVIEWS, 7, {"id": 7, "product_id": 1, "stars": 1})
+    world.log.cut()
+    world.run(kill="after")
+    clock.tick(-SECONDS / 2)
+    world.run(kill="before")
+    world.log.put(REVIEWS, 7, None)
+    world.log.cut()
+    world.log.compact()
+    world.run(kill="before")
+    assert world.store.bodies()["1"]["reviews"] == [7]  # type: ignore[index]
+    world.run()
+    poll(world, hurry=True)
+    world.check()
+
+
 def test_a_clock_that_is_put_back_keeps_nothing_waiting(world: World, clock: Clock) -> None:
     stars(world, 1)
     stars(world, 2)
