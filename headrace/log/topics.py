@@ -83,6 +83,15 @@ def partitions_changed(topic: str, has: int, known: int) -> Misconfigured:
     )
 
 
+def topic_replaced(topic: str) -> Misconfigured:
+    """Return the refusal of a topic that is not the one that capture began to write."""
+    return Misconfigured(
+        "topic-replaced",
+        f"Topic {topic} was deleted and made anew while capture ran: what it held is gone.",
+        "Run: headrace resnapshot --recover, then capture. It reads all tables again; then rebuild the views that read them.",
+    )
+
+
 def table_config(settings: Settings) -> dict[str, str]:
     """Return the configuration of a table's topic."""
     return {
@@ -160,20 +169,18 @@ class Topics:
             except KafkaException as error:  # another process may have made it, which this broker need not know yet
                 if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
                     raise translate(error.args[0], f"making topic {name}") from error
-        self._await(set(missing))
+        self.await_there(missing)
 
-    def _await(self, names: set[str]) -> None:
-        """Wait until a broker that was just told of topics describes them too."""
+    def await_there(self, names: Collection[str]) -> dict[str, tuple[str, int]]:
+        """Return what `describe` does, once a broker that was just told of topics knows them too."""
         deadline = time.monotonic() + TIMEOUT
         while True:
             try:
-                self.describe(names)
+                return self.describe(names)
             except Misconfigured:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
-            else:
-                return
 
     def configure(self, wanted: Mapping[str, dict[str, str]]) -> list[str]:
         """Give topics that are there the configuration that is wanted (by name) where theirs differs; say what was altered.
