@@ -287,7 +287,7 @@ def _unwritten(report: Report, captures: list[Report], source: str) -> str:
 def _troubles(facts: Facts) -> Iterator[str]:
     """Return what capture finds wrong in the source though the stream goes on."""
     if failing := facts.get("failing"):
-        yield f"UPDATE and DELETE of a captured table fail in the source (S8); run: {failing}"
+        yield f"UPDATE and DELETE of a captured table fail in the source, or come without its key (S8); run: {failing}"
     if (told := str(facts.get("heartbeat", ""))).startswith("failed") or _hangs(told):
         yield f"the heartbeat {told}"  # an idle source no longer shows that it lives, nor how much WAL it holds (S17)
     if (told := str(facts.get("catalogue", ""))).startswith("failed"):

@@ -133,3 +133,7 @@ def kafka_errors(doing: str) -> Iterator[None]:
         yield
     except KafkaException as error:
         raise translate(error.args[0], doing) from error
+    except TimeoutError as error:  # of a future, whose own time may be over a moment before librdkafka says so
+        raise Transient(
+            "kafka-away", f"Kafka gave no answer while {doing}.", "Check HEADRACE_KAFKA and the broker."
+        ) from error

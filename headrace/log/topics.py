@@ -24,7 +24,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from headrace.errors import Misconfigured
-from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, kafka_errors, translate
+from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, kafka_errors
 from headrace.settings import Settings
 
 CONTROL = "headrace.control"
@@ -80,6 +80,15 @@ def partitions_changed(topic: str, has: int, known: int) -> Misconfigured:
         "partitions-changed",
         f"Topic {topic} has {has} partitions, the newest checkpoint knows {known}.",
         "Run: headrace resnapshot --recover. It makes the topic anew; then rebuild the views that read it.",
+    )
+
+
+def topic_replaced(topic: str) -> Misconfigured:
+    """Return the refusal of a topic that is not the one that capture began to write."""
+    return Misconfigured(
+        "topic-replaced",
+        f"Topic {topic} was deleted and made anew while capture ran: what it held is gone.",
+        "Run: headrace resnapshot --recover, then capture. It reads all tables again; then rebuild the views that read them.",
     )
 
 
@@ -156,25 +165,24 @@ class Topics:
             for name, (partitions, config) in missing.items()
         ]
         for name, future in self._client.create_topics(new, operation_timeout=TIMEOUT).items():
-            try:
-                future.result(TIMEOUT)
-            except KafkaException as error:  # another process may have made it, which this broker need not know yet
-                if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
-                    raise translate(error.args[0], f"making topic {name}") from error
-        self._await(set(missing))
+            with kafka_errors(f"making topic {name}"):
+                try:
+                    future.result(TIMEOUT)
+                except KafkaException as error:  # another process may have made it, which this broker need not know yet
+                    if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
+                        raise
+        self.await_there(missing)
 
-    def _await(self, names: set[str]) -> None:
-        """Wait until a broker that was just told of topics describes them too."""
+    def await_there(self, names: Collection[str]) -> dict[str, tuple[str, int]]:
+        """Return what `describe` does, once a broker that was just told of topics knows them too."""
         deadline = time.monotonic() + TIMEOUT
         while True:
             try:
-                self.describe(names)
+                return self.describe(names)
             except Misconfigured:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
-            else:
-                return
 
     def configure(self, wanted: Mapping[str, dict[str, str]]) -> list[str]:
         """Give topics that are there the configuration that is wanted (by name) where theirs differs; say what was altered.
@@ -242,8 +250,9 @@ class Topics:
         }
         found: Ends = {name: [0] * count for name, count in counts.items()}
         if wanted:
-            for place, offset in self._ask_offsets(wanted, level):
-                found[place.topic][place.partition] = offset
+            with kafka_errors("asking where topics end"):
+                for place, offset in self._ask_offsets(wanted, level):
+                    found[place.topic][place.partition] = offset
         return found
 
     def _ask_offsets(
@@ -257,5 +266,5 @@ class Topics:
             except KafkaException as error:
                 # A new topic's leader may be a moment late; librdkafka's retriable() speaks of transactions only.
                 if error.args[0].name() not in LEADER_IS_LATE or time.monotonic() > deadline:
-                    raise translate(error.args[0], "asking where topics end") from error
+                    raise
                 time.sleep(0.1)

@@ -20,7 +20,7 @@ from headrace.codec import Headers
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import kafka
 from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import Ends, Topics, checkpoints_topic, partitions_changed, schemas_topic
+from headrace.log.topics import Ends, Topics, checkpoints_topic, partitions_changed, schemas_topic, topic_replaced
 from headrace.settings import Settings
 
 KEPT_CHECKPOINTS = 2_000
@@ -57,6 +57,7 @@ class CutWriter:
         self._schemas = schemas_topic(settings.source)
         self._producer: Producer | None = None
         self._ends: Ends = {}
+        self._ids: dict[str, str] = {}
         self._last: dict[str, _Record | None] = {}
         self._waiting: list[_Record] = []
         self._bunch_ends = _BUNCH_BYTES
@@ -94,7 +95,8 @@ class CutWriter:
             Misconfigured: `partitions-changed` (S9), `topic-missing`.
         """
         ends = checkpoint.ends if checkpoint else {}
-        described = self._topics.describe(ends)
+        described = self._topics.await_there({self._checkpoints, self._schemas, *ends})
+        self._ids = {topic: identity for topic, (identity, _) in described.items()}
         for topic, offsets in ends.items():
             if described[topic][1] != len(offsets):
                 raise partitions_changed(topic, described[topic][1], len(offsets))
@@ -112,10 +114,21 @@ class CutWriter:
     def add_topic(self, topic: str) -> None:
         """Name a topic in every checkpoint from now on, also before it has records: an empty table is a state too."""
         if topic not in self._ends:
-            count = self._topics.describe([topic])[topic][1]
+            self._ids[topic], count = self._topics.describe([topic])[topic]
             self._ends[topic] = [0] * count
             if count == 1:
                 self._last[topic] = None
+
+    def check_topics(self) -> None:
+        """Refuse topics that are no longer those that this writer began with: it would write on into others.
+
+        Raises:
+            Misconfigured: `topic-replaced`, `topic-missing`.
+        """
+        known = dict(self._ids)  # another thread may ask, while topics are added
+        for topic, (identity, _) in self._topics.await_there(known).items():
+            if identity != known[topic]:
+                raise topic_replaced(topic)
 
     def produce(self, topic: str, key: bytes, value: bytes | None, headers: Headers) -> None:
         """Append a record to the open cut, which begins with the first one.

@@ -61,7 +61,8 @@ def run(address: str, folder: Path, test: str, *options: str) -> None:
 
 
 def test_the_code_of_the_page_runs_and_its_test_passes(elasticsearch: Elasticsearch, tmp_path: Path) -> None:
-    run(elasticsearch.address(), tmp_path, "test_cards.py")
+    # The drops of a live generation are long, and test_builtin has them for this store.
+    run(elasticsearch.address(), tmp_path, "test_cards.py", "-k", "not dropped_while_it_is_live")
 
 
 def test_the_windows_of_the_page_pass_where_rows_move(elasticsearch: Elasticsearch, tmp_path: Path) -> None:

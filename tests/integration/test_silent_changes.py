@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 from headrace.cli import app
 from headrace.control import Control
+from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace_capture import attention, fingerprints, resnapshot
 from headrace_capture.fingerprints import ColumnPrint, Fingerprint, silent
+from headrace_capture.recovery import recover
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
 from tests.integration.test_resnapshot import ask, done, jobs
 
@@ -467,6 +469,39 @@ def test_a_table_that_was_altered_so_that_its_updates_fail_is_told_with_what_men
         eventually("status --check is content", lambda: _check(settings)[0] == 0)
         capture.reach()
     assert replay(settings, "public.docs") == {b'{"id":1}': {"id": 1, "body": "b"}}
+
+
+def test_a_partition_that_names_its_old_rows_by_another_index_is_told_and_a_delete_without_its_key_stops_capture(
+    settings: Settings,
+) -> None:
+    prepare(
+        settings,
+        "CREATE TABLE parts (part bool, id int, code int NOT NULL, PRIMARY KEY (part, id)) PARTITION BY LIST (part)",
+        "CREATE TABLE low PARTITION OF parts FOR VALUES IN (true)",
+        "CREATE UNIQUE INDEX by_code ON low (code); INSERT INTO parts SELECT true, i, i FROM generate_series(1, 3) i",
+    )
+    running = Running(settings)
+    try:
+        running.reach()
+        execute(settings, "ALTER TABLE low REPLICA IDENTITY USING INDEX by_code")
+        mends = running.hear("come without its key").partition("run: ")[2]
+        assert mends == 'ALTER TABLE "public"."low" REPLICA IDENTITY DEFAULT'
+        execute(settings, "DELETE FROM parts WHERE id = 2")
+        eventually("it stops", lambda: running.error)
+    finally:
+        running.stop()
+    error = running.error
+    assert isinstance(error, Misconfigured)
+    assert error.code == "key-not-sent"
+    assert "public.parts" in error.message
+    assert "headrace resnapshot --recover" in error.remedy
+    execute(settings, mends, "DELETE FROM parts WHERE id = 3")
+    recover(settings, running.said.append)
+    with capturing(settings) as again:
+        again.hear("public.parts was read again")
+        execute(settings, "UPDATE parts SET code = 7")
+        again.reach()
+    assert list(replay(settings, "public.parts").values()) == [{"part": True, "id": 1, "code": 7}]
 
 
 def _check(settings: Settings) -> tuple[int, str]:

@@ -17,13 +17,11 @@ import psycopg
 
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured
-from headrace.log import Log
-from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.requests import Request
+from headrace.settings import Settings
 from headrace_capture import catalog, fingerprints, identities
 from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.progress import NAME
-from headrace_capture.replication import MEND
 
 LOOK_SECONDS = 2.0
 """How often the catalogue is read; less often where that takes long."""
@@ -100,25 +98,22 @@ class Requests(_Asking):
 class CatalogueWatch(_Asking):
     """The newest fingerprints. `known` says which leaves need not be asked whether they are empty; `tell` is told how asking goes.
 
-    `topics` says which topics the log has: one that somebody deletes, and a broker or a person makes anew, would be written on into.
+    `check_topics` refuses those that somebody deleted, and a broker or a person made anew: they would be written on into.
     """
 
     def __init__(
         self,
-        log: Log,
+        settings: Settings,
         known: Callable[[], Collection[int]],
-        topics: Callable[[], Collection[str]],
+        check_topics: Callable[[], None],
         tell: Callable[[str], None],
     ) -> None:
         """Begin to look."""
         super().__init__("catalogue")
-        self._log = log
-        self._settings = log.settings
+        self._settings = settings
         self._known = known
-        self._topics = topics
+        self._check_topics = check_topics
         self._tell = tell
-        self._ids: dict[str, str] = {}
-        self._missing = False
         self._newest: Findings | Misconfigured | None = None
         self.start()
 
@@ -144,27 +139,11 @@ class CatalogueWatch(_Asking):
                     catalog.check_operations(connection, self._settings.publication)
                     roots = catalog.partitioned(connection, self._settings.publication)
                     self._newest = Findings(prints, asked, failing, *roots)
-                    self._look_at_topics()
+                    self._check_topics()
                     self._tell("ok")
                 except Misconfigured as error:
                     self._newest = error
                 self._ended.wait(max(LOOK_SECONDS, 20 * (time.monotonic() - asked)))
-
-    def _look_at_topics(self) -> None:
-        """Refuse topics that are others of the same name, or are gone twice: one broker may not know yet of a topic that was just made."""
-        source = self._settings.source
-        try:
-            described = self._log.topics.describe({checkpoints_topic(source), schemas_topic(source), *self._topics()})
-        except Misconfigured:
-            before, self._missing = self._missing, True
-            if before:
-                raise
-            return
-        self._missing = False
-        for topic, (identity, _) in described.items():
-            if self._ids.setdefault(topic, identity) != identity:
-                said = f"Topic {topic} was deleted and made anew while capture ran: what it held is gone."
-                raise Misconfigured("topic-replaced", said, f"{MEND} Then rebuild the views that read it.")
 
     def _failed(self, error: Exception) -> None:
         self._tell(f"failed: {' '.join(str(error).split())}")

@@ -17,7 +17,7 @@ from headrace_capture.published import published
 
 DEFAULT, FULL, NOTHING, INDEX = "d", "f", "n", "i"
 WORDS = {DEFAULT: "DEFAULT", FULL: "FULL", NOTHING: "NOTHING"}
-"""As ALTER TABLE … REPLICA IDENTITY takes them; an index is never set nor replaced."""
+"""As ALTER TABLE … REPLICA IDENTITY takes them; an index is never set, and replaced only where a published partition has it."""
 
 
 class Change(NamedTuple):
@@ -48,7 +48,7 @@ def approximate(table: Table, version: int, *, narrowed: bool) -> bool:
 
 
 def _wanted(table: Table, identity: str, version: int, narrowed: bool) -> str:
-    if identity == INDEX:
+    if identity == INDEX and table.kind == "r":  # it is the key; a partition's is not the root's
         return INDEX
     if identity == FULL:
         return DEFAULT if _refused(table, version) else FULL
@@ -73,14 +73,14 @@ def _out_of_line(table: Table) -> bool:
 
 
 def failing(connection: Connection, publication: str) -> list[str]:
-    """Return the statement that mends each published table whose UPDATE and DELETE fail now: it was altered after setup [I1]."""
+    """Return the statement that mends each table altered after setup whose UPDATE and DELETE fail, or come without its key [I1]."""
     version, narrowed = connection.info.server_version, narrowed_elsewhere(connection, publication)
     wrong = [
         change
         for table in published_tables(connection, publication)
         if table.key
         for change in changes(table, version, narrowed=table.oid in narrowed)
-        if change.was in {FULL, NOTHING}
+        if change.was in {FULL, NOTHING, INDEX}
     ]
     return [
         sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}")

@@ -84,11 +84,12 @@ class Progress:
         self._facts[name] = value
 
     def failing(self, statements: list[str]) -> None:
-        """Statements of the application fail until these are run: say so once, and report it as long as it is so [I1]."""
+        """Statements of the application fail or come without a key until these are run: say so once, and report it meanwhile [I1]."""
         for statement in statements:
             if statement not in str(self._facts.get("failing", "")):
                 self.say(
-                    f"warning: UPDATE and DELETE of a captured table fail in Postgres as it is now (rule S8); run: {statement}"
+                    "warning: UPDATE and DELETE of a captured table fail in Postgres as it is now, or come without its key (rule S8); "
+                    f"run: {statement}"
                 )
         self._facts["failing"] = "; ".join(statements)
 

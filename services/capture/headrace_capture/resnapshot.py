@@ -82,7 +82,7 @@ class Resnapshot:
         self._requests = Requests(control)
         self._asked = Asked(control, self._jobs, relations, cut, self._disturb)
         self._catalogue = CatalogueWatch(
-            log, self._leaves, lambda: cut.sealed.ends, partial(progress.fact, "catalogue")
+            log.settings, self._leaves, cut.writer.check_topics, partial(progress.fact, "catalogue")
         )
         self._reader = ChunkReader(log.settings)
         self._reading: _Reading | None = None

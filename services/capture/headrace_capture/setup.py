@@ -249,7 +249,8 @@ def _identities(made: Plan, table: Table, memory: Memory, statements: list[sql.C
     for schema, name, was, now in identities.changes(table, version, narrowed=narrowed):
         to = sql.SQL(identities.WORDS[now])
         statements.append(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(sql.Identifier(schema, name), to))
-        memory.changed(schema, name, was, now)
+        if was != identities.INDEX:  # which index is not kept: teardown leaves what is set here
+            memory.changed(schema, name, was, now)
     if identities.approximate(table, version, narrowed=narrowed):
         made.warnings.append(
             f"{table.full_name} keeps its replica identity, as FULL could make UPDATE and DELETE fail (S8): a large "

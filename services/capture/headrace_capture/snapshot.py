@@ -102,7 +102,7 @@ class Snapshot:
         Raises:
             Stopped: it was asked to stop.
             Transient: `postgres-away`, `kafka-away`, `cut-lost`, `table-altered`: the whole snapshot starts again.
-            Misconfigured: `postgres-rights`, `too-many-slots`, `row-too-large`, `key-changed`.
+            Misconfigured: `postgres-rights`, `too-many-slots`, `row-too-large`, `key-changed`, `topic-replaced`, `topic-missing`.
         """
         settings = self._log.settings
         self._progress.phase("snapshot")
@@ -114,6 +114,8 @@ class Snapshot:
             tables = self._tables(connections[0], stamp)
             self._read(connections, tables, version)
         self._remove_older(stamp, version, [rows.table for rows, _ in tables])
+        self._seal(version, "running")
+        self._writer.check_topics()  # the cut that says `complete` has no rows: none can go into a topic of the same name after this
         return self._seal(version, "complete")
 
     @contextmanager
@@ -207,6 +209,7 @@ class Snapshot:
         old = writer.opened_at and time.monotonic() - writer.opened_at > LONGEST_SECONDS
         if old or writer.open_records >= self._log.settings.cut_records or writer.open_bytes >= FULL_BYTES:
             self._seal(version, "running")
+            self._writer.check_topics()
 
     def _remove_older(self, stamp: Stamp, version: Version, tables: Iterable[Table]) -> None:
         """Delete every key that an earlier attempt wrote and this one did not (S6), also of tables that are captured no more."""

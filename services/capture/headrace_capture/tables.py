@@ -60,7 +60,7 @@ class Table:
         shape: The schema version that its records name.
         key_at: The positions of the key's columns in a row, in the key's order; empty if the table is append-only (S10).
         key: From a row's values to the key's canonical JSON. Raises Poison (`bad-value`) and Misconfigured
-            (`append-only-changed`: the table has no key, and a row of it changed all the same).
+            (`append-only-changed`: the table has no key, and a row of it changed all the same; `key-not-sent`).
         wide: The positions of columns that may be out of line; none if the table is append-only: nothing updates it.
     """
 
@@ -149,7 +149,7 @@ def _keys(table: str, names: Sequence[str], plans: Sequence[tuple[int, Converter
         try:
             return whole % values[at]  # UNCHANGED and NULL fail, as they should
         except (TypeError, IndexError) as error:
-            raise _bad_key(table, error) from error
+            raise _bad_key(table, names, values[at : at + 1], error) from error
 
     every = template(names)
 
@@ -157,7 +157,7 @@ def _keys(table: str, names: Sequence[str], plans: Sequence[tuple[int, Converter
         try:
             return every % tuple([convert(values[at]) for at, convert in plans])  # type: ignore[arg-type]  # as above
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise _bad_key(table, error) from error
+            raise _bad_key(table, names, [values[at] for at, _ in plans if at < len(values)], error) from error
 
     def none(_values: Datums) -> bytes:
         raise Misconfigured(
@@ -169,7 +169,15 @@ def _keys(table: str, names: Sequence[str], plans: Sequence[tuple[int, Converter
     return (several if at < 0 else one) if plans else none
 
 
-def _bad_key(table: str, error: Exception) -> Poison:
+def _bad_key(table: str, names: Sequence[str], values: Datums, error: Exception) -> Misconfigured | Poison:
+    if None in values:  # of an old row, which comes with its replica identity only
+        return Misconfigured(
+            "key-not-sent",
+            f"A change of {table} came without the old row's key ({', '.join(names)}): a partition has REPLICA IDENTITY USING INDEX of "
+            "other columns, since setup.",
+            "ALTER TABLE that partition REPLICA IDENTITY DEFAULT, so that it stays mended; then run: headrace resnapshot --recover, "
+            "and capture. It reads all tables again beside the stream.",
+        )
     return Poison("bad-value", f"A key of {table} cannot be read: {error}.", _BAD)
 
 

@@ -37,7 +37,7 @@ def _quoted(value: bytes) -> bytes:
 
 
 def _bool(value: bytes) -> bytes:
-    return b"true" if value == b"t" else b"false"
+    return b"true" if value[0] == b"t"[0] else b"false"  # NULL fails, as it should
 
 
 def _float(value: bytes) -> bytes:
