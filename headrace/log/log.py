@@ -90,19 +90,23 @@ class Log:
         self.topics.make({name: (1, config) for name, config in wanted.items()})
 
     def ensure_table(self, table: str) -> str:
-        """Make a table's topic if it is missing; return its name."""
-        topic = self.topic_of(table)
-        self.topics.make({topic: (self.settings.partitions, table_config(self.settings))})
+        """Make a table's topic if it is missing; return its name. One that a broker made for somebody who asked for it is configured."""
+        topic, config = self.topic_of(table), table_config(self.settings)
+        if topic in self.topics.names():
+            self.topics.configure({topic: config})
+        else:
+            self.topics.make({topic: (self.settings.partitions, config)})
         return topic
 
-    def configure(self, checkpoint: Checkpoint) -> list[str]:
+    def configure(self, checkpoint: Checkpoint | None) -> list[str]:
         """Let the topics that `checkpoint` names, and the spine, follow settings that changed since they were made; say what was altered.
 
         Raises:
             Misconfigured: `kafka-refuses`, when the broker's rights forbid it.
         """
         return self.topics.configure(
-            spine_config(self.settings) | dict.fromkeys(checkpoint.ends, table_config(self.settings))
+            spine_config(self.settings)
+            | dict.fromkeys(checkpoint.ends if checkpoint else (), table_config(self.settings))
         )
 
     def own_topics(self) -> list[str]:

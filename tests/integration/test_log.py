@@ -125,6 +125,40 @@ def test_the_broker_says_how_many_copies_a_topic_has_unless_the_settings_do(
     assert checkpoints_topic(settings.source) in log.topics.names()
 
 
+def configured(log: Log, topic: str, key: str) -> Any:
+    client = kafka.admin(log.settings)
+    (future,) = client.describe_configs([ConfigResource(ResourceType.TOPIC, topic)]).values()
+    return future.result()[key].value
+
+
+def test_a_topic_that_was_there_before_is_compacted_from_the_beginning(settings: Settings) -> None:
+    """A broker makes the topics that somebody asks for, and lets their records go after a week."""
+    log = Log(settings)
+    topic = topic_of(settings.source, "public.items")
+    for name in (topic, checkpoints_topic(settings.source)):
+        log.topics.make({name: (1, {"cleanup.policy": "delete"})})
+    log.ensure_spine()
+    log.configure(None)
+    log.ensure_table("public.items")
+    assert configured(log, topic, "cleanup.policy") == "compact"
+    assert configured(log, checkpoints_topic(settings.source), "cleanup.policy") == "compact"
+
+
+def test_the_limits_of_the_shared_topics_are_those_of_the_source_with_the_largest_rows(settings: Settings) -> None:
+    for megabytes in (30, 40, 30):
+        log = Log(replace(settings, message_max_bytes=megabytes * 1024 * 1024))
+        log.ensure_spine()
+        log.configure(None)
+    assert int(configured(log, "headrace.parked", "max.message.bytes")) >= 40 * 1024 * 1024
+
+
+def test_a_record_of_any_size_that_the_settings_allow_can_be_sent(settings: Settings) -> None:
+    """Else `produce` says that the queue is full for ever."""
+    producer = kafka.producer(replace(settings, message_max_bytes=200_000_000))
+    producer.produce("t", b"x" * 140_000_000)
+    producer.purge()
+
+
 def test_several_may_make_the_topics_at_once(settings: Settings) -> None:
     """Capture and consumers start together: whoever is told that a topic exists may not see it yet."""
     logs = [Log(settings) for _ in range(8)]

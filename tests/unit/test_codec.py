@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from headrace import codec
@@ -101,3 +104,17 @@ def test_a_topic_names_one_table(table: str) -> None:
 
 def test_names_that_look_escaped_do_not_share_a_topic() -> None:
     assert topic_of("s", "public._u0041_") != topic_of("s", "public.A")
+
+
+def test_a_large_text_is_looked_through_in_little_memory() -> None:
+    """Rows of many megabytes come when nobody expects them (I10)."""
+    code = """if True:
+        import resource
+        from headrace import codec
+        text = b'{"after":{"a":"' + b'x\\\\"' * 2_000_000 + b'","b":1}}'
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert sorted(codec.members(text, b"after")) == ["a", "b"]
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64

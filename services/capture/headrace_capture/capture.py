@@ -147,12 +147,13 @@ class Capture:
         """Read the newest checkpoint and hold it against source, slot and log (S3, I12)."""
         checkpoint = self._log.newest_checkpoint()
         identity.check(checkpoint, here, slot, () if checkpoint else self._log.remains(here.tables))
+        if checkpoint is not None:
+            self._log.check_ends(checkpoint)
+        for altered in self._log.configure(checkpoint):
+            self._say(f"settings have changed: topic {altered}")
         if checkpoint is None:
             writer.resume(None)
             return None
-        self._log.check_ends(checkpoint)
-        for altered in self._log.configure(checkpoint):
-            self._say(f"settings have changed: topic {altered}")
         writer.resume(checkpoint)
         if checkpoint.snapshot == "running":
             return checkpoint  # names the server on which that snapshot began
