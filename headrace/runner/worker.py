@@ -208,13 +208,14 @@ class Worker(threading.Thread):
         consumer = self._make()
         consumer.progress = self._progress
         try:
-            position = self.opened = consumer.open(self.generation)
+            position, resting = consumer.open(self.generation), self._resting
+            self.opened = position = (resting and getattr(consumer, "shows", None)) or position
             known = position or Position()
             self._stood, self._moved = None, False
             self._parking.open(position)
             self._set_held(consumer)  # before the version, which it bounds
             self._set(version=known.version, written=known.appended, inexact=known.inexact)
-            if self._resting:
+            if resting:
                 self._set(phase="stale" if self.still else "paused", error=None)
                 self._rest(consumer, lambda: self._resting and not self._moved)
                 return
@@ -370,8 +371,7 @@ def _at_a_state(reader: Reader | FeedReader) -> bool:
 
 
 def _is_due(consumer: Consumer) -> bool:
-    due: Callable[[], bool] | None = getattr(consumer, "due", None)
-    return due is not None and due()
+    return bool(getattr(consumer, "due", bool)())
 
 
 def _copy(position: Position) -> Position:
