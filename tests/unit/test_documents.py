@@ -313,6 +313,43 @@ def test_a_generation_that_stands_is_at_what_readers_see_though_its_local_rows_a
         worker.join()
 
 
+def test_a_generation_that_readers_have_seen_stays_when_its_reload_is_refused(world: World) -> None:
+    """It is what a rollback goes to [I8]."""
+
+    def refuse(*_: Any) -> None:
+        raise Refused("away-too-long", "Its pieces are older than tombstones stay.")
+
+    shop(world.log)
+    world.run()
+    world.lose_local()
+    world.run(piece=1, stop_after=2)
+    log: Any = SimpleNamespace(settings=world.settings, topics=SimpleNamespace(names=set), reader=refuse)
+    worker = Worker(log, world.start, GENERATION)
+    worker.start()
+    try:
+        assert worker.call(lambda _consumer: (worker.state.phase, worker.state.version)).result(5) == (
+            "stopped",
+            Version(1, 100),
+        )
+    finally:
+        worker.stop()
+        worker.join()
+    world.check()
+
+
+def test_who_asks_a_worker_that_ends_hears_so(world: World) -> None:
+    """Else the promotion of a first build would be waited for, and never tried again."""
+    log: Any = SimpleNamespace(settings=world.settings)
+    worker = Worker(log, world.start, GENERATION)
+    worker.stop()
+    asked = worker.call(lambda _consumer: None)
+    worker.start()
+    worker.join()
+    with pytest.raises(Transient) as told:
+        asked.result(0)
+    assert told.value.code == "worker-busy"
+
+
 def test_a_reload_is_refused_when_tombstones_may_be_gone(world: World) -> None:
     shop(world.log)
     world.run()
