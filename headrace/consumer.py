@@ -128,6 +128,7 @@ class Consumer(Protocol):
             when nothing waits. Tokens are not answered beyond it (S25). What waits must be durable with the position.
         due: Optional, with `pending`: ``due() -> bool``, whether some of that may be shown now. Then, while no changes come, `apply` is
             called with a batch without changes that ends where the view stands.
+        shows: Optional: the position of what readers see, where `open` returns that of something else. It counts of one that stands still.
         moved: Optional: True after a `promote` that has moved the position of its generation, which is opened anew then.
         progress: Set by the runner; call ``progress(done, total)`` in long work so that status can show it.
     """

@@ -18,6 +18,7 @@ a message that names what was seen, and a *remedy*: the setting to change or the
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,3 +119,12 @@ class Refused(Misconfigured):
 
 class Wiped(Transient):
     """A view lost its position, or itself, while it was served [I6]: open it again, which makes it anew."""
+
+
+def as_ours(error: BaseException, consumer: str) -> HeadraceError:
+    """Return an error as one of ours, its NAME being `consumer`: what else a plugin may raise is a fault in its code."""
+    if not isinstance(error, HeadraceError):
+        said = f"The consumer {consumer} raised {described(error)}."
+        return Misconfigured("consumer-failed", said, "Mend it, and start it again.")
+    error.remedy = re.sub(r"\bNAME\b", consumer, error.remedy)
+    return error

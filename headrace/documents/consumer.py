@@ -81,6 +81,7 @@ class DocumentConsumer:
     mirrors_rows: bool = False
     leaves_parked: ClassVar[bool] = True
     progress: Callable[[int, int], None]
+    shows = property(lambda self: self._view)
 
     def __init_subclass__(cls) -> None:
         """Derive `documents` and `tables` from the declaration."""
@@ -208,7 +209,10 @@ class DocumentConsumer:
         return []
 
     def pending(self) -> Version | None:
-        """Return the version of the oldest change that a document waits to show, None when none waits."""
+        """Return the version of the oldest change that a document waits to show, None when none waits; a reload does not know it."""
+        local = self._local.position if self._local else None
+        if self._view is not None and (local is None or local.loading):
+            return self._view.held
         return self._left.since if self._left else None
 
     def due(self) -> bool:

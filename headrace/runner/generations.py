@@ -16,11 +16,11 @@ from typing import Any
 from headrace.change import Version
 from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
-from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.parked import Shelf
-from headrace.runner.worker import Worker, as_ours
+from headrace.runner.worker import Worker
 
 PAUSED, DROPPED = "paused", "dropped"
 CALL_SECONDS = 120.0

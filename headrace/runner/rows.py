@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Consumer, Cursor, Origin, ViewRow
 from headrace.control import PAGE_BYTES, Control
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, as_ours
 from headrace.requests import Request
 from headrace.runner.generations import Generations
-from headrace.runner.worker import Worker, as_ours
+from headrace.runner.worker import Worker
 
 _FIRST_ROWS, _MOST_ROWS = 10, 500
 _COUNTED_ROWS = 5000

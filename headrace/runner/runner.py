@@ -14,14 +14,14 @@ from typing import Any
 from headrace.change import format_lsn
 from headrace.consumer import Consumer, Generation
 from headrace.control import DEAD_SECONDS, Control, Report, refusal
-from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.log import Log
 from headrace.requests import Request
 from headrace.runner.generations import DROPPED, Generations
 from headrace.runner.rows import Rows
 from headrace.runner.unparking import Unparking
 from headrace.runner.verbs import Verbs
-from headrace.runner.worker import State, as_ours
+from headrace.runner.worker import State
 
 _STOP_SECONDS, _FLUSH_SECONDS = 5.0, 1.0
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from headrace.change import NOWHERE, Version
 from headrace.consumer import Generation
-from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.parked import records_parked
 from headrace.requests import Request
 from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, lacking, reach
-from headrace.runner.worker import Worker, as_ours
+from headrace.runner.worker import Worker
 
 _PATIENCE_SECONDS = 30.0
 HOLD_SECONDS = 60.0

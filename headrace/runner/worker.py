@@ -8,7 +8,6 @@ What others want of the consumer (a promotion, a page of a scan) is queued and c
 from __future__ import annotations
 
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 from headrace import codec
 from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Batch, Consumer, Generation
-from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped, described
+from headrace.errors import HeadraceError, Refused, Transient, Wiped, as_ours
 from headrace.log import FeedReader, Lag, Log, Reader
 from headrace.runner.parking import Parking, delayed, standing
 
@@ -203,18 +202,20 @@ class Worker(threading.Thread):
                 wait = _BACKOFF_SECONDS[0] if self.state.phase != "waiting" else min(2 * wait, _BACKOFF_SECONDS[1])
                 self._set(phase="waiting", error=error)
                 self._answer_nothing(wait, error)
+        self._answer_nothing(0.0, Transient("worker-busy", f"{self.name} has ended.", "Try again; see headrace status"))
 
     def _serve(self) -> None:
         consumer = self._make()
         consumer.progress = self._progress
         try:
-            position = self.opened = consumer.open(self.generation)
+            position, resting = consumer.open(self.generation), self._resting
+            self.opened = position = (resting and getattr(consumer, "shows", None)) or position
             known = position or Position()
             self._stood, self._moved = None, False
             self._parking.open(position)
             self._set_held(consumer)  # before the version, which it bounds
             self._set(version=known.version, written=known.appended, inexact=known.inexact)
-            if self._resting:
+            if resting:
                 self._set(phase="stale" if self.still else "paused", error=None)
                 self._rest(consumer, lambda: self._resting and not self._moved)
                 return
@@ -234,9 +235,10 @@ class Worker(threading.Thread):
         try:
             return self._log.reader(consumer.tables, position, group, self._until)
         except Refused as error:
-            if position is None or not position.loading or self.generation.live:
+            shown = self.generation.live or getattr(consumer, "shows", None)
+            if position is None or not position.loading or shown:
                 raise
-            # Nobody sees a build yet: one that makes no sense, or stood still for too long, begins again from zero (S19).
+            # Nobody has seen a build yet: one that makes no sense, or stood still for too long, begins again from zero (S19).
             consumer.drop()
             raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
 
@@ -303,11 +305,13 @@ class Worker(threading.Thread):
     def _answer_nothing(self, seconds: float, error: HeadraceError) -> None:
         """Wait without a consumer: whoever asks gets the reason."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not self._stopping.wait(0.05):
+        while True:
             while not self._calls.empty():
                 _, future = self._calls.get()
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
+            if time.monotonic() >= deadline or self._stopping.wait(0.05):
+                return
 
     def _halt(self, error: HeadraceError) -> None:
         """Stay stopped, with the reason in status. A refused view can still be read, so it still answers; one that is moved goes on."""
@@ -323,6 +327,9 @@ class Worker(threading.Thread):
         consumer = self._make()
         try:
             consumer.open(self.generation)
+            if shows := getattr(consumer, "shows", None):
+                self._set_held(consumer)
+                self._set(version=shows.version, written=shows.appended, inexact=shows.inexact)
             self._rest(consumer, lambda: not self._moved)
         except Exception:  # noqa: BLE001  a plugin may raise anything; why it was refused is what matters
             self._answer_nothing(_BACKOFF_SECONDS[1], error)
@@ -353,15 +360,6 @@ class Worker(threading.Thread):
         self.state.progress = (done, total)
 
 
-def as_ours(error: BaseException, consumer: str) -> HeadraceError:
-    """Return an error as one of ours, its NAME being `consumer`: what else a plugin may raise is a fault in its code."""
-    if not isinstance(error, HeadraceError):
-        said = f"The consumer {consumer} raised {described(error)}."
-        return Misconfigured("consumer-failed", said, "Mend it, and start it again.")
-    error.remedy = re.sub(r"\bNAME\b", consumer, error.remedy)
-    return error
-
-
 def _at_a_state(reader: Reader | FeedReader) -> bool:
     """Whether the position that was opened ends a state; where more is to come that is not known."""
     if isinstance(reader, FeedReader):
@@ -370,8 +368,7 @@ def _at_a_state(reader: Reader | FeedReader) -> bool:
 
 
 def _is_due(consumer: Consumer) -> bool:
-    due: Callable[[], bool] | None = getattr(consumer, "due", None)
-    return due is not None and due()
+    return bool(getattr(consumer, "due", bool)())
 
 
 def _copy(position: Position) -> Position:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace import codec
-from headrace.change import Row, TableSchema
+from headrace.change import Row, TableSchema, Version
 from headrace.documents import Count, Document, DocumentConsumer, Many, Node, One, Window
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
+from headrace.runner.worker import Worker
 from headrace.settings import Settings
 from tests.fixtures.documents import (
     CATEGORIES,
@@ -293,6 +295,59 @@ def test_a_stale_generation_is_opened_by_other_code_with_the_rows_that_it_has(wo
     world.cls = type("Products", (Other,), {"store": world.store})
     assert stands is not None
     assert world.opened_at() == stands
+
+
+def test_a_generation_that_stands_is_at_what_readers_see_though_its_local_rows_are_lost(world: World) -> None:
+    """Else it is at nothing for ever, and no rollback goes to it."""
+    shop(world.log)
+    world.run()
+    world.lose_local()
+    log: Any = SimpleNamespace(settings=world.settings, topics=SimpleNamespace(names=set))  # nothing is parked
+    worker = Worker(log, world.start, GENERATION, still=True)
+    worker.start()
+    try:
+        assert worker.call(lambda _consumer: worker.state.version).result(5) == Version(1, 100)
+        assert worker.opened == world.store.open(GENERATION)
+    finally:
+        worker.stop()
+        worker.join()
+
+
+def test_a_generation_that_readers_have_seen_stays_when_its_reload_is_refused(world: World) -> None:
+    """It is what a rollback goes to [I8]."""
+
+    def refuse(*_: Any) -> None:
+        raise Refused("away-too-long", "Its pieces are older than tombstones stay.")
+
+    shop(world.log)
+    world.run()
+    world.lose_local()
+    world.run(piece=1, stop_after=2)
+    log: Any = SimpleNamespace(settings=world.settings, topics=SimpleNamespace(names=set), reader=refuse)
+    worker = Worker(log, world.start, GENERATION)
+    worker.start()
+    try:
+        assert worker.call(lambda _consumer: (worker.state.phase, worker.state.version)).result(5) == (
+            "stopped",
+            Version(1, 100),
+        )
+    finally:
+        worker.stop()
+        worker.join()
+    world.check()
+
+
+def test_who_asks_a_worker_that_ends_hears_so(world: World) -> None:
+    """Else the promotion of a first build would be waited for, and never tried again."""
+    log: Any = SimpleNamespace(settings=world.settings)
+    worker = Worker(log, world.start, GENERATION)
+    worker.stop()
+    asked = worker.call(lambda _consumer: None)
+    worker.start()
+    worker.join()
+    with pytest.raises(Transient) as told:
+        asked.result(0)
+    assert told.value.code == "worker-busy"
 
 
 def test_a_reload_is_refused_when_tombstones_may_be_gone(world: World) -> None:

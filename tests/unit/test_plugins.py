@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from headrace import plugins
-from headrace.errors import Misconfigured
+from headrace.errors import Misconfigured, as_ours
 from headrace.fingerprint import fingerprint
-from headrace.runner.worker import as_ours
 from headrace.settings import Settings
 
 CODE = """
