@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from headrace.change import Version, format_lsn, parse_lsn
+from headrace.change import Checkpoint, Version, format_lsn, parse_lsn
 from headrace.cli.show import out, print_json
 from headrace.cli.source import source_facts
-from headrace.control import Control
-from headrace.errors import USAGE, Misconfigured
+from headrace.control import DEAD_SECONDS, Control
+from headrace.errors import USAGE, Misconfigured, Transient
 from headrace.log import Log
 from headrace.settings import load
 from headrace.waiting import check_epoch, reached
+
+_LOOK_SECONDS = 0.5
 
 
 def wait(
@@ -32,7 +34,7 @@ def wait(
 
     The LSN of a write is what `SELECT pg_current_wal_insert_lsn()` says on its connection after COMMIT has returned; without --lsn Postgres
     is asked here. A view says once a second how far it is, so the wait ends that much later. One of which records are parked, that is
-    paused or has stopped does not come there: that is said at once.
+    paused or has stopped does not come there: that is said at once. While capture takes the first snapshot, that is waited for too.
 
     Exit codes: 0 they see it; 2 the LSN is none; 3 one does not come there before somebody changes something, no process runs it, or the
     LSN is of an earlier epoch; 5 not in time, or a server does not answer.
@@ -47,7 +49,10 @@ def wait(
     log = Log(load())
     log.require_checkpoints()
     control = Control(log)
-    wanted = _wanted(log, lsn)
+    named, at_lsn = _parsed(lsn if lsn is not None else _now(log))
+    newest = log.newest_checkpoint(complete=True) or _first_state(log, control, names, timeout)
+    wanted = Version(newest.version.epoch if named is None else named, at_lsn)
+    check_epoch(wanted, newest.version)
     found = [reached(control, name, wanted, max(0.0, began + timeout - time.monotonic())) for name in names]
     if json:
         at = {"epoch": wanted.epoch, "lsn": format_lsn(wanted.lsn)}
@@ -63,25 +68,34 @@ def wait(
         out.print(f"{report.name} shows {report.version}, and so {wanted}", markup=False)
 
 
-def _wanted(log: Log, text: str | None) -> Version:
-    """Return the version to wait for; of an LSN alone the epoch is the log's.
+def _first_state(log: Log, control: Control, names: list[str], seconds: float) -> Checkpoint:
+    """Wait for the first snapshot while a capture runs. What was started just now has not reported yet: it has ten seconds.
 
     Raises:
-        Misconfigured: `nothing-captured`, `token-void`, `no-source`.
+        Misconfigured: `nothing-captured`; Transient: `view-behind`.
     """
-    newest = log.newest_checkpoint(complete=True)
-    if newest is None:
-        said = f"The log of {log.settings.source} has no complete checkpoint."
-        raise Misconfigured("nothing-captured", said, "Run: headrace capture")
-    wanted = _parsed(text if text is not None else _now(log), newest.version.epoch)
-    check_epoch(wanted, newest.version)
-    return wanted
+    began = time.monotonic()
+    while True:
+        waited = time.monotonic() - began
+        reports = control.reports()  # before the log, in which a capture that has ended has all that it will ever write
+        newest = log.newest_checkpoint(complete=True)
+        starting = waited < min(seconds, DEAD_SECONDS) and not {"capture", *names} <= reports.keys()
+        if newest is not None and not starting:
+            return newest
+        if newest is None and not starting and all(capture.gone for capture in reports.get("capture", [])):
+            said = f"The log of {log.settings.source} has no complete checkpoint."
+            raise Misconfigured("nothing-captured", said, "Run: headrace capture")
+        if newest is None and waited > seconds:
+            said = f"The first snapshot of {log.settings.source} is not complete, after {seconds:.0f} s."
+            raise Transient("view-behind", said, "See: headrace status")
+        time.sleep(_LOOK_SECONDS)
 
 
-def _parsed(text: str, epoch: int) -> Version:
+def _parsed(text: str) -> tuple[int | None, int]:
+    """Return epoch and LSN; of an LSN alone the epoch is the log's."""
     named, _, lsn = text.rpartition("@")
     try:
-        return Version(int(named or epoch), parse_lsn(lsn))
+        return int(named) if named else None, parse_lsn(lsn)
     except ValueError:
         typer.echo(f"{text!r} is no LSN; they look like 0/17ABA90, or with an epoch 1@0/17ABA90.", err=True)
         raise typer.Exit(USAGE) from None

@@ -52,6 +52,38 @@ def test_it_names_its_topics_and_deletes_those_and_no_others(system: System) -> 
     assert "nothing of headrace is left" in system.run("teardown", "--topics", "--yes")
 
 
+def test_it_takes_no_log_from_a_capture_that_runs_nor_one_of_another_source(
+    system: System, fresh_database: Callable[[], str]
+) -> None:
+    """HEADRACE_SLOT or HEADRACE_DSN is not what capture has, or the snapshot runs: nobody is seen at the slot."""
+    settings = system.settings
+    another = ({"HEADRACE_SLOT": "another"}, {"HEADRACE_DSN": fresh_database()})
+    log = Log(settings)
+
+    def refuses(code: str, *environs: dict[str, str]) -> None:
+        for environ in environs:
+            ended = system.ask("teardown", "--topics", "--yes", environ=environ)
+            assert (ended.code, f"code {code}:" in ended.err) == (3, True), ended
+            assert log.topics.names() >= set(log.own_topics()) > set()
+            assert rows(settings, "SELECT pubname FROM pg_publication") == [(settings.publication,)]
+
+    execute(settings, "CREATE TABLE items (id int PRIMARY KEY)", "CREATE TABLE held (id int PRIMARY KEY)")
+    system.run("setup", "--apply")
+    with psycopg.connect(settings.dsn) as application:
+        application.execute("LOCK TABLE held IN ACCESS EXCLUSIVE MODE")
+        system.start("capture", "capture")
+        eventually("the snapshot has its slot", lambda: slot_facts(settings)["exists"] and system.control.reports())
+        refuses("slot-active", {}, *another)
+    eventually("the snapshot is in the log", lambda: log.newest_checkpoint(complete=True))
+    refuses("slot-active", {}, *another)
+    assert "slot-active" in system.ask("teardown", "--yes", environ=another[0]).err
+    assert system.ends("capture") == 0
+    refuses("other-source", *another)
+    nowhere = system.ask("teardown", "--yes", environ={"HEADRACE_KAFKA": "127.0.0.1:1"})
+    assert (nowhere.code, "Whether capture runs was not looked at" in nowhere.err) == (0, True), nowhere
+    assert "is gone" in system.run("teardown", "--topics", "--yes")
+
+
 @pytest.fixture
 def role(fresh_database: Callable[[], str]) -> Iterator[tuple[Settings, str]]:
     """Settings of an empty database, and a role that may log in and no more."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import orjson
+import psycopg
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -20,6 +21,7 @@ from headrace.waiting import reached
 from tests.fixtures.capture import Running, capturing, eventually, execute, now, prepare, rows
 from tests.fixtures.parked import Picky, forbid
 from tests.fixtures.plain import Plain
+from tests.fixtures.processes import System
 from tests.fixtures.serving import await_live, serving
 
 VIEW = "plain"
@@ -98,6 +100,26 @@ def test_who_would_wait_in_vain_is_told_at_once(settings: Settings, capture: Run
         eventually("it goes on", lambda: control.running(VIEW)[0].phase == "live")
         assert command(settings, "wait", VIEW).exit_code == 0
         assert Plain(settings, VIEW).rows() == selected(settings)
+
+
+def test_the_first_snapshot_is_waited_for_while_a_capture_takes_it(system: System) -> None:
+    """As the README has it: capture and the view are started just before, in the background."""
+    settings = system.settings
+    execute(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1)")
+    assert refused(settings, "warehouse", "--timeout", "0").code == "nothing-captured"
+    system.run("setup", "--apply")
+    with psycopg.connect(settings.dsn) as application:
+        application.execute("UPDATE items SET n = 2")  # the slot, and so the snapshot, waits for its end
+        system.start("capture", "capture")
+        system.start("warehouse", "run", "warehouse")
+        ended = system.ask("wait", "warehouse", "--timeout", "5")
+        assert (ended.code, "view-behind" in ended.err, "headrace capture" in ended.err) == (5, True, False), ended
+        system.start("wait", "wait", "warehouse", "--timeout", "100")
+        assert system.ask("wait", "warehouse", "--timeout", "0.5").code == 5
+    eventually("it sees it", lambda: not system.alive("wait"))
+    assert system.ends("wait") == 0, system.output("wait").read_text()
+    assert "1" in system.run("sql", "SELECT count(*) AS n FROM items")
+    assert system.ends("capture") == 0
 
 
 def test_a_wait_that_lasts_over_a_recovery_does_not_answer_for_an_epoch_that_is_void(settings: Settings) -> None:

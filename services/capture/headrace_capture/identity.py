@@ -12,7 +12,6 @@ and newer).
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import NamedTuple
 
 from psycopg import sql
@@ -117,18 +116,23 @@ def check(checkpoint: Checkpoint | None, here: Here, slot: Slot | None, remains:
                 f"Name another one by HEADRACE_SLOT{drop if slot.fits(here.source.database) else ''}.",
             )
         return
-    if replace(checkpoint.source, timeline=0) != replace(here.source, timeline=0):
-        raise Misconfigured(
-            "other-source",
-            f"The log is of {_told(checkpoint.source)}; this is {_told(here.source)}: their positions do not compare.",
-            f"Let HEADRACE_DSN, HEADRACE_SLOT and HEADRACE_PUBLICATION name the first, or set HEADRACE_SOURCE for a new log. "
-            f"If this is the same database on another server: {MEND}",
-        )
+    check_source(checkpoint.source, here.source)
     if checkpoint.snapshot != "running":
         _check_history(checkpoint, here)
         _check_slot(checkpoint, here.source, slot)
     elif slot is not None and not slot.fits(here.source.database):
         raise Misconfigured("slot-lost", foreign(here.source.slot, slot), f"{_ANOTHER}; then: {MEND}")
+
+
+def check_source(log: Source, here: Source) -> None:
+    """Raise Misconfigured: `other-source`, unless the log is of this source, perhaps before a failover."""
+    if not log.same_but_timeline(here):
+        raise Misconfigured(
+            "other-source",
+            f"The log is of {_told(log)}; this is {_told(here)}: their positions do not compare.",
+            f"Let HEADRACE_DSN, HEADRACE_SLOT and HEADRACE_PUBLICATION name the first, or set HEADRACE_SOURCE for a new log. "
+            f"If this is the same database on another server: {MEND}",
+        )
 
 
 def foreign(name: str, slot: Slot) -> str:

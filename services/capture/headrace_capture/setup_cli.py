@@ -10,11 +10,12 @@ from rich.markup import escape
 from rich.table import Table as Shown
 
 from headrace.cli.show import agree, out, print_json
+from headrace.errors import Transient
 from headrace.log import Log
 from headrace.settings import Settings, load
 from headrace_capture import setup as making
 from headrace_capture import teardown as removing
-from headrace_capture.catalog import connect
+from headrace_capture.catalog import Connection, connect
 
 Dsn = Annotated[
     str | None, typer.Option("--dsn", metavar="DSN", help="Connect as this role; HEADRACE_DSN when not given.")
@@ -87,7 +88,8 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
     It says what it would do, and asks. With --json it does not ask: nothing is done without --yes. Views and their stores stay:
     see `headrace drop`.
 
-    Exit codes: 0 it is gone; 2 nobody agreed, nothing was changed; 3 capture is still running, or the role may not do it;
+    Exit codes: 0 it is gone; 2 nobody agreed, nothing was changed; 3 capture is still running, the topics are of another
+    server, database, slot or publication than these settings, or the role may not do it;
     5 Postgres, or Kafka for --topics, does not answer, or a table is locked.
 
     Examples:
@@ -99,6 +101,7 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
     settings = _settings(dsn)
     log = Log(settings)
     with connect(settings.dsn, name="headrace teardown", setting=_where(dsn)) as connection:
+        _check(connection, log, topics=topics)
         removal = removing.plan(connection, settings)
         own = log.own_topics() if topics else []
         facts = removal.facts() | {"topics": own, "applied": yes}
@@ -115,6 +118,17 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
         print_json(facts)
     else:
         typer.echo(f"headrace is gone from source {settings.source}.")
+
+
+def _check(connection: Connection, log: Log, *, topics: bool) -> None:
+    try:
+        removing.check_unused(log)
+    except Transient as error:
+        if topics:
+            raise
+        typer.echo(f"Whether capture runs was not looked at: {error.message}", err=True)
+    if topics:
+        removing.check_log(connection, log)
 
 
 def _settings(dsn: str | None) -> Settings:

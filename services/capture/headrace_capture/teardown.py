@@ -13,13 +13,17 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from headrace.change import Source
+from headrace.control import DEAD_SECONDS, Control
 from headrace.errors import Misconfigured, Transient
+from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import catalog, rights
 from headrace_capture.catalog import Connection
 from headrace_capture.identities import WORDS
-from headrace_capture.identity import slot_of
+from headrace_capture.identity import check_source, slot_of
 from headrace_capture.memory import Memory, recall
+from headrace_capture.progress import NAME
 
 _LOCK_SECONDS = 3
 _Where = tuple[str, str]
@@ -64,6 +68,35 @@ def plan(connection: Connection, settings: Settings) -> Removal:
         else:
             statements.append(statement)
     return Removal(slot is not None, tuple(statement.as_string() for statement in statements), tuple(kept))
+
+
+def check_unused(log: Log) -> None:
+    """Refuse while a capture reports: another slot or database may be set here than there, and none is at its slot amid a snapshot.
+
+    Raises:
+        Misconfigured: `slot-active`; Transient: `kafka-away`.
+    """
+    for report in Control(log).reports().get(NAME, []):
+        if not report.gone:
+            said = (
+                f"A capture of source {log.settings.source} runs: it reported {report.age:.0f} s ago ({report.phase})."
+            )
+            remedy = (
+                f"Stop `headrace capture` first. One that was killed is known to be gone after {DEAD_SECONDS:.0f} s."
+            )
+            raise Misconfigured("slot-active", said, remedy)
+
+
+def check_log(connection: Connection, log: Log) -> None:
+    """Refuse to delete the log of another server, database, slot or publication.
+
+    Raises:
+        Misconfigured: `other-source`, `postgres-standby`.
+    """
+    newest, settings = log.newest_checkpoint(), log.settings
+    if newest is not None:
+        here = catalog.server(connection)
+        check_source(newest.source, Source(here.system_id, 0, here.database, settings.slot, settings.publication))
 
 
 def run(connection: Connection, settings: Settings, removal: Removal) -> None:
