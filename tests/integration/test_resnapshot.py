@@ -264,6 +264,28 @@ def test_one_row_by_its_key(commands: Settings) -> None:
     assert (refusal.value.code, refusal.value.remedy) == ("capture-not-running", "Run: headrace capture")
 
 
+def test_keys_of_an_extension_s_types_are_compared_by_their_own_operators(commands: Settings) -> None:
+    """ORDER BY takes them in any search_path; with ours a bare > would be that of text, or none: rows would be in no chunk."""
+    settings = replace(commands, cut_records=2)
+    prepare(
+        settings,
+        "CREATE EXTENSION citext",
+        "CREATE EXTENSION ltree",
+        "CREATE DOMAIN route AS ltree",
+        "CREATE TABLE names (id citext PRIMARY KEY)",
+        "INSERT INTO names VALUES ('apple'), ('banana'), ('Cherry'), ('Date'), ('elder')",
+        "CREATE TABLE places (n int, id route, name citext, PRIMARY KEY (n, id, name))",
+        "INSERT INTO places SELECT n, at::ltree, k.id FROM generate_series(1, 2) n, unnest('{a,a.b}'::text[]) at, names k",
+    )
+    with capturing(settings, chunked=True) as capture:
+        capture.hear("the initial snapshot is complete")
+        capture.reach()
+        reporting(settings)
+        resnapshot(["places"], key='{"n": 1, "id": "a.b", "name": "Date"}', wait=True)
+    assert replay(settings, "public.names") == selected(settings, "names")
+    assert len(replay(settings, "public.places")) == 20
+
+
 @contextmanager
 def unnoticed(settings: Settings, publish: str = "truncate") -> Iterator[None]:
     """Let the stream miss what is done meanwhile, but for `publish`, and capture not know that it did: nothing is read by itself."""

@@ -247,13 +247,38 @@ def _query(connection: catalog.Connection, publication: str, table: catalog.Tabl
     """Return the COPY of the rows that are asked for, in the key's order."""
     keys = sql.SQL(", ").join(map(sql.Identifier, table.key))
     if ask.key is not None:
-        where = sql.SQL("({}) = ({})").format(keys, _values(table, [ask.key[name] for name in table.key]))
+        where = _compared(connection, table, [ask.key[name] for name in table.key], "=")
     elif ask.after:
-        where = sql.SQL("({}) > ({})").format(keys, _values(table, ask.after))
+        where = _compared(connection, table, ask.after, ">")
     else:
         where = sql.SQL("true").format()
     rows = _select(connection, publication, table)
     return sql.SQL("COPY ({} AND {} ORDER BY {} LIMIT {}) TO STDOUT").format(rows, where, keys, sql.Literal(ask.most))
+
+
+def _compared(connection: catalog.Connection, table: catalog.Table, texts: Sequence[str], how: str) -> sql.Composed:
+    """Return the comparison of the key with these values, by the operators of the order that ORDER BY takes.
+
+    A bare one of an extension's type is looked for where our search_path has none: it would be that of text (citext), or missing.
+    """
+    bases = {column.name: column.base for column in table.columns}
+    schemas = connection.execute(_SCHEMAS, [[bases[name] for name in table.key]]).fetchall()
+    if all(schema == "pg_catalog" for (schema,) in schemas):
+        keys = sql.SQL(", ").join(map(sql.Identifier, table.key))
+        return sql.SQL("({}) {} ({})").format(keys, sql.SQL(how), sql.SQL(", ").join(_values(table, texts)))
+    columns = list(zip(table.key, _values(table, texts), schemas, strict=True))
+
+    def one(place: int, sign: str) -> sql.Composed:
+        name, value, (schema,) = columns[place]
+        operator = sql.SQL("OPERATOR({}.{})").format(sql.Identifier(schema), sql.SQL(sign))
+        return sql.SQL("{} {} {}").format(sql.Identifier(name), operator, value)
+
+    if how == "=":
+        return sql.SQL(" AND ").join(one(place, "=") for place in range(len(columns)))
+    beyond = one(len(columns) - 1, ">")
+    for place in reversed(range(len(columns) - 1)):
+        beyond = sql.SQL("({} AND ({} OR {}))").format(one(place, ">="), one(place, ">"), beyond)
+    return beyond
 
 
 def _select(connection: catalog.Connection, publication: str, table: catalog.Table) -> sql.Composed:
@@ -264,13 +289,13 @@ def _select(connection: catalog.Connection, publication: str, table: catalog.Tab
     return sql.SQL("SELECT {} FROM {} WHERE ({})").format(columns, source, only)
 
 
-def _values(table: catalog.Table, texts: Sequence[str]) -> sql.Composed:
+def _values(table: catalog.Table, texts: Sequence[str]) -> list[sql.Composed]:
     """Return the values of the key's columns as literals of their types."""
     types = {column.name: column.type for column in table.columns}
-    return sql.SQL(", ").join(
+    return [
         sql.SQL("{}::{}").format(sql.Literal(text), sql.SQL(types[name]))
         for name, text in zip(table.key, texts, strict=True)
-    )
+    ]
 
 
 def _wanted(connection: catalog.Connection, table: catalog.Table, key: dict[str, str]) -> list[bytes]:
@@ -281,7 +306,17 @@ def _wanted(connection: catalog.Connection, table: catalog.Table, key: dict[str,
             f"The key of {table.full_name} is ({', '.join(table.key)}), not ({', '.join(key)}).",
             "See --key.",
         )
-    query = sql.SQL("COPY (SELECT {}) TO STDOUT").format(_values(table, [key[name] for name in table.key]))
+    values = sql.SQL(", ").join(_values(table, [key[name] for name in table.key]))
+    query = sql.SQL("COPY (SELECT {}) TO STDOUT").format(values)
     with connection.cursor().copy(query) as copy:
         (line,) = list(copy)
     return copy_fields(bytes(line)[:-1])
+
+
+# Where the operators of a type's own default order are; a type without one (an enum, an array) has those of its kind, built in.
+_SCHEMAS = """
+SELECT coalesce(n.nspname, 'pg_catalog') FROM unnest(%s::text[]) WITH ORDINALITY u(base, place)
+LEFT JOIN pg_opclass c ON c.opcmethod = (SELECT oid FROM pg_am WHERE amname = 'btree') AND c.opcdefault AND c.opcintype = base::regtype
+LEFT JOIN pg_amop a ON a.amopfamily = c.opcfamily AND a.amopstrategy = 5 AND (a.amoplefttype, a.amoprighttype) = (c.opcintype, c.opcintype)
+LEFT JOIN pg_operator o ON o.oid = a.amopopr LEFT JOIN pg_namespace n ON n.oid = o.oprnamespace ORDER BY u.place
+"""
