@@ -6,7 +6,7 @@ The end is the last stable offset: librdkafka reports the end of a partition the
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ librdkafka for "the beginning" costs a look-up of half a second.)"""
 _BUNCH = 2_000
 """Messages that are taken at once: beside what it holds, each is a kilobyte or more here."""
 _SHORT_MS = 5
+_NONE: Mapping[tuple[str, int], int] = {}
 
 
 class Record(NamedTuple):
@@ -119,13 +120,16 @@ class Tail:
             first = self._consumer.poll(timeout)
             return [first, *self._consumer.consume(most, 0)] if first is not None else []
 
-    def to_end(self, timeout: float = 60.0) -> Iterator[Record]:
+    def to_end(self, timeout: float = 60.0, ends: Mapping[tuple[str, int], int] = _NONE) -> Iterator[Record]:
         """Yield records until every partition has been read to the end that it has now, whatever comes meanwhile.
+
+        At least to `ends`: a commit is answered before its marker is written, and until then the broker names an older end.
 
         Raises:
             Transient: `kafka-away`, when nothing comes for `timeout` seconds.
         """
-        missing = {place: end for place in self._starts if (end := self._end(place)) > self._starts[place]}
+        known = {place: max(self._end(place), ends.get(place, 0)) for place in self._starts}
+        missing = {place: end for place, end in known.items() if end > self._starts[place]}
         heard = time.monotonic()
         while missing:
             messages = self.poll(0.5)
@@ -137,7 +141,8 @@ class Tail:
                 place = (message.topic() or "", message.partition() or 0)
                 # The end may be a marker or a hole, which no message shows: then the partition's end is told instead.
                 at_end = end_of_partition(message)
-                if at_end or (message.offset() or 0) + 1 >= missing.get(place, 0):
+                there = message.offset() or 0
+                if (at_end and there >= ends.get(place, 0)) or (not at_end and there + 1 >= missing.get(place, 0)):
                     missing.pop(place, None)
                 if not at_end:
                     yield record(message)
@@ -175,13 +180,15 @@ def check_heard(at: float, timeout: float = 60.0) -> None:
         raise Transient("kafka-away", said, "Check HEADRACE_KAFKA and the broker.")
 
 
-def read_to_end(settings: Settings, starts: dict[tuple[str, int], int]) -> Iterator[Record]:
-    """Yield every committed record from `starts` to the end that each partition has now."""
+def read_to_end(
+    settings: Settings, starts: dict[tuple[str, int], int], ends: Mapping[tuple[str, int], int] = _NONE
+) -> Iterator[Record]:
+    """Yield every committed record from `starts` to the end that each partition has now, at least to `ends` (see `to_end`)."""
     if not starts:
         return
     # After the last record comes a marker, which no message shows: the end is known only when the broker has nothing more to give.
     tail = Tail(settings, starts, wait_ms=_SHORT_MS)
     try:
-        yield from tail.to_end()
+        yield from tail.to_end(ends=ends)
     finally:
         tail.close()

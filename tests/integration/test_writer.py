@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaException, Message
 
-from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.tail import BEGINNING, Tail, read_to_end
 from headrace.settings import Settings
 from headrace_ops.kafka import Kafka
 from tests.fixtures.capture import eventually
@@ -96,3 +96,23 @@ def test_a_key_is_in_the_partition_where_every_java_client_looks_for_it(settings
     starts = {(topic, partition): BEGINNING for partition in range(partitions)}
     placed = {record.key: record.partition for record in read_to_end(settings, starts)}
     assert placed == {key: (hashed & 0x7FFFFFFF) % partitions for key, hashed in MURMUR2.items()}
+
+
+def test_what_was_committed_is_read_to_its_end_though_its_marker_comes_late(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit is answered before; until then the partition ends earlier: a TRUNCATE would leave rows (S11), a snapshot delete some."""
+    feed = Feed(settings)
+    place = feed.log.topic_of(ITEMS), 0
+    for number in range(3):
+        feed.put(ITEMS, number, number)
+    poll = Tail.poll
+
+    def late(tail: Tail, *how: Any) -> list[Message]:
+        found = poll(tail, *how)
+        if feed.writer.opened_at and any(message.error() for message in found):
+            feed.seal()
+        return found
+
+    monkeypatch.setattr(Tail, "poll", late)
+    assert len(list(read_to_end(settings, {place: BEGINNING}, {place: 3}))) == 3

@@ -9,7 +9,7 @@ had from the key's newest record (S7). Rows are not kept: one that is wanted is 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -48,14 +48,15 @@ class LiveKeys:
         """Remove the file."""
         self.close()
 
-    def catch_up(self, tick: Callable[[], None]) -> None:
-        """Read the topic on to its end; `tick` is called now and then.
+    def catch_up(self, ends: Sequence[int], tick: Callable[[], None]) -> None:
+        """Read the topic on to its end, at least to `ends`, as the newest checkpoint names them; `tick` is called now and then.
 
         Raises:
             Transient: `kafka-away`; Misconfigured: `spool-full`.
         """
         bunch: list[Record] = []
-        for record in read_to_end(self._settings, dict(self._next)):
+        wanted = {(self._topic, partition): end for partition, end in enumerate(ends)}
+        for record in read_to_end(self._settings, dict(self._next), wanted):
             bunch.append(record)
             if len(bunch) >= _BUNCH:
                 self._take(bunch)
@@ -88,7 +89,8 @@ class LiveKeys:
             row = self._db.execute("SELECT partition, at FROM live WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
-        records = read_to_end(self._settings, {(self._topic, row[0]): row[1]})
+        place = self._topic, row[0]
+        records = read_to_end(self._settings, {place: row[1]}, {place: row[1] + 1})
         try:
             return next(record.value for record in records if record.key == key)
         finally:

@@ -223,9 +223,9 @@ class Snapshot:
             table = known.get(name) or self._gone(name)
             if table is None:
                 continue
-            seal()
+            ends = self._seal(version, "running").ends
             with LiveKeys(self._log, name) as live:
-                live.catch_up(self._progress.beat)
+                live.catch_up(ends.get(table.topic, []), self._progress.beat)
                 for count, key in enumerate(live.each(version, seal), start=1):
                     self._writer.produce(table.topic, key, stamp.value(table, 0, DELETE, NULL), stamp.headers(table, 0))
                     self._writer.produce(table.topic, key, None, stamp.headers(table, 0))

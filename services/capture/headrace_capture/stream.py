@@ -332,7 +332,7 @@ class Stream:
         for table in tables:
             self._seal_partial()
             with LiveKeys(self._log, table.name) as live:
-                live.catch_up(self._tick)
+                live.catch_up(self._cut.sealed.ends.get(table.topic, []), self._tick)
                 for key in live.each():
                     self._put_delete(table, key)
                     if self._cut.full:
@@ -371,12 +371,12 @@ class Stream:
             self._cut.seal((self._stamp.lsn, self._ordinal))
             self._sealed()
 
-    def _seal_partial(self) -> None:
-        """Commit all that came before the change that is at hand."""
-        if not self._writer.opened_at:
-            return
-        self._cut.seal((self._open_stamp.lsn, self._ordinal - 1))
-        self._sealed()
+    def _seal_partial(self) -> dict[str, list[int]]:
+        """Commit all that came before the change that is at hand; return where the log ends by then."""
+        if self._writer.opened_at:
+            self._cut.seal((self._open_stamp.lsn, self._ordinal - 1))
+            self._sealed()
+        return self._cut.sealed.ends
 
     def _seal(self) -> None:
         self._cut.seal()

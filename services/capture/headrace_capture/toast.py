@@ -159,7 +159,7 @@ class Filler:
         keys: tuple[bytes, bytes],
         row: Datums,
         xid: int,
-        seal: Callable[[], None],
+        seal: Callable[[], dict[str, list[int]]],
     ) -> Row:
         """Return the whole row.
 
@@ -168,7 +168,7 @@ class Filler:
             keys: The key before the change, and after it.
             row: The new row, with what the old one has of it.
             xid: The change's transaction.
-            seal: Commits what the log has been given before this change.
+            seal: Commits what the log has been given before this change; returns where its topics end by then.
 
         Raises:
             Transient: `reread-not-visible`.
@@ -189,8 +189,7 @@ class Filler:
         if again is not None:
             self.approximate.add(table.name)
             return [then if value is UNCHANGED else value for value, then in zip(whole, again, strict=True)], REREAD
-        seal()
-        return self._from_log(table, keys[0], whole), None
+        return self._from_log(table, keys[0], whole, seal().get(table.topic, [])), None
 
     def close(self) -> None:
         """Remove the files of live keys."""
@@ -246,10 +245,10 @@ class Filler:
         if self.doubted(table.name):
             raise Nowhere(f"a value of {table.name} was not in the stream, and its table has another shape by now")
 
-    def _from_log(self, table: Table, key: bytes, row: list[Datum]) -> list[Datum]:
+    def _from_log(self, table: Table, key: bytes, row: list[Datum], ends: list[int]) -> list[Datum]:
         if table.name not in self._live:
             self._live[table.name] = LiveKeys(self._log, table.name)
-        self._live[table.name].catch_up(self._tick)
+        self._live[table.name].catch_up(ends, self._tick)
         value = self._live[table.name].value(key)
         known = self._log.values.members(value) if value else {}
         for at, plan in enumerate(table.columns):
