@@ -79,7 +79,8 @@ def _first_state(log: Log, control: Control, names: list[str], seconds: float) -
         waited = time.monotonic() - began
         reports = control.reports()  # before the log, in which a capture that has ended has all that it will ever write
         newest = log.newest_checkpoint(complete=True)
-        starting = waited < min(seconds, DEAD_SECONDS) and not {"capture", *names} <= reports.keys()
+        silent = any(all(r.gone or r.ended for r in reports.get(name, [])) for name in ("capture", *names))
+        starting = silent and waited < min(seconds, DEAD_SECONDS)
         if newest is not None and not starting:
             return newest
         if newest is None and not starting and all(capture.gone for capture in reports.get("capture", [])):

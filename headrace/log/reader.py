@@ -167,7 +167,8 @@ class Reader:
             and (self._until is None or checkpoint.version <= self._until)
         ):
             before, self._newest = self._newest, checkpoint
-            self._behind_since = self._behind_since or time.time()
+            if checkpoint.version != self.position.version:  # capture writes of its jobs where the view stands, too
+                self._behind_since = self._behind_since or time.time()
             if before is not None and before.version.epoch != checkpoint.version.epoch:
                 self._check_topics([topic for topic in checkpoint.ends if topic in self.position.topics])
             self._add_topics(checkpoint)

@@ -71,13 +71,12 @@ class CutWriter:
         self.opened_at = 0.0
 
     def open(self) -> None:
-        """Fence every predecessor; complete or abort the transaction that it left (S3), until readers are shown all that was committed.
+        """Fence every predecessor; complete or abort the transaction that it left (S3). By then readers are shown all that was committed.
 
         Raises:
             Transient: `kafka-away`.
         """
         self._failed = None
-        self.close()
         self._producer = kafka.producer(
             self._settings,
             **{

@@ -219,28 +219,28 @@ class Worker(threading.Thread):
                 self._set(phase="stale" if self.still else "paused", error=None)
                 self._rest(consumer, lambda: self._resting and not self._moved)
                 return
-            reader = self._reader(consumer, position)
-            newest = reader.newest if isinstance(reader, Reader) else None
-            self._set(ahead=newest.version if newest else NOWHERE)
             try:
-                self._parking.check(consumer)  # after the reader: that a view is of another log comes first
-                self._follow(consumer, reader)
-            finally:
-                reader.close()
+                self._read(consumer, position)
+            except Refused as error:
+                loading = error.code == "build-too-slow" or (position is not None and position.loading)
+                if not loading or self.generation.live or getattr(consumer, "shows", None):
+                    raise
+                # Nobody has seen a build yet: one that makes no sense, or stood still for too long, begins again from zero (S19).
+                consumer.drop()
+                raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
         finally:
             consumer.close()
 
-    def _reader(self, consumer: Consumer, position: Position | None) -> Reader | FeedReader:
+    def _read(self, consumer: Consumer, position: Position | None) -> None:
         group = f"{self.generation.consumer}.g{self.generation.number}"
+        reader = self._log.reader(consumer.tables, position, group, self._until)
+        newest = reader.newest if isinstance(reader, Reader) else None
+        self._set(ahead=newest.version if newest else NOWHERE)
         try:
-            return self._log.reader(consumer.tables, position, group, self._until)
-        except Refused as error:
-            shown = self.generation.live or getattr(consumer, "shows", None)
-            if position is None or not position.loading or shown:
-                raise
-            # Nobody has seen a build yet: one that makes no sense, or stood still for too long, begins again from zero (S19).
-            consumer.drop()
-            raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
+            self._parking.check(consumer)  # after the reader: that a view is of another log comes first
+            self._follow(consumer, reader)
+        finally:
+            reader.close()
 
     def _follow(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
         self._stood = _copy(reader.position) if _at_a_state(reader) else None
@@ -368,7 +368,8 @@ def _at_a_state(reader: Reader | FeedReader) -> bool:
 
 
 def _is_due(consumer: Consumer) -> bool:
-    return bool(getattr(consumer, "due", bool)())
+    due = getattr(consumer, "due", None)
+    return bool(due and due())
 
 
 def _copy(position: Position) -> Position:

@@ -18,7 +18,7 @@ from headrace.control import Control
 from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings, environment
-from headrace_capture import attention, fingerprints, resnapshot
+from headrace_capture import attention, catalog, fingerprints, identities, resnapshot
 from headrace_capture.fingerprints import ColumnPrint, Fingerprint, silent
 from headrace_capture.recovery import recover
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
@@ -483,6 +483,9 @@ def test_a_partition_that_names_its_old_rows_by_another_index_is_told_and_a_dele
     running = Running(settings)
     try:
         running.reach()
+        execute(settings, "ALTER TABLE low REPLICA IDENTITY USING INDEX low_pkey")
+        with catalog.connect(settings.dsn, name="test") as connection:
+            assert identities.failing(connection, settings.publication) == [], "the root's key comes with its changes"
         execute(settings, "ALTER TABLE low REPLICA IDENTITY USING INDEX by_code")
         mends = running.hear("come without its key").partition("run: ")[2]
         assert mends == 'ALTER TABLE "public"."low" REPLICA IDENTITY DEFAULT'

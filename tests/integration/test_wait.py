@@ -112,7 +112,7 @@ def test_the_first_snapshot_is_waited_for_while_a_capture_takes_it(system: Syste
         application.execute("UPDATE items SET n = 2")  # the slot, and so the snapshot, waits for its end
         system.start("capture", "capture")
         system.start("warehouse", "run", "warehouse")
-        ended = system.ask("wait", "warehouse", "--timeout", "5")
+        ended = system.ask("wait", "warehouse", "--timeout", "12")
         assert (ended.code, "view-behind" in ended.err, "headrace capture" in ended.err) == (5, True, False), ended
         system.start("wait", "wait", "warehouse", "--timeout", "100")
         assert system.ask("wait", "warehouse", "--timeout", "0.5").code == 5

@@ -111,8 +111,9 @@ class Capture:
                 self._answered = True
                 checkpoint = self._resume(writer, here, slot)
                 if checkpoint is None or checkpoint.snapshot == "running":
-                    checkpoint = self._snapshot(writer, checkpoint, here, slot, connection)
-                    writer.open()  # a commit is answered before its markers are written; this is answered when readers see it all
+                    self._snapshot(writer, checkpoint, here, slot, connection)
+                    # A commit is answered before its markers are written. `open` is answered when readers see it all: begin anew.
+                    return
                 self._stream(writer, checkpoint, connection)
             finally:
                 with suppress(HeadraceError):

@@ -387,9 +387,9 @@ ORDER BY i.indrelid, i.indisprimary DESC, c.relname
 
 _LEAVES = f"""
 WITH RECURSIVE {LEAVES}
-SELECT l.root, c.oid, n.nspname, c.relname, c.relreplident::text
-FROM leaf l JOIN pg_class c ON c.oid = l.oid JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE l.root = ANY(%(oids)s) ORDER BY l.root, n.nspname, c.relname
+SELECT l.root, c.oid, n.nspname, c.relname, CASE WHEN l.root <> c.oid AND pk.indisreplident THEN 'd' ELSE c.relreplident::text END
+FROM leaf l JOIN pg_class c ON c.oid = l.oid LEFT JOIN pg_index pk ON pk.indrelid = c.oid AND pk.indisprimary
+JOIN pg_namespace n ON n.oid = c.relnamespace WHERE l.root = ANY(%(oids)s) ORDER BY l.root, n.nspname, c.relname
 """
 
 _WHAT_IS = """

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table as Shown
 
 from headrace.cli.show import agree, out, print_json
-from headrace.errors import Transient
+from headrace.errors import HeadraceError
 from headrace.log import Log
 from headrace.settings import Settings, load
 from headrace_capture import setup as making
@@ -123,8 +123,8 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
 def _check(connection: Connection, log: Log, *, topics: bool) -> None:
     try:
         removing.check_unused(log)
-    except Transient as error:
-        if topics:
+    except HeadraceError as error:
+        if topics or error.code == "slot-active":
             raise
         typer.echo(f"Whether capture runs was not looked at: {error.message}", err=True)
     if topics:

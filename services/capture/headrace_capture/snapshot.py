@@ -12,7 +12,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final
 
 from psycopg import errors, sql
@@ -95,6 +95,7 @@ class Snapshot:
         self._progress = progress
         self._stopped = stopped
         self._schemas = newest(log.schemas().values())
+        self._looked = 0.0
 
     def take(self, exporter: Replication) -> Checkpoint:
         """Make the slot, read all tables, remove what an earlier attempt left; return the complete checkpoint.
@@ -209,7 +210,10 @@ class Snapshot:
         old = writer.opened_at and time.monotonic() - writer.opened_at > LONGEST_SECONDS
         if old or writer.open_records >= self._log.settings.cut_records or writer.open_bytes >= FULL_BYTES:
             self._seal(version, "running")
-            self._writer.check_topics()
+            if time.monotonic() > self._looked + LONGEST_SECONDS:
+                with suppress(Transient):  # once more before it is complete
+                    self._writer.check_topics()
+                self._looked = time.monotonic()
 
     def _remove_older(self, stamp: Stamp, version: Version, tables: Iterable[Table]) -> None:
         """Delete every key that an earlier attempt wrote and this one did not (S6), also of tables that are captured no more."""

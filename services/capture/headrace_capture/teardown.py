@@ -82,7 +82,8 @@ def check_unused(log: Log) -> None:
                 f"A capture of source {log.settings.source} runs: it reported {report.age:.0f} s ago ({report.phase})."
             )
             remedy = (
-                f"Stop `headrace capture` first. One that was killed is known to be gone after {DEAD_SECONDS:.0f} s."
+                f"Stop `headrace capture` first; one that was killed is known to be gone after {DEAD_SECONDS:.0f} s. "
+                "If it is another database's, set another HEADRACE_SOURCE."
             )
             raise Misconfigured("slot-active", said, remedy)
 

@@ -242,7 +242,8 @@ class Act:
         """Return a file that a shell reads to use this stack."""
         path = self.folder / "env"
         mine = {name: value for name, value in self.programs.environment.items() if name.startswith("HEADRACE_")}
-        path.touch(0o600)  # there may be passwords in it
+        path.touch()
+        path.chmod(0o600)  # there may be passwords in it
         path.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in mine.items()))
         return path
 
