@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections import Counter
 from contextlib import ExitStack, suppress
 from itertools import groupby, pairwise
 
@@ -12,6 +13,7 @@ import orjson
 import psycopg
 import pytest
 
+from headrace.change import DELETE
 from headrace.log import Log
 from headrace.settings import Settings
 from tests.fixtures.capture import capturing, changes, execute, prepare, replay, rows, selected
@@ -45,6 +47,9 @@ def equal(settings: Settings, *tables: str, script: str = "") -> None:
         log = changes(settings, f"public.{table}")
         assert [version for version, _ in groupby(log, key=lambda c: c.version)] == sorted({c.version for c in log})
         assert all(a.ordinal <= b.ordinal for a, b in pairwise(log) if a.version == b.version and a.xid)
+        times = Counter((change.version, change.ordinal, change.key, change.op) for change in log)
+        # A delete has two records: its own and the tombstone.
+        assert all(many == (2 if op == DELETE else 1) for (*_, op), many in times.items()), script
 
 
 SCRIPTS = {
