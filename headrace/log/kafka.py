@@ -75,9 +75,8 @@ def producer(settings: Settings, **more: Any) -> Producer:
             # The broker counts the whole batch: leave room for key, headers and framing above the row's own limit.
             "message.max.bytes": settings.message_max_bytes + 1024 * 1024,
             "queue.buffering.max.messages": 200_000,
-            "queue.buffering.max.kbytes": max(
-                128 * 1024, settings.message_max_bytes // 1024 + 1024
-            ),  # one record must fit
+            # One record must fit, or `produce` says for ever that the queue is full.
+            "queue.buffering.max.kbytes": max(128 * 1024, settings.message_max_bytes // 1024 + 1024),
         }
         | more
     )

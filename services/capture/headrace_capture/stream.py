@@ -330,9 +330,9 @@ class Stream:
         if self._ordinal <= self._skip:
             return
         for table in tables:
-            self._seal_partial()
+            ends = self._seal_partial()
             with LiveKeys(self._log, table.name) as live:
-                live.catch_up(self._cut.sealed.ends.get(table.topic, []), self._tick)
+                live.catch_up(ends.get(table.topic, []), self._tick)
                 for key in live.each():
                     self._put_delete(table, key)
                     if self._cut.full:
