@@ -3,8 +3,9 @@
 A round has a seed, a new source, and the same servers, those of the tests in a folder of their own. For each seed there are two: of
 test_everything.py, which kills, pauses, rebuilds and parks whatever there is, and of test_kills.py, which reads the whole log by Kafka's
 own console consumer after each kill of what stands before it. After the first seed come the rebuilds of test_generations.py, readers
-polling. A round that has begun when the time is over is ended. The first one that does not hold ends it: `SEED=n` begins with that seed.
-The last lines count by what was killed, paused, rebuilt and parked.
+polling. When the time is over a round that has begun is ended, and rounds of test_kills.py go on until the kills that the log was read
+after are 200 for each hour. The first round that does not hold ends it: `SEED=n` begins with that seed. The last lines count by what was
+killed, paused, rebuilt and parked.
 
     python tests/soak.py [MINUTES [SEED]]
 """
@@ -19,9 +20,12 @@ from pathlib import Path
 
 import pytest
 
-STEPS, KILLS, REBUILDS = 12, 8, 10
+STEPS, KILLS, REBUILDS = 12, 20, 10
 """Of a round."""
-FILES = ("test_everything", "test_kills", "test_generations")
+KILLS_AN_HOUR = 200
+"""Of capture, broker or Postgres, with changes that are not in the log before and more after it, each with the log read as a whole."""
+KILLING = "test_kills"
+FILES = ("test_everything", KILLING, "test_generations")
 ROOT = Path(__file__).parents[1]
 COUNTED = {"kill": "kills", "pause": "pauses", "rebuild": "rebuilds", "park": "records parked"}
 
@@ -31,6 +35,8 @@ class Soak:
 
     def __init__(self, minutes: float) -> None:
         self.until = time.monotonic() + 60 * minutes
+        self.wanted = KILLS_AN_HOUR * minutes / 60
+        self.read = 0
         self.rounds = 0
         self.done: dict[str, Counter[str]] = {what: Counter() for what in COUNTED}
 
@@ -42,9 +48,10 @@ class Soak:
         items[:] = [items[at] for at in order]
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self) -> bool | None:
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """Leave out what would begin too late."""
-        return True if time.monotonic() > self.until else None
+        missing = self.read < self.wanted and item.path.stem == KILLING
+        return None if missing or time.monotonic() < self.until else True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count what a test has done."""
@@ -52,10 +59,12 @@ class Soak:
             self.rounds += 1
             for what, value in report.user_properties:
                 self.done[what][str(value)] += 1
+                self.read += KILLING in report.nodeid
 
     def told(self, *, held: bool) -> str:
         """Return all that in a few lines."""
         lines = [f"{self.rounds} rounds held{'' if held else ', the next one did not'}; in them were:"]
+        lines.append(f"{self.read} kills with the whole log read after each, wanted {self.wanted:.0f}")
         for what, name in COUNTED.items():
             each = ", ".join(f"{count} {which}" for which, count in sorted(self.done[what].items()))
             lines.append(f"{self.done[what].total()} {name}: {each}")
@@ -64,7 +73,7 @@ class Soak:
 
 def main(minutes: float, first: int) -> int:
     """Run rounds until the time is over; return pytest's exit code."""
-    os.environ["SOAK_SEEDS"] = ",".join(str(first + number) for number in range(int(minutes) + 1))
+    os.environ["SOAK_SEEDS"] = ",".join(str(first + number) for number in range(2 * int(minutes) + 2))
     os.environ |= {"SOAK_STEPS": str(STEPS), "SOAK_ROUND": str(KILLS), "SOAK_REBUILDS": str(REBUILDS)}
     os.chdir(ROOT)
     soak = Soak(minutes)

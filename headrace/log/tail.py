@@ -121,9 +121,10 @@ class Tail:
             return [first, *self._consumer.consume(most, 0)] if first is not None else []
 
     def to_end(self, timeout: float = 60.0, ends: Mapping[tuple[str, int], int] = _NONE) -> Iterator[Record]:
-        """Yield records until every partition has been read to the end that it has now, whatever comes meanwhile.
+        """Yield records until every partition has been read to the end that it has now, and none beyond it, whatever comes meanwhile.
 
-        At least to `ends`: a commit is answered before its marker is written, and until then the broker names an older end.
+        An end is the end of a transaction: more could be half of the next one. At least to `ends`: a commit is answered before its
+        marker is written, and until then the broker names an older end.
 
         Raises:
             Transient: `kafka-away`, when nothing comes for `timeout` seconds.
@@ -142,9 +143,9 @@ class Tail:
                 # The end may be a marker or a hole, which no message shows: then the partition's end is told instead.
                 at_end = end_of_partition(message)
                 there = message.offset() or 0
-                if (at_end and there >= ends.get(place, 0)) or (not at_end and there + 1 >= missing.get(place, 0)):
+                if (at_end and there >= ends.get(place, 0)) or (not at_end and there + 1 >= known[place]):
                     missing.pop(place, None)
-                if not at_end:
+                if not at_end and there < known[place]:
                     yield record(message)
 
     def _end(self, place: tuple[str, int]) -> int:

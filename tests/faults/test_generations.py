@@ -1,4 +1,4 @@
-"""Rebuilds under load and kills: readers of all three stores never see an empty, half-built, mixed or older view."""
+"""Rebuilds under load and kills: readers of every store never see an empty, half-built, mixed or older view."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPException
@@ -15,8 +16,11 @@ from pathlib import Path
 import pytest
 from elasticsearch import Elasticsearch as Client
 
-from headrace.errors import Misconfigured
+from headrace import codec
+from headrace.errors import HeadraceError, Misconfigured
+from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
+from headrace.stores.kafka.topic import live_topic
 from headrace.stores.redis.reader import PageReader
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_warehouse.cli import ask
@@ -27,7 +31,7 @@ from tests.fixtures.ticks import FILE, MAKE, ROWS, TICK, repeating
 REBUILDS = int(os.environ.get("SOAK_REBUILDS", "2"))
 """`make soak` makes ten."""
 GATES = ("verify", "counts", "none")
-SPECS = {"ticks_found": f"{FILE}:TicksFound", "ticks_pages": f"{FILE}:TicksPages"}
+SPECS = {name: f"{FILE}:{name.title().replace('_', '')}" for name in ("ticks_found", "ticks_pages", "ticks_stream")}
 FILES = tuple(part for spec in SPECS.values() for part in ("--consumer", spec))
 RUN = {name: ("--consumer", spec) for name, spec in SPECS.items()}
 VIEWS = (*SPECS, "warehouse")
@@ -61,7 +65,11 @@ class Reader(threading.Thread):
         self.join(60)
 
 
-def of_search(address: str, generations: set[str]) -> Callable[[], Iterator[int]]:
+Seen = defaultdict[int, list[int]]
+"""What readers saw of each generation."""
+
+
+def of_search(address: str, by_generation: Seen) -> Callable[[], Iterator[int]]:
     client = Client(address, max_retries=0)
 
     def poll() -> Iterator[int]:
@@ -69,7 +77,7 @@ def of_search(address: str, generations: set[str]) -> Callable[[], Iterator[int]
         seen = {hit["_source"]["n"] for hit in hits}
         indices = {hit["_index"] for hit in hits}
         assert (len(hits), len(seen), len(indices)) == (ROWS, 1, 1), hits
-        generations.update(indices)
+        by_generation[int(indices.pop().rpartition("g")[2])] += seen
         yield from seen
 
     return poll
@@ -95,6 +103,23 @@ def of_warehouse(settings: Settings) -> Callable[[], Iterator[int]]:
             ]
             assert (count, least) == (ROWS, most), "an answer is not one state"
             yield most
+
+    return poll
+
+
+def of_stream(settings: Settings, by_generation: Seen) -> Callable[[], Iterator[int]]:
+    def poll() -> Iterator[int]:
+        topic = live_topic(settings, "ticked")
+        assert topic, "the pointer points at nothing"
+        try:
+            found = {each.key: each.value for each in read_to_end(settings, {(topic, 0): BEGINNING})}
+        except HeadraceError:
+            assert live_topic(settings, "ticked") != topic, "what readers are pointed at is not there"
+            return
+        seen = {codec.loads(value)["n"] for value in found.values() if value}
+        assert (len(found), len(seen)) == (ROWS, 1), found
+        by_generation[int(topic.rpartition("g")[2])] += seen
+        yield from seen
 
     return poll
 
@@ -132,12 +157,13 @@ def test_readers_of_every_store_see_whole_and_newer_states_only_over_rebuilds_wi
     system: System, elasticsearch: Elasticsearch, record_property: Callable[[str, object], None]
 ) -> None:
     chance = random.Random(REBUILDS)
-    settings, generations = system.settings, set[str]()
+    settings, found, ticked = system.settings, Seen(list), Seen(list)
     execute(settings, *MAKE)
     system.up(*VIEWS, options=RUN)
     polls = {
-        "ticks_found": of_search(elasticsearch.address(), generations),
+        "ticks_found": of_search(elasticsearch.address(), found),
         "ticks_pages": of_pages(settings),
+        "ticks_stream": of_stream(settings, ticked),
         "warehouse": of_warehouse(settings),
     }
     readers = {name: Reader(poll) for name, poll in polls.items()}
@@ -161,7 +187,12 @@ def test_readers_of_every_store_see_whole_and_newer_states_only_over_rebuilds_wi
         reader.stop()
     assert {name: reader.wrong for name, reader in readers.items() if reader.wrong} == {}
     assert min(reader.polls for reader in readers.values()) > REBUILDS
-    assert len(generations) == REBUILDS + 1, "readers saw every generation"
+    assert set(found) == set(range(1, REBUILDS + 2)), "readers saw every generation"
+    for number in range(1, REBUILDS + 1):
+        of_old, of_new = found[number] + ticked[number], found[number + 1] + ticked[number + 1]
+        assert max(of_old) <= min(of_new), (
+            f"generation {number + 1} was promoted at another LSN in one store than in the other"
+        )
     system.verify("warehouse", options=FILES)
 
 

@@ -116,3 +116,22 @@ def test_what_was_committed_is_read_to_its_end_though_its_marker_comes_late(
 
     monkeypatch.setattr(Tail, "poll", late)
     assert len(list(read_to_end(settings, {place: BEGINNING}, {place: 3}))) == 3
+
+
+def test_nothing_is_read_beyond_the_end_that_there_was(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could be half of a transaction: what comes meanwhile is read with what came before, and bunches are cut anywhere."""
+    feed = Feed(settings)
+    place = feed.log.topic_of(ITEMS), 0
+    feed.put(ITEMS, 1, 1)
+    feed.seal()
+    end = Tail._end
+
+    def then_more(tail: Tail, where: tuple[str, int]) -> int:
+        was = end(tail, where)
+        for number in range(2, 4):
+            feed.put(ITEMS, number, number)
+        feed.seal()
+        return was
+
+    monkeypatch.setattr(Tail, "_end", then_more)
+    assert len(list(read_to_end(settings, {place: BEGINNING}))) == 1
