@@ -56,13 +56,15 @@ class FeedReader:
         self._decoder = Decoder(self.position.version.lsn)
         self._read_to: dict[Place, int] = {}
         self._goal: dict[Place, int] = {}
+        self._gone: dict[Place, bytes | None] = {}
         self._ends: Ends = {}
         self._asked = self._looked = self._told = 0.0
         self._whole = not self.position.loading
-        self._unread = False
-        self._behind_since: float | None = None
         self._tail = Tail(log.settings, {}, group)
         self._add_topics()
+        # What was written before this moment is read; and of a later moment, where the topics ended then.
+        self._fed = self.position.appended / 1000
+        self._next: tuple[float, Ends] | None = None
         self._check_position()
 
     def poll(self, timeout: float) -> Batch | None:
@@ -71,32 +73,29 @@ class FeedReader:
         Raises:
             Transient: `kafka-away`, `feed-topic-missing`.
             Poison: `undecodable-record`, `debezium-placeholder`, `debezium-truncate`.
-            Misconfigured: `feed-incomplete`; Refused: `build-too-slow`, `away-too-long` (S19).
+            Misconfigured: `feed-incomplete`, `partitions-changed` (S9).
+            Refused: `build-too-slow`, `away-too-long` (S19), `topic-replaced`.
         """
         self._require_tables()
         if time.monotonic() - self._looked > _TOPICS_SECONDS:
             self._add_topics()
+        self._ask_ends()
         changes = [
             change
             for message in self._tail.poll(timeout, self._log.settings.batch_records)
             if (change := self._take(message)) is not None
         ]
+        self._check_age()
+        self._note_read()
         reached = all(self._read_to[place] >= end for place, end in self._goal.items())
         due = reached and (not self._whole or time.monotonic() - self._told > _STILL_SECONDS)
         return self._batch(changes, reached=reached) if changes or due else None
 
     def lag(self) -> Lag:
         """Return what is missing up to where the topics end; there is no WAL to count."""
-        if time.monotonic() - self._asked > _ENDS_SECONDS:
-            self._ends = self._log.topics.ends({topic: len(at) for topic, at in self.position.offsets.items()})
-            self._asked = time.monotonic()
-        records = sum(
-            max(0, end - self._read_to.get((topic, partition), 0))
-            for topic, ends in self._ends.items()
-            for partition, end in enumerate(ends)
-        )
-        self._behind_since = (self._behind_since or time.time()) if records else None
-        return Lag(records, 0, time.time() - self._behind_since if self._behind_since else 0.0)
+        self._ask_ends()
+        records = self._unread(self._ends)
+        return Lag(records, 0, time.time() - self._fed if records else 0.0)
 
     def mirror(self) -> None:
         """Show the position as the offsets of the consumer group; nothing ever reads it back [I6]."""
@@ -113,23 +112,47 @@ class FeedReader:
             return None
         topic, partition, offset, _, key, value, _ = record(message)
         self._read_to[place] = offset + 1
-        return self._decoder.change(table_of(topic), partition, offset, key, value)
+        change = self._decoder.change(table_of(topic), partition, offset, key, value)
+        before, self._gone[place] = self._gone.get(place), key if change.op == DELETE else None
+        # The tombstone behind the `d` record says nothing new; a batch may end between the two.
+        return None if change.op == DELETE and key == before else change
+
+    def _ask_ends(self) -> None:
+        now = time.time()  # not the monotonic clock, which stands still while a machine sleeps
+        if 0 <= now - self._asked < _ENDS_SECONDS:
+            return
+        self._ends = self._log.topics.ends({topic: len(at) for topic, at in self.position.offsets.items()})
+        self._asked = now
+        self._next = self._next or (now, self._ends)
+        self._note_read()
+
+    def _note_read(self) -> None:
+        if self._next and not self._unread(self._next[1]):
+            self._fed, self._next = self._next[0], None
+
+    def _unread(self, ends: Ends) -> int:
+        return sum(
+            max(0, end - self._read_to.get((topic, partition), 0))
+            for topic, at in ends.items()
+            for partition, end in enumerate(at)
+        )
+
+    def _check_age(self) -> None:
+        if self.position.offsets:
+            check_age(self._log.settings, self.position, self._fed)
 
     def _batch(self, changes: list[Change], *, reached: bool) -> Batch:
         loading = self.position.loading
-        if self._unread and self.position.offsets:  # what there was at the opening, which may be as old as the position
-            check_age(self._log.settings, self.position)
         for (topic, partition), offset in self._read_to.items():
             self.position.offsets[topic][partition] = offset
         checkpoint = self._checkpoint() if reached else None
         self._whole = reached
         if checkpoint:
-            self._told, self._unread = time.monotonic(), False
+            self._told = time.monotonic()
             self.position = replace(self.position, version=checkpoint.version, appended=checkpoint.appended)
         if loading:
             changes = list({(change.table, change.key): change for change in changes}.values())
         else:
-            changes = [now for before, now in zip([None, *changes], changes, strict=False) if not _said(before, now)]
             changes.sort(key=lambda change: change.version)
         offsets = {topic: list(offsets) for topic, offsets in self.position.offsets.items()}
         position = replace(self.position, offsets=offsets, topics=dict(self.position.topics))
@@ -137,33 +160,29 @@ class FeedReader:
 
     def _checkpoint(self) -> Checkpoint:
         """Return what stands for a checkpoint: everything that was read is shown."""
-        decoder, now = self._decoder, int(time.time() * 1000)
+        decoder = self._decoder
         ends = {topic: list(offsets) for topic, offsets in self.position.offsets.items()}
         version = Version(EPOCH, decoder.highest)
-        return Checkpoint(version, decoder.commit_ts, decoder.xid, ends, self._source, appended=now)
+        return Checkpoint(version, decoder.commit_ts, decoder.xid, ends, self._source, appended=int(self._fed * 1000))
 
     def _add_topics(self) -> None:
+        """Read what has come, where every topic is yet what it was."""
         self._looked = time.monotonic()
-        new = [
-            topic
-            for topic in sorted(self._log.topics.names())
-            if self._reads(topic) and (topic, 0) not in self._read_to
-        ]
+        described = self._log.topics.describe([topic for topic in self._log.topics.names() if self._reads(topic)])
+        for topic, (identity, count) in described.items():
+            self._check_topic(topic, identity, count)
+        new = [topic for topic in sorted(described) if (topic, 0) not in self._read_to]
         if not new:
             return
         if not self.position.offsets:
             self.position.appended = int(
                 time.time() * 1000
             )  # a build begins: nothing that it reads was removed before now (S19)
-        described = self._log.topics.describe(new)
         counts = {topic: described[topic][1] for topic in new}
         begins, ends = self._log.topics.begins(counts), self._log.topics.ends(counts)
         starts: dict[Place, int] = {}
         for topic in new:
-            identity, count = described[topic]
-            if self.position.topics.setdefault(topic, identity) != identity:
-                raise refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
-            offsets = self.position.offsets.setdefault(topic, [0] * count)
+            offsets = self.position.offsets.setdefault(topic, [0] * counts[topic])
             if any(begin > offset for begin, offset in zip(begins[topic], offsets, strict=True)):
                 raise Misconfigured(
                     "feed-incomplete",
@@ -174,6 +193,17 @@ class FeedReader:
             self._goal |= {(topic, partition): end for partition, end in enumerate(ends[topic])}
         self._read_to |= starts
         self._tail.add({place: offset or BEGINNING for place, offset in starts.items()})
+
+    def _check_topic(self, topic: str, identity: str, count: int) -> None:
+        if self.position.topics.setdefault(topic, identity) != identity:
+            raise refused("topic-replaced", f"Topic {topic} is not the one that the view was built from.")
+        known = len(self.position.offsets.get(topic, ())) or count
+        if count != known:
+            raise Misconfigured(
+                "partitions-changed",
+                f"Topic {topic} has {count} partitions, the view knows {known}: keys are in others now, and their order is gone.",
+                "Begin a new feed: another topic.prefix, HEADRACE_SOURCE, a snapshot.",
+            )
 
     def _reads(self, topic: str) -> bool:
         prefix = f"{self._log.settings.source}."
@@ -195,18 +225,10 @@ class FeedReader:
 
     def _check_position(self) -> None:
         """Refuse a position that lies beyond the feed, or so far back that tombstones before its end may be gone (S19)."""
-        behind = self.position.loading
         for place, end in self._goal.items():
             if self._read_to[place] > end:
                 raise refused(
                     "position-ahead", f"The view is at {self._read_to[place]} of {place[0]}, which ends at {end}."
                 )
-            behind = behind or self._read_to[place] < end
-        self._unread = behind
-        if behind and self.position.offsets:
-            check_age(self._log.settings, self.position)
-
-
-def _said(before: Change | None, now: Change) -> bool:
-    """Whether `now` is the tombstone of the `d` record just before it."""
-    return before is not None and now.op == DELETE and before[:3] == now[:3]
+        self._ask_ends()
+        self._check_age()

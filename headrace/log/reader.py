@@ -78,6 +78,7 @@ class Reader:
         self._read_to: dict[Place, int] = {}
         self._paused: set[Place] = set()
         self._at_end: set[Place] = set()
+        self._gone: dict[Place, Change | None] = {}
         self._waiting = 0
         self._waiting_bytes = 0
         self.position = position or Position(source=self._newest.source if self._newest else None)
@@ -287,10 +288,10 @@ class Reader:
         """Decode what is kept below the target's ends, and move the position past it."""
         changes: list[Change] = []
         envelope_of = self._log.values.envelope
-        for (topic, partition), kept in self._kept.items():
-            end = _end((topic, partition), target)
-            table = table_of(topic)
-            before: Change | None = None
+        for place, kept in self._kept.items():
+            topic, partition = place
+            end, table = _end(place, target), table_of(topic)
+            before = gone = self._gone.get(place)  # a piece may end between the two records of a delete
             while kept and (offset := kept[0].offset() or 0) < end:
                 message = kept.popleft()
                 self._waiting -= 1
@@ -300,8 +301,9 @@ class Reader:
                 if not _says_nothing_new(change, before):
                     changes.append(change)
                 before = change
-            if before is not None:
+            if before is not None and before is not gone:
                 self.position.offsets[topic][partition] = before.offset + 1
+                self._gone[place] = before if before.op == DELETE else None
         self._learn_schemas({(change.table, change.schema) for change in changes})
         return changes
 

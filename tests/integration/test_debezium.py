@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from decimal import Decimal
@@ -15,10 +17,11 @@ import duckdb
 import orjson
 import pytest
 
+from headrace.consumer import Batch
 from headrace.control import Report
 from headrace.documents import Document, DocumentConsumer, Many, Max, Min, Node, Window
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
-from headrace.log import Log
+from headrace.log import FeedReader, Log, Reader
 from headrace.log.plain import PlainWriter
 from headrace.log.topics import CONTROL, checkpoints_topic
 from headrace.settings import Settings, environment
@@ -26,6 +29,7 @@ from headrace.stores.duckdb import DuckDBStore
 from headrace.stores.redis import PageReader, RedisPages
 from tests.fixtures.capture import eventually, execute, refused, rows, selected
 from tests.fixtures.debezium import connecting
+from tests.fixtures.feed import add_partition
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
 
@@ -189,18 +193,37 @@ def test_with_schemas_tables_are_typed_and_documents_are_themselves(
             )
 
 
-def test_a_delete_that_is_read_first_takes_no_column_away(fed: Settings, redis_server: object) -> None:
-    """A reader knows no shapes when it is opened, at each start and after each error: records as the connector writes them."""
-    writer = PlainWriter(fed)
+def writing(settings: Settings) -> Callable[[str, int, dict[str, Any] | None, int], None]:
+    """Return what writes a row, or its delete and the tombstone, as the connector writes them."""
+    writer = PlainWriter(settings)
 
     def write(table: str, id_: int, row: dict[str, Any] | None, lsn: int) -> None:
-        key, topic = b'{"id":%d}' % id_, Log(fed).topic_of(table)
+        key, topic = b'{"id":%d}' % id_, Log(settings).topic_of(table)
         source = {"ts_ms": 1795642386484, "txId": 7, "lsn": lsn, "sequence": f'["{lsn}","{lsn}"]'}
         said = {"op": "c" if row else "d", "before": None, "after": row, "source": source}
         writer.write(topic, key, orjson.dumps(said))
         if row is None:
             writer.write(topic, key, None)
 
+    return write
+
+
+def read(reader: FeedReader | Reader, records: int) -> list[Batch]:
+    """Poll until so many records are read, all of them shown."""
+    batches: list[Batch] = []
+    (topic,) = reader.position.offsets
+
+    def is_there() -> bool:
+        batches.extend(filter(None, [reader.poll(0.2)]))
+        return bool(batches) and batches[-1].complete and sum(batches[-1].position.offsets[topic]) == records
+
+    eventually(f"{records} records are read", is_there)
+    return batches
+
+
+def test_a_delete_that_is_read_first_takes_no_column_away(fed: Settings, redis_server: object) -> None:
+    """A reader knows no shapes when it is opened, at each start and after each error: records as the connector writes them."""
+    write = writing(fed)
     for table in ("public.customers", "public.orders", "public.gone"):
         Log(fed).ensure_table(table)
     write("public.gone", 1, None, 5)
@@ -248,6 +271,57 @@ def test_what_is_no_whole_row_or_no_feed_is_refused(fed: Settings, tmp_path: Pat
     assert refused(replace(fed, publication="other")).code == "no-checkpoints"
     with pytest.raises(Transient, match=r"no topic of public\.nothing"):
         Log(fed).reader(["public.nothing"], None).poll(0.1)
+
+
+@pytest.fixture
+def items(fed: Settings) -> Settings:
+    """A feed of items whose readers take one record or two at once."""
+    Log(fed).ensure_table("public.items")
+    writing(fed)("public.items", 1, {"id": 1}, 10)
+    return replace(fed, batch_records=1)
+
+
+def test_a_delete_is_told_once_wherever_a_batch_ends(items: Settings) -> None:
+    """Its two records come in two batches here, of the one key or of the other: the change between is one record."""
+    with closing(Log(items).reader(["public.items"], None)) as reader:
+        read(reader, 1)
+        for id_, row in ((1, None), (3, {"id": 3}), (2, None)):
+            writing(items)("public.items", id_, row, 20)
+        told = [change.key for batch in read(reader, 6) for change in batch.changes]
+    assert told == [b'{"id":1}', b'{"id":3}', b'{"id":2}']
+
+
+def test_s9_a_partition_that_is_added_is_refused(items: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in it is newer than what the others have of the same keys."""
+    monkeypatch.setattr("headrace.log.feed._TOPICS_SECONDS", 0.0)
+    with closing(Log(items).reader(["public.items"], None)) as reader:
+        position = read(reader, 1)[-1].position
+        add_partition(items, Log(items).topic_of("public.items"))
+        with pytest.raises(Misconfigured, match="has 2 partitions") as error:
+            reader.poll(0.1)
+    assert error.value.code == "partitions-changed"
+    with pytest.raises(Misconfigured, match="has 2 partitions"):
+        Log(items).reader(["public.items"], position)
+
+
+def test_s19_what_a_view_has_not_read_grows_too_old_also_while_it_reads(
+    items: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long nothing came, it has missed nothing."""
+    now, long, passed = time.time, items.delete_retention_ms / 1000 + 3600, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + sum(passed))
+    with closing(Log(items).reader(["public.items"], None)) as reader:
+        read(reader, 1)
+        passed.append(long)
+        assert reader.poll(0.1) is None
+        for id_ in range(2, 8):
+            writing(items)("public.items", id_, {"id": id_}, 20)
+        assert reader.poll(5.0), "it reads on"
+        passed.append(long)
+        assert reader.lag().seconds > long
+        with pytest.raises(Refused) as error:
+            reader.poll(0.1)
+    assert error.value.code == "away-too-long"
 
 
 def _pages(settings: Settings, view: str = "orders", *ids: str) -> dict[str, str | None]:

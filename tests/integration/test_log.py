@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
-from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, NewTopic, ResourceType
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from headrace import codec
 from headrace.change import Checkpoint, Column, Position, TableSchema, Version
@@ -23,7 +23,7 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import checkpoints_topic, table_of, topic_of
 from headrace.settings import Settings
 from tests.fixtures.capture import eventually
-from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed
+from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed, add_partition
 
 
 def drain(reader: Reader, until: Version, seconds: float = 20.0) -> list[Batch]:
@@ -236,6 +236,19 @@ def test_a_backlog_comes_in_pieces_of_bounded_size(feed: Feed, settings: Setting
     batches = drain(reader, whole.version)
     assert len(rows(batches)) == 50
     assert [batch.checkpoint is None for batch in batches][-1] is False
+    reader.close()
+
+
+def test_a_delete_is_told_once_wherever_a_piece_ends(feed: Feed, settings: Settings) -> None:
+    """Its two records come in two pieces here, of the one key or of the other: the change between is one record."""
+    first = feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))
+    reader = feed.log.reader([ITEMS], None)
+    position = drain(reader, first.version)[-1].position
+    reader.close()
+    last = feed.cut((ITEMS, 1, None), (ITEMS, 3, 30), (ITEMS, 2, None))
+    reader = Log(replace(settings, batch_records=1)).reader([ITEMS], position)
+    told = [change.key for batch in drain(reader, last.version) for change in batch.changes]
+    assert told == [codec.encode_key({"id": id_}) for id_ in (1, 3, 2)]
     reader.close()
 
 
@@ -529,17 +542,6 @@ def test_a_table_nobody_captures_is_named(feed: Feed) -> None:
 
 
 # S9: the partition count never changes
-
-
-def add_partition(settings: Settings, topic: str) -> None:
-    """Add a partition to a topic and wait until the broker describes it."""
-    wanted = Log(settings).partitions([topic])[topic] + 1
-    admin = AdminClient({"bootstrap.servers": settings.kafka})
-    admin.create_partitions([NewPartitions(topic, wanted)])[topic].result(30)
-    deadline = time.monotonic() + 30
-    while Log(settings).partitions([topic]) != {topic: wanted}:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_s9_more_partitions_than_the_checkpoint_knows_are_refused_by_who_writes_and_who_reads(

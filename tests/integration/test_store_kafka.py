@@ -13,9 +13,10 @@ from headrace import codec
 from headrace.change import Position, Row
 from headrace.consumer import Generation
 from headrace.documents import Document, DocumentConsumer, Node
-from headrace.errors import Misconfigured, Poison, Wiped
+from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.topics import Topics
 from headrace.settings import Settings
 from headrace.stores.kafka import KafkaTopic, live_topic, topic
 from headrace.testing import History, shape
@@ -193,6 +194,29 @@ def test_who_takes_a_name_that_is_taken_does_not_disturb_who_has_it(stream: Stre
     consumer.apply(batch)
     consumer.close()
     assert stream.read() == {"0": "pot", "1": "cup"}
+
+
+def test_a_drop_that_is_cut_short_is_ended_by_the_next_process(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left is no generation any more; its number is free, for other code too."""
+    stream.commit("kettle", "cup")
+    stream.catch_up(promote=True)
+    topics = Log(stream.settings).topics
+    with monkeypatch.context() as late:
+        late.setattr(Topics, "delete", _away)
+        consumer, _ = stream.open()
+        consumer.drop()
+        consumer.close()
+    assert (stream.read(), "titles.g1" in topics.names()) == (None, True)
+    assert Titles(stream.settings, "titles").generations() == []
+    assert "titles.g1" not in topics.names()
+    stream.generation = Generation("titles", 1, "abd")
+    stream.catch_up(promote=True)
+    assert Titles(stream.settings, "titles").generations() == [replace(stream.generation, live=True)]
+    assert stream.read() == {"0": "kettle", "1": "cup"}
+
+
+def _away(*_args: object, **_how: object) -> None:
+    raise Transient("kafka-away", "Kafka gave no answer.", "Check it.")
 
 
 @pytest.mark.parametrize("name", ["titles--replay", "other--replay"])

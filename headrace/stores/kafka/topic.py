@@ -3,7 +3,7 @@
 | topic                | key       | value                                                             |
 |----------------------|-----------|-------------------------------------------------------------------|
 | `<name>.g<N>`        | the id    | a document of generation N as JSON; a tombstone when it is gone    |
-| `<name>.generations` | `g<N>`    | of generation N: consumer, fingerprint, topic id, position         |
+| `<name>.generations` | `g<N>`    | of generation N: consumer, fingerprint, topic id, position; dropped |
 | `<name>.generations` | `live`    | the number of the generation that readers should read, its topic  |
 
 *Writing.* The documents of a state and the position are one Kafka transaction: they are never there without their position [I7], and a
@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from headrace import codec
@@ -63,6 +64,7 @@ class KafkaTopic:
         self._checked = 0.0
         self._count = partitions
         self._scans: dict[str, _Rows] = {}
+        self._tidy = False
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Kafka of `settings`."""
@@ -74,13 +76,19 @@ class KafkaTopic:
         self._known = _Known(settings, self._topics, self._pointers)
 
     def generations(self) -> list[Generation]:
-        """Return the generations that Kafka holds."""
+        """Return the generations that Kafka holds; the first call finishes drops that were cut short."""
         known = self._known.read()
         live = known.get(_LIVE, {}).get("generation")
+        ours = [facts for key, facts in known.items() if key != _LIVE and facts["consumer"] == self._consumer]
+        if not self._tidy:
+            left = [self._topic_of(facts["generation"]) for facts in ours if facts.get("dropped")]
+            with suppress(Misconfigured):  # where topics may not be deleted, who dropped it was told
+                self._topics.delete(left, wait=True)
+            self._tidy = True
         made = [
             Generation(facts["consumer"], facts["generation"], facts["fingerprint"], facts["generation"] == live)
-            for key, facts in known.items()
-            if key != _LIVE and facts["consumer"] == self._consumer
+            for facts in ours
+            if not facts.get("dropped")
         ]
         return sorted(made, key=lambda generation: generation.number)
 
@@ -116,7 +124,7 @@ class KafkaTopic:
 
     def _check(self, ours: dict[str, str], number: int) -> dict[str, Any]:
         """Return what is known of a generation; refuse one of other code, and a name of another's, before its writer is ended."""
-        known = self._known.read()
+        known = {key: each for key, each in self._known.read().items() if not each.get("dropped")}
         held = [each for key, each in known.items() if key != _LIVE]
         check_alone(ours["consumer"], [(self._topic_of(each["generation"]), each["consumer"]) for each in held])
         facts = known.get(_key(number), {})
@@ -160,14 +168,16 @@ class KafkaTopic:
         self._commit()
 
     def drop(self) -> None:
-        """Delete the topic, then forget it; readers that are pointed at it are pointed at nothing first."""
+        """Note that it is dropped, then delete the topic; readers that are pointed at it are pointed at nothing."""
         number = self._facts["generation"]
         if self._is_live(number):
             self._opened.write(self._pointers, _LIVE, None)
-            self._opened.commit()
-        self._topics.delete([self._topic_of(number)], wait=True)
-        self._opened.write(self._pointers, _key(number), None)
+        self._opened.write(self._pointers, _key(number), codec.dumps(self._facts | {"dropped": True}))
         self._commit({self._pointers: 1})
+        with suppress(Transient):  # it is dropped: `generations` does the rest, in the next process
+            self._topics.delete([self._topic_of(number)], wait=True)
+            self._opened.write(self._pointers, _key(number), None)
+            self._commit({self._pointers: 1})
 
     def close(self) -> None:
         """Leave."""
@@ -177,8 +187,9 @@ class KafkaTopic:
         self._scans = {}
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
-        """Return some documents as readers see them."""
-        return _Rows(self._documents()).named(ids)
+        """Return some documents as readers see them. It reads the topic, as a scan does: ask for many at once."""
+        wanted = set(ids)
+        return _Rows(each for each in self._documents() if each[0] in wanted).named(ids)
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id. A scan reads the topic when it begins; a few at once go on in turns."""
@@ -285,7 +296,7 @@ class KafkaTopic:
 class _Rows:
     """The newest document of each id at one moment, on disk in SQLite's temporary database [I10]."""
 
-    def __init__(self, documents: Iterator[tuple[str, bytes | None, int]]) -> None:
+    def __init__(self, documents: Iterable[tuple[str, bytes | None, int]]) -> None:
         self.since = time.monotonic()
         self._db = sqlite3.connect("", check_same_thread=False)
         self._db.execute("CREATE TABLE docs (id TEXT PRIMARY KEY, body BLOB, version INT) WITHOUT ROWID")
