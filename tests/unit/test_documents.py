@@ -15,11 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace import codec
-from headrace.change import Row, TableSchema, Version
+from headrace.change import NOWHERE, Position, Row, TableSchema, Version
 from headrace.documents import Count, Document, DocumentConsumer, Many, Node, One, Window
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
+from headrace.log import Lag
 from headrace.runner.worker import Worker
 from headrace.settings import Settings
+from tests.fixtures.capture import eventually
 from tests.fixtures.documents import (
     CATEGORIES,
     GENERATION,
@@ -335,6 +337,26 @@ def test_a_generation_that_readers_have_seen_stays_when_its_reload_is_refused(wo
         worker.stop()
         worker.join()
     world.check()
+
+
+def test_a_view_that_reloads_is_held_at_what_readers_see(world: World) -> None:
+    """S24: they would go back in time by a promotion of anything."""
+    shop(world.log)
+    world.run()
+    world.lose_local()
+    reader = SimpleNamespace(newest=None, position=Position(), lag=lambda: Lag(9, 9, 9.0), poll=lambda _seconds: None)
+    reader.mirror = reader.close = lambda: None
+    log: Any = SimpleNamespace(settings=world.settings, topics=SimpleNamespace(names=set), reader=lambda *_: reader)
+    worker = Worker(log, world.start, GENERATION)
+    worker.start()
+    try:
+        assert worker.hold(5, 5, whole=False) == Version(1, 100)
+        worker.release()
+        eventually("it loads", lambda: worker.state.phase == "loading")
+        assert (worker.state.version, worker.seen) == (NOWHERE, Version(1, 100))
+    finally:
+        worker.stop()
+        worker.join()
 
 
 def test_who_asks_a_worker_that_ends_hears_so(world: World) -> None:
