@@ -91,6 +91,7 @@ class Worker(threading.Thread):
         still: It only answers calls and applies nothing: the generation is of other code than the process's.
         paused: So it is for now, because somebody asked for it. Afterwards the view is opened anew, so that a position that has grown
             too old meanwhile is refused (S19).
+        shown: Readers have seen it, as far as is known.
         opened: The position that readers saw the view at when it was opened; as it is while still.
     """
 
@@ -100,7 +101,7 @@ class Worker(threading.Thread):
         """Prepare; `start` begins. It reads no further than the checkpoint at `until`."""
         super().__init__(name=f"{generation.consumer}-g{generation.number}", daemon=True)
         self.generation = generation
-        self.still, self.paused = still, False
+        self.still, self.paused, self.shown = still, False, False
         self.state = State()
         self.opened: Position | None = None
         self._log = log
@@ -183,6 +184,7 @@ class Worker(threading.Thread):
 
     def promote(self, consumer: Consumer) -> None:
         """Let readers see it, in this thread; where that has moved its position it is opened anew, and is at nothing until then (S25)."""
+        self.shown = True
         consumer.promote()
         if getattr(consumer, "moved", False):
             self._moved = True
@@ -236,10 +238,9 @@ class Worker(threading.Thread):
             try:
                 self._read(consumer, position)
             except Refused as error:
-                loading = error.code == "build-too-slow" or (position is not None and position.loading)
-                if not loading or self.generation.live or getattr(consumer, "shows", None):
+                if self.shown or self.generation.live or self.state.exact:
                     raise
-                # Nobody has seen a build yet: one that makes no sense, or stood still for too long, begins again from zero (S19).
+                # Nobody has seen this build: where it makes no sense, or stood still for too long, it begins again from zero (S19).
                 consumer.drop()
                 raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
         finally:

@@ -315,28 +315,39 @@ def test_a_generation_that_stands_is_at_what_readers_see_though_its_local_rows_a
         worker.join()
 
 
-def test_a_generation_that_readers_have_seen_stays_when_its_reload_is_refused(world: World) -> None:
-    """It is what a rollback goes to [I8]."""
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("stop_after", [0, 2], ids=["begun", "resumed"])
+def test_a_reload_that_is_refused_keeps_what_readers_have_seen_and_begins_a_build_again(
+    world: World, stop_after: int, shown: bool
+) -> None:
+    """The one is what a rollback goes to [I8]; the other would stop for nobody's sake."""
+    opened: list[Position | None] = []
 
-    def refuse(*_: Any) -> None:
+    def refuse(_tables: Any, position: Position | None, *_: Any) -> None:
+        opened.append(position)
+        if len(opened) > 1:
+            raise Misconfigured("enough", "It is opened anew.", "Look at it.")
         raise Refused("away-too-long", "Its pieces are older than tombstones stay.")
 
     shop(world.log)
     world.run()
     world.lose_local()
-    world.run(piece=1, stop_after=2)
+    world.run(piece=1, stop_after=stop_after)
     log: Any = SimpleNamespace(settings=world.settings, topics=SimpleNamespace(names=set), reader=refuse)
     worker = Worker(log, world.start, GENERATION)
+    worker.shown = shown
     worker.start()
     try:
-        assert worker.call(lambda _consumer: (worker.state.phase, worker.state.version)).result(5) == (
-            "stopped",
-            Version(1, 100),
-        )
+        eventually("it has stopped", lambda: worker.state.phase == "stopped")
+        if shown:
+            asked = worker.call(lambda _consumer: worker.state.version)
+            assert (asked.result(5), len(opened)) == (Version(1, 100), 1)
+            world.check()
+        else:
+            assert (len(opened), opened[1], world.store.bodies()) == (2, None, {})
     finally:
         worker.stop()
         worker.join()
-    world.check()
 
 
 def test_a_view_that_reloads_is_held_at_what_readers_see(world: World) -> None:
