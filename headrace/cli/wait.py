@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from headrace import plugins
 from headrace.change import Checkpoint, Version, format_lsn, parse_lsn
 from headrace.cli.show import out, print_json
 from headrace.cli.source import source_facts
@@ -34,7 +35,8 @@ def wait(
 
     The LSN of a write is what `SELECT pg_current_wal_insert_lsn()` says on its connection after COMMIT has returned; without --lsn Postgres
     is asked here. A view says once a second how far it is, so the wait ends that much later. One of which records are parked, that is
-    paused or has stopped does not come there: that is said at once. While capture takes the first snapshot, that is waited for too.
+    paused or has stopped does not come there: that is said at once. While capture takes the first snapshot, that is waited for too;
+    so is the process of a view that is installed here or has run before, which may have been started just now.
 
     Exit codes: 0 they see it; 2 the LSN is none; 3 one does not come there before somebody changes something, no process runs it, or the
     LSN is of an earlier epoch; 5 not in time, or a server does not answer.
@@ -53,6 +55,7 @@ def wait(
     newest = log.newest_checkpoint(complete=True) or _first_state(log, control, names, timeout)
     wanted = Version(newest.version.epoch if named is None else named, at_lsn)
     check_epoch(wanted, newest.version)
+    _await_processes(control, names, began + timeout)
     found = [reached(control, name, wanted, max(0.0, began + timeout - time.monotonic())) for name in names]
     if json:
         at = {"epoch": wanted.epoch, "lsn": format_lsn(wanted.lsn)}
@@ -90,6 +93,24 @@ def _first_state(log: Log, control: Control, names: list[str], seconds: float) -
             said = f"The first snapshot of {log.settings.source} is not complete, after {seconds:.0f} s."
             raise Transient("view-behind", said, "See: headrace status")
         time.sleep(_LOOK_SECONDS)
+
+
+def _await_processes(control: Control, names: list[str], until: float) -> None:
+    """Wait for what runs the views: what was started just now has not reported yet. A name that nobody knows is refused at once.
+
+    Raises:
+        Misconfigured: `consumer-not-running`, or what stopped a process.
+    """
+    known = control.reports().keys() | plugins.installed().keys()
+    for name in sorted(names, key=known.__contains__):
+        while True:
+            try:
+                control.running(name)
+                break
+            except Misconfigured as error:
+                if error.code != "consumer-not-running" or name not in known or time.monotonic() > until:
+                    raise
+            time.sleep(_LOOK_SECONDS)
 
 
 def _parsed(text: str) -> tuple[int | None, int]:

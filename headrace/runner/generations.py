@@ -258,7 +258,7 @@ class Generations:
     def begin(self, generation: Generation) -> Worker:
         """Serve a generation; one of other code stays still."""
         worker = Worker(self._log, self.make, generation, still=generation.fingerprint != self.fingerprint)
-        worker.paused = self.standing == PAUSED
+        worker.paused, worker.shown = self.standing == PAUSED, self.was_shown(generation.number)
         self.workers[generation.number] = worker
         worker.start()
         return worker

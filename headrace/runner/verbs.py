@@ -1,8 +1,8 @@
 """What may be asked of the generations of one consumer: rebuild, promote, roll back, drop, pause.
 
 Several views meet at one L by two requests each, of whoever promotes them (`headrace.cli.together`): ``hold`` stops the live generation and
-answers where it stands, and with the highest of these as L ``promote`` lets the new one reach L before the pointer moves. A hold ends by
-itself, so that nothing stays held when the asker dies; who promotes after that is refused.
+answers what readers have seen, and with the highest of these as L ``promote`` lets the new one reach L before the pointer moves. A hold
+ends by itself, so that nothing stays held when the asker dies; who promotes after that is refused.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Verbs:
             stopped = f" It has stopped: {error.message}" if error else ""
             raise Misconfigured("generation-behind", said + stopped, self._way_on(live, target))
         if live is not None and self._seen(live, target) > wanted:
-            said = f"{self._name} waited, and went on to {live.state.version} when it came back."
+            said = f"{self._name} waited, and went on to {live.seen} when it came back."
             raise Transient("hold-ended", said, "Promote it again.")
 
     def _way_on(self, live: Worker | None, target: Worker) -> str:
@@ -179,15 +179,15 @@ class Verbs:
         return f"To accept that run: headrace rollback {self._name} --stale. Otherwise: {rebuild}"
 
     def _held(self, live: Worker | None, target: Worker, seconds: float) -> Version:
-        """Stop the live generation for so long; return what readers have seen, NOWHERE when there is none.
+        """Stop the live generation for so long, in the middle of a backlog too; return what readers have seen, NOWHERE when there is none.
 
-        One that waits is not waited for.
+        One that waits is not waited for, and one that is compared itself stops at a complete state.
         """
         if live is None:
             return NOWHERE
         live.stand(seconds)
         if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
-            held = live.hold(seconds, _PATIENCE_SECONDS)
+            held = live.hold(seconds, _PATIENCE_SECONDS, whole=live is target)
             if not live.still:
                 return held
         return self._seen(live, target)
@@ -202,10 +202,10 @@ class Verbs:
         """
         error = self._generations.refusal(live)
         if error is None or error.code not in _ANOTHER_LOG:
-            return live.state.version
+            return live.seen
         if target.state.phase == "catching up":
             raise _not_caught_up(target)
-        return NOWHERE if target.state.phase == "following" else live.state.version
+        return NOWHERE if target.state.phase == "following" else live.seen
 
     # Standing still, and going
 

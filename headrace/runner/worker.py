@@ -22,13 +22,13 @@ from headrace.consumer import Batch, Consumer, Generation
 from headrace.errors import HeadraceError, Refused, Transient, Wiped, as_ours
 from headrace.log import FeedReader, Lag, Log, Reader
 from headrace.runner.parking import Parking, delayed, standing
+from headrace.runner.rate import Rate
 
 _POLL_SECONDS = 0.25
 _BACKOFF_SECONDS = (0.5, 30.0)
 _ANSWER_SECONDS = 0.1
 _STEP_SECONDS = 0.005
 _BEHIND_SECONDS = 5.0
-_RATE_SECONDS = 5.0
 
 T = TypeVar("T")
 Make = Callable[[], Consumer]
@@ -91,7 +91,8 @@ class Worker(threading.Thread):
         still: It only answers calls and applies nothing: the generation is of other code than the process's.
         paused: So it is for now, because somebody asked for it. Afterwards the view is opened anew, so that a position that has grown
             too old meanwhile is refused (S19).
-        opened: The position that the view had when it was opened; as it is while still.
+        shown: Readers have seen it, as far as is known.
+        opened: The position that readers saw the view at when it was opened; as it is while still.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Worker(threading.Thread):
         """Prepare; `start` begins. It reads no further than the checkpoint at `until`."""
         super().__init__(name=f"{generation.consumer}-g{generation.number}", daemon=True)
         self.generation = generation
-        self.still, self.paused = still, False
+        self.still, self.paused, self.shown = still, False, False
         self.state = State()
         self.opened: Position | None = None
         self._log = log
@@ -110,8 +111,9 @@ class Worker(threading.Thread):
         self._until = until
         self._parking = Parking(log, generation)
         self._stood: Position | None = None
-        self._hold_until, self._whole, self._moved = 0.0, True, False
-        self._rate = _Rate()
+        self._hold_until, self._hold_whole = 0.0, False
+        self._whole, self._moved = True, False
+        self._rate = Rate()
 
     # What the runner's thread calls
 
@@ -121,10 +123,11 @@ class Worker(threading.Thread):
         self._calls.put((function, future))
         return future
 
-    def hold(self, seconds: float, patience: float) -> Version:
+    def hold(self, seconds: float, patience: float, *, whole: bool = True) -> Version:
         """Stop at the end of a complete state; return its version. It goes on after `seconds`, or when released.
 
-        Asked again while it stands, it stands for so long from then on.
+        Not `whole`, it stops between the pieces of one too, which nobody sees, and what is returned is `seen`. Asked again while it
+        stands, it stands for so long from then on.
 
         Raises:
             Transient: `does-not-hold`, within `patience` seconds; or why it waits.
@@ -132,23 +135,33 @@ class Worker(threading.Thread):
         deadline = time.monotonic() + patience
         try:
             while True:
-                self.stand(patience + seconds)
+                self.stand(patience + seconds, whole=whole)
                 version = self.call(self._stands).result(max(0.0, deadline - time.monotonic()))
                 if version is not None:
-                    self.stand(seconds)
+                    self.stand(seconds, whole=whole)
                     return version
                 time.sleep(_STEP_SECONDS)
         except NoAnswer as error:
             self.release()
-            said = f"{self.name} did not reach a complete state in {patience:.0f} s."
-            raise Transient("does-not-hold", said, "Try again.") from error
+            what = "come to the end of a state" if whole else "end the step that it is in"
+            said = f"{self.name} ({self.state.phase}) did not {what} in {patience:.0f} s."
+            raise Transient("does-not-hold", said, "Try again; see headrace status") from error
         except HeadraceError:
             self.release()
             raise
 
-    def stand(self, seconds: float) -> None:
-        """Apply nothing for so long from now, but what ends a state; also when it waits, and comes back meanwhile."""
-        self._hold_until = time.monotonic() + seconds
+    def stand(self, seconds: float, *, whole: bool = False) -> None:
+        """Apply nothing for so long from now, but what ends a state if that is to be; also when it waits, and comes back meanwhile."""
+        self._hold_whole, self._hold_until = whole, time.monotonic() + seconds
+
+    @property
+    def seen(self) -> Version:
+        """What readers have seen at most, also of one that reloads its local rows.
+
+        Nobody sees pieces; but after an error between a state's rows and its position these may be as new as the log was at the opening.
+        """
+        version = max(self.state.version, self.opened.version if self.opened else NOWHERE)
+        return version if self._whole else max(version, self.state.ahead)
 
     def unpark(self, consumer: Consumer, function: Callable[[Consumer, Parking, Position], T]) -> T | None:
         """Return what `function` does with what is parked, in this thread, at a complete state; None within one, when it is not called."""
@@ -160,9 +173,9 @@ class Worker(threading.Thread):
         return done
 
     def _stands(self, consumer: Consumer) -> Version | None:
-        """Return the version of the state that is kept while it is held, all of it shown; None within a state, which is ended first."""
+        """Return what is `seen`, of a whole state all is shown; None within one that is to be ended first."""
         self.hurry(consumer)
-        return self.state.version if self._whole or self._resting else None
+        return self.seen if self._whole or not self._hold_whole else None
 
     def hurry(self, consumer: Consumer) -> None:
         """Show what is delayed, in this thread, if the view stands at a complete state and applies anything at all."""
@@ -171,6 +184,7 @@ class Worker(threading.Thread):
 
     def promote(self, consumer: Consumer) -> None:
         """Let readers see it, in this thread; where that has moved its position it is opened anew, and is at nothing until then (S25)."""
+        self.shown = True
         consumer.promote()
         if getattr(consumer, "moved", False):
             self._moved = True
@@ -198,7 +212,8 @@ class Worker(threading.Thread):
                     self._halt(error)
                     continue
                 if isinstance(error, Wiped):
-                    self._set(version=NOWHERE)  # before it is opened anew: nobody may take it for what it was
+                    self.opened = None  # before it is opened anew: nobody may take it for what it was
+                    self._set(version=NOWHERE)
                 wait = _BACKOFF_SECONDS[0] if self.state.phase != "waiting" else min(2 * wait, _BACKOFF_SECONDS[1])
                 self._set(phase="waiting", error=error)
                 self._answer_nothing(wait, error)
@@ -209,7 +224,8 @@ class Worker(threading.Thread):
         consumer.progress = self._progress
         try:
             position, resting = consumer.open(self.generation), self._resting
-            self.opened = position = (resting and getattr(consumer, "shows", None)) or position
+            self.opened = getattr(consumer, "shows", None) or position
+            position = self.opened if resting else position
             known = position or Position()
             self._stood, self._moved = None, False
             self._parking.open(position)
@@ -222,13 +238,13 @@ class Worker(threading.Thread):
             try:
                 self._read(consumer, position)
             except Refused as error:
-                loading = error.code == "build-too-slow" or (position is not None and position.loading)
-                if not loading or self.generation.live or getattr(consumer, "shows", None):
+                if self.shown or self.generation.live or self.state.exact:
                     raise
-                # Nobody has seen a build yet: one that makes no sense, or stood still for too long, begins again from zero (S19).
+                # Nobody has seen this build: where it makes no sense, or stood still for too long, it begins again from zero (S19).
                 consumer.drop()
                 raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
         finally:
+            self._whole = True  # pieces are gone
             consumer.close()
 
     def _read(self, consumer: Consumer, position: Position | None) -> None:
@@ -250,7 +266,7 @@ class Worker(threading.Thread):
             self._answer(consumer)
             if self._resting or self._moved:
                 return
-            if self._whole and time.monotonic() < self._hold_until:
+            if (self._whole or not self._hold_whole) and time.monotonic() < self._hold_until:
                 if self.state.phase == "waiting":
                     self._tell(consumer, reader)
                 time.sleep(_STEP_SECONDS)
@@ -375,24 +391,3 @@ def _is_due(consumer: Consumer) -> bool:
 def _copy(position: Position) -> Position:
     """Return a position that its reader does not move."""
     return codec.decode_position(codec.encode_position(position))
-
-
-class _Rate:
-    """Changes a second over the last seconds."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-        self._count = 0
-        self._last = 0.0
-
-    def add(self, count: int) -> None:
-        self._count += count
-
-    def now(self) -> float:
-        passed = time.monotonic() - self._since
-        if passed > _RATE_SECONDS:
-            self._last = self._count / passed
-            self._since, self._count = time.monotonic(), 0
-        elif passed > 1.0 and not self._last:
-            return self._count / passed
-        return self._last

@@ -31,6 +31,7 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import CONTROL
 from headrace.runner import generations, verbs
 from headrace.runner.scratch import NUMBER, Scratch
+from headrace.runner.worker import Worker
 from headrace.settings import Settings, environment
 from headrace.stores.elasticsearch import SearchReader
 from headrace.stores.redis.reader import PageReader
@@ -326,6 +327,55 @@ def test_a_view_that_waits_when_it_is_held_shows_nothing_newer_when_it_comes_bac
     assert Noted(settings, "one").rows() == {KEY: 0}
     assert two.ask("one", "promote", {"at": list(stood)})["generation"] == 2
     await_version(two, "one", first.version)
+
+
+class Piecemeal(Plain):
+    """Its first generation, once it is live, applies a piece when it may, and comes to no state before that."""
+
+    may: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+
+    def apply(self, batch: Batch) -> None:
+        if self._number == 1 and not batch.loading:
+            assert self.may.acquire(timeout=60)
+        super().apply(batch)
+
+
+def test_a_live_view_is_held_amid_its_backlog_for_a_promotion_and_not_to_be_compared(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody needs it to catch up first, which may take hours: readers see nothing of its pieces."""
+    monkeypatch.setattr(verbs, "_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(Piecemeal, "may", threading.Semaphore(0))
+    asked, stand = threading.Event(), Worker.stand
+
+    def stands(worker: Worker, *args: Any, **options: Any) -> None:
+        stand(worker, *args, **options)
+        asked.set()
+
+    monkeypatch.setattr(Worker, "stand", stands)
+    first = feed.cut((ITEMS, 1, 0))
+    with serving(replace(settings, batch_records=2), plain=Piecemeal) as control, ThreadPoolExecutor(1) as pool:
+        await_live(control, "plain")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        last = feed.cut(*((ITEMS, n, n) for n in range(40)))
+        eventually("the new one has caught up", lambda: report(control, "plain", 2).version == last.version)
+        try:
+            compared = pool.submit(control.ask, "plain", "hold", {"compare": True})
+            assert asked.wait(30)
+            Piecemeal.may.release(2)
+            with pytest.raises(Transient) as refused:
+                compared.result()
+            assert refused.value.code == "does-not-hold"
+            asked.clear()
+            promoted = pool.submit(control.ask, "plain", "promote")
+            assert asked.wait(30)
+            Piecemeal.may.release()
+            assert promoted.result() == {"generation": 2, "version": list(last.version), "before": 1}
+            assert Piecemeal(settings, "plain").version(1) == first.version, "it is still amid its backlog"
+        finally:
+            Piecemeal.may.release(1000)
+        eventually("the old one goes on", lambda: report(control, "plain", 1).version == last.version)
 
 
 def test_a_promotion_that_is_answered_as_busy_does_not_happen_later(

@@ -117,6 +117,7 @@ def test_a_restarted_runner_goes_on_where_the_store_says(
     generation = view.generations()[0]
     runner = serve()
     wait_for(lambda: view.rows() == {'{"id":1}': 10, '{"id":2}': 20})
+    assert runner.runner.generations.workers[1].shown
     assert view.generations() == [replace(generation, live=True)]
     assert runner.await_phase(1, "live").live
 
@@ -132,6 +133,7 @@ def test_a_rebuild_stands_beside_the_live_one_until_promoted(
     control = Control(Log(settings))
     assert control.ask("plain", "rebuild") == {"generation": 2}
     served.await_phase(2, "following")
+    assert not served.runner.generations.workers[2].shown
     assert control.ask("plain", "rebuild") == {"generation": 2}, "a build that is going on is gone on with"
     assert [g.live for g in view.generations()] == [True, False]
     control.ask("plain", "promote", {"generation": 2})

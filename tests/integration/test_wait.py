@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import orjson
@@ -65,6 +66,30 @@ def test_what_is_committed_is_seen_when_the_wait_is_over(settings: Settings, cap
         assert (said.exit_code, token in said.stdout) == (0, True)
         execute(settings, "CREATE TABLE unrelated AS SELECT 1 AS n")
         assert command(settings, "wait", VIEW).exit_code == 0, "also for what touched no captured table"
+
+
+def test_a_process_that_was_started_just_now_is_waited_for(
+    settings: Settings, capture: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a view that is known here: another name may be a typing error."""
+    with serving(settings, plain=Plain) as control:
+        await_live(control, VIEW)
+    assert refused(settings, VIEW, "--timeout", "0").code == "consumer-not-running"
+    running = Control.running
+    with ExitStack() as later:
+
+        def starts(control: Control, name: str) -> list[Report]:
+            try:
+                return running(control, name)
+            except Misconfigured:
+                monkeypatch.undo()
+                later.enter_context(serving(settings, plain=Plain))
+                raise
+
+        monkeypatch.setattr(Control, "running", starts)
+        assert command(settings, "wait", VIEW).exit_code == 0
+    error = refused(settings, VIEW, "typed")
+    assert error.message == "No process runs the consumer typed.", "and at once"
 
 
 def test_what_does_not_come_in_time_is_told_with_where_the_view_is(settings: Settings, capture: Running) -> None:

@@ -15,11 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace import codec
-from headrace.change import Row, TableSchema, Version
+from headrace.change import NOWHERE, Position, Row, TableSchema, Version
 from headrace.documents import Count, Document, DocumentConsumer, Many, Node, One, Window
 from headrace.errors import HeadraceError, Misconfigured, Poison, Refused, Transient
+from headrace.log import Lag
 from headrace.runner.worker import Worker
 from headrace.settings import Settings
+from tests.fixtures.capture import eventually
 from tests.fixtures.documents import (
     CATEGORIES,
     GENERATION,
@@ -313,28 +315,59 @@ def test_a_generation_that_stands_is_at_what_readers_see_though_its_local_rows_a
         worker.join()
 
 
-def test_a_generation_that_readers_have_seen_stays_when_its_reload_is_refused(world: World) -> None:
-    """It is what a rollback goes to [I8]."""
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("stop_after", [0, 2], ids=["begun", "resumed"])
+def test_a_reload_that_is_refused_keeps_what_readers_have_seen_and_begins_a_build_again(
+    world: World, stop_after: int, shown: bool
+) -> None:
+    """The one is what a rollback goes to [I8]; the other would stop for nobody's sake."""
+    opened: list[Position | None] = []
 
-    def refuse(*_: Any) -> None:
+    def refuse(_tables: Any, position: Position | None, *_: Any) -> None:
+        opened.append(position)
+        if len(opened) > 1:
+            raise Misconfigured("enough", "It is opened anew.", "Look at it.")
         raise Refused("away-too-long", "Its pieces are older than tombstones stay.")
 
     shop(world.log)
     world.run()
     world.lose_local()
-    world.run(piece=1, stop_after=2)
+    world.run(piece=1, stop_after=stop_after)
     log: Any = SimpleNamespace(settings=world.settings, topics=SimpleNamespace(names=set), reader=refuse)
     worker = Worker(log, world.start, GENERATION)
+    worker.shown = shown
     worker.start()
     try:
-        assert worker.call(lambda _consumer: (worker.state.phase, worker.state.version)).result(5) == (
-            "stopped",
-            Version(1, 100),
-        )
+        eventually("it has stopped", lambda: worker.state.phase == "stopped")
+        if shown:
+            asked = worker.call(lambda _consumer: worker.state.version)
+            assert (asked.result(5), len(opened)) == (Version(1, 100), 1)
+            world.check()
+        else:
+            assert (len(opened), opened[1], world.store.bodies()) == (2, None, {})
     finally:
         worker.stop()
         worker.join()
-    world.check()
+
+
+def test_a_view_that_reloads_is_held_at_what_readers_see(world: World) -> None:
+    """S24: they would go back in time by a promotion of anything."""
+    shop(world.log)
+    world.run()
+    world.lose_local()
+    reader = SimpleNamespace(newest=None, position=Position(), lag=lambda: Lag(9, 9, 9.0), poll=lambda _seconds: None)
+    reader.mirror = reader.close = lambda: None
+    log: Any = SimpleNamespace(settings=world.settings, topics=SimpleNamespace(names=set), reader=lambda *_: reader)
+    worker = Worker(log, world.start, GENERATION)
+    worker.start()
+    try:
+        assert worker.hold(5, 5, whole=False) == Version(1, 100)
+        worker.release()
+        eventually("it loads", lambda: worker.state.phase == "loading")
+        assert (worker.state.version, worker.seen) == (NOWHERE, Version(1, 100))
+    finally:
+        worker.stop()
+        worker.join()
 
 
 def test_who_asks_a_worker_that_ends_hears_so(world: World) -> None:
