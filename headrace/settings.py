@@ -7,6 +7,7 @@ Each field below is the setting `HEADRACE_<NAME>` in the environment and `<name>
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -24,6 +25,20 @@ _OUTSIDE = frozenset({"HEADRACE_CONFIG", "HEADRACE_STACK"})
 _LARGEST = 1_000_000_000 - 1024 * 1024
 """What librdkafka sends at most, less the room for key, headers and framing."""
 
+_CONNECTING = (
+    "security.",
+    "sasl.",
+    "ssl.",
+    "enable.ssl.",
+    "https.ca.",
+    "client.",
+    "socket.",
+    "broker.address.",
+    "reconnect.",
+)
+"""How the properties of librdkafka begin that say how to connect. The others are headrace's: what it promises rests on them."""
+_SECRET = re.compile(r"password|passphrase|secret|pem|private|config")
+
 
 def _setting(default: Any, doc: str, most: int | None = None) -> Any:
     return field(default=default, metadata={"doc": doc, "most": most})
@@ -38,6 +53,9 @@ class Settings:
     slot: str = _setting("headrace", "replication slot in the source")
     publication: str = _setting("headrace", "publication in the source")
     kafka: str = _setting("127.0.0.1:9092", "bootstrap servers of Kafka, comma separated")
+    kafka_options: str = _setting(
+        "", 'how to connect to Kafka, librdkafka\'s properties as JSON: {"security.protocol": "SASL_SSL", ...}'
+    )
     feed: str = _setting(
         "headrace", "who writes the log: headrace, or debezium: a connector whose topic.prefix is the source"
     )
@@ -48,6 +66,8 @@ class Settings:
         "http://127.0.0.1:8081/apis/ccompat/v7", "address of the schema registry (Confluent's API), for values in Avro"
     )
     elasticsearch: str = _setting("http://127.0.0.1:9200", "address of Elasticsearch")
+    elasticsearch_ca: str = _setting("", "file of the authority (PEM) that Elasticsearch's certificate is held against")
+    elasticsearch_api_key: str = _setting("", "API key for Elasticsearch, in place of user and password in its address")
     redis: str = _setting("redis://127.0.0.1:6379/0", "address of Redis")
     state: str = _setting("./.headrace", "folder for what consumers keep locally; may be lost, is rebuilt from the log")
     warehouse: str = _setting("./.headrace/warehouse.duckdb", "file of the warehouse")
@@ -119,6 +139,38 @@ def masked(value: str) -> str:
     return re.sub(r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", value)
 
 
+def shown(name: str, value: str) -> str:
+    """Return the value of a setting, named as in the environment, for people to see: without what is secret in it."""
+    if name == "HEADRACE_ELASTICSEARCH_API_KEY":
+        return value and "***"
+    if name == "HEADRACE_KAFKA_OPTIONS" and value:
+        return json.dumps({key: "***" if _SECRET.search(key) else one for key, one in kafka_options(value).items()})
+    return masked(value)
+
+
+def kafka_options(text: str) -> dict[str, str | int | bool]:
+    """Read HEADRACE_KAFKA_OPTIONS. Raises Misconfigured: `bad-setting`; what it says quotes no value."""
+    why = ""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        found, why = None, f": {error}"
+    if not isinstance(found, dict):
+        remedy = 'Write it as {"security.protocol": "SASL_SSL", "sasl.username": …}.'
+        raise Misconfigured("bad-setting", f"HEADRACE_KAFKA_OPTIONS is no JSON object{why}.", remedy)
+    for name, value in found.items():
+        if not name.startswith(_CONNECTING):
+            said = f"HEADRACE_KAFKA_OPTIONS may not set {name}: it is for how to connect"
+            raise Misconfigured(
+                "bad-setting", f"{said}.", f"Take it out; what begins with {', '.join(_CONNECTING)} may be."
+            )
+        if not isinstance(value, str | int):
+            raise Misconfigured(
+                "bad-setting", f"{name} in HEADRACE_KAFKA_OPTIONS is no text, number or true/false.", "Change it."
+            )
+    return found
+
+
 def bad_address(name: str, value: str, error: Exception, remedy: str) -> Misconfigured:
     """Return the refusal of a setting that a client cannot read; its words may quote the password that was in it."""
     why = "" if "@" in value else f": {error}"
@@ -142,6 +194,9 @@ def _read_file(path: Path, *, optional: bool = False) -> dict[str, Any]:
 
 
 def _value(setting: Field[Any], value: Any) -> Any:
+    if setting.name == "kafka_options":
+        value = json.dumps(value, default=str) if isinstance(value, dict) else str(value)
+        kafka_options(value)
     wanted = int if setting.type in (int, "int") else str
     if wanted is str:
         return str(value)

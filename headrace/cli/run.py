@@ -11,7 +11,7 @@ from headrace import plugins as found
 from headrace import runner
 from headrace.cli.show import out, print_json
 from headrace.errors import USAGE
-from headrace.settings import load, masked, table
+from headrace.settings import load, shown, table
 
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="NAME...", help="Consumers, by the names that `headrace plugins` lists.")
@@ -78,18 +78,18 @@ def settings(json: AsJson = False) -> None:
     """
     now = load()
     rows = [
-        {"setting": name, "value": masked(str(getattr(now, name[9:].lower()))), "default": default, "meaning": doc}
+        {"setting": name, "value": shown(name, str(getattr(now, name[9:].lower()))), "default": default, "meaning": doc}
         for name, default, doc in table()
     ]
     if json:
         print_json(rows)
         return
-    shown = Table("setting", "value", "default", "meaning")
+    listed = Table("setting", "value", "default", "meaning")
     for row in rows:
-        shown.add_row(
+        listed.add_row(
             row["setting"], row["value"], row["default"] if row["default"] != row["value"] else "", row["meaning"]
         )
-    out.print(shown)
+    out.print(listed)
 
 
 def _package(entry: object) -> str:

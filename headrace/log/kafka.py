@@ -5,6 +5,8 @@ Every reader is `read_committed`, assigns its partitions itself and joins no gro
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +15,15 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
 from headrace.errors import HeadraceError, Misconfigured, Transient
-from headrace.settings import Settings
+from headrace.settings import Settings, kafka_options
 
 TIMEOUT = 15.0
 """Seconds that one request to Kafka may take."""
 LEADER_IS_LATE = frozenset({"NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "UNKNOWN_TOPIC_OR_PART"})
 """Errors of a topic that was just made; librdkafka's `retriable()` speaks of transactions only."""
+_CHECK = "Check HEADRACE_KAFKA, HEADRACE_KAFKA_OPTIONS (TLS, SASL) and the broker."
+_REFUSAL = re.compile("SASL authentication error: |: Broker: |certificate| alert ")
+"""What a broker, or its certificate, is refused with; not what a connection says that broke meanwhile."""
 
 
 def _common(settings: Settings) -> dict[str, Any]:
@@ -27,14 +32,64 @@ def _common(settings: Settings) -> dict[str, Any]:
         "log_level": 0,
         "socket.keepalive.enable": True,
         "allow.auto.create.topics": False,
-    }
+    } | kafka_options(settings.kafka_options)
 
 
-def admin(settings: Settings) -> AdminClient:
+@contextmanager
+def _configuring() -> Iterator[None]:
+    """Turn the refusal of a configuration into ours."""
+    try:
+        yield
+    except KafkaException as error:
+        if error.args[0].name() != "_INVALID_ARG":
+            raise translate(error.args[0], "making a client") from error
+        raise Misconfigured(
+            "bad-setting",
+            f"Kafka's client refuses HEADRACE_KAFKA_OPTIONS: {error.args[0].str()}.",
+            "Change it: librdkafka's CONFIGURATION.md says what there is.",
+        ) from error
+
+
+class Admin(AdminClient):
+    """A client for topics and offsets. It hears why no broker lets it in, which no request is told: that only fails in time."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Connect in the background. Raises Misconfigured: `bad-setting`."""
+        self._said: deque[KafkaError] = deque(maxlen=100)
+        with _configuring():
+            super().__init__(_common(settings) | {"error_cb": self._said.append})
+
+    @contextmanager
+    def errors(self, doing: str) -> Iterator[None]:
+        """Do as `kafka_errors`.
+
+        Raises:
+            Misconfigured: `kafka-refuses-login`, when no answer came, and a broker refused us meanwhile, or we its certificate.
+        """
+        self.poll(0)
+        self._said.clear()
+        try:
+            with kafka_errors(doing):
+                yield
+        except Transient as error:
+            self.poll(0)  # hands over what was said meanwhile
+            said = [told.str().partition(" (after ")[0] for told in self._said if told.name() != "_ALL_BROKERS_DOWN"]
+            if refused := [why for why in said if _REFUSAL.search(why)]:
+                raise Misconfigured(
+                    "kafka-refuses-login",
+                    f"Kafka lets nobody in while {doing}: {refused[-1]}.",
+                    "Change HEADRACE_KAFKA_OPTIONS, and start it again.",
+                ) from error
+            more = f" Last heard: {said[-1]}." if said else ""
+            raise Transient(error.code, error.message + more, error.remedy) from error
+
+
+def admin(settings: Settings) -> Admin:
     """Return a client for topics and offsets."""
-    return AdminClient(_common(settings))
+    return Admin(settings)
 
 
+@_configuring()
 def consumer(settings: Settings, group: str = "", *, wait_ms: int = 100) -> Consumer:
     """Return a reader of committed records that assigns and never subscribes; `group` may mirror its position [I6].
 
@@ -61,6 +116,7 @@ def consumer(settings: Settings, group: str = "", *, wait_ms: int = 100) -> Cons
     )
 
 
+@_configuring()
 def producer(settings: Settings, **more: Any) -> Producer:
     """Return an idempotent writer that places keys as every Java client does."""
     return Producer(
@@ -120,10 +176,14 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
         return Transient("fenced", f"Another process took over while {doing}.", "Stop one of the two.")
     if "AUTH" in name or name == "CLUSTER_AUTHORIZATION_FAILED":
         return Misconfigured(
-            "kafka-refuses", f"Kafka refuses {doing}: {error.str()}.", "Change HEADRACE_KAFKA or the broker's ACLs."
+            "kafka-refuses",
+            f"Kafka refuses {doing}: {error.str()}.",
+            "Change HEADRACE_KAFKA_OPTIONS or the broker's ACLs.",
         )
     return Transient(
-        "kafka-away", f"Kafka failed while {doing}: {error.str()} ({name}).", "Check HEADRACE_KAFKA and the broker."
+        "kafka-away",
+        f"Kafka failed while {doing}: {error.str()} ({name}).",
+        _CHECK,
     )
 
 
@@ -135,6 +195,4 @@ def kafka_errors(doing: str) -> Iterator[None]:
     except KafkaException as error:
         raise translate(error.args[0], doing) from error
     except TimeoutError as error:  # of a future, whose own time may be over a moment before librdkafka says so
-        raise Transient(
-            "kafka-away", f"Kafka gave no answer while {doing}.", "Check HEADRACE_KAFKA and the broker."
-        ) from error
+        raise Transient("kafka-away", f"Kafka gave no answer while {doing}.", _CHECK) from error

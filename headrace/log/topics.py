@@ -14,7 +14,6 @@ from typing import Any
 
 from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
-    AdminClient,
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
@@ -24,7 +23,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from headrace.errors import Misconfigured
-from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, kafka_errors
+from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, Admin
 from headrace.settings import Settings
 
 CONTROL = "headrace.control"
@@ -138,11 +137,11 @@ def _altered(name: str, config: Mapping[str, str]) -> ConfigResource:
     return ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
 
 
-def _each(futures: Mapping[ConfigResource, Future[Any]], doing: str) -> dict[str, Any]:
+def _each(client: Admin, futures: Mapping[ConfigResource, Future[Any]], doing: str) -> dict[str, Any]:
     """Wait for what was asked of each topic; return the answers by name."""
     answers = {}
     for resource, future in futures.items():
-        with kafka_errors(f"{doing} {resource.name}"):
+        with client.errors(f"{doing} {resource.name}"):
             answers[resource.name] = future.result(TIMEOUT)
     return answers
 
@@ -150,14 +149,14 @@ def _each(futures: Mapping[ConfigResource, Future[Any]], doing: str) -> dict[str
 class Topics:
     """Makes and describes topics."""
 
-    def __init__(self, settings: Settings, client: AdminClient) -> None:
+    def __init__(self, settings: Settings, client: Admin) -> None:
         """Use `client` for every request."""
         self._settings = settings
         self._client = client
 
     def names(self) -> set[str]:
         """Return the names of all topics."""
-        with kafka_errors("listing topics"):
+        with self._client.errors("listing topics"):
             return set(self._client.list_topics(timeout=TIMEOUT).topics)
 
     def make(self, wanted: Mapping[str, tuple[int, dict[str, str]]]) -> None:
@@ -171,7 +170,7 @@ class Topics:
             for name, (partitions, config) in missing.items()
         ]
         for name, future in self._client.create_topics(new, operation_timeout=TIMEOUT).items():
-            with kafka_errors(f"making topic {name}"):
+            with self._client.errors(f"making topic {name}"):
                 try:
                     future.result(TIMEOUT)
                 except KafkaException as error:  # another process may have made it, which this broker need not know yet
@@ -198,7 +197,9 @@ class Topics:
         """
         asked = [ConfigResource(ResourceType.TOPIC, name) for name in wanted]
         found = _each(
-            self._client.describe_configs(asked, request_timeout=TIMEOUT), "reading the configuration of topic"
+            self._client,
+            self._client.describe_configs(asked, request_timeout=TIMEOUT),
+            "reading the configuration of topic",
         )
         news = {
             name: {key: value for key, value in config.items() if _differs(name, key, value, found[name][key].value)}
@@ -207,6 +208,7 @@ class Topics:
         altered = [_altered(name, config) for name, config in news.items() if config]
         if altered:
             _each(
+                self._client,
                 self._client.incremental_alter_configs(altered, request_timeout=TIMEOUT),
                 "altering the configuration of topic",
             )
@@ -217,7 +219,7 @@ class Topics:
         gone = [name for name in names if name in self.names()]
         if gone:
             for name, future in self._client.delete_topics(gone, operation_timeout=TIMEOUT).items():
-                with kafka_errors(f"deleting topic {name}"):
+                with self._client.errors(f"deleting topic {name}"):
                     future.result(TIMEOUT)
         deadline = time.monotonic() + TIMEOUT
         while wait and self.names() & set(gone) and time.monotonic() < deadline:
@@ -231,7 +233,7 @@ class Topics:
         for name, future in self._client.describe_topics(
             TopicCollection(sorted(names)), request_timeout=TIMEOUT
         ).items():
-            with kafka_errors(f"describing topic {name}"):
+            with self._client.errors(f"describing topic {name}"):
                 topic = future.result(TIMEOUT)
             described[name] = (str(topic.topic_id), len(topic.partitions))
         return described
@@ -256,7 +258,7 @@ class Topics:
         }
         found: Ends = {name: [0] * count for name, count in counts.items()}
         if wanted:
-            with kafka_errors("asking where topics end"):
+            with self._client.errors("asking where topics end"):
                 for place, offset in self._ask_offsets(wanted, level):
                     found[place.topic][place.partition] = offset
         return found

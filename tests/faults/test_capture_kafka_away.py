@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture.known import KnownKeys
 from headrace_ops import Stack
-from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, replay, rows, selected
+from tests.fixtures.capture import capturing, changes, eventually, execute, now, prepare, replay, rows, selected
+from tests.fixtures.processes import System
 from tests.integration.test_resnapshot import ask, done
 
 T = "public.items"
@@ -35,6 +40,27 @@ def test_a_kafka_that_is_paused_does_not_hold_postgres(settings: Settings, stack
         execute(settings, "INSERT INTO items VALUES (3)")
         capture.reach()
     assert [c.row["id"] for c in changes(settings, T) if c.row] == [1, 2, 3]
+
+
+def test_a_kafka_that_is_slow_is_waited_for_in_little_memory(system: System, stack: Stack) -> None:
+    """It takes a tenth of what Postgres sends, and answers all the time: nothing is given up, nothing is heaped up (I10)."""
+    settings, kafka = system.settings, stack.server("kafka")
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, words text)")
+    pid = system.start("capture", "capture")
+    eventually("it streams", lambda: Log(settings).newest_checkpoint())
+    execute(settings, "INSERT INTO items SELECT i, repeat('x', 300) FROM generate_series(1, 200000) i")
+    target = now(settings)
+    for _ in range(400):
+        kafka.pause()
+        time.sleep(0.25)
+        kafka.resume()
+        time.sleep(0.03)
+        if Log(settings).newest_checkpoint().version.lsn >= target:
+            break
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1024
+    assert peak < 150, f"{peak} MB"
+    assert "the replication connection is closed" not in system.output("capture").read_text()
+    assert replay(settings, T) == selected(settings, "items")
 
 
 @pytest.mark.timeout(400)

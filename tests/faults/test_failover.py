@@ -225,6 +225,18 @@ def test_a_standby_that_lacks_what_was_published(pair: Pair) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_a_server_made_from_a_dump(pair: Pair) -> None:
+    """Its LSNs have nothing to do with those of the log, nor are its rows those of the log's end."""
+    with capturing(pair.settings) as capture:
+        capture.reach()
+    with seen(pair.settings) as view:
+        pair.first.kill()
+        pair.second.start()
+        prepare(pair.after, ITEMS, "INSERT INTO items SELECT i, -i FROM generate_series(5, 40) i")
+        mend(pair.after, "other-source", view)
+
+
+@pytest.mark.timeout(300)
 def test_a_restored_copy_on_the_same_timeline(pair: Pair) -> None:
     """Older data, the slot within: the log is beyond its server."""
     with capturing(pair.settings) as capture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,12 @@ class Shop:
 
 
 @pytest.fixture
-def shop(settings: Settings, elasticsearch: Elasticsearch, redis_server: Redis) -> Iterator[Shop]:
+def shop(
+    settings: Settings, elasticsearch: Elasticsearch, redis_server: Redis, request: pytest.FixtureRequest
+) -> Iterator[Shop]:
+    if getattr(request, "param", "json") == "avro":
+        request.getfixturevalue("registry")
+        settings = replace(settings, codec="avro")
     prepare(settings, SCHEMA, *ROWS)
     with capturing(settings) as capture, serving(settings, **VIEWS) as control:
         made = Shop(settings, control, capture)
@@ -169,6 +175,7 @@ HARMLESS = {
 }
 
 
+@pytest.mark.parametrize("shop", ["json", "avro"], indirect=True)
 def test_what_changes_without_harm_leaves_every_view_equal(shop: Shop) -> None:
     """One after the other, so that each is met by views that have met the others."""
     for name, statements in HARMLESS.items():
@@ -205,6 +212,41 @@ def test_a_column_that_a_view_reads_and_that_is_gone_is_told_by_its_name(shop: S
     assert product["stock"] == 77
     assert product.get("about") == ("said of 1" if "RENAME" in ddl else None)
     assert "description" not in product
+
+
+class About(ProductSearch):
+    """As its author writes it then."""
+
+    def render(self, row: Node) -> Row:
+        names = ("name", "director", "year", "price")
+        joined = {"category": row.category and row.category["name"], "reviews": count(row.reviews)}
+        return {name: row[name] for name in names} | joined | {"description": row["about"], "stars": None}
+
+
+def test_what_was_told_of_a_column_that_is_gone_mends_it(settings: Settings, elasticsearch: Elasticsearch) -> None:
+    """New code, a rebuild: nothing is parked, the view is equal."""
+    prepare(settings, SCHEMA, *ROWS)
+    with capturing(settings) as capture:
+        with serving(settings, search=ProductSearch) as control:
+            shop = Shop(settings, control, capture)
+            shop.settle("search")
+            execute(
+                settings,
+                "ALTER TABLE products RENAME COLUMN description TO about",
+                "UPDATE products SET stock = 77 WHERE id = 1",
+            )
+            eventually("search parks", lambda: (now := shop.report("search")) and now.facts.get("parked"))
+        with serving(settings, search=About) as control:
+            shop = Shop(settings, control, capture)
+            eventually("it is there", lambda: (now := shop.report("search")) and now.phase == "stale")
+            control.ask("search", "rebuild")
+            control.ask("search", "promote", timeout=120)
+            shop.settle("search")
+            (outcome,) = Verifier(Log(settings), control, lambda *_: None, 60).verify({"search": About})
+            with closing(outcome):
+                assert (outcome.rows, [*outcome.wrong(), *outcome.undecided()]) == (12, [])
+            control.ask("search", "drop", {"generation": 1}, timeout=60)
+            assert Shelf(Log(settings)).entries("search") == []
 
 
 # Append-only tables (S10)

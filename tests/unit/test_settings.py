@@ -82,6 +82,57 @@ def test_no_form_of_a_password_is_printed(dsn: str) -> None:
     assert "secret" not in shown
 
 
+def test_options_for_kafka_are_shown_without_their_secrets(tmp_path: Path) -> None:
+    file = tmp_path / "headrace.toml"
+    file.write_text(
+        '[kafka_options]\n"sasl.username" = "us"\n"sasl.password" = "sec,ret=\\"1"\n"ssl.key.pem" = "secret"\n'
+    )
+    settings = load({"HEADRACE_ELASTICSEARCH_API_KEY": "secret"}, config=file)
+    assert load(environment(settings)) == settings
+    shown = CliRunner().invoke(app, ["settings", "--json"], env=environment(settings)).stdout
+    assert '{\\"sasl.username\\": \\"us\\", \\"sasl.password\\": \\"***\\", \\"ssl.key.pem\\": \\"***\\"}' in shown
+    assert "sec" not in shown.replace("seconds", "").replace("security", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("sasl.password=hidden", "no JSON object"),
+        ('["hidden"]', "no JSON object"),
+        ('{"enable.idempotence": false}', "enable.idempotence"),
+        ('{"isolation.level": "hidden"}', "isolation.level"),
+        ('{"transactional.id": "hidden"}', "transactional.id"),
+        ('{"sasl.password": ["hidden"]}', "sasl.password"),
+    ],
+)
+def test_options_that_are_not_for_connecting_are_refused(options: str, said: str) -> None:
+    with pytest.raises(Misconfigured, match=said) as caught:
+        load({"HEADRACE_KAFKA_OPTIONS": options})
+    assert caught.value.code == "bad-setting"
+    assert "HEADRACE_KAFKA_OPTIONS" in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", ['{"ssl.colour": "red"}', '{"security.protocol": "SASL"}'])
+def test_options_that_librdkafka_does_not_know_are_refused_by_name(options: str) -> None:
+    settings = load({"HEADRACE_KAFKA_OPTIONS": options})
+    for client in (kafka.admin, kafka.consumer, kafka.producer):
+        with pytest.raises(Misconfigured, match="HEADRACE_KAFKA_OPTIONS") as caught:
+            client(settings)
+        assert caught.value.code == "bad-setting"
+
+
+@pytest.mark.parametrize(
+    ("address", "said"), [("https://u:hidden@es:9200", "no/such"), ("http://u:hidden@es:9200", "https")]
+)
+def test_a_ca_of_elasticsearch_that_cannot_be_used_is_told(address: str, said: str) -> None:
+    with pytest.raises(Misconfigured, match=said) as caught:
+        elasticsearch(Settings(elasticsearch=address, elasticsearch_ca="no/such"))
+    assert caught.value.code == "bad-setting"
+    assert "HEADRACE_ELASTICSEARCH_CA" in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
 def test_every_setting_has_a_meaning() -> None:
     assert all(meaning for _, _, meaning in table())
 

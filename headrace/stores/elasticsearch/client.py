@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from elasticsearch import (
 from headrace.change import Row, Version
 from headrace.consumer import Generation, ViewRow
 from headrace.errors import Misconfigured, Transient, Wiped
-from headrace.settings import Settings, bad_address
+from headrace.settings import Settings, bad_address, masked
 
 _TIMEOUT = 30
 _NAMED = re.compile(r"index \[([^\]]+)\]")
@@ -28,11 +29,35 @@ _UNBLOCK = '{"index.blocks.read_only_allow_delete":null,"index.blocks.write":nul
 
 def client(settings: Settings) -> Elasticsearch:
     """Return a client that does not repeat anything by itself. Raises Misconfigured: `bad-setting`."""
+    tls: dict[str, Any] = {"ssl_context": _trusting(settings)} if settings.elasticsearch_ca else {}
     try:
-        return Elasticsearch(settings.elasticsearch, request_timeout=_TIMEOUT, max_retries=0, retry_on_timeout=False)
+        return Elasticsearch(
+            settings.elasticsearch,
+            request_timeout=_TIMEOUT,
+            max_retries=0,
+            retry_on_timeout=False,
+            **tls,
+            api_key=settings.elasticsearch_api_key or None,
+        )
     except ValueError as error:
         remedy = "Write it as http://host:9200 or https://user:password@host:9200."
         raise bad_address("HEADRACE_ELASTICSEARCH", settings.elasticsearch, error, remedy) from error
+
+
+def _trusting(settings: Settings) -> ssl.SSLContext:
+    """Return what makes certificates be held against HEADRACE_ELASTICSEARCH_CA and nothing else."""
+    if not settings.elasticsearch.lower().startswith("https:"):
+        said = f"HEADRACE_ELASTICSEARCH_CA is set, and HEADRACE_ELASTICSEARCH={masked(settings.elasticsearch)!r} is not https."
+        raise Misconfigured("bad-setting", said, "Change one of the two.")
+    try:
+        context = ssl.create_default_context(cafile=settings.elasticsearch_ca)
+    except OSError as error:  # of the file, or of ssl
+        said = f"HEADRACE_ELASTICSEARCH_CA={settings.elasticsearch_ca!r} cannot be read as certificates: {error}."
+        raise Misconfigured("bad-setting", said, "Name a file in PEM.") from error
+    context.verify_flags &= (
+        ~ssl.VERIFY_X509_STRICT
+    )  # the authorities that Elasticsearch 8 makes do not say what their key is for
+    return context
 
 
 @contextmanager
@@ -47,7 +72,9 @@ def errors(missing: Exception | None = None) -> Iterator[None]:
             raise blocked(_why(error)) from error
         if isinstance(error, AuthenticationException | AuthorizationException):
             raise Misconfigured(
-                "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change HEADRACE_ELASTICSEARCH."
+                "elasticsearch-refused",
+                f"Elasticsearch: {_why(error)}.",
+                "Change HEADRACE_ELASTICSEARCH or the API key.",
             ) from error
         if error.status_code in (409, 429) or error.status_code >= 500:
             raise Transient("elasticsearch-busy", f"Elasticsearch is busy: {_why(error)}.", "See its log.") from error
@@ -55,6 +82,9 @@ def errors(missing: Exception | None = None) -> Iterator[None]:
             "elasticsearch-refused", f"Elasticsearch: {_why(error)}.", "Change the mappings or settings of the store."
         ) from error
     except TransportError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in error.message:
+            said, remedy = f"Elasticsearch is not trusted: {error.message}", "Change HEADRACE_ELASTICSEARCH_CA."
+            raise Misconfigured("elasticsearch-untrusted", f"{said}.", remedy) from error
         raise Transient(
             "elasticsearch-away", f"Elasticsearch does not answer: {error.message}.", "See HEADRACE_ELASTICSEARCH."
         ) from error
