@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table as Shown
 
 from headrace.cli.show import agree, out, print_json
-from headrace.errors import HeadraceError
+from headrace.errors import USAGE, HeadraceError
 from headrace.log import Log
 from headrace.settings import Settings, load
 from headrace_capture import setup as making
@@ -85,8 +85,8 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
     """Take headrace away from Postgres: slot, publication, and everything that setup changed is put back.
 
     What another source of the server may need stays: it says so, with the statement that takes it away later.
-    It says what it would do, and asks. With --json it does not ask: nothing is done without --yes. Views and their stores stay:
-    see `headrace drop`.
+    It says what it would do, and asks. With --json it does not ask: without --yes nothing is done, as if nobody agreed.
+    Views and their stores stay: see `headrace drop`.
 
     Exit codes: 0 it is gone; 2 nobody agreed, nothing was changed; 3 capture is still running, the topics are of another
     server, database, slot or publication than these settings, or the role may not do it;
@@ -111,7 +111,7 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
                 agree("Nothing was changed.")
         elif not yes:
             print_json(facts)
-            return
+            raise typer.Exit(USAGE)
         removing.run(connection, settings, removal)
     log.delete_topics(own)
     if json:
