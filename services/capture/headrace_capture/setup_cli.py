@@ -23,7 +23,9 @@ Dsn = Annotated[
 Tables = Annotated[
     list[str] | None,
     typer.Option(
-        "--table", metavar="SCHEMA.TABLE", help="Capture this table; may be repeated. All with a key if none."
+        "--table",
+        metavar="SCHEMA.TABLE",
+        help="Capture this table, or several by commas; may be repeated. All with a key if none, or *.",
     ),
 ]
 AppendOnly = Annotated[
@@ -55,8 +57,9 @@ def setup(
 ) -> None:
     """Prepare Postgres for capture: publication, replica identities, rights. Prints every statement; runs them with --apply.
 
-    Tables without a usable key are left out, with what to do about it. Running it again adds what is new. Nothing that it
-    does makes a statement of the application fail, but for tables named by --append-only: it says which.
+    Tables without a usable key are left out, with what to do about it. Running it again adds what is new; what somebody took out
+    of the publication stays out, until --table names it. Nothing that it does makes a statement of the application fail, but for
+    tables named by --append-only: it says which.
 
     Exit codes: 0 printed, or with --apply done; 3 something must be changed first; 5 Postgres does not answer, or a table is locked.
 
@@ -69,8 +72,9 @@ def setup(
         headrace setup --dsn postgresql://admin@db/shop --table public.products --table public.orders --role headrace --apply
     """
     settings = _settings(dsn)
+    names = [name.strip() for given in table or [] for name in given.split(",")]
     with connect(settings.dsn, name="headrace setup", setting=_where(dsn)) as connection:
-        made = making.plan(connection, settings, table or [], role, append_only or [])
+        made = making.plan(connection, settings, [] if names == ["*"] else names, role, append_only or [])
         if not json:
             _show(made, applied=apply)
         if apply:
