@@ -30,6 +30,7 @@ from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
 from headrace.requests import Request
 from headrace.settings import Settings, environment
+from headrace_ops import Stack
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import capturing, eventually, execute, prepare, replay
 from tests.fixtures.feed import ITEMS, TAGS, Feed
@@ -428,11 +429,14 @@ def test_a_standby_is_called_one(settings: Settings, control: Control, postgres:
     assert "Let HEADRACE_DSN name the primary." in ended.stdout
 
 
-def test_watch_shows_what_is_new_until_ctrl_c(settings: Settings, control: Control, tmp_path: Path) -> None:
+def test_watch_shows_what_is_new_until_ctrl_c_also_after_kafka_was_away(
+    settings: Settings, control: Control, stack: Stack, tmp_path: Path
+) -> None:
     say(control, Report("plain", 1, live=True, phase="loading"))
     ours, its = pty.openpty()
     environ = os.environ | environment(settings) | {"COLUMNS": "120", "TERM": "xterm"}
-    command = [sys.executable, "-m", "headrace", "status", "--watch"]
+    quick = "from headrace.log import topics; topics.TIMEOUT = 1; from headrace.cli import main; main()"
+    command = [sys.executable, "-c", quick, "status", "--watch"]
     process = subprocess.Popen(command, env=environ, cwd=tmp_path, stdout=its, stderr=its)
     os.close(its)
 
@@ -446,6 +450,13 @@ def test_watch_shows_what_is_new_until_ctrl_c(settings: Settings, control: Contr
         assert "plain g1" in seen("loading")
         say(control, Report("plain", 1, live=True, phase="catching up"))
         seen("catching up")
+        stack.server("kafka").pause()  # while it sleeps: it has just shown something
+        try:
+            assert "catching up" in seen("kafka-away"), "what was known stays"
+        finally:
+            stack.server("kafka").resume()
+        say(control, Report("plain", 1, live=True, phase="following"))
+        seen("following")
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     finally:
