@@ -33,6 +33,8 @@ from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
 from headrace.stores.duckdb import Database, query, shown
 
+__all__ = ["serve"]
+
 log = logging.getLogger(__name__)
 
 ROWS = 10_000
