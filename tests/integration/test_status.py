@@ -111,7 +111,8 @@ def test_check_sees_a_view_that_loads_a_log_which_nobody_writes(settings: Settin
 
 @pytest.mark.parametrize("name", ["plain", "capture"])
 def test_check_fails_beyond_the_lag_that_is_allowed(settings: Settings, control: Control, name: str) -> None:
-    say(control, Report(name, 1, live=True, phase="live", version=Version(1, 5), lag=(7, 4096, 61.0)))
+    say(control, Report(name, 1, live=True, phase="live", version=Version(1, 5), lag=(7, 4096, 61.0), eta=300.0))
+    assert re.search(rf"^ *{name} .* 5 min *$", status(settings).stdout, re.MULTILINE)
     assert status(settings, "--check", "--max-lag", "2m").stdout == "ok\n"
     for options in (["--check"], ["--check", name, "--max-lag", "60s"]):
         ended = status(settings, *options)
