@@ -11,6 +11,8 @@ from typing import Any, Final, NamedTuple
 
 from headrace.errors import Misconfigured
 
+__all__ = ["NOWHERE", "Change", "Checkpoint", "Column", "Position", "Row", "Source", "TableSchema", "Version"]
+
 Row = dict[str, Any]
 """A row in the codec's form: column name to the natural JSON value (see docs/formats.md)."""
 

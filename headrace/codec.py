@@ -17,6 +17,8 @@ import orjson
 from headrace.change import Change, Checkpoint, Column, Position, Row, Source, TableSchema, Version
 from headrace.errors import Poison
 
+__all__ = ["decode_key", "decode_position", "dumps", "encode_key", "encode_position", "loads"]
+
 Headers = list[tuple[str, bytes]]
 
 dumps = orjson.dumps

@@ -14,6 +14,8 @@ from typing import Final, NamedTuple, Protocol
 from headrace.change import Change, Checkpoint, Position, Row, TableSchema, Version
 from headrace.settings import Settings
 
+__all__ = ["ALL", "SCRATCH", "Batch", "Consumer", "Cursor", "Generation", "Origin", "ViewRow", "no_progress"]
+
 ALL: Final = ("*",)
 """Read every captured table, also those that appear later."""
 

@@ -29,6 +29,8 @@ from headrace.consumer import ALL, Batch, Cursor, Generation, ViewRow, no_progre
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
 
+__all__ = ["EffectConsumer", "idempotency_key"]
+
 log = logging.getLogger(__name__)
 
 _TABLES = """

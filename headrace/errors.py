@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+__all__ = ["HeadraceError", "Misconfigured", "Poison", "Refused", "Transient", "Wiped"]
+
 OK = 0
 CHECK_FAILED = 1
 USAGE = 2

@@ -18,6 +18,8 @@ from typing import Any
 
 from headrace.errors import Misconfigured
 
+__all__ = ["Settings", "load"]
+
 _PREFIX = "HEADRACE_"
 _OUTSIDE = frozenset({"HEADRACE_CONFIG", "HEADRACE_STACK"})
 """Names of the environment that are not settings: where the settings are, and which backend runs the local stack."""

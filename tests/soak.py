@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-STEPS, KILLS, REBUILDS = 12, 20, 10
+STEPS, KILLS, REBUILDS = 12, 40, 10
 """Of a round."""
 KILLS_AN_HOUR = 200
 """Of capture, broker or Postgres, with changes that are not in the log before and more after it, each with the log read as a whole."""

@@ -19,7 +19,7 @@ from headrace.change import format_lsn
 from headrace.cli.show import out, print_json, seconds, size
 from headrace.cli.source import source_facts
 from headrace.control import Control, Report, command_of
-from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured
+from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured, Transient
 from headrace.log import Log
 from headrace.settings import Settings, load
 
@@ -59,7 +59,7 @@ def status(
 
     Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked, not to be promoted, too
     far behind or loads while no capture runs, the heartbeat or the look at the catalogue fails, or Kafka does not answer; 2 --check and
-    --json are given; 3 a setting is wrong; 5 without --check, and Kafka does not answer.
+    --json are given; 3 a setting is wrong; 5 without --check, and Kafka does not answer: with --watch at the start only.
 
     Examples:
 
@@ -78,12 +78,22 @@ def status(
     elif json:
         print_json(_facts(settings, control, name))
     elif watch:
-        with Live(_view(_facts(settings, control, name)), console=out, auto_refresh=False) as live:
-            while True:
-                live.update(_view(_facts(settings, control, name)), refresh=True)
-                time.sleep(1)
+        _watch(settings, control, name)
     else:
         out.print(_view(_facts(settings, control, name)))
+
+
+def _watch(settings: Settings, control: Control, name: str | None) -> NoReturn:
+    """Show it every second; where Kafka does not answer, say so below what was known: one looks at this while things are away."""
+    known = _view(_facts(settings, control, name))
+    with Live(known, console=out, auto_refresh=False) as live:
+        while True:
+            try:
+                shown = known = _view(_facts(settings, control, name))
+            except Transient as error:
+                shown = Group(known, f"[red]not as of now[/red]: {escape(str(error))}")
+            live.update(shown, refresh=True)
+            time.sleep(1)
 
 
 def _facts(settings: Settings, control: Control, name: str | None) -> Facts:

@@ -13,6 +13,8 @@ from headrace.consumer import SCRATCH, Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured
 from headrace.settings import Settings
 
+__all__ = ["Doc", "DocumentStore"]
+
 
 class Doc(NamedTuple):
     """One document to be written: its id, its body (None: delete it), the version of the cut that it shows (S1), and its body as JSON

@@ -44,8 +44,8 @@ def test_what_it_writes_type_checks(tmp_path: Path) -> None:
     for store in Store:
         made = [sys.executable, "-m", "headrace", "new", "consumer", f"v_{store}", "--store", store, "--dir"]
         subprocess.run([*made, str(tmp_path)], check=True)
-    code = [str(found) for found in tmp_path.glob("*/headrace_*")]
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", *code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert (len(code), done.returncode) == (len(Store), 0), done.stdout
+    code = [str(found) for where in ("*/headrace_*", "*/tests/*.py") for found in tmp_path.glob(where)]
+    environ = os.environ | {"MYPYPATH": ":".join(map(str, tmp_path.iterdir()))}
+    command = [sys.executable, "-m", "mypy", "--strict", *code]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert (len(code), done.returncode) == (2 * len(Store), 0), done.stdout

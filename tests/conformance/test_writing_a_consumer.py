@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from headrace.cli import scaffold
 from headrace_ops.elasticsearch import Elasticsearch
 
 PAGE = Path(__file__).parents[2] / "docs/writing-a-consumer.md"
@@ -76,11 +77,27 @@ def test_the_windows_of_the_page_pass_where_rows_move(elasticsearch: Elasticsear
     )
 
 
-def test_every_name_of_the_public_api_is_there() -> None:
+def test_the_public_api_is_what_its_modules_say_and_all_that_strangers_are_told_to_import() -> None:
     table = PAGE.read_text().partition("## The public API")[2]
-    rows = re.findall(r"^\| `(headrace\.\w+)` \| (.*) \|$", table, re.MULTILINE)
+    rows = re.findall(r"^\| `(headrace[.\w]+)` \| (.*) \|$", table, re.MULTILINE)
     assert len(rows) > 8
-    for module, names in rows:
-        for name in re.findall(r"`([.\w]+)`", names):
-            path, _, attribute = f"{module}{name}".rpartition(".") if name.startswith(".") else (module, "", name)
-            assert hasattr(importlib.import_module(path), attribute), f"{module}: {name}"
+    told = {
+        f"{module}{name}" if name[0] == "." else f"{module}.{name}"
+        for module, names in rows
+        for name in re.findall(r"`([.\w]+)`", names)
+    }
+    for module, _ in rows:
+        named = importlib.import_module(module).__all__
+        assert {f"{module}.{name}" for name in named} == {name for name in told if name.rpartition(".")[0] == module}
+    for module, _, name in (full.rpartition(".") for full in told):
+        found = importlib.import_module(module)
+        assert name in found.__all__, f"{module}: {name}"
+        assert hasattr(found, name), f"{module}: {name}"
+    texts = [PAGE.read_text(), *(path.read_text() for path in Path(scaffold.__file__).with_name("scaffolds").iterdir())]
+    imported = {
+        f"{module}.{name}"
+        for text in texts
+        for module, names in re.findall(r"^from (headrace[\w.]*\.\w+) import ([\w, ]+)$", text, re.MULTILINE)
+        for name in names.split(", ")
+    }
+    assert imported - told == set(), "what strangers are told to import"

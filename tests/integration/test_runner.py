@@ -376,6 +376,34 @@ def test_who_looks_right_after_a_build_or_a_view_goes_on_hears_no_reason_of_befo
     served.await_phase(1, "live")
 
 
+class Steady(Plain):
+    """Takes its time for each batch."""
+
+    def apply(self, batch: Batch) -> None:
+        time.sleep(0.1)
+        super().apply(batch)
+
+
+def test_a_build_says_how_long_it_still_takes(feed: Feed, settings: Settings) -> None:
+    feed.cut(*((ITEMS, n, n) for n in range(250)))
+    served = Served(replace(settings, batch_records=10), Steady, "steady")
+    told: list[float] = []
+
+    def ended() -> bool:
+        report = served.report(1)
+        told.append(report.eta)
+        return report.phase == "live"
+
+    try:
+        wait_for(ended, 20)
+    finally:
+        served.stop()
+    estimates = [eta for eta in told if eta >= 0]
+    assert len(set(estimates)) >= 3, "it is not known in the first second"
+    assert 20 > estimates[0] > estimates[-1] >= 0
+    assert told[-1] == -1, "nothing is left"
+
+
 class Slow(Plain):
     """Waits before it is promoted by hand."""
 

@@ -76,8 +76,24 @@ def test_a_new_table_is_added_by_the_next_run(db: Connection, source: Settings) 
     db.execute("CREATE TABLE public.a (id int PRIMARY KEY)")
     prepared(db, source)
     db.execute("CREATE TABLE public.b (id int PRIMARY KEY)")
-    assert len(prepared(db, source).statements) == 1
+    assert len(prepared(db, source).statements) == 2, "it is added and remembered"
     assert sorted(published(db, source)) == ["public.a", "public.b"]
+
+
+def test_what_somebody_took_out_stays_out_until_it_is_named(db: Connection, source: Settings) -> None:
+    """`docker compose up` runs setup each time: it would publish, and read, the whole table again."""
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.b (id int PRIMARY KEY)")
+    prepared(db, source)
+    db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.b".encode())
+    made = prepared(db, source)
+    assert ([left.table for left in made.left_out], made.statements) == (["public.b"], [])
+    assert "headrace setup --table public.b" in made.left_out[0].remedy
+    db.execute("ALTER TABLE public.b RENAME TO c; CREATE TABLE public.b (id int PRIMARY KEY)")
+    prepared(db, source)
+    assert sorted(published(db, source)) == ["public.a", "public.b"], "another table"
+    prepared(db, source, "public.c")
+    assert sorted(published(db, source)) == ["public.a", "public.b", "public.c"]
+    assert (prepared(db, source).left_out, setup.plan(db, source, []).statements) == ([], [])
 
 
 def test_without_apply_nothing_changes(db: Connection, source: Settings) -> None:
@@ -335,6 +351,11 @@ def test_the_command_prints_every_statement_and_json(
     assert 'ALTER TABLE "public"."Odd.Name" REPLICA IDENTITY FULL' in said["statements"]
     assert all(f"{statement};" in text for statement in said["statements"])
     assert "Nothing to do" in run.invoke(app, ["--dsn", source.dsn, "--apply"]).output
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.b (id int PRIMARY KEY)")
+    for given, wanted in {"a, public.b": ["a", "b"], "a": ["a"], "*": ["a", "b"]}.items():
+        said = orjson.loads(run.invoke(app, ["--dsn", source.dsn, "--json", "--table", given]).output)
+        assert [each["table"] for each in said["tables"]] == ["public.Odd.Name", *(f"public.{name}" for name in wanted)]
+    assert isinstance(run.invoke(app, ["--dsn", source.dsn, "--table", ""]).exception, Misconfigured)
 
 
 def test_tables_that_inherit_are_not_published_with_their_parent(db: Connection, source: Settings) -> None:

@@ -30,6 +30,7 @@ from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
 from headrace.requests import Request
 from headrace.settings import Settings, environment
+from headrace_ops import Stack
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import capturing, eventually, execute, prepare, replay
 from tests.fixtures.feed import ITEMS, TAGS, Feed
@@ -110,7 +111,8 @@ def test_check_sees_a_view_that_loads_a_log_which_nobody_writes(settings: Settin
 
 @pytest.mark.parametrize("name", ["plain", "capture"])
 def test_check_fails_beyond_the_lag_that_is_allowed(settings: Settings, control: Control, name: str) -> None:
-    say(control, Report(name, 1, live=True, phase="live", version=Version(1, 5), lag=(7, 4096, 61.0)))
+    say(control, Report(name, 1, live=True, phase="live", version=Version(1, 5), lag=(7, 4096, 61.0), eta=300.0))
+    assert re.search(rf"^ *{name} .* 5 min *$", status(settings).stdout, re.MULTILINE)
     assert status(settings, "--check", "--max-lag", "2m").stdout == "ok\n"
     for options in (["--check"], ["--check", name, "--max-lag", "60s"]):
         ended = status(settings, *options)
@@ -428,11 +430,14 @@ def test_a_standby_is_called_one(settings: Settings, control: Control, postgres:
     assert "Let HEADRACE_DSN name the primary." in ended.stdout
 
 
-def test_watch_shows_what_is_new_until_ctrl_c(settings: Settings, control: Control, tmp_path: Path) -> None:
+def test_watch_shows_what_is_new_until_ctrl_c_also_after_kafka_was_away(
+    settings: Settings, control: Control, stack: Stack, tmp_path: Path
+) -> None:
     say(control, Report("plain", 1, live=True, phase="loading"))
     ours, its = pty.openpty()
     environ = os.environ | environment(settings) | {"COLUMNS": "120", "TERM": "xterm"}
-    command = [sys.executable, "-m", "headrace", "status", "--watch"]
+    quick = "from headrace.log import topics; topics.TIMEOUT = 1; from headrace.cli import main; main()"
+    command = [sys.executable, "-c", quick, "status", "--watch"]
     process = subprocess.Popen(command, env=environ, cwd=tmp_path, stdout=its, stderr=its)
     os.close(its)
 
@@ -446,6 +451,13 @@ def test_watch_shows_what_is_new_until_ctrl_c(settings: Settings, control: Contr
         assert "plain g1" in seen("loading")
         say(control, Report("plain", 1, live=True, phase="catching up"))
         seen("catching up")
+        stack.server("kafka").pause()  # while it sleeps: it has just shown something
+        try:
+            assert "catching up" in seen("kafka-away"), "what was known stays"
+        finally:
+            stack.server("kafka").resume()
+        say(control, Report("plain", 1, live=True, phase="following"))
+        seen("following")
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     finally:

@@ -55,6 +55,22 @@ class Mirror(Plain):
     tables = ALL
 
 
+BROKEN = """
+from headrace.errors import Misconfigured
+from tests.fixtures.plain import Plain
+
+class Broken(Plain):
+    name = "broken"
+
+    def __init__(self, settings, name):
+        super().__init__(settings, name)
+        self._path = settings.path("broken.sqlite")
+
+    def scan(self, after, limit):
+        raise Misconfigured("unlucky", "It cannot be read.")
+"""
+
+
 class Products(DocumentConsumer):
     """The design's own example."""
 
@@ -630,11 +646,14 @@ def _meddle_everywhere(settings: Settings) -> None:
         database.release()
 
 
-def test_the_command_names_keys_and_exits_1(settings: Settings) -> None:
+def test_the_command_names_keys_and_exits_1(settings: Settings, tmp_path: Path) -> None:
     prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 30) i")
     code = Path(__file__).parents[1] / "fixtures" / "plain.py"
     command = [sys.executable, "-m", "headrace", "verify", "--consumer", f"{code}:Plain"]
     environ = environment(settings) | {"PATH": "/usr/bin:/bin"}
+    broken = tmp_path / "broken.py"
+    broken.write_text(BROKEN)
+    files = ["--consumer", f"{broken}:Broken"]
 
     def verify(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *more], env=environ, capture_output=True, text=True, timeout=60, check=False)
@@ -644,13 +663,16 @@ def test_the_command_names_keys_and_exits_1(settings: Settings) -> None:
         off = verify()
         assert off.returncode == 3
         assert "headrace run plain" in off.stderr
-        with serving(settings, plain=Plain) as control:
-            await_live(control, "plain")
+        with serving(settings, plain=Plain, **plugins.load_files(files[1:])) as control:
+            await_live(control, "plain", "broken")
             right = verify()
             assert right.returncode == 0, right.stderr
             meddle(settings, "DELETE FROM rows WHERE key = ?", '{"id":3}')
             wrong = verify()
             said = orjson.loads(verify("--json").stdout)
+            some = verify("--json", *files)
+    assert (some.returncode, "It cannot be read." in some.stderr) == (3, True), some.stderr
+    assert orjson.loads(some.stdout)[0] | {"lsn": ""} == said[0] | {"lsn": ""}, "what was compared before is known"
     assert wrong.returncode == 1
     assert f'missing plain {T} {{"id":3}}' in wrong.stdout
     assert (said[0]["missing"], said[0]["rows"], said[0]["ok"]) == (1, 30, False)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -70,11 +71,13 @@ def test_a_document_is_told_with_its_rows_and_where_each_came_from(settings: Set
         "INSERT INTO reviews SELECT i, 1, 1 + i % 5, 'fine' FROM generate_series(1, 30) i",
     )
     with kept(settings, Products) as control:
+        before = time.time() * 1000
         execute(
             settings,
             "WITH a AS (UPDATE reviews SET stars = 5 WHERE id = 7) UPDATE products SET name = 'pot' WHERE id = 1",
         )
         shown(settings, control)
+        after = time.time() * 1000
         told = json.loads(why(settings, "view", "1", "--limit", "7", "--json"))
         root = told["made_from"]
         reviews, category = root["joins"]["reviews"], root["joins"]["category"]
@@ -84,6 +87,8 @@ def test_a_document_is_told_with_its_rows_and_where_each_came_from(settings: Set
             checked(settings, row, id_)
         assert (root["read"], category["rows"][0]["read"]) == ("stream", "snapshot")
         assert root["xid"] == reviews["rows"][6]["xid"]
+        assert category["rows"][0]["applied"] <= before, "each when it was applied"
+        assert int(before) <= root["applied"] <= after
         assert root["ordinal"] != reviews["rows"][6]["ordinal"]
         assert (reviews["count"], len(reviews["rows"]), category["count"]) == (30, 7, 1)
         assert told["document"]["value"] == {"name": "pot", "category": "kitchen", "reviews": 30, "stars": 92 / 30}
@@ -97,6 +102,9 @@ def test_a_document_is_told_with_its_rows_and_where_each_came_from(settings: Set
         assert "readers see nothing under this key" in hidden
         assert "render returned no document" in hidden
         assert "no rows of it are kept" in why(settings, "view", "3", code=1)
+    with serving(settings, view=Products) as control:
+        eventually("it runs again", lambda: any(not each.ended for each in control.reports()["view"]))
+        assert json.loads(why(settings, "view", "1", "--json"))["made_from"]["applied"] == root["applied"]
 
 
 def test_a_document_that_is_parked_is_told_with_its_reason(settings: Settings) -> None:

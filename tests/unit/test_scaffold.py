@@ -55,7 +55,7 @@ def test_a_name_that_makes_no_package_or_class_is_refused(name: str, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "store"),
     [
-        *((name, Store.custom) for name in ("generation", "version", "position", "batch", "sequence", "settings")),
+        *((name, Store.custom) for name in ("generation", "version", "position", "batch", "collection", "settings")),
         *((name, Store.redis) for name in ("document", "document_consumer", "node", "redis_pages")),
         ("elasticsearch_index", Store.elasticsearch),
         ("kafka_topic", Store.kafka),

@@ -19,7 +19,7 @@ from headrace import settings as settings_of
 from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured, Transient
 
 _WAIT_SECONDS = 90
-_LOADING = 503
+_LATER = 503
 
 
 def sql(
@@ -35,8 +35,8 @@ def sql(
 
     Example: `headrace sql "SELECT count(*) FROM products"`
 
-    Exit codes: 0 answered; 1 refused or failed in DuckDB, or a CSV that lacks rows; 2 wrong use; 3 no warehouse is running; 5 the warehouse
-    is still loading.
+    Exit codes: 0 answered; 1 a CSV that lacks rows; 2 wrong use; 3 refused or failed in DuckDB, too slow or too large, or what
+    answers is no warehouse; 5 no warehouse answers, or it is still loading or busy.
     """
     if json and as_csv:
         raise typer.BadParameter("--json and --csv exclude each other.")
@@ -58,9 +58,8 @@ def ask(listen: str, query: str) -> dict[str, Any]:
     """Return the endpoint's answer.
 
     Raises:
-        HeadraceError: `sql-refused`, `sql-failed`, `sql-too-slow`, `sql-too-large`, from the warehouse.
-        Transient: `warehouse-loading`.
-        Misconfigured: `warehouse-not-running`.
+        Misconfigured: `sql-refused`, `sql-failed`, `sql-too-slow`, `sql-too-large`, from the warehouse; `warehouse-not-running`, for good.
+        Transient: `warehouse-loading`; `warehouse-not-running`, where one may be there later.
     """
     body = orjson.dumps({"sql": query})
     try:
@@ -70,11 +69,7 @@ def ask(listen: str, query: str) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         raise _refusal(error) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Misconfigured(
-            "warehouse-not-running",
-            f"No warehouse answers at {listen}: {error or type(error).__name__}.",
-            "Run: headrace run warehouse (or set HEADRACE_WAREHOUSE_LISTEN to where it listens)",
-        ) from error
+        raise _nobody(f"No warehouse answers at {listen}: {error or type(error).__name__}.", error) from error
 
 
 def _checked(found: Any) -> dict[str, Any]:
@@ -91,12 +86,17 @@ def _direct() -> urllib.request.OpenerDirector:
 def _refusal(error: urllib.error.HTTPError) -> HeadraceError:
     try:
         body = orjson.loads(error.read())
-        kind = Transient if error.code == _LOADING else HeadraceError
+        kind = Transient if error.code == _LATER else Misconfigured
         return kind(body["code"], body["message"], body["remedy"])
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
-        return Misconfigured(
-            "warehouse-not-running", f"What answers is no warehouse: {error}.", "Set HEADRACE_WAREHOUSE_LISTEN."
-        )
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as broken:
+        return _nobody(f"What answers is no warehouse: {error}.", broken)
+
+
+def _nobody(said: str, error: Exception) -> HeadraceError:
+    """Return what it means that no answer came: one may come later, but not from something else or at no address."""
+    kind = Transient if isinstance(error, (OSError, http.client.IncompleteRead)) else Misconfigured
+    remedy = "Run: headrace run warehouse (or set HEADRACE_WAREHOUSE_LISTEN to where it listens)"
+    return kind("warehouse-not-running", said, remedy)
 
 
 def _show(answer: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
 from headrace.stores.duckdb import Database, query, shown
 
+__all__ = ["serve"]
+
 log = logging.getLogger(__name__)
 
 ROWS = 10_000
@@ -41,7 +43,7 @@ SECONDS = 30.0
 """Longest time of a query."""
 _BODY_BYTES = 1_000_000
 _QUERIES = 4
-_STATUS = {"warehouse-loading": 503, "warehouse-io": 503, "sql-too-slow": 408, "sql-too-large": 413}
+_STATUS = {"sql-too-slow": 408, "sql-too-large": 413}
 
 _serving: dict[tuple[str, str], Endpoint] = {}
 _starting = threading.Lock()
@@ -124,11 +126,11 @@ class Endpoint:
         try:
             return _json(self._query(_statement(body)))
         except HeadraceError as error:
-            return _error(error, _STATUS.get(error.code, 400))
+            return _error(error, 503 if isinstance(error, Transient) else _STATUS.get(error.code, 400))
 
     def _query(self, sql: str) -> dict[str, Any]:
         if not self._queries.acquire(timeout=self._seconds):
-            raise HeadraceError("sql-too-slow", f"{_QUERIES} other queries are running.", "Try again.")
+            raise Transient("sql-too-slow", f"{_QUERIES} other queries are running.", "Try again.")
         try:
             found = query(self._database, sql, rows=self._rows, seconds=self._seconds)
         finally:

@@ -115,6 +115,5 @@ _REFUSALS = (
     ),
     ("does not exist", "postgres-refused", "Create it, or change {}."),
     ("is not permitted to log in", "postgres-refused", "ALTER ROLE … LOGIN, or change {}."),
-    ("could not translate host name", "postgres-refused", "Change the host in {}."),
 )
 _DSN_EXAMPLE = "Write it as postgresql://user:password@host:5432/database."

@@ -43,11 +43,13 @@ class Memory:
         grants: Rights that were given.
         identities: Replica identities that were changed; the first `was` of each table is kept.
         append_only: Tables without a key that somebody named (see `append_only`).
+        published: The oids of what was in the publication: one that is there and no longer in it was taken out by somebody.
     """
 
     grants: list[Grant] = field(default_factory=list)
     identities: list[Changed] = field(default_factory=list)
     append_only: list[str] = field(default_factory=list)
+    published: list[int] = field(default_factory=list)
 
     def changed(self, schema: str, name: str, was: str, now: str) -> None:
         """Remember a changed replica identity; one that is put back is forgotten."""
@@ -63,6 +65,7 @@ class Memory:
         facts: dict[str, object] = {"by": _BY, "grants": [*map(list, self.grants)]}
         facts["identities"] = [*map(list, self.identities)]
         facts["append_only"] = self.append_only
+        facts["published"] = self.published
         text = orjson.dumps(facts).decode()
         return sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(sql.Identifier(publication), sql.Literal(text))
 
@@ -78,4 +81,5 @@ def recall(connection: Connection, publication: str) -> Memory | None:
     if not isinstance(said, dict) or said.get("by") != _BY:
         return None
     identities = [Changed(*changed) for changed in said["identities"]]
-    return Memory([Grant(*grant) for grant in said["grants"]], identities, said.get("append_only", []))
+    grants = [Grant(*grant) for grant in said["grants"]]
+    return Memory(grants, identities, said.get("append_only", []), said.get("published", []))

@@ -71,7 +71,7 @@ def plan(
     Args:
         connection: As a role that may read the catalogue.
         settings: For the names of publication and slot.
-        names: Tables to add; all with a usable key when empty.
+        names: Tables to add; when empty all with a usable key, but for those that somebody took out of the publication.
         role: The role that capture will connect as; the connected one when empty.
         appended: Tables without a key to add, to be captured as append-only.
 
@@ -87,6 +87,7 @@ def plan(
     loose = _loose(connection, made, memory, appended, present)
     found = catalog.named_tables(connection, names) if names else catalog.all_tables(connection)
     taken = {_counted(table, settings): table.full_name for table in present}
+    out = set(memory.published if memory and not names else ()) - {table.oid for table in present}
     wanted = []
     for table in [*loose, *(table for table in found if table.full_name not in made.append_only)]:
         appends = table.full_name in made.append_only
@@ -95,6 +96,8 @@ def plan(
             raise Misconfigured(
                 "no-usable-key", f"{table.full_name} cannot be captured: {reason.reason}.", reason.remedy
             )
+        if table.oid in out and not appends:
+            reason = reason or _taken_out(table, settings)
         made.left_out += [reason] if reason else []
         wanted += [] if reason else [table]
     made.tables = sorted({t.oid: t for t in [*present, *wanted]}.values(), key=lambda t: t.full_name)
@@ -152,6 +155,11 @@ def _same_topic(table: Table, settings: Settings, taken: dict[str, str]) -> Left
         return None
     why = f'in the names of topics Kafka takes "." and "_" for one, so its topic would be that of {other}'
     return LeftOut(table.full_name, why, "Rename it or its schema.")
+
+
+def _taken_out(table: Table, settings: Settings) -> LeftOut:
+    why = f"somebody took it out of publication {settings.publication}"
+    return LeftOut(table.full_name, why, f"To capture it again: headrace setup --table {table.full_name} --apply")
 
 
 def _counted(table: Table, settings: Settings) -> str:
@@ -227,6 +235,7 @@ def _fill(
     after = memory or Memory()
     before = after.statement(settings.publication).as_string() if memory else ""
     after.append_only = made.append_only
+    after.published = sorted({*after.published, *(table.oid for table in made.tables)})
     given = rights.missing(connection, made.tables, rights.role_of(connection, role or made.server.role))
     after.grants += [grant for grant in given if grant not in after.grants]
     statements = [rights.give(grant) for grant in given]

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table as Shown
 
 from headrace.cli.show import agree, out, print_json
-from headrace.errors import HeadraceError
+from headrace.errors import USAGE, HeadraceError
 from headrace.log import Log
 from headrace.settings import Settings, load
 from headrace_capture import setup as making
@@ -23,7 +23,9 @@ Dsn = Annotated[
 Tables = Annotated[
     list[str] | None,
     typer.Option(
-        "--table", metavar="SCHEMA.TABLE", help="Capture this table; may be repeated. All with a key if none."
+        "--table",
+        metavar="SCHEMA.TABLE",
+        help="Capture this table, or several by commas; may be repeated. All with a key if none, or *.",
     ),
 ]
 AppendOnly = Annotated[
@@ -55,8 +57,9 @@ def setup(
 ) -> None:
     """Prepare Postgres for capture: publication, replica identities, rights. Prints every statement; runs them with --apply.
 
-    Tables without a usable key are left out, with what to do about it. Running it again adds what is new. Nothing that it
-    does makes a statement of the application fail, but for tables named by --append-only: it says which.
+    Tables without a usable key are left out, with what to do about it. Running it again adds what is new; what somebody took out
+    of the publication stays out, until --table names it. Nothing that it does makes a statement of the application fail, but for
+    tables named by --append-only: it says which.
 
     Exit codes: 0 printed, or with --apply done; 3 something must be changed first; 5 Postgres does not answer, or a table is locked.
 
@@ -69,8 +72,9 @@ def setup(
         headrace setup --dsn postgresql://admin@db/shop --table public.products --table public.orders --role headrace --apply
     """
     settings = _settings(dsn)
+    names = [name.strip() for given in table or [] for name in given.split(",")]
     with connect(settings.dsn, name="headrace setup", setting=_where(dsn)) as connection:
-        made = making.plan(connection, settings, table or [], role, append_only or [])
+        made = making.plan(connection, settings, [] if names == ["*"] else names, role, append_only or [])
         if not json:
             _show(made, applied=apply)
         if apply:
@@ -85,8 +89,8 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
     """Take headrace away from Postgres: slot, publication, and everything that setup changed is put back.
 
     What another source of the server may need stays: it says so, with the statement that takes it away later.
-    It says what it would do, and asks. With --json it does not ask: nothing is done without --yes. Views and their stores stay:
-    see `headrace drop`.
+    It says what it would do, and asks. With --json it does not ask: without --yes nothing is done, as if nobody agreed.
+    Views and their stores stay: see `headrace drop`.
 
     Exit codes: 0 it is gone; 2 nobody agreed, nothing was changed; 3 capture is still running, the topics are of another
     server, database, slot or publication than these settings, or the role may not do it;
@@ -111,7 +115,7 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
                 agree("Nothing was changed.")
         elif not yes:
             print_json(facts)
-            return
+            raise typer.Exit(USAGE)
         removing.run(connection, settings, removal)
     log.delete_topics(own)
     if json:

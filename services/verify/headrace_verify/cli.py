@@ -20,7 +20,7 @@ from headrace.cli.show import err, out, print_json
 from headrace.consumer import Consumer
 from headrace.control import Control
 from headrace.effects import EffectConsumer
-from headrace.errors import CHECK_FAILED, Misconfigured
+from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured
 from headrace.log import Log
 from headrace.settings import load
 from headrace_verify.counts import Counted
@@ -83,17 +83,28 @@ def verify(
     log.require_checkpoints()
     control = Control(log)
     chosen = _chosen(control, names or [], consumer or [])
-    with _verifier(log, control, timeout) as verifier:
-        if counts:
-            facts = [_counts(counted) for counted in verifier.count(chosen, generation)]
-        else:
-            facts = [_facts(outcome, None if json else _SHOWN) for outcome in verifier.verify(chosen, generation)]
-    if json:
-        print_json(facts)
-    else:
-        (_show_counts if counts else _show)(facts)
+    show = print_json if json else _show_counts if counts else _show
+    facts: list[dict[str, Any]] = []
+    try:
+        with _verifier(log, control, timeout) as verifier:
+            facts.extend(_compared(verifier, chosen, generation, counts=counts, most=None if json else _SHOWN))
+    except HeadraceError:
+        if facts:  # of the views before the one that could not be compared: it may have taken hours
+            show(facts)
+        raise
+    show(facts)
     if not all(fact["ok"] for fact in facts):
         raise typer.Exit(CHECK_FAILED)
+
+
+def _compared(
+    verifier: Verifier, chosen: dict[str, type[Consumer]], generation: int | None, *, counts: bool, most: int | None
+) -> Iterator[dict[str, Any]]:
+    if counts:
+        yield from map(_counts, verifier.count(chosen, generation))
+        return
+    for outcome in verifier.verify(chosen, generation):
+        yield _facts(outcome, most)
 
 
 @contextmanager
