@@ -6,15 +6,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any, Self
+from typing import Self
 
 import psycopg
 import pytest
 
-from headrace.change import Checkpoint
 from headrace.control import Control
 from headrace.errors import Misconfigured
-from headrace.log import CutWriter, Log
+from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import attention, catalog, chunks, setup, watermarks
 from headrace_capture.recovery import recover
@@ -32,7 +31,7 @@ from tests.fixtures.capture import (
     selected,
 )
 from tests.fixtures.disk import no_room
-from tests.fixtures.mortal import Life, MortalLog
+from tests.fixtures.mortal import DyingOfCuts, Life
 from tests.fixtures.slots import drop_slot
 from tests.integration.test_capture_append_only import EVENTS, SOME, T, equal, prepare_append_only
 from tests.integration.test_resnapshot import ask, done, jobs, phases, reporting, unnoticed
@@ -205,32 +204,6 @@ def test_what_is_not_append_only_is_not_read_in_chunks_either(settings: Settings
 
 
 # A kill
-
-
-class DyingOfCuts(MortalLog):
-    """A log whose process dies when it has sealed so many cuts inside a transaction, before or after the last one's commit."""
-
-    def __init__(self, settings: Settings, life: Life, partial: int, *, after: bool) -> None:
-        super().__init__(settings, life)
-        self._partial = partial
-        self._end = life.end
-        self._after = after
-
-    def writer(self) -> CutWriter:
-        writer = super().writer()
-        seal = writer.seal
-
-        def sealing(**named: Any) -> Checkpoint:
-            self._partial -= named["partial"] is not None
-            if not self._partial and not self._after:
-                self._end()
-            checkpoint = seal(**named)
-            if not self._partial:
-                self._end()
-            return checkpoint
-
-        writer.seal = sealing
-        return writer
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before its commit", "after it"])

@@ -368,7 +368,7 @@ class Stream:
             self._seal()
             self._beside.look()
         elif self._stamp is not None:
-            self._cut.seal((self._stamp.lsn, self._ordinal))
+            self._cut.seal((self._stamp.lsn, max(self._ordinal, self._skip)))  # what is skipped is in the log
             self._sealed()
 
     def _seal_partial(self) -> dict[str, list[int]]:
