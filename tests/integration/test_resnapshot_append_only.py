@@ -237,6 +237,24 @@ def test_killed_anywhere_it_ends_exact_and_never_shows_a_half(settings: Settings
     assert all(state == list(range(1, len(state) + 1)) for state in states(settings))
 
 
+def test_asked_to_stop_while_it_is_written_anew_it_stops_there(settings: Settings) -> None:
+    """It does not go on to the end of the table; started again it ends exact."""
+    settings = replace(settings, cut_records=1000)
+    prepare_append_only(settings, EVENTS, MANY)
+    with capturing(settings) as capture:
+        capture.reach()
+    log = DyingOfCuts(settings, Life(), 2, after=True)
+    running = Running(settings, log)
+    log._end = running._stop.set
+    reporting(settings)
+    Control(Log(settings))._request("capture", "1", {"verb": "resnapshot", "args": {"tables": [T]}, "timeout": 30.0})
+    running.join()
+    assert (running.error, phases(settings)[T]) == (None, "writing")
+    with capturing(settings) as capture:
+        done(settings, capture, T)
+    equal(settings)
+
+
 # What happens between the read and the watermark
 
 

@@ -61,7 +61,7 @@ class Beside(Protocol):
 
 
 class _Stopped(Exception):
-    """Asked to stop amid one change, a TRUNCATE, whose cuts so far are in the log."""
+    """Asked to stop amid a TRUNCATE, or a table that is written anew, whose cuts so far are in the log."""
 
 
 class Stream:
@@ -231,9 +231,11 @@ class Stream:
             self._beside.heard(message, self._stamp.lsn, self._seal_message)
 
     def _seal_message(self) -> None:
-        """Commit all that came before the message that is at hand."""
+        """Commit all that came before the message that is at hand, or was written for it so far; go no further when asked to stop."""
         if self._writer.opened_at:
             self._seal_here()
+        if self._stopped():
+            raise _Stopped
 
     def _relation(self, relation: Relation) -> None:
         self._tick()  # the catalogue is asked, and one bunch may bring as many of these as there are tables
