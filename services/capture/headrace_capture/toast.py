@@ -272,12 +272,16 @@ def _not_visible(table: Table, xid: int) -> Transient:
 def _reread_query(table: Table, row: list[Datum]) -> sql.Composed:
     """Return the statement: a row, and whether its key and what is missing have the types that they had in the stream.
 
-    Its values are literals: beside parameters a % in a name would be one.
+    Rows of partitions are the table's own, those of other tables that inherit from it are not. Its values are literals: beside
+    parameters a % in a name would be one.
     """
     schema, _, name = table.name.partition(".")
     columns = [sql.Identifier(plan.column.name) for plan in table.columns]
     key = [(columns[at], sql.Literal(row[at].decode())) for at in table.key_at]  # type: ignore[union-attr]
-    where = sql.SQL(" AND ").join(sql.SQL("{} = {}").format(*each) for each in key)
+    own = sql.SQL("(r.tableoid = {}::regclass OR (SELECT relispartition FROM pg_class WHERE oid = r.tableoid))").format(
+        sql.Literal(sql.Identifier(schema, name).as_string())
+    )
+    where = sql.SQL(" AND ").join([*(sql.SQL("{} = {}").format(*each) for each in key), own])
     asked = {*table.key_at, *(at for at, value in enumerate(row) if value is UNCHANGED)}
     plans = [table.columns[at] for at in sorted(asked)]
     types = [sql.SQL("({}, {}, {})").format(plan.column.name, *plan.sent) for plan in plans]
