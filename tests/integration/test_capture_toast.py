@@ -232,7 +232,7 @@ INTO = "UPDATE docs SET tenant = 5 WHERE id = 1"
         ("USING INDEX docs_pkey", [INTO], [("c", 0, "reread")]),
         ("FULL", [INTO], [("c", 0, None)]),
         ("DEFAULT", [f"BEGIN; UPDATE docs SET big = '{X}'; {INTO}; COMMIT"], [("c", 0, "reread")]),
-        ("DEFAULT", [INTO, "UPDATE docs SET n = 7"], [("c", 0, "reread"), ("u", 7, None)]),
+        ("DEFAULT", [INTO, "UPDATE docs SET n = 7"], [("c", 0, "reread"), ("u", 7, "reread")]),
         ("DEFAULT", [INTO, "UPDATE docs SET tenant = 6"], []),
     ],
     ids=["by key", "by index", "full", "changed by the same", "and changed then", "and out of it again"],

@@ -303,7 +303,7 @@ class Stream:
         except Nowhere as error:
             self._beside.mark(table.name, str(error))
             return None
-        self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING)
+        self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING, read)
         return table.row_of_any(row), read
 
     def _put_update(self, table: Table, before: bytes, key: bytes, row: bytes, read: bytes | None = None) -> None:

@@ -8,13 +8,13 @@ Where such a value comes from, in this order:
    when it comes in another shape;
 3. Postgres, read again in a statement of its own, believed only if that statement's snapshot sees the change's transaction. It may show
    a later value, which the stream brings as well: the record is marked ``read=reread``, the table is approximate until then. One of a
-   type that is another by now is no value of this record's schema version;
+   type that is another by now is no value of this record's schema version. It is remembered with its mark;
 4. the log: when the row is gone by now or has another key or type, its delete is still to come, or that it is read again, and the key's
    newest record is exactly the row before this change. The open cut is sealed first, so that the log has all that came before. So too
    when the table is locked, for the stream waits for nobody; but not while it is to be read again, as then the log may have an older
    value than Postgres.
 
-Each of the first two and the last is exact. No placeholder is ever written: a change whose value is nowhere (the topic lacks the row, as it
+What has no mark is exact. No placeholder is ever written: a change whose value is nowhere (the topic lacks the row, as it
 is just being read for the first time) is left out, and the table is read again.
 """
 
@@ -63,10 +63,12 @@ class Memory:
         """Remember nothing yet, and never more than about `most` bytes."""
         self._most = most
         self._bytes = 0
-        self._rows: OrderedDict[tuple[str, bytes], tuple[int, list[Datum]]] = OrderedDict()
+        self._rows: OrderedDict[tuple[str, bytes], tuple[int, list[Datum], bytes | None]] = OrderedDict()
 
-    def changed(self, table: Table, before: bytes, key: bytes, row: Datums, size: int) -> None:
-        """Keep the wide values of a row's newest state, unless they are small or not from the stream; forget those of its last one.
+    def changed(
+        self, table: Table, before: bytes, key: bytes, row: Datums, size: int, read: bytes | None = None
+    ) -> None:
+        """Keep the wide values of a row's newest state, unless they are small or from the log; forget those of its last one.
 
         Args:
             table: The row's table.
@@ -74,19 +76,20 @@ class Memory:
             key: Its key from now on.
             row: The whole row.
             size: About the bytes that came for it: nothing of a smaller message is worth remembering.
+            read: How it was read if not from the stream: so is what is taken from it.
         """
         if self._rows:
             self.forget(table, before)
             self.forget(table, key)
         if size >= WORTH_REMEMBERING:
-            self._remember(table, key, row)
+            self._remember(table, key, row, read)
 
-    def _remember(self, table: Table, key: bytes, row: Datums) -> None:
+    def _remember(self, table: Table, key: bytes, row: Datums, read: bytes | None) -> None:
         wide = [row[at] for at in table.wide]
         size = sum(len(value) for value in wide if isinstance(value, bytes))
         if size < WORTH_REMEMBERING or any(isinstance(value, Json) for value in wide):
             return
-        self._rows[table.name, key] = (size, wide)
+        self._rows[table.name, key] = (size, wide, read)
         self._bytes += size
         while self._bytes > self._most:
             self._bytes -= self._rows.popitem(last=False)[1][0]
@@ -105,23 +108,27 @@ class Memory:
         for name, key in [place for place in self._rows if place[0] == table]:
             self._bytes -= self._rows.pop((name, key))[0]
 
-    def recall(self, table: Table, key: bytes, row: list[Datum]) -> None:
-        """Fill what is missing in `row` from the key's newest row, if it is remembered: then with the columns of now."""
-        found = self._rows.get((table.name, key))
+    def recall(self, table: Table, key: bytes, row: list[Datum]) -> bytes | None:
+        """Fill what is missing in `row` from the key's newest row, if it is remembered: then with the columns of now.
+
+        Return how that was read if not from the stream.
+        """
+        found, read = self._rows.get((table.name, key)), None
         if found is None:
-            return
+            return None
         self._rows.move_to_end((table.name, key))
         for at, value in zip(table.wide, found[1], strict=True):
             if row[at] is UNCHANGED:
-                row[at] = value
+                row[at], read = value, found[2]
+        return read
 
     def skipped(self, table: Table, before: bytes, key: bytes, row: list[Datum]) -> None:
         """Let an update that is in the log already tell, as `changed`, what a later one leaves alone."""
-        self.recall(table, before, row)
+        read = self.recall(table, before, row)
         if UNCHANGED in row:
             self.forget(table, before)
         else:
-            self.changed(table, before, key, row, WORTH_REMEMBERING)
+            self.changed(table, before, key, row, WORTH_REMEMBERING, read)
 
 
 def with_old(table: Table, update: Update) -> list[Datum]:
@@ -175,9 +182,11 @@ class Filler:
             Nowhere: a value is in none of them.
         """
         whole = list(row)
-        self.memory.recall(table, keys[0], whole)
+        read = self.memory.recall(table, keys[0], whole)
+        if read:
+            self.approximate.add(table.name)
         if UNCHANGED not in whole:
-            return whole, None
+            return whole, read
         try:
             again = self._reread(table, whole, xid)
         except _Locked as error:
@@ -189,7 +198,7 @@ class Filler:
         if again is not None:
             self.approximate.add(table.name)
             return [then if value is UNCHANGED else value for value, then in zip(whole, again, strict=True)], REREAD
-        return self._from_log(table, keys[0], whole, seal().get(table.topic, [])), None
+        return self._from_log(table, keys[0], whole, seal().get(table.topic, [])), read
 
     def close(self) -> None:
         """Remove the files of live keys."""
