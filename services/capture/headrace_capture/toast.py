@@ -10,9 +10,9 @@ Where such a value comes from, in this order:
    a later value, which the stream brings as well: the record is marked ``read=reread``, the table is approximate until then. One of a
    type that is another by now is no value of this record's schema version. It is remembered with its mark;
 4. the log: when the row is gone by now or has another key or type, its delete is still to come, or that it is read again, and the key's
-   newest record is exactly the row before this change. The open cut is sealed first, so that the log has all that came before. So too
-   when the table is locked, for the stream waits for nobody; but not while it is to be read again, as then the log may have an older
-   value than Postgres.
+   newest record is exactly the row before this change, or has a value of another type, which is none either. The open cut is sealed
+   first, so that the log has all that came before. So too when the table is locked, for the stream waits for nobody; but not while it
+   is to be read again, as then the log may have an older value than Postgres.
 
 What has no mark is exact. No placeholder is ever written: a change whose value is nowhere (the topic lacks the row, as it
 is just being read for the first time) is left out, and the table is read again.
@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from psycopg import errors, sql
 
-from headrace.change import Snapshot
+from headrace.change import Snapshot, TableSchema
 from headrace.errors import Transient
 from headrace.log import Log
 from headrace_capture import catalog
+from headrace_capture.fingerprints import widened
 from headrace_capture.live import LiveKeys
 from headrace_capture.pgoutput import UNCHANGED, Datum, Datums, Update
 from headrace_capture.replication import postgres_errors
@@ -149,13 +150,20 @@ class Filler:
         doubted: Whether what the log has of a table may not be what Postgres has.
     """
 
-    def __init__(self, log: Log, connection: catalog.Connection, tick: Callable[[], None]) -> None:
-        """Read again by `connection`; `tick` says in long work that capture lives."""
+    def __init__(
+        self,
+        log: Log,
+        connection: catalog.Connection,
+        versions: Mapping[tuple[str, int], TableSchema],
+        tick: Callable[[], None],
+    ) -> None:
+        """Read again by `connection`; `versions` are the schema versions of all tables; `tick` says in long work that capture lives."""
         self.memory = Memory()
         self.approximate: set[str] = set()
         self.doubted: Callable[[str], bool] = lambda _table: True
         self._log = log
         self._connection = connection
+        self._versions = versions
         self._tick = tick
         self._live: dict[str, LiveKeys] = {}
         self._locked_until: dict[str, float] = {}
@@ -258,15 +266,18 @@ class Filler:
         if table.name not in self._live:
             self._live[table.name] = LiveKeys(self._log, table.name)
         self._live[table.name].catch_up(ends, self._tick)
-        value = self._live[table.name].value(key)
-        known = self._log.values.members(value) if value else {}
+        found = self._live[table.name].newest(key)
+        known = self._log.values.members(found.value) if found and found.value else {}
+        shape = self._versions.get((table.name, int(dict(found.headers)["schema"]))) if found else None
+        types = {column.name: column.type for column in shape.columns} if shape else {}
         for at, plan in enumerate(table.columns):
             if row[at] is UNCHANGED:
-                if plan.column.name not in known:
+                name, type_ = plan.column.name, plan.column.type
+                if name not in known or not widened(types.get(name, ""), type_):
                     raise Nowhere(
-                        f"column {plan.column.name} of {key.decode()} was neither in the stream, in Postgres nor in the log"
+                        f"column {name} of {key.decode()} was neither in the stream, in Postgres nor, as {type_}, in the log"
                     )
-                row[at] = Json(known[plan.column.name])
+                row[at] = Json(known[name])
         return row
 
 
