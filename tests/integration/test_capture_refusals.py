@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace_capture.capture import Capture
 from headrace_capture.identity import Here, Slot, check
+from headrace_capture.replication import Replication
 from headrace_capture.snapshot import Snapshot
 from tests.fixtures.capture import (
     Running,
@@ -211,6 +213,10 @@ def test_a_slot_of_another_database_is_not_dropped(
     where = f"in database {other.dsn.rpartition('/')[2]}"
     error = refused(settings)
     assert (error.code, where in error.message, "teardown" in error.remedy) == ("slot-without-checkpoint", True, False)
+    with closing(Replication(other.dsn)) as busy:
+        busy.start(settings.slot, settings.publication, 0)
+        error = refused(settings)
+    assert (error.code, where in error.message) == ("slot-lost", True)
     drop_slot(other)
     with monkeypatch.context() as patched:
         patched.setattr(Snapshot, "take", killed)

@@ -15,9 +15,10 @@ import pytest
 
 from headrace.log import Log
 from headrace.settings import Settings
+from headrace_capture import replication, stream
 from headrace_capture.replication import Replication
 from tests.fixtures.capture import Running, capturing, changes, eventually, execute, now, prepare, replay, selected
-from tests.fixtures.mortal import WRITER, Died, Life, MortalLog
+from tests.fixtures.mortal import WRITER, Died, DyingOfCuts, Life, MortalLog
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
@@ -68,6 +69,28 @@ def test_killed_between_any_two_steps_of_a_cut(settings: Settings, monkeypatch: 
     assert replay(settings, T) == selected(settings, T)
     dead = Counter(c.key for c in changes(settings, T) if c.row is None)
     assert set(dead.values()) == {2}
+
+
+def test_killed_amid_a_transaction_and_amid_what_is_skipped_of_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shape that is new by now opens a cut while the transaction is skipped; what ends it when it is old names no earlier place."""
+    monkeypatch.setattr(stream, "LONGEST_SECONDS", 1e-9)
+    monkeypatch.setattr(replication, "_BUNCH", 3)
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        capture.reach()
+    execute(settings, "INSERT INTO items SELECT i, i FROM generate_series(1, 30) i")
+    for cuts in (5, 1):
+        running = Running(settings, DyingOfCuts(settings, Life(), cuts, after=True))
+        running.join()
+        assert isinstance(running.error, Died)
+        execute(settings, "ALTER TABLE items ALTER COLUMN no SET NOT NULL")
+    with capturing(settings) as capture:
+        capture.reach()
+    partial = [c.partial for c in Log(settings).checkpoints() if c.partial]
+    assert partial == sorted(partial)
+    assert sorted(c.row["no"] for c in changes(settings, T) if c.row) == list(range(1, 31))
 
 
 @pytest.mark.timeout(600)

@@ -6,15 +6,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any, Self
+from typing import Self
 
 import psycopg
 import pytest
 
-from headrace.change import Checkpoint
 from headrace.control import Control
 from headrace.errors import Misconfigured
-from headrace.log import CutWriter, Log
+from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import attention, catalog, chunks, setup, watermarks
 from headrace_capture.recovery import recover
@@ -32,7 +31,7 @@ from tests.fixtures.capture import (
     selected,
 )
 from tests.fixtures.disk import no_room
-from tests.fixtures.mortal import Life, MortalLog
+from tests.fixtures.mortal import DyingOfCuts, Life
 from tests.fixtures.slots import drop_slot
 from tests.integration.test_capture_append_only import EVENTS, SOME, T, equal, prepare_append_only
 from tests.integration.test_resnapshot import ask, done, jobs, phases, reporting, unnoticed
@@ -207,32 +206,6 @@ def test_what_is_not_append_only_is_not_read_in_chunks_either(settings: Settings
 # A kill
 
 
-class DyingOfCuts(MortalLog):
-    """A log whose process dies when it has sealed so many cuts inside a transaction, before or after the last one's commit."""
-
-    def __init__(self, settings: Settings, life: Life, partial: int, *, after: bool) -> None:
-        super().__init__(settings, life)
-        self._partial = partial
-        self._end = life.end
-        self._after = after
-
-    def writer(self) -> CutWriter:
-        writer = super().writer()
-        seal = writer.seal
-
-        def sealing(**named: Any) -> Checkpoint:
-            self._partial -= named["partial"] is not None
-            if not self._partial and not self._after:
-                self._end()
-            checkpoint = seal(**named)
-            if not self._partial:
-                self._end()
-            return checkpoint
-
-        writer.seal = sealing
-        return writer
-
-
 @pytest.mark.parametrize("after", [False, True], ids=["before its commit", "after it"])
 def test_killed_anywhere_it_ends_exact_and_never_shows_a_half(settings: Settings, after: bool) -> None:
     """Each process dies one cut later than the last, which had written some rows, or removed some; rows come between the lives."""
@@ -262,6 +235,24 @@ def test_killed_anywhere_it_ends_exact_and_never_shows_a_half(settings: Settings
     equal(settings)
     assert half >= {"writing", "removing"}
     assert all(state == list(range(1, len(state) + 1)) for state in states(settings))
+
+
+def test_asked_to_stop_while_it_is_written_anew_it_stops_there(settings: Settings) -> None:
+    """It does not go on to the end of the table; started again it ends exact."""
+    settings = replace(settings, cut_records=1000)
+    prepare_append_only(settings, EVENTS, MANY)
+    with capturing(settings) as capture:
+        capture.reach()
+    log = DyingOfCuts(settings, Life(), 2, after=True)
+    running = Running(settings, log)
+    log._end = running._stop.set
+    reporting(settings)
+    Control(Log(settings))._request("capture", "1", {"verb": "resnapshot", "args": {"tables": [T]}, "timeout": 30.0})
+    running.join()
+    assert (running.error, phases(settings)[T]) == (None, "writing")
+    with capturing(settings) as capture:
+        done(settings, capture, T)
+    equal(settings)
 
 
 # What happens between the read and the watermark

@@ -125,12 +125,16 @@ class Capture:
         return identity.look(connection, settings.slot, settings.publication, settings.dsn)
 
     def _free_slot(self, connection: catalog.Connection) -> Slot | None:
-        """Return the slot once nobody uses it, None when there is none: a killed predecessor's walsender may linger (S3)."""
+        """Return the slot once nobody uses it, None when there is none: a killed predecessor's walsender may linger (S3).
+
+        One that is not ours is not waited for. Raises Misconfigured: `slot-lost`.
+        """
         said = False
         while True:
             slot = slot_of(connection, self._settings.slot)
             if slot is None or slot.active_pid is None:
                 return slot
+            identity.check_ours(self._settings.slot, slot, connection.info.dbname)
             if not said:
                 self._say(
                     f"slot {self._settings.slot} is in use by process {slot.active_pid} of Postgres: waiting until it is free"
@@ -211,7 +215,7 @@ class Capture:
             replication.start(self._settings.slot, self._settings.publication, checkpoint.version.lsn)
             tick = self._tick(replication)
             with (
-                closing(Filler(self._log, connection, tick)) as filler,
+                closing(Filler(self._log, connection, relations.versions, tick)) as filler,
                 closing(Resnapshot(self._log, cut, relations, connection, self._progress, tick, filler)) as beside,
             ):
                 relations.suspected, relations.moved = beside.suspect, beside.moved

@@ -140,6 +140,13 @@ def foreign(name: str, slot: Slot) -> str:
     return f"Slot {name} is of {slot.plugin} in database {slot.database}: it is not ours to drop."
 
 
+def check_ours(name: str, slot: Slot, database: str) -> None:
+    """Raise Misconfigured: `slot-lost`, where no capture of this database made the slot."""
+    if not slot.fits(database):
+        remedy = "Name another one by HEADRACE_SLOT, if HEADRACE_DSN names the right database."
+        raise Misconfigured("slot-lost", foreign(name, slot), remedy)
+
+
 def _checkpoints_missing(remains: list[str]) -> Misconfigured:
     told = ", ".join(remains[:_TOLD]) + (f" and {len(remains) - _TOLD} more" if len(remains) > _TOLD else "")
     return Misconfigured(

@@ -83,8 +83,8 @@ class LiveKeys:
                 return
             after = rows[-1][0]
 
-    def value(self, key: bytes) -> bytes | None:
-        """Return the value of the key's newest record, None when the key is not live."""
+    def newest(self, key: bytes) -> Record | None:
+        """Return the key's newest record, None when the key is not live."""
         with room():
             row = self._db.execute("SELECT partition, at FROM live WHERE key = ?", (key,)).fetchone()
         if row is None:
@@ -92,7 +92,7 @@ class LiveKeys:
         place = self._topic, row[0]
         records = read_to_end(self._settings, {place: row[1]}, {place: row[1] + 1})
         try:
-            return next(record.value for record in records if record.key == key)
+            return next(record for record in records if record.key == key)
         finally:
             records.close()  # type: ignore[attr-defined]
 

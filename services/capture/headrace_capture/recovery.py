@@ -59,12 +59,12 @@ def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
 
 
 def _check_free(slot: Slot | None, source: Source) -> None:
+    if slot is not None:
+        identity.check_ours(source.slot, slot, source.database)
     if slot is not None and slot.active_pid is not None:
         raise Misconfigured(
             "slot-active", f"Process {slot.active_pid} of Postgres reads slot {source.slot}.", "Stop headrace capture."
         )
-    if slot is not None and not slot.fits(source.database):
-        raise Misconfigured("slot-lost", identity.foreign(source.slot, slot), "Name another one by HEADRACE_SLOT.")
 
 
 def _begin(

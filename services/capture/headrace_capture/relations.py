@@ -30,7 +30,8 @@ class Relations:
     """The tables of one stream, by the oid that row messages name. None: seen, and left out.
 
     Attributes:
-        shapes: The newest schema version of each table.
+        versions: All schema versions, by table and number.
+        shapes: The newest one of each table.
         names: The names of the columns of all versions, by table.
         suspected: Is told of each new version, with why rows may have changed without an event (empty: they did not), or None for a
             table's first.
@@ -43,10 +44,10 @@ class Relations:
         self._cut = cut
         self._connection = connection
         self._say = say
-        shapes = log.schemas().values()
-        self.shapes = newest(shapes)
+        self.versions = log.schemas()
+        self.shapes = newest(self.versions.values())
         self.names: dict[str, set[str]] = defaultdict(set)
-        for shape in shapes:
+        for shape in self.versions.values():
             self._name(shape)
         self.suspected: Callable[[str, str | None], None] = lambda table, _why: cut.inexact.add(table)
         self.moved: Callable[[str, frozenset[int]], None] = lambda _table, _oids: None
@@ -144,7 +145,7 @@ class Relations:
     def _publish(self, shape: TableSchema) -> None:
         self._cut.writer.add_topic(self._log.ensure_table(shape.table))
         self._cut.writer.schema(shape)
-        self.shapes[shape.table] = shape
+        self.shapes[shape.table] = self.versions[shape.table, shape.version] = shape
         self._name(shape)
 
     def _name(self, shape: TableSchema) -> None:

@@ -61,7 +61,7 @@ class Beside(Protocol):
 
 
 class _Stopped(Exception):
-    """Asked to stop amid one change, a TRUNCATE, whose cuts so far are in the log."""
+    """Asked to stop amid a TRUNCATE, or a table that is written anew, whose cuts so far are in the log."""
 
 
 class Stream:
@@ -231,9 +231,11 @@ class Stream:
             self._beside.heard(message, self._stamp.lsn, self._seal_message)
 
     def _seal_message(self) -> None:
-        """Commit all that came before the message that is at hand."""
+        """Commit all that came before the message that is at hand, or was written for it so far; go no further when asked to stop."""
         if self._writer.opened_at:
             self._seal_here()
+        if self._stopped():
+            raise _Stopped
 
     def _relation(self, relation: Relation) -> None:
         self._tick()  # the catalogue is asked, and one bunch may bring as many of these as there are tables
@@ -301,7 +303,7 @@ class Stream:
         except Nowhere as error:
             self._beside.mark(table.name, str(error))
             return None
-        self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING)
+        self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING, read)
         return table.row_of_any(row), read
 
     def _put_update(self, table: Table, before: bytes, key: bytes, row: bytes, read: bytes | None = None) -> None:
@@ -368,7 +370,7 @@ class Stream:
             self._seal()
             self._beside.look()
         elif self._stamp is not None:
-            self._cut.seal((self._stamp.lsn, self._ordinal))
+            self._cut.seal((self._stamp.lsn, max(self._ordinal, self._skip)))  # what is skipped is in the log
             self._sealed()
 
     def _seal_partial(self) -> dict[str, list[int]]:

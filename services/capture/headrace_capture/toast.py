@@ -8,13 +8,13 @@ Where such a value comes from, in this order:
    when it comes in another shape;
 3. Postgres, read again in a statement of its own, believed only if that statement's snapshot sees the change's transaction. It may show
    a later value, which the stream brings as well: the record is marked ``read=reread``, the table is approximate until then. One of a
-   type that is another by now is no value of this record's schema version;
+   type that is another by now is no value of this record's schema version. It is remembered with its mark;
 4. the log: when the row is gone by now or has another key or type, its delete is still to come, or that it is read again, and the key's
-   newest record is exactly the row before this change. The open cut is sealed first, so that the log has all that came before. So too
-   when the table is locked, for the stream waits for nobody; but not while it is to be read again, as then the log may have an older
-   value than Postgres.
+   newest record is exactly the row before this change, or has a value of another type, which is none either. The open cut is sealed
+   first, so that the log has all that came before. So too when the table is locked, for the stream waits for nobody; but not while it
+   is to be read again, as then the log may have an older value than Postgres.
 
-Each of the first two and the last is exact. No placeholder is ever written: a change whose value is nowhere (the topic lacks the row, as it
+What has no mark is exact. No placeholder is ever written: a change whose value is nowhere (the topic lacks the row, as it
 is just being read for the first time) is left out, and the table is read again.
 """
 
@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from psycopg import errors, sql
 
-from headrace.change import Snapshot
+from headrace.change import Snapshot, TableSchema
 from headrace.errors import Transient
 from headrace.log import Log
 from headrace_capture import catalog
+from headrace_capture.fingerprints import widened
 from headrace_capture.live import LiveKeys
 from headrace_capture.pgoutput import UNCHANGED, Datum, Datums, Update
 from headrace_capture.replication import postgres_errors
@@ -63,10 +64,12 @@ class Memory:
         """Remember nothing yet, and never more than about `most` bytes."""
         self._most = most
         self._bytes = 0
-        self._rows: OrderedDict[tuple[str, bytes], tuple[int, list[Datum]]] = OrderedDict()
+        self._rows: OrderedDict[tuple[str, bytes], tuple[int, list[Datum], bytes | None]] = OrderedDict()
 
-    def changed(self, table: Table, before: bytes, key: bytes, row: Datums, size: int) -> None:
-        """Keep the wide values of a row's newest state, unless they are small or not from the stream; forget those of its last one.
+    def changed(
+        self, table: Table, before: bytes, key: bytes, row: Datums, size: int, read: bytes | None = None
+    ) -> None:
+        """Keep the wide values of a row's newest state, unless they are small or from the log; forget those of its last one.
 
         Args:
             table: The row's table.
@@ -74,19 +77,20 @@ class Memory:
             key: Its key from now on.
             row: The whole row.
             size: About the bytes that came for it: nothing of a smaller message is worth remembering.
+            read: How it was read if not from the stream: so is what is taken from it.
         """
         if self._rows:
             self.forget(table, before)
             self.forget(table, key)
         if size >= WORTH_REMEMBERING:
-            self._remember(table, key, row)
+            self._remember(table, key, row, read)
 
-    def _remember(self, table: Table, key: bytes, row: Datums) -> None:
+    def _remember(self, table: Table, key: bytes, row: Datums, read: bytes | None) -> None:
         wide = [row[at] for at in table.wide]
         size = sum(len(value) for value in wide if isinstance(value, bytes))
         if size < WORTH_REMEMBERING or any(isinstance(value, Json) for value in wide):
             return
-        self._rows[table.name, key] = (size, wide)
+        self._rows[table.name, key] = (size, wide, read)
         self._bytes += size
         while self._bytes > self._most:
             self._bytes -= self._rows.popitem(last=False)[1][0]
@@ -105,23 +109,27 @@ class Memory:
         for name, key in [place for place in self._rows if place[0] == table]:
             self._bytes -= self._rows.pop((name, key))[0]
 
-    def recall(self, table: Table, key: bytes, row: list[Datum]) -> None:
-        """Fill what is missing in `row` from the key's newest row, if it is remembered: then with the columns of now."""
-        found = self._rows.get((table.name, key))
+    def recall(self, table: Table, key: bytes, row: list[Datum]) -> bytes | None:
+        """Fill what is missing in `row` from the key's newest row, if it is remembered: then with the columns of now.
+
+        Return how that was read if not from the stream.
+        """
+        found, read = self._rows.get((table.name, key)), None
         if found is None:
-            return
+            return None
         self._rows.move_to_end((table.name, key))
         for at, value in zip(table.wide, found[1], strict=True):
             if row[at] is UNCHANGED:
-                row[at] = value
+                row[at], read = value, found[2]
+        return read
 
     def skipped(self, table: Table, before: bytes, key: bytes, row: list[Datum]) -> None:
         """Let an update that is in the log already tell, as `changed`, what a later one leaves alone."""
-        self.recall(table, before, row)
+        read = self.recall(table, before, row)
         if UNCHANGED in row:
             self.forget(table, before)
         else:
-            self.changed(table, before, key, row, WORTH_REMEMBERING)
+            self.changed(table, before, key, row, WORTH_REMEMBERING, read)
 
 
 def with_old(table: Table, update: Update) -> list[Datum]:
@@ -142,13 +150,20 @@ class Filler:
         doubted: Whether what the log has of a table may not be what Postgres has.
     """
 
-    def __init__(self, log: Log, connection: catalog.Connection, tick: Callable[[], None]) -> None:
-        """Read again by `connection`; `tick` says in long work that capture lives."""
+    def __init__(
+        self,
+        log: Log,
+        connection: catalog.Connection,
+        versions: Mapping[tuple[str, int], TableSchema],
+        tick: Callable[[], None],
+    ) -> None:
+        """Read again by `connection`; `versions` are the schema versions of all tables; `tick` says in long work that capture lives."""
         self.memory = Memory()
         self.approximate: set[str] = set()
         self.doubted: Callable[[str], bool] = lambda _table: True
         self._log = log
         self._connection = connection
+        self._versions = versions
         self._tick = tick
         self._live: dict[str, LiveKeys] = {}
         self._locked_until: dict[str, float] = {}
@@ -175,9 +190,11 @@ class Filler:
             Nowhere: a value is in none of them.
         """
         whole = list(row)
-        self.memory.recall(table, keys[0], whole)
+        read = self.memory.recall(table, keys[0], whole)
+        if read:
+            self.approximate.add(table.name)
         if UNCHANGED not in whole:
-            return whole, None
+            return whole, read
         try:
             again = self._reread(table, whole, xid)
         except _Locked as error:
@@ -189,7 +206,7 @@ class Filler:
         if again is not None:
             self.approximate.add(table.name)
             return [then if value is UNCHANGED else value for value, then in zip(whole, again, strict=True)], REREAD
-        return self._from_log(table, keys[0], whole, seal().get(table.topic, [])), None
+        return self._from_log(table, keys[0], whole, seal().get(table.topic, [])), read
 
     def close(self) -> None:
         """Remove the files of live keys."""
@@ -249,15 +266,18 @@ class Filler:
         if table.name not in self._live:
             self._live[table.name] = LiveKeys(self._log, table.name)
         self._live[table.name].catch_up(ends, self._tick)
-        value = self._live[table.name].value(key)
-        known = self._log.values.members(value) if value else {}
+        found = self._live[table.name].newest(key)
+        known = self._log.values.members(found.value) if found and found.value else {}
+        shape = self._versions.get((table.name, int(dict(found.headers)["schema"]))) if found else None
+        types = {column.name: column.type for column in shape.columns} if shape else {}
         for at, plan in enumerate(table.columns):
             if row[at] is UNCHANGED:
-                if plan.column.name not in known:
+                name, type_ = plan.column.name, plan.column.type
+                if name not in known or not widened(types.get(name, ""), type_):
                     raise Nowhere(
-                        f"column {plan.column.name} of {key.decode()} was neither in the stream, in Postgres nor in the log"
+                        f"column {name} of {key.decode()} was neither in the stream, in Postgres nor, as {type_}, in the log"
                     )
-                row[at] = Json(known[plan.column.name])
+                row[at] = Json(known[name])
         return row
 
 
@@ -272,12 +292,16 @@ def _not_visible(table: Table, xid: int) -> Transient:
 def _reread_query(table: Table, row: list[Datum]) -> sql.Composed:
     """Return the statement: a row, and whether its key and what is missing have the types that they had in the stream.
 
-    Its values are literals: beside parameters a % in a name would be one.
+    Rows of partitions are the table's own, those of other tables that inherit from it are not. Its values are literals: beside
+    parameters a % in a name would be one.
     """
     schema, _, name = table.name.partition(".")
     columns = [sql.Identifier(plan.column.name) for plan in table.columns]
     key = [(columns[at], sql.Literal(row[at].decode())) for at in table.key_at]  # type: ignore[union-attr]
-    where = sql.SQL(" AND ").join(sql.SQL("{} = {}").format(*each) for each in key)
+    own = sql.SQL("(r.tableoid = {}::regclass OR (SELECT relispartition FROM pg_class WHERE oid = r.tableoid))").format(
+        sql.Literal(sql.Identifier(schema, name).as_string())
+    )
+    where = sql.SQL(" AND ").join([*(sql.SQL("{} = {}").format(*each) for each in key), own])
     asked = {*table.key_at, *(at for at, value in enumerate(row) if value is UNCHANGED)}
     plans = [table.columns[at] for at in sorted(asked)]
     types = [sql.SQL("({}, {}, {})").format(plan.column.name, *plan.sent) for plan in plans]
