@@ -13,6 +13,7 @@ demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops ever
 	$(BIN)/headrace demo $(if $(ONCE),--once)
 
 test: .venv/synced           ## all tests, by WORKERS=2 processes with real servers of their own; TESTS=tests/unit for some of them, in one
+	$(if $(TESTS),,$(COMPILED))
 	$(BIN)/python -m pytest -q --durations=25 $(or $(TESTS),-n $(WORKERS) --dist worksteal)
 
 soak: .venv/synced           ## MINUTES=60 of seeded kills, outages, rebuilds and parked records under load; SEED=1 is the first seed

@@ -32,6 +32,9 @@ from headrace.documents.paths import Link, Paths, named, text_of, value_of
 from headrace.documents.when import ALL, Left, When, now
 from headrace.documents.windows import Root, Window
 
+LOCKED_SECONDS = 5.0
+"""So long another process may hold the file."""
+
 
 class Touched(NamedTuple):
     """A document that a change has touched: its declaration and the root's key."""
@@ -71,7 +74,7 @@ class LocalRows:
                 self._open(built_by)
 
     def _open(self, built_by: bytes) -> None:
-        self._db = sqlite3.connect(self.path, isolation_level=None)
+        self._db = sqlite3.connect(self.path, LOCKED_SECONDS, isolation_level=None)
         try:
             self._db.execute(f"PRAGMA page_size = {layout.PAGE_BYTES}")
             self._db.execute("PRAGMA journal_mode = WAL")

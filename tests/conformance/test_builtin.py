@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headrace.change import Row
-from headrace.documents import Document, DocumentConsumer, Node, One
+from headrace.documents import Document, DocumentConsumer, Node, One, local
 from headrace.settings import Settings
 from headrace.stores.duckdb import DuckDBStore
 from headrace.stores.kafka import KafkaTopic
@@ -71,6 +71,12 @@ SHOP = {
 STREAMED = {PRODUCTS: SHOP[PRODUCTS], CATEGORIES: SHOP[CATEGORIES]}
 STRIDE = 11
 """tests/faults/test_steps.py kills these before each of their steps."""
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A successor whom a process keeps out while it lives is kept out however long it waits; the dead hold no lock."""
+    monkeypatch.setattr(local, "LOCKED_SECONDS", 0.2)
 
 
 class TestSearch(ConsumerConformance):

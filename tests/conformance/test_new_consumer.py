@@ -12,6 +12,14 @@ import pytest
 from headrace.cli.scaffold import Store
 from headrace_ops import Stack
 
+CONFTEST = """
+from headrace.documents import local
+from headrace.stores.redis import pages
+
+local.LOCKED_SECONDS, pages._GRACE_SECONDS = 0.2, 0.05
+"""
+"""As in test_builtin: who is kept out is so however long it waits, and no reader has taken the pointer by itself."""
+
 
 @pytest.mark.parametrize("store", list(Store))
 def test_a_new_consumer_passes_its_own_test(store: Store, stack: Stack, tmp_path: Path) -> None:
@@ -21,6 +29,7 @@ def test_a_new_consumer_passes_its_own_test(store: Store, stack: Stack, tmp_path
     made = [sys.executable, "-m", "headrace", "new", "consumer", "a_view", "--store", store, "--dir", str(tmp_path)]
     subprocess.run(made, check=True)
     root = tmp_path / "headrace-a_view"
+    (root / "conftest.py").write_text(CONFTEST)
     if store is Store.duckdb:  # it takes many steps, and test_builtin begins at others
         (test,) = root.glob("tests/test_*.py")
         test.write_text(test.read_text().replace('    name = "a_view"\n', '    name = "a_view"\n    stride = 11\n'))

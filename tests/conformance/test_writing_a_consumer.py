@@ -11,6 +11,7 @@ from pathlib import Path
 
 from headrace.cli import scaffold
 from headrace_ops.elasticsearch import Elasticsearch
+from tests.conformance.test_new_consumer import CONFTEST
 
 PAGE = Path(__file__).parents[2] / "docs/writing-a-consumer.md"
 SALES = """
@@ -37,6 +38,7 @@ def run(address: str, folder: Path, test: str, *options: str) -> None:
     """Run a test beside the code of the page."""
     for name, code in re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL):
         (folder / name).write_text(code)
+    (folder / "conftest.py").write_text(CONFTEST)
     command = [
         sys.executable,
         "-m",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -17,7 +14,7 @@ import pytest
 from headrace.change import Checkpoint, Source, Version
 from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
-from headrace.settings import Settings, environment
+from headrace.settings import Settings
 from headrace_capture.capture import Capture
 from headrace_capture.identity import Here, Slot, check
 from headrace_capture.replication import Replication
@@ -72,21 +69,6 @@ def test_no_publication(settings: Settings) -> None:
     error = refused(settings)
     assert error.code == "publication-missing"
     assert "headrace setup --apply" in error.remedy
-
-
-def test_kafka_that_does_not_answer(settings: Settings) -> None:
-    prepare(settings, ITEMS)
-    process = subprocess.run(
-        [sys.executable, "-m", "headrace", "capture"],
-        env=environment(replace(settings, kafka=f"127.0.0.1:{closed_port()}")) | {"PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert process.returncode == 5
-    assert "HEADRACE_KAFKA" in process.stderr
-    assert "Traceback" not in process.stderr
 
 
 def test_a_row_that_is_too_large_stops_capture_and_loses_nothing(settings: Settings) -> None:
