@@ -111,8 +111,9 @@ def test_an_empty_cut_follows_what_is_not_captured(settings: Settings) -> None:
         eventually("Postgres is told", lambda: parse_lsn(rows(settings, slot)[0][0]) >= checkpoint.version.lsn)
 
 
-def test_empty_cuts_come_at_most_every_100_ms(settings: Settings) -> None:
+def test_empty_cuts_come_at_most_every_100_ms(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hundred commits of uncaptured tables in a row do not make two hundred checkpoints."""
+    monkeypatch.setattr(stream, "_IDLE_SECONDS", 1.0)  # as capture has it
     prepare(settings, ITEMS)
     execute(settings, "CREATE TABLE other (id int)")
     with capturing(settings) as capture:
