@@ -181,6 +181,7 @@ class Checkpoint:
         base: LSN of the checkpoint whose `ends` this one's record goes on from, its own when the record names every topic (S16).
         offset: Where the record stands in the checkpoints topic; -1 before it is written.
         appended: The broker's timestamp of the record, in ms since the Unix epoch; 0 before it is written.
+        approximate: Tables of which values were read again, each with an LSN: in states before it these may be of a later moment (S7).
     """
 
     version: Version
@@ -194,6 +195,7 @@ class Checkpoint:
     base: int = 0
     offset: int = -1
     appended: int = 0
+    approximate: dict[str, int] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -215,6 +217,7 @@ class Position:
         inexact: Tables of the view that are not known to equal Postgres at `version` (S12).
         held: What is parked or delayed holds tokens back to here (S25), None when nothing is.
         parked: Collections of which something is parked: they are not what Postgres had at `version` either.
+        approximate: Tables of the view of which values at `version` may be of a later moment (S7).
     """
 
     offsets: dict[str, list[int]] = field(default_factory=dict)
@@ -225,6 +228,7 @@ class Position:
     inexact: tuple[str, ...] = ()
     held: Version | None = None
     parked: tuple[str, ...] = ()
+    approximate: tuple[str, ...] = ()
 
     @property
     def reached(self) -> Version:

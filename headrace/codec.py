@@ -217,6 +217,8 @@ def encode_checkpoint(checkpoint: Checkpoint, topics: Collection[str] | None = N
         record["partial"] = {"commit_lsn": checkpoint.partial[0], "ordinal": checkpoint.partial[1]}
     if checkpoint.inexact:
         record["inexact"] = list(checkpoint.inexact)
+    if checkpoint.approximate:
+        record["approximate"] = checkpoint.approximate
     if checkpoint.snapshot:
         record["snapshot"] = checkpoint.snapshot
     return orjson.dumps(record)
@@ -241,6 +243,7 @@ def decode_checkpoint(value: bytes, offset: int = -1, appended: int = 0) -> Chec
         base=record.get("base", record["lsn"]),
         offset=offset,
         appended=appended,
+        approximate=record.get("approximate", {}),
     )
 
 
@@ -283,6 +286,7 @@ def decode_position(value: bytes | str) -> Position:
         source=Source(**source) if source else None,
         appended=record["appended"],
         inexact=tuple(record.get("inexact", ())),
+        approximate=tuple(record.get("approximate", ())),
         held=Version(*record["held"]) if "held" in record else None,
         parked=tuple(record.get("parked", ())),
     )

@@ -260,7 +260,8 @@ class Reader:
             version=target.version,
             source=target.source,
             appended=target.appended,
-            inexact=tuple(t for t in target.inexact if self._reads(self._log.topic_of(t))),
+            inexact=self._read_of(target.inexact),
+            approximate=self._read_of(target.approximate),
         )
         newest = self._newest
         self._behind_since = target.appended / 1000 if newest and newest.version != target.version else None
@@ -322,6 +323,9 @@ class Reader:
 
     def _reads(self, topic: str) -> bool:
         return self._all or topic in self._wanted
+
+    def _read_of(self, tables: Iterable[str]) -> tuple[str, ...]:
+        return tuple(table for table in tables if self._reads(self._log.topic_of(table)))
 
     def _passed(self, place: Place, target: Checkpoint) -> bool:
         topic, partition = place

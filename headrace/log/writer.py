@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -179,6 +179,7 @@ class CutWriter:
         partial: tuple[int, int] | None = None,
         inexact: tuple[str, ...] = (),
         snapshot: str | None = None,
+        approximate: Mapping[str, int] | None = None,
     ) -> Checkpoint:
         """End the cut: everything delivered, then the checkpoint, then the commit. Without an open cut: an empty one (S4).
 
@@ -191,6 +192,7 @@ class CutWriter:
         self._flush()
         ends = {topic: list(offsets) for topic, offsets in self._ends.items()}
         checkpoint = Checkpoint(version, commit_ts, xid, ends, source, partial, inexact, snapshot, version.lsn)
+        checkpoint = replace(checkpoint, approximate=dict(approximate or {}))
         checkpoint, named = self._named(checkpoint)
         key = codec.encode_checkpoint_key(checkpoint)
         self._send(self._checkpoints, key, codec.encode_checkpoint(checkpoint, named), [], 0)

@@ -108,7 +108,9 @@ class ConsumerConformance(Harness):
         with self._opened() as (consumer, position):
             (batch,) = log.batches(position)
             table = (self._schema.table,)
-            batch.position = replace(batch.position, held=batch.position.version, parked=table, inexact=table)
+            batch.position = replace(
+                batch.position, held=batch.position.version, parked=table, inexact=table, approximate=table
+            )
             consumer.apply(batch)
         with self._opened() as (_, position):
             assert position == batch.position

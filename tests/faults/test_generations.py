@@ -9,15 +9,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
 
 import pytest
 from elasticsearch import Elasticsearch as Client
 
 from headrace import codec
-from headrace.errors import HeadraceError, Misconfigured
+from headrace.errors import HeadraceError
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
 from headrace.stores.kafka.topic import live_topic
@@ -97,12 +95,15 @@ def of_pages(settings: Settings) -> Callable[[], Iterator[int]]:
 
 def of_warehouse(settings: Settings) -> Callable[[], Iterator[int]]:
     def poll() -> Iterator[int]:
-        with suppress(Misconfigured, HTTPException):  # its process is dead, and with it who answers
-            ((count, least, most),) = ask(settings.warehouse_listen, "SELECT count(*), min(n), max(n) FROM ticks")[
-                "rows"
-            ]
-            assert (count, least) == (ROWS, most), "an answer is not one state"
-            yield most
+        try:
+            found = ask(settings.warehouse_listen, "SELECT count(*), min(n), max(n) FROM ticks")
+        except HeadraceError as error:
+            if error.code == "warehouse-not-running":  # its process is dead, and with it who answers
+                return
+            raise
+        ((count, least, most),) = found["rows"]
+        assert (count, least) == (ROWS, most), "an answer is not one state"
+        yield most
 
     return poll
 

@@ -109,19 +109,20 @@ def test_an_answer_has_columns_types_rows_and_the_state_it_shows(store: Warehous
         "version": "1@0/A",
         "lsn": "0/A",
         "inexact": [],
+        "approximate": [],
         "parked": [],
         "truncated": False,
     }
 
 
-def test_an_answer_names_the_tables_that_are_inexact_at_its_state(store: Warehouse) -> None:
+def test_an_answer_names_the_tables_that_are_inexact_or_approximate_at_its_state(store: Warehouse) -> None:
     fill(store)
     store.promote()
     later = batch(20, schemas=())
-    later.position = replace(later.position, inexact=("public.items",))
+    later.position = replace(later.position, inexact=("public.items",), approximate=("public.items",))
     store.apply(later)
     answer = ask(address(), "SELECT 1")
-    assert (answer["lsn"], answer["inexact"]) == ("0/14", ["public.items"])
+    assert (answer["lsn"], answer["inexact"], answer["approximate"]) == ("0/14", ["public.items"], ["public.items"])
 
 
 GOOD = {

@@ -118,6 +118,9 @@ def _say_what_lacks(answer: dict[str, Any], console: Console) -> None:
     if answer["inexact"]:
         tables = ", ".join(answer["inexact"])
         console.print(f"{tables} may differ from Postgres: inexact since DDL without events (S12)", markup=False)
+    if answer.get("approximate"):
+        tables = ", ".join(answer["approximate"])
+        console.print(f"{tables} may have values of a later moment: approximate, read again (S7)", markup=False)
     if answer.get("parked"):
         tables = ", ".join(answer["parked"])
         console.print(f"{tables} lack what is parked: see headrace parked list warehouse", markup=False)

@@ -1,7 +1,7 @@
 """Read-only SQL over HTTP: one endpoint a process, from the first generation that it opens until the process ends.
 
 It outlives the generations that are opened and closed, so that readers keep the last exact state while Kafka is away.
-`POST /sql` with ``{"sql": "SELECT …"}`` answers ``{columns, types, rows, version, lsn, inexact, parked, truncated}``, an error
+`POST /sql` with ``{"sql": "SELECT …"}`` answers ``{columns, types, rows, version, lsn, inexact, approximate, parked, truncated}``, an error
 ``{code, message, remedy}``. `GET /health` is 200 once there is a state to be seen. Both are 503 before.
 
 A page in somebody's browser can reach a loopback address too: only JSON bodies are read, which a browser does not
@@ -142,6 +142,7 @@ class Endpoint:
             "version": str(found.version),
             "lsn": format_lsn(found.version.lsn),
             "inexact": found.inexact,
+            "approximate": found.approximate,
             "parked": found.parked,
             "truncated": found.truncated,
         }

@@ -50,6 +50,7 @@ class Result:
             within lists and structs too, where every HUGEINT is text.
         version: Everything up to this LSN of the source is in it: it is the state there, where nothing is parked.
         inexact: Tables that are not known to equal Postgres at that state (S12).
+        approximate: Tables of which values may be of a later moment than that state (S7).
         parked: Tables that lack what is parked.
         truncated: Whether there were more rows than asked for.
     """
@@ -59,6 +60,7 @@ class Result:
     rows: list[list[Any]]
     version: Version
     inexact: tuple[str, ...]
+    approximate: tuple[str, ...]
     parked: tuple[str, ...]
     truncated: bool
 
@@ -123,7 +125,7 @@ def _run(cursor: duckdb.DuckDBPyConnection, sql: str, limit: int) -> Result:
             )
         columns = [_values(column.to_pylist(), kind) for column, kind in zip(batch.columns, types, strict=True)]
         rows += [list(row) for row in zip(*columns, strict=True)]
-    said = (state.reached, state.inexact, state.parked)
+    said = (state.reached, state.inexact, state.approximate, state.parked)
     return Result(found.columns, types, rows[:limit], *said, truncated=len(rows) > limit)
 
 

@@ -215,7 +215,7 @@ class Capture:
             replication.start(self._settings.slot, self._settings.publication, checkpoint.version.lsn)
             tick = self._tick(replication)
             with (
-                closing(Filler(self._log, connection, relations.versions, tick)) as filler,
+                closing(Filler(self._log, connection, relations.versions, cut.approximate, tick)) as filler,
                 closing(Resnapshot(self._log, cut, relations, connection, self._progress, tick, filler)) as beside,
             ):
                 relations.suspected, relations.moved = beside.suspect, beside.moved

@@ -35,6 +35,7 @@ class Cut:
     Attributes:
         sealed: The newest committed checkpoint: nothing beyond it may be confirmed to Postgres (S4).
         inexact: Tables whose topic is not known to equal Postgres (S12); named in every checkpoint.
+        approximate: Tables of which a value was read again, and up to which LSN (S7): named until a checkpoint is there.
         whole: The last transaction that is wholly in the cut.
         most: Records that fill a cut.
         longest: Seconds that it stays open between transactions though more waits to be read.
@@ -48,6 +49,7 @@ class Cut:
         self.writer = writer
         self.sealed = sealed
         self.inexact = set(sealed.inexact)
+        self.approximate = dict(sealed.approximate)
         self.most = settings.cut_records
         self.longest = settings.cut_ms / 1000
         self.snapshot = sealed.snapshot
@@ -83,6 +85,8 @@ class Cut:
     def seal(self, partial: tuple[int, int] | None = None) -> None:
         """Commit the cut with its checkpoint."""
         whole = self.whole
+        for table in [table for table, until in self.approximate.items() if until <= whole.lsn]:
+            del self.approximate[table]
         sealed = self.writer.seal(
             version=Version(self.epoch, whole.lsn),
             commit_ts=whole.commit_ts,
@@ -91,6 +95,7 @@ class Cut:
             partial=partial,
             inexact=tuple(sorted(self.inexact)),
             snapshot=self.snapshot,
+            approximate=self.approximate,
         )
         self.sealed = sealed
         self._sealed_at = time.monotonic()

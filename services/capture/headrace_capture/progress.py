@@ -78,6 +78,7 @@ class Progress:
         self._report = replace(self._report, version=checkpoint.version)
         self._written.captured(checkpoint.version.lsn, checkpoint.commit_ts)
         self._facts["inexact"] = list(checkpoint.inexact)
+        self._facts["approximate"] = ", ".join(sorted(checkpoint.approximate))
 
     def fact(self, name: str, value: int | str) -> None:
         """Add something to the report, `wal_held` for example: the bytes of WAL that the slot holds back."""

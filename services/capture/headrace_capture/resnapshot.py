@@ -90,7 +90,6 @@ class Resnapshot:
         self._names: Findings | None = None
         self._printed_at: dict[str, float] = {}
         self._not_before = 0.0
-        self._approximate = 0
 
     def close(self) -> None:
         """End everything that runs beside the stream."""
@@ -113,8 +112,6 @@ class Resnapshot:
                 self._names or findings
             )  # what waits for the stream is not replaced, or it would wait for ever
         self._rename()
-        if len(self._filler.approximate) != self._approximate:
-            self._tell()
         for table in list(self._cut.inexact):
             job = self._jobs.all.get(table)
             if job is None or job.phase == DONE:
@@ -350,8 +347,6 @@ class Resnapshot:
         told = [f"{job.name}: {job.told()}" for job in jobs if job.open or job.phase == FAILED]
         more = [f"and {len(told) - _TOLD} more: headrace resnapshot --status"] if len(told) > _TOLD else []
         self._progress.fact("resnapshot", "; ".join(told[:_TOLD] + more))
-        self._progress.fact("approximate", ", ".join(sorted(self._filler.approximate)))
-        self._approximate = len(self._filler.approximate)
         if self._cut.snapshot:
             initial = [job.phase == DONE for job in jobs if job.initial]
             self._progress.phase("snapshot", progress=(sum(initial), len(initial)))

@@ -23,10 +23,11 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from psycopg import errors, sql
 
-from headrace.change import Snapshot, TableSchema
+from headrace.change import Snapshot, TableSchema, parse_lsn
 from headrace.errors import Transient
 from headrace.log import Log
 from headrace_capture import catalog
@@ -125,11 +126,11 @@ class Memory:
 
     def skipped(self, table: Table, before: bytes, key: bytes, row: list[Datum]) -> None:
         """Let an update that is in the log already tell, as `changed`, what a later one leaves alone."""
-        read = self.recall(table, before, row)
+        self.recall(table, before, row)
         if UNCHANGED in row:
             self.forget(table, before)
         else:
-            self.changed(table, before, key, row, WORTH_REMEMBERING, read)
+            self.changed(table, before, key, row, WORTH_REMEMBERING)
 
 
 def with_old(table: Table, update: Update) -> list[Datum]:
@@ -142,11 +143,18 @@ def with_old(table: Table, update: Update) -> list[Datum]:
     return new
 
 
+class _Read(NamedTuple):
+    """What one statement saw: its snapshot, the row of a key if there is one, and an LSN that has all that the snapshot sees."""
+
+    snapshot: str
+    lsn: int
+    row: list[Datum] | None
+
+
 class Filler:
     """Fills updated rows up. One for each stream.
 
     Attributes:
-        approximate: Tables of which a value was read again: it may be of a later moment than its row (S7).
         doubted: Whether what the log has of a table may not be what Postgres has.
     """
 
@@ -155,11 +163,15 @@ class Filler:
         log: Log,
         connection: catalog.Connection,
         versions: Mapping[tuple[str, int], TableSchema],
+        approximate: dict[str, int],
         tick: Callable[[], None],
     ) -> None:
-        """Read again by `connection`; `versions` are the schema versions of all tables; `tick` says in long work that capture lives."""
+        """Read again by `connection`; `versions` are the schema versions of all tables; `tick` says in long work that capture lives.
+
+        `approximate` is told up to which LSN a table's values were read again: they may be of a later moment than their rows (S7).
+        """
         self.memory = Memory()
-        self.approximate: set[str] = set()
+        self._approximate = approximate
         self.doubted: Callable[[str], bool] = lambda _table: True
         self._log = log
         self._connection = connection
@@ -191,8 +203,6 @@ class Filler:
         """
         whole = list(row)
         read = self.memory.recall(table, keys[0], whole)
-        if read:
-            self.approximate.add(table.name)
         if UNCHANGED not in whole:
             return whole, read
         try:
@@ -204,9 +214,9 @@ class Filler:
                 ) from error
             again = None
         if again is not None:
-            self.approximate.add(table.name)
             return [then if value is UNCHANGED else value for value, then in zip(whole, again, strict=True)], REREAD
-        return self._from_log(table, keys[0], whole, seal().get(table.topic, [])), read
+        taken, marked = self._from_log(table, keys[0], whole, seal().get(table.topic, []))
+        return taken, read or marked
 
     def close(self) -> None:
         """Remove the files of live keys."""
@@ -233,13 +243,15 @@ class Filler:
                     self._locked_until[table.name] = time.monotonic() + _LOCKED_SECONDS
                     raise
                 continue
-            if read is None or Snapshot.parsed(read[0]).sees(xid):
-                return read and read[1]
+            if read is None or Snapshot.parsed(read.snapshot).sees(xid):
+                if read and read.row:
+                    self._approximate[table.name] = read.lsn
+                return read and read.row
             if late:
                 raise _not_visible(table, xid)
             time.sleep(0.005)
 
-    def _read(self, table: Table, row: list[Datum]) -> tuple[str, list[Datum] | None] | None:
+    def _read(self, table: Table, row: list[Datum]) -> _Read | None:
         """Return what one statement sees, and the row of that key in it; None if the table is gone or has another shape. Raises Nowhere."""
         with postgres_errors(f"reading a row of {table.name} again"):
             try:
@@ -250,25 +262,26 @@ class Filler:
             except errors.LockNotAvailable as error:
                 raise _Locked from error
         assert result is not None
-        same = result.get_value(0, 1)
-        if same == b"f":
+        snapshot, lsn, same = ((result.get_value(0, at) or b"").decode() for at in range(3))
+        if same == "f":
             self._check_undoubted(table)
             return None
-        found: list[Datum] = [result.get_value(0, at + 2) for at in range(len(row))]
-        return (result.get_value(0, 0) or b"").decode(), found if same else None
+        found: list[Datum] = [result.get_value(0, at + 3) for at in range(len(row))]
+        return _Read(snapshot, parse_lsn(lsn), found if same else None)
 
     def _check_undoubted(self, table: Table) -> None:
         """Refuse to take from the log what may be older than in Postgres, where the table has another shape. Raises Nowhere."""
         if self.doubted(table.name):
             raise Nowhere(f"a value of {table.name} was not in the stream, and its table has another shape by now")
 
-    def _from_log(self, table: Table, key: bytes, row: list[Datum], ends: list[int]) -> list[Datum]:
+    def _from_log(self, table: Table, key: bytes, row: list[Datum], ends: list[int]) -> Row:
         if table.name not in self._live:
             self._live[table.name] = LiveKeys(self._log, table.name)
         self._live[table.name].catch_up(ends, self._tick)
         found = self._live[table.name].newest(key)
         known = self._log.values.members(found.value) if found and found.value else {}
-        shape = self._versions.get((table.name, int(dict(found.headers)["schema"]))) if found else None
+        headers = dict(found.headers) if found else {}
+        shape = self._versions.get((table.name, int(headers.get("schema", 0))))
         types = {column.name: column.type for column in shape.columns} if shape else {}
         for at, plan in enumerate(table.columns):
             if row[at] is UNCHANGED:
@@ -278,7 +291,7 @@ class Filler:
                         f"column {name} of {key.decode()} was neither in the stream, in Postgres nor, as {type_}, in the log"
                     )
                 row[at] = Json(known[name])
-        return row
+        return row, REREAD if headers.get("read") == REREAD else None
 
 
 def _not_visible(table: Table, xid: int) -> Transient:
@@ -309,5 +322,6 @@ def _reread_query(table: Table, row: list[Datum]) -> sql.Composed:
         "(SELECT count(*) = {} FROM pg_attribute a WHERE a.attrelid = r.tableoid AND (a.attname, a.atttypid, a.atttypmod) IN ({}))"
     ).format(len(plans), sql.SQL(", ").join(types))
     return sql.SQL(
-        "SELECT pg_current_snapshot()::text, t.* FROM (SELECT) one LEFT JOIN (SELECT {}, {} FROM {} r WHERE {}) t ON true"
+        "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, t.* "
+        "FROM (SELECT) one LEFT JOIN (SELECT {}, {} FROM {} r WHERE {}) t ON true"
     ).format(same, sql.SQL(", ").join(columns), sql.Identifier(schema, name), where)

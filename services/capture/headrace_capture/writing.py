@@ -206,7 +206,6 @@ class Writing:
         if job.key is None:
             job.phase = DONE
             self._cut.inexact.discard(job.table)
-            self._filler.approximate.discard(job.table)
             self._jobs.put(job)
         else:
             self._jobs.drop(job.name)
