@@ -107,10 +107,8 @@ class ConsumerConformance(Harness):
         self._change(log)
         with self._opened() as (consumer, position):
             (batch,) = log.batches(position)
-            table = (self._schema.table,)
-            batch.position = replace(
-                batch.position, held=batch.position.version, parked=table, inexact=table, approximate=table
-            )
+            lacking = dict.fromkeys(("parked", "inexact", "approximate"), (self._schema.table,))
+            batch.position = replace(batch.position, held=batch.position.version, **lacking)
             consumer.apply(batch)
         with self._opened() as (_, position):
             assert position == batch.position
