@@ -146,7 +146,9 @@ def shown(name: str, value: str) -> str:
     if name == "HEADRACE_ELASTICSEARCH_API_KEY":
         return value and "***"
     if name == "HEADRACE_KAFKA_OPTIONS" and value:
-        return json.dumps({key: "***" if _SECRET.search(key) else one for key, one in kafka_options(value).items()})
+        options = kafka_options(value).items()
+        told = {key: masked(one) if isinstance(one, str) else one for key, one in options}
+        return json.dumps(told | {key: "***" for key, _ in options if _SECRET.search(key)})
     return masked(value)
 
 

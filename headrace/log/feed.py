@@ -114,8 +114,12 @@ class FeedReader:
         self._read_to[place] = offset + 1
         change = self._decoder.change(table_of(topic), partition, offset, key, value)
         before, self._gone[place] = self._gone.get(place), key if change.op == DELETE else None
-        # The tombstone behind the `d` record says nothing new; a batch may end between the two.
-        return None if change.op == DELETE and key == before else change
+        if (
+            change.op == DELETE and key == before
+        ):  # the tombstone behind the `d` record; a batch may end between the two
+            self._whole = False  # the position is to be told, or the next reader would take it for a delete
+            return None
+        return change
 
     def _ask_ends(self) -> None:
         now = time.time()  # not the monotonic clock, which stands still while a machine sleeps
@@ -168,7 +172,12 @@ class FeedReader:
     def _add_topics(self) -> None:
         """Read what has come, where every topic is yet what it was."""
         self._looked = time.monotonic()
-        described = self._log.topics.describe([topic for topic in self._log.topics.names() if self._reads(topic)])
+        try:
+            described = self._log.topics.describe([topic for topic in self._log.topics.names() if self._reads(topic)])
+        except Misconfigured as error:
+            if error.code == "topic-missing":  # it was deleted just now: the next look decides
+                return
+            raise
         for topic, (identity, count) in described.items():
             self._check_topic(topic, identity, count)
         new = [topic for topic in sorted(described) if (topic, 0) not in self._read_to]

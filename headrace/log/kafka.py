@@ -56,6 +56,7 @@ class Admin(AdminClient):
     def __init__(self, settings: Settings) -> None:
         """Connect in the background. Raises Misconfigured: `bad-setting`."""
         self._said: deque[KafkaError] = deque(maxlen=100)
+        self._let_in = False
         with _configuring():
             super().__init__(_common(settings) | {"error_cb": self._said.append})
 
@@ -64,17 +65,20 @@ class Admin(AdminClient):
         """Do as `kafka_errors`.
 
         Raises:
-            Misconfigured: `kafka-refuses-login`, when no answer came, and a broker refused us meanwhile, or we its certificate.
+            Misconfigured: `kafka-refuses-login`, when no answer came, and a broker refused us meanwhile, or we its certificate. Who was let
+                in before waits: what knows the logins may be away.
         """
         self.poll(0)
         self._said.clear()
         try:
             with kafka_errors(doing):
                 yield
+            self._let_in = True
         except Transient as error:
             self.poll(0)  # hands over what was said meanwhile
             said = [told.str().partition(" (after ")[0] for told in self._said if told.name() != "_ALL_BROKERS_DOWN"]
-            if refused := [why for why in said if _REFUSAL.search(why)]:
+            refused = [why for why in said if _REFUSAL.search(why)]
+            if refused and not self._let_in:
                 raise Misconfigured(
                     "kafka-refuses-login",
                     f"Kafka lets nobody in while {doing}: {refused[-1]}.",

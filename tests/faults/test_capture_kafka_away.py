@@ -47,7 +47,7 @@ def test_a_kafka_that_is_slow_is_waited_for_in_little_memory(system: System, sta
     settings, kafka = system.settings, stack.server("kafka")
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, words text)")
     pid = system.start("capture", "capture")
-    eventually("it streams", lambda: Log(settings).newest_checkpoint())
+    eventually("it streams", lambda: Log(settings).newest_checkpoint(complete=True))
     execute(settings, "INSERT INTO items SELECT i, repeat('x', 300) FROM generate_series(1, 200000) i")
     target = now(settings)
     for _ in range(400):
@@ -55,7 +55,7 @@ def test_a_kafka_that_is_slow_is_waited_for_in_little_memory(system: System, sta
         time.sleep(0.25)
         kafka.resume()
         time.sleep(0.03)
-        if Log(settings).newest_checkpoint().version.lsn >= target:
+        if Log(settings).newest_checkpoint(complete=True).version.lsn >= target:
             break
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1024
     assert peak < 150, f"{peak} MB"

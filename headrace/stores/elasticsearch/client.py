@@ -84,7 +84,7 @@ def errors(missing: Exception | None = None) -> Iterator[None]:
     except TransportError as error:
         if "CERTIFICATE_VERIFY_FAILED" in error.message:
             said, remedy = f"Elasticsearch is not trusted: {error.message}", "Change HEADRACE_ELASTICSEARCH_CA."
-            raise Misconfigured("elasticsearch-untrusted", f"{said}.", remedy) from error
+            raise Transient("elasticsearch-untrusted", f"{said}.", remedy) from error
         raise Transient(
             "elasticsearch-away", f"Elasticsearch does not answer: {error.message}.", "See HEADRACE_ELASTICSEARCH."
         ) from error
