@@ -286,6 +286,7 @@ def test_a_delete_is_told_once_wherever_a_batch_ends(items: Settings, monkeypatc
     """Each record comes by itself here, the tombstone too: a position behind it is handed out at once."""
     alone = lambda tail, wait, _most: [found] if (found := tail._consumer.poll(wait)) is not None else []  # noqa: E731
     monkeypatch.setattr(Tail, "poll", alone)
+    monkeypatch.setattr("headrace.log.feed._STILL_SECONDS", 3600.0)
     with closing(Log(items).reader(["public.items"], None)) as reader:
         read(reader, 1)
         for id_, row in ((1, None), (3, {"id": 3}), (2, None)):
