@@ -238,9 +238,10 @@ class Worker(threading.Thread):
             try:
                 self._read(consumer, position)
             except Refused as error:
-                if self.shown or self.generation.live or self.state.exact:
+                kept = self.shown and getattr(consumer, "shows", None)  # None after a wipe
+                if kept or self.generation.live or self.state.exact:
                     raise
-                # Nobody has seen this build: where it makes no sense, or stood still for too long, it begins again from zero (S19).
+                # Nobody sees this build: where it makes no sense, or stood still for too long, it begins again from zero (S19).
                 consumer.drop()
                 raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
         finally:
