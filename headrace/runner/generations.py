@@ -258,7 +258,8 @@ class Generations:
     def begin(self, generation: Generation) -> Worker:
         """Serve a generation; one of other code stays still."""
         worker = Worker(self._log, self.make, generation, still=generation.fingerprint != self.fingerprint)
-        worker.paused, worker.shown = self.standing == PAUSED, self.was_shown(generation.number)
+        worker.paused = self.standing == PAUSED
+        worker.shown = generation.live or self.was_shown(generation.number)  # perhaps it was killed before that was kept
         self.workers[generation.number] = worker
         worker.start()
         return worker
