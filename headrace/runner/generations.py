@@ -230,6 +230,11 @@ class Generations:
         """Return whether readers have ever seen a generation that is there."""
         return number in self._shown or number in self._left
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether a generation that is promoted takes over the place where the one before has stopped (`Consumer.moved`)."""
+        return hasattr(self._consumer, "moved")
+
     def worker(self, number: int | None) -> Worker:
         """Return the worker of a generation, of the live one when None. Raises Misconfigured: `no-such-generation`."""
         worker = self.live() if number is None else self.workers.get(number)

@@ -126,7 +126,7 @@ class Worker(threading.Thread):
     def hold(self, seconds: float, patience: float, *, whole: bool = True) -> Version:
         """Stop at the end of a complete state; return its version. It goes on after `seconds`, or when released.
 
-        Not `whole`, it stops between the pieces of one too, which nobody sees, and what is returned is `seen`. Asked again while it
+        Not `whole`, it stops between the pieces of one too, which nobody sees of a view, and what is returned is `seen`. Asked again while it
         stands, it stands for so long from then on.
 
         Raises:
