@@ -264,7 +264,8 @@ class Generations:
         """Serve a generation; one of other code stays still."""
         worker = Worker(self._log, self.make, generation, still=generation.fingerprint != self.fingerprint)
         worker.paused = self.standing == PAUSED
-        worker.shown = generation.live or self.was_shown(generation.number)  # perhaps it was killed before that was kept
+        # A live one may have been killed before that was kept.
+        worker.shown = generation.live or self.was_shown(generation.number)
         self.workers[generation.number] = worker
         worker.start()
         return worker

@@ -349,7 +349,7 @@ class Telling(EffectConsumer):
     may: ClassVar[threading.Semaphore] = threading.Semaphore(0)
     begun: ClassVar[threading.Event] = threading.Event()
 
-    def effect(self, changes: Sequence[Change]) -> None:  # noqa: ARG002  nobody is told
+    def effect(self, changes: Sequence[Change]) -> None:
         self.begun.set()
         assert self.may.acquire(timeout=60)
 
