@@ -230,6 +230,11 @@ class Generations:
         """Return whether readers have ever seen a generation that is there."""
         return number in self._shown or number in self._left
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether a generation that is promoted takes over the place where the one before has stopped (`Consumer.moved`)."""
+        return hasattr(self._consumer, "moved")
+
     def worker(self, number: int | None) -> Worker:
         """Return the worker of a generation, of the live one when None. Raises Misconfigured: `no-such-generation`."""
         worker = self.live() if number is None else self.workers.get(number)
@@ -258,7 +263,9 @@ class Generations:
     def begin(self, generation: Generation) -> Worker:
         """Serve a generation; one of other code stays still."""
         worker = Worker(self._log, self.make, generation, still=generation.fingerprint != self.fingerprint)
-        worker.paused, worker.shown = self.standing == PAUSED, self.was_shown(generation.number)
+        worker.paused = self.standing == PAUSED
+        # A live one may have been killed before that was kept.
+        worker.shown = generation.live or self.was_shown(generation.number)
         self.workers[generation.number] = worker
         worker.start()
         return worker

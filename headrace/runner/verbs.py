@@ -181,13 +181,15 @@ class Verbs:
     def _held(self, live: Worker | None, target: Worker, seconds: float) -> Version:
         """Stop the live generation for so long, in the middle of a backlog too; return what readers have seen, NOWHERE when there is none.
 
-        One that waits is not waited for, and one that is compared itself stops at a complete state.
+        One that waits is not waited for. One that is compared itself stops at a complete state; so does one that hands its place on: its
+        pieces are seen, and amid them its position is as old as the state before.
         """
         if live is None:
             return NOWHERE
         live.stand(seconds)
         if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
-            held = live.hold(seconds, _PATIENCE_SECONDS, whole=live is target)
+            whole = live is target or self._generations.hands_on
+            held = live.hold(seconds, _PATIENCE_SECONDS, whole=whole)
             if not live.still:
                 return held
         return self._seen(live, target)

@@ -126,8 +126,8 @@ class Worker(threading.Thread):
     def hold(self, seconds: float, patience: float, *, whole: bool = True) -> Version:
         """Stop at the end of a complete state; return its version. It goes on after `seconds`, or when released.
 
-        Not `whole`, it stops between the pieces of one too, which nobody sees, and what is returned is `seen`. Asked again while it
-        stands, it stands for so long from then on.
+        Not `whole`, it stops between the pieces of one too, which nobody sees of a view, and what is returned is `seen`. Asked again
+        while it stands, it stands for so long from then on.
 
         Raises:
             Transient: `does-not-hold`, within `patience` seconds; or why it waits.
@@ -156,9 +156,10 @@ class Worker(threading.Thread):
 
     @property
     def seen(self) -> Version:
-        """What readers have seen at most, also of one that reloads its local rows.
+        """What readers have seen, also of one that reloads its local rows: nobody sees pieces.
 
-        Nobody sees pieces; but after an error between a state's rows and its position these may be as new as the log was at the opening.
+        An error between a state's rows and its position may leave rows as new as the log was at the next opening: between pieces that is
+        what is returned, but neither at the opening nor while it waits.
         """
         version = max(self.state.version, self.opened.version if self.opened else NOWHERE)
         return version if self._whole else max(version, self.state.ahead)
@@ -238,9 +239,10 @@ class Worker(threading.Thread):
             try:
                 self._read(consumer, position)
             except Refused as error:
-                if self.shown or self.generation.live or self.state.exact:
+                kept = self.shown and getattr(consumer, "shows", None)  # None after a wipe
+                if kept or self.generation.live or self.state.exact:
                     raise
-                # Nobody has seen this build: where it makes no sense, or stood still for too long, it begins again from zero (S19).
+                # Nobody sees this build: where it makes no sense, or stood still for too long, it begins again from zero (S19).
                 consumer.drop()
                 raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
         finally:

@@ -333,19 +333,34 @@ class Piecemeal(Plain):
     """Its first generation, once it is live, applies a piece when it may, and comes to no state before that."""
 
     may: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+    begun: ClassVar[threading.Event] = threading.Event()
 
     def apply(self, batch: Batch) -> None:
         if self._number == 1 and not batch.loading:
+            self.begun.set()
             assert self.may.acquire(timeout=60)
         super().apply(batch)
+
+
+class Telling(EffectConsumer):
+    """Tells of a piece when it may."""
+
+    tables = (ITEMS,)
+    may: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+    begun: ClassVar[threading.Event] = threading.Event()
+
+    def effect(self, changes: Sequence[Change]) -> None:
+        self.begun.set()
+        assert self.may.acquire(timeout=60)
 
 
 def test_a_live_view_is_held_amid_its_backlog_for_a_promotion_and_not_to_be_compared(
     feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody needs it to catch up first, which may take hours: readers see nothing of its pieces."""
-    monkeypatch.setattr(verbs, "_PATIENCE_SECONDS", 2.0)
-    monkeypatch.setattr(Piecemeal, "may", threading.Semaphore(0))
+    """Nobody needs it to catch up first, which may take hours: readers see nothing of its pieces. Of effects they do."""
+    for each in (Piecemeal, Telling):
+        monkeypatch.setattr(each, "may", threading.Semaphore(0))
+        monkeypatch.setattr(each, "begun", threading.Event())
     asked, stand = threading.Event(), Worker.stand
 
     def stands(worker: Worker, *args: Any, **options: Any) -> None:
@@ -354,19 +369,30 @@ def test_a_live_view_is_held_amid_its_backlog_for_a_promotion_and_not_to_be_comp
 
     monkeypatch.setattr(Worker, "stand", stands)
     first = feed.cut((ITEMS, 1, 0))
-    with serving(replace(settings, batch_records=2), plain=Piecemeal) as control, ThreadPoolExecutor(1) as pool:
-        await_live(control, "plain")
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        await_phase(control, "plain", 2, "following")
+    views: dict[str, type[Any]] = {"plain": Piecemeal, "calls": Telling}
+    with serving(replace(settings, batch_records=2), **views) as control, ThreadPoolExecutor(1) as pool:
+        await_live(control, *views)
+        for name in views:
+            assert control.ask(name, "rebuild") == {"generation": 2}
+            await_phase(control, name, 2, "following")
         last = feed.cut(*((ITEMS, n, n) for n in range(40)))
-        eventually("the new one has caught up", lambda: report(control, "plain", 2).version == last.version)
+        for name, view in views.items():
+            eventually("the new one has caught up", lambda name=name: report(control, name, 2).version == last.version)
+            assert view.begun.wait(30)
         try:
-            compared = pool.submit(control.ask, "plain", "hold", {"compare": True})
-            assert asked.wait(30)
-            Piecemeal.may.release(2)
-            with pytest.raises(Transient) as refused:
-                compared.result()
+            with monkeypatch.context() as patched:
+                patched.setattr(verbs, "_PATIENCE_SECONDS", 1.0)
+                compared = pool.submit(control.ask, "plain", "hold", {"compare": True})
+                assert asked.wait(30)
+                Piecemeal.may.release(2)
+                with pytest.raises(Transient) as refused:
+                    compared.result()
             assert refused.value.code == "does-not-hold"
+            asked.clear()
+            held = pool.submit(control.ask, "calls", "hold")
+            assert asked.wait(30)
+            Telling.may.release(1000)
+            assert held.result() == {"generation": 2, "version": list(last.version)}, "what its pieces did is done"
             asked.clear()
             promoted = pool.submit(control.ask, "plain", "promote")
             assert asked.wait(30)
@@ -375,6 +401,7 @@ def test_a_live_view_is_held_amid_its_backlog_for_a_promotion_and_not_to_be_comp
             assert Piecemeal(settings, "plain").version(1) == first.version, "it is still amid its backlog"
         finally:
             Piecemeal.may.release(1000)
+            Telling.may.release(1000)
         eventually("the old one goes on", lambda: report(control, "plain", 1).version == last.version)
 
 

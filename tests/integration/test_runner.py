@@ -115,6 +115,9 @@ def test_a_restarted_runner_goes_on_where_the_store_says(
     assert served.report(1).phase == "off"
     feed.cut((ITEMS, 2, 20))
     generation = view.generations()[0]
+    control = Control(Log(settings))
+    control.keep("plain", "shown", {"generations": [], "left": []})  # it was killed before it had kept that
+    control.flush(10)
     runner = serve()
     wait_for(lambda: view.rows() == {'{"id":1}': 10, '{"id":2}': 20})
     assert runner.runner.generations.workers[1].shown
