@@ -288,7 +288,7 @@ class Filler:
                 name, type_ = plan.column.name, plan.column.type
                 if name not in known or not widened(types.get(name, ""), type_):
                     raise Nowhere(
-                        f"column {name} of {key.decode()} was neither in the stream, in Postgres nor, as {type_}, in the log"
+                        f"column {name} of {key.decode()} was neither in the stream nor in Postgres, nor in the log as {type_}"
                     )
                 row[at] = Json(known[name])
         return row, REREAD if headers.get("read") == REREAD else None
