@@ -96,6 +96,29 @@ def test_what_somebody_took_out_stays_out_until_it_is_named(db: Connection, sour
     assert (prepared(db, source).left_out, setup.plan(db, source, []).statements) == ([], [])
 
 
+def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
+    db: Connection, source: Settings, fresh_database: Callable[[], str]
+) -> None:
+    """The oids that are remembered mean other tables there."""
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.b (id int PRIMARY KEY)")
+    prepared(db, source)
+    db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.b".encode())
+    ((b, said),) = db.execute(
+        "SELECT 'public.b'::regclass::oid::int8, obj_description(oid, 'pg_publication') FROM pg_publication"
+    ).fetchall()
+    with catalog.connect(fresh_database()) as restored:
+        for table in ("b", "a", "c"):
+            restored.execute(f"CREATE TABLE public.{table} (id int PRIMARY KEY)".encode())
+        ((c,),) = restored.execute("SELECT 'public.c'::regclass::oid::int8").fetchall()
+        remembered = psycopg.sql.Literal(said.replace(str(b), str(c))).as_string()
+        restored.execute(f"CREATE PUBLICATION {source.publication} FOR TABLE public.a".encode())
+        restored.execute(f"COMMENT ON PUBLICATION {source.publication} IS {remembered}".encode())
+        for _ in range(2):
+            assert [left.table for left in prepared(restored, source).left_out] == ["public.b"]
+            assert sorted(published(restored, source)) == ["public.a", "public.c"]
+        assert setup.plan(restored, source, []).statements == []
+
+
 def test_without_apply_nothing_changes(db: Connection, source: Settings) -> None:
     db.execute("CREATE TABLE public.a (id int PRIMARY KEY, big text)")
     assert setup.plan(db, source, []).statements

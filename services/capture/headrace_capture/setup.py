@@ -19,7 +19,7 @@ from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import append_only, catalog, identities, rights
 from headrace_capture.catalog import Connection, Server, Table
-from headrace_capture.memory import Memory, recall
+from headrace_capture.memory import Memory, database, recall
 
 LOCK_SECONDS = 3
 LONGEST_TOPIC = 249
@@ -235,7 +235,8 @@ def _fill(
     after = memory or Memory()
     before = after.statement(settings.publication).as_string() if memory else ""
     after.append_only = made.append_only
-    after.published = sorted({*after.published, *(table.oid for table in made.tables)})
+    after.published = {table.oid: table.full_name for table in made.tables} | after.published
+    after.database = database(connection)
     given = rights.missing(connection, made.tables, rights.role_of(connection, role or made.server.role))
     after.grants += [grant for grant in given if grant not in after.grants]
     statements = [rights.give(grant) for grant in given]
