@@ -96,6 +96,29 @@ def test_what_somebody_took_out_stays_out_until_it_is_named(db: Connection, sour
     assert (prepared(db, source).left_out, setup.plan(db, source, []).statements) == ([], [])
 
 
+def test_a_captured_table_that_is_gone_or_has_lost_its_key_keeps_no_other_from_being_named(
+    db: Connection, source: Settings
+) -> None:
+    """`docker compose up` names all each time, and capture starts only after setup: the slot would hold WAL for all tables."""
+    names = ["a", "b", "public.c", "d"]
+    for name in names:
+        db.execute(f"CREATE TABLE {'public.' * ('.' not in name)}{name} (id int PRIMARY KEY)".encode())
+    prepared(db, source, *names)
+    db.execute("DROP TABLE public.b; ALTER TABLE public.c DROP CONSTRAINT c_pkey")
+    db.execute("CREATE TABLE public.p (id int PRIMARY KEY) PARTITION BY RANGE (id)")
+    db.execute("ALTER TABLE public.p ATTACH PARTITION public.d FOR VALUES FROM (0) TO (10)")
+    for _ in range(2):
+        made = prepared(db, source, *names)
+        reasons = {left.table: left.reason for left in made.left_out}
+        assert (made.statements, list(reasons)) == ([], ["public.b", "public.c"])
+        assert ("nothing has that name" in reasons["public.b"], "S10" in reasons["public.c"]) == (True, True)
+    prepared(db, source, *names, "p")
+    (_, gone, _) = setup.plan(db, source, names).left_out
+    assert "partition of public.p" in gone.reason
+    with pytest.raises(Misconfigured, match=r"no permanent table public\.never"):
+        setup.plan(db, source, [*names, "never"])
+
+
 def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
     db: Connection, source: Settings, fresh_database: Callable[[], str]
 ) -> None:
