@@ -20,6 +20,7 @@ from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
 from headrace_capture import catalog, copies
+from headrace_capture.named import named_tables
 from tests.fixtures.capture import capturing, changes, execute, prepare, replay, rows
 from tests.fixtures.kinds import TEXT, Kind, both, drawn, every_kind
 
@@ -90,7 +91,7 @@ def natively(settings: Settings, kinds: list[Kind]) -> list[Kind]:
     columns = ", ".join(f"c{n} {kind.sql}" for n, kind in enumerate(kinds))
     execute(settings, f"CREATE TABLE every_kind (id int PRIMARY KEY, {columns})")
     with closing(catalog.connect(settings.dsn)) as connection:
-        (table,) = catalog.named_tables(connection, ["every_kind"])
+        ((table,), _) = named_tables(connection, ["every_kind"])
         key, *others = table.columns
         found = [
             kind

@@ -12,6 +12,7 @@ import pytest
 
 from headrace.settings import Settings
 from headrace_capture import attention, catalog, copies, fingerprints, snapshot
+from headrace_capture.named import named_tables
 from headrace_capture.published import row_filters
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows, selected
 from tests.integration.test_resnapshot import ask, jobs
@@ -89,7 +90,7 @@ def test_the_tables_that_hold_a_tables_rows_are_those_that_postgres_names(everyt
     query = "SELECT relid::regclass::text FROM pg_partition_tree('parts') WHERE isleaf ORDER BY 1"
     leaves = [name for (name,) in rows(everything_published, query)]
     with closing(catalog.connect(everything_published.dsn)) as connection:
-        (table,) = catalog.named_tables(connection, ["parts"])
+        ((table,), _) = named_tables(connection, ["parts"])
     assert sorted(f"{leaf.schema}.{leaf.name}" for leaf in table.leaves) == leaves
 
 

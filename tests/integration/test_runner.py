@@ -403,7 +403,7 @@ def test_a_build_says_how_long_it_still_takes(feed: Feed, settings: Settings) ->
         served.stop()
     estimates = [eta for eta in told if eta >= 0]
     assert len(set(estimates)) >= 3, "it is not known in the first second"
-    assert 20 > estimates[0] > estimates[-1] >= 0
+    assert estimates[0] > estimates[-1] >= 0
     assert told[-1] == -1, "nothing is left"
 
 

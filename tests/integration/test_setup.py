@@ -96,6 +96,52 @@ def test_what_somebody_took_out_stays_out_until_it_is_named(db: Connection, sour
     assert (prepared(db, source).left_out, setup.plan(db, source, []).statements) == ([], [])
 
 
+def test_a_captured_table_that_is_gone_or_has_lost_its_key_keeps_no_other_from_being_named(
+    db: Connection, source: Settings
+) -> None:
+    """`docker compose up` names all each time, and capture starts only after setup: the slot would hold WAL for all tables."""
+    names = ["a", "b", "public.c", "d"]
+    for name in names:
+        db.execute(f"CREATE TABLE {'public.' * ('.' not in name)}{name} (id int PRIMARY KEY)".encode())
+    prepared(db, source, *names)
+    db.execute("DROP TABLE public.b; ALTER TABLE public.c DROP CONSTRAINT c_pkey")
+    db.execute("CREATE TABLE public.p (id int PRIMARY KEY) PARTITION BY RANGE (id)")
+    db.execute("ALTER TABLE public.p ATTACH PARTITION public.d FOR VALUES FROM (0) TO (10)")
+    for _ in range(2):
+        made = prepared(db, source, *names)
+        reasons = {left.table: left.reason for left in made.left_out}
+        assert (made.statements, list(reasons)) == ([], ["public.b", "public.c"])
+        assert ("nothing has that name" in reasons["public.b"], "S10" in reasons["public.c"]) == (True, True)
+    prepared(db, source, *names, "p")
+    (_, gone, _) = setup.plan(db, source, names).left_out
+    assert "partition of public.p" in gone.reason
+    with pytest.raises(Misconfigured, match=r"no permanent table public\.never"):
+        setup.plan(db, source, [*names, "never"])
+
+
+def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
+    db: Connection, source: Settings, fresh_database: Callable[[], str]
+) -> None:
+    """The oids that are remembered mean other tables there."""
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.b (id int PRIMARY KEY)")
+    prepared(db, source)
+    db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.b".encode())
+    ((b, said),) = db.execute(
+        "SELECT 'public.b'::regclass::oid::int8, obj_description(oid, 'pg_publication') FROM pg_publication"
+    ).fetchall()
+    with catalog.connect(fresh_database()) as restored:
+        for table in ("b", "a", "c"):
+            restored.execute(f"CREATE TABLE public.{table} (id int PRIMARY KEY)".encode())
+        ((c,),) = restored.execute("SELECT 'public.c'::regclass::oid::int8").fetchall()
+        remembered = psycopg.sql.Literal(said.replace(str(b), str(c))).as_string()
+        restored.execute(f"CREATE PUBLICATION {source.publication} FOR TABLE public.a".encode())
+        restored.execute(f"COMMENT ON PUBLICATION {source.publication} IS {remembered}".encode())
+        for _ in range(2):
+            assert [left.table for left in prepared(restored, source).left_out] == ["public.b"]
+            assert sorted(published(restored, source)) == ["public.a", "public.c"]
+        assert setup.plan(restored, source, []).statements == []
+
+
 def test_without_apply_nothing_changes(db: Connection, source: Settings) -> None:
     db.execute("CREATE TABLE public.a (id int PRIMARY KEY, big text)")
     assert setup.plan(db, source, []).statements

@@ -436,7 +436,7 @@ def test_watch_shows_what_is_new_until_ctrl_c_also_after_kafka_was_away(
     say(control, Report("plain", 1, live=True, phase="loading"))
     ours, its = pty.openpty()
     environ = os.environ | environment(settings) | {"COLUMNS": "120", "TERM": "xterm"}
-    quick = "from headrace.log import topics; topics.TIMEOUT = 1; from headrace.cli import main; main()"
+    quick = "from headrace.log import topics; topics.TIMEOUT = 3; from headrace.cli import main; main()"
     command = [sys.executable, "-c", quick, "status", "--watch"]
     process = subprocess.Popen(command, env=environ, cwd=tmp_path, stdout=its, stderr=its)
     os.close(its)

@@ -410,7 +410,7 @@ def test_the_endpoint_outlives_the_generations_and_stops_with_the_process(store:
     assert ask(address(), "SELECT count(*) FROM items")["rows"] == [[50]]
     at = address()
     endpoint.stop()
-    with pytest.raises(Misconfigured) as raised:
+    with pytest.raises(Transient) as raised:
         ask(at, "SELECT 1")
     assert "headrace run warehouse" in raised.value.remedy
 
@@ -508,7 +508,20 @@ def test_what_is_no_warehouse_or_ends_while_it_answers_is_told_as_such(
     assert "HEADRACE_WAREHOUSE_LISTEN" in failed.exception.remedy
 
 
-@pytest.mark.parametrize("listen", ["localhost:abc", "[::1:8790", "nowhere at all:1"])
+@pytest.mark.parametrize(
+    "listen",
+    [
+        "localhost:abc",
+        "[::1:8790",
+        "nowhere at all:1",
+        "",
+        "nonsense",
+        ":1",
+        "127.0.0.1",
+        "[::1]",
+        *(f"127.0.0.1:{n}" for n in (-1, 0, 65536)),
+    ],
+)
 def test_an_address_that_is_none_names_the_setting(command: Any, monkeypatch: pytest.MonkeyPatch, listen: str) -> None:
     monkeypatch.setenv("HEADRACE_WAREHOUSE_LISTEN", listen)
     failed = command("SELECT 1")

@@ -6,6 +6,7 @@ import csv
 import http.client
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Annotated, Any
 
@@ -63,13 +64,21 @@ def ask(listen: str, query: str) -> dict[str, Any]:
     """
     body = orjson.dumps({"sql": query})
     try:
-        request = urllib.request.Request(f"http://{listen}/sql", body, {"Content-Type": "application/json"})
+        url = f"http://{_address(listen)}/sql"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with _direct().open(request, timeout=_WAIT_SECONDS) as answer:
             return _checked(orjson.loads(answer.read()))
     except urllib.error.HTTPError as error:
         raise _refusal(error) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _nobody(f"No warehouse answers at {listen}: {error or type(error).__name__}.", error) from error
+
+
+def _address(listen: str) -> str:
+    at = urllib.parse.urlsplit(f"//{listen}")
+    if not (at.hostname and at.port):
+        raise ValueError("that is not host:port")
+    return listen
 
 
 def _checked(found: Any) -> dict[str, Any]:

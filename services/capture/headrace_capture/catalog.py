@@ -6,7 +6,7 @@ are stated here once, for setup, snapshot and stream. Everything is read as of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ __all__ = [
     "connect",
     "connect_replication",
     "identify",
-    "named_tables",
     "published_tables",
     "server",
 ]
@@ -226,30 +225,6 @@ def all_tables(connection: Connection) -> list[Table]:
     return _read(connection, [row[0] for row in connection.execute(_CANDIDATES)])
 
 
-def named_tables(connection: Connection, names: Iterable[str]) -> list[Table]:
-    """Return the tables of these names (``schema.name``; without a schema, ``public``).
-
-    Raises:
-        Misconfigured: `no-such-table`.
-    """
-    known = {table.full_name: table for table in all_tables(connection)}
-    wanted = [name if "." in name else f"public.{name}" for name in names]
-    for name in wanted:
-        if name not in known:
-            raise Misconfigured(
-                "no-such-table", f"There is no permanent table {name} ({_hint(connection, name)}).", _LIST
-            )
-    return [known[name] for name in dict.fromkeys(wanted)]
-
-
-def _hint(connection: Connection, name: str) -> str:
-    schema, _, table = name.partition(".")
-    row = connection.execute(_WHAT_IS, [schema, table]).fetchone()
-    if row is None:
-        return "nothing has that name"
-    return f"it is a partition of {row[1]}: name that" if row[1] else f"it is {row[0]}"
-
-
 def _read(connection: Connection, oids: list[int]) -> list[Table]:
     tables = [Table(*row) for row in connection.execute(_TABLES, {"oids": oids})]
     columns, indexes, leaves = (_grouped(connection, query, oids) for query in (_COLUMNS, _INDEXES, _LEAVES))
@@ -298,8 +273,6 @@ def _one(connection: Connection, query: str) -> tuple[Any, ...]:
     assert row is not None
     return row
 
-
-_LIST = "`headrace setup` without --table lists what there is."
 
 _SERVER = """
 SELECT current_setting('wal_level'), system_identifier::text, left(pg_walfile_name(pg_current_wal_lsn()), 8),
@@ -390,11 +363,4 @@ WITH RECURSIVE {LEAVES}
 SELECT l.root, c.oid, n.nspname, c.relname, CASE WHEN l.root <> c.oid AND pk.indisreplident THEN 'd' ELSE c.relreplident::text END
 FROM leaf l JOIN pg_class c ON c.oid = l.oid LEFT JOIN pg_index pk ON pk.indrelid = c.oid AND pk.indisprimary
 JOIN pg_namespace n ON n.oid = c.relnamespace WHERE l.root = ANY(%(oids)s) ORDER BY l.root, n.nspname, c.relname
-"""
-
-_WHAT_IS = """
-SELECT CASE c.relkind WHEN 'v' THEN 'a view' WHEN 'm' THEN 'a materialized view' WHEN 'f' THEN 'a foreign table'
-       ELSE 'temporary, unlogged or of the system' END,
-       CASE WHEN c.relispartition THEN pg_partition_root(c.oid)::regclass::text END
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s
 """

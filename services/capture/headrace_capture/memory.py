@@ -43,13 +43,16 @@ class Memory:
         grants: Rights that were given.
         identities: Replica identities that were changed; the first `was` of each table is kept.
         append_only: Tables without a key that somebody named (see `append_only`).
-        published: The oids of what was in the publication: one that is there and no longer in it was taken out by somebody.
+        published: What was in the publication, the name that each table had first by its oid: one that is there and no longer in it
+            was taken out by somebody.
+        database: Whose oids these are: a dump takes them to another server or database, where they mean other tables.
     """
 
     grants: list[Grant] = field(default_factory=list)
     identities: list[Changed] = field(default_factory=list)
     append_only: list[str] = field(default_factory=list)
-    published: list[int] = field(default_factory=list)
+    published: dict[int, str] = field(default_factory=dict)
+    database: str = ""
 
     def changed(self, schema: str, name: str, was: str, now: str) -> None:
         """Remember a changed replica identity; one that is put back is forgotten."""
@@ -65,7 +68,7 @@ class Memory:
         facts: dict[str, object] = {"by": _BY, "grants": [*map(list, self.grants)]}
         facts["identities"] = [*map(list, self.identities)]
         facts["append_only"] = self.append_only
-        facts["published"] = self.published
+        facts |= {"database": self.database, "captured": sorted(self.published.items())}
         text = orjson.dumps(facts).decode()
         return sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(sql.Identifier(publication), sql.Literal(text))
 
@@ -82,4 +85,24 @@ def recall(connection: Connection, publication: str) -> Memory | None:
         return None
     identities = [Changed(*changed) for changed in said["identities"]]
     grants = [Grant(*grant) for grant in said["grants"]]
-    return Memory(grants, identities, said.get("append_only", []), said.get("published", []))
+    published, of = dict(said.get("captured", [])), said.get("database", "")
+    if of != database(connection):  # from a dump: only the names still tell which they are
+        published = dict(connection.execute(_BY_NAMES, [list(published.values())]).fetchall())
+    return Memory(grants, identities, said.get("append_only", []), published, of)
+
+
+def database(connection: Connection) -> str:
+    """Return what tells the server and the database from any other, also from one of the same name that was made anew."""
+    row = connection.execute(_DATABASE).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+_DATABASE = """
+SELECT concat_ws('/', system_identifier, (SELECT oid FROM pg_database WHERE datname = current_database())) FROM pg_control_system()
+"""
+
+_BY_NAMES = """
+SELECT c.oid, n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p') AND n.nspname || '.' || c.relname = ANY(%s)
+"""

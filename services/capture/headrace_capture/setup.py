@@ -19,7 +19,8 @@ from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import append_only, catalog, identities, rights
 from headrace_capture.catalog import Connection, Server, Table
-from headrace_capture.memory import Memory, recall
+from headrace_capture.memory import Memory, database, recall
+from headrace_capture.named import named_tables
 
 LOCK_SECONDS = 3
 LONGEST_TOPIC = 249
@@ -71,7 +72,8 @@ def plan(
     Args:
         connection: As a role that may read the catalogue.
         settings: For the names of publication and slot.
-        names: Tables to add; when empty all with a usable key, but for those that somebody took out of the publication.
+        names: Tables to add; when empty all with a usable key, but for those that somebody took out of the publication. One that
+            was captured may be gone or, while it is published, have lost its key.
         role: The role that capture will connect as; the connected one when empty.
         appended: Tables without a key to add, to be captured as append-only.
 
@@ -85,14 +87,15 @@ def plan(
     memory = recall(connection, settings.publication)
     present = _present(connection, settings.publication, memory)
     loose = _loose(connection, made, memory, appended, present)
-    found = catalog.named_tables(connection, names) if names else catalog.all_tables(connection)
+    found = _found(connection, made, memory, names, present) if names else catalog.all_tables(connection)
+    there = {table.oid for table in present}
     taken = {_counted(table, settings): table.full_name for table in present}
-    out = set(memory.published if memory and not names else ()) - {table.oid for table in present}
+    out = set(memory.published if memory and not names else ()) - there
     wanted = []
     for table in [*loose, *(table for table in found if table.full_name not in made.append_only)]:
         appends = table.full_name in made.append_only
         reason = (None if appends else unusable(table, settings)) or _same_topic(table, settings, taken)
-        if reason and (names or appends):
+        if reason and (names or appends) and table.oid not in there:
             raise Misconfigured(
                 "no-usable-key", f"{table.full_name} cannot be captured: {reason.reason}.", reason.remedy
             )
@@ -101,8 +104,18 @@ def plan(
         made.left_out += [reason] if reason else []
         wanted += [] if reason else [table]
     made.tables = sorted({t.oid: t for t in [*present, *wanted]}.values(), key=lambda t: t.full_name)
-    _fill(connection, settings, made, memory, {t.oid for t in present}, role)
+    _fill(connection, settings, made, memory, there, role)
     return made
+
+
+def _found(
+    connection: Connection, made: Plan, memory: Memory | None, names: list[str], present: list[Table]
+) -> list[Table]:
+    """Return the tables that are named. What was captured and is gone is left out: it must not keep capture of the others from starting."""
+    found, gone = named_tables(connection, names, present, set(memory.published.values()) if memory else ())
+    for name, hint in gone.items():
+        made.left_out.append(LeftOut(name, f"it was captured and is gone ({hint})", "Name it no more."))
+    return found
 
 
 def _loose(
@@ -112,7 +125,7 @@ def _loose(
     known = memory.append_only if memory else []
     before = [table for table in present if table.full_name in known]
     there = {table.full_name for table in before}
-    new = [table for table in catalog.named_tables(connection, appended) if table.full_name not in there]
+    new = [table for table in named_tables(connection, appended)[0] if table.full_name not in there]
     for table in [*before, *new]:
         append_only.check(table)
         made.append_only.append(table.full_name)
@@ -235,7 +248,8 @@ def _fill(
     after = memory or Memory()
     before = after.statement(settings.publication).as_string() if memory else ""
     after.append_only = made.append_only
-    after.published = sorted({*after.published, *(table.oid for table in made.tables)})
+    after.published = {table.oid: table.full_name for table in made.tables} | after.published
+    after.database = database(connection)
     given = rights.missing(connection, made.tables, rights.role_of(connection, role or made.server.role))
     after.grants += [grant for grant in given if grant not in after.grants]
     statements = [rights.give(grant) for grant in given]

@@ -57,8 +57,9 @@ def setup(
 ) -> None:
     """Prepare Postgres for capture: publication, replica identities, rights. Prints every statement; runs them with --apply.
 
-    Tables without a usable key are left out, with what to do about it. Running it again adds what is new; what somebody took out
-    of the publication stays out, until --table names it. Nothing that it does makes a statement of the application fail, but for
+    Tables without a usable key are left out, with what to do about it; one that --table names is refused, but for those that are
+    captured already, or were and are gone. Running it again adds what is new; what somebody took out of the publication stays
+    out, until --table names it. Nothing that it does makes a statement of the application fail, but for
     tables named by --append-only: it says which.
 
     Exit codes: 0 printed, or with --apply done; 3 something must be changed first; 5 Postgres does not answer, or a table is locked.
@@ -147,7 +148,8 @@ def _where(dsn: str | None) -> str:
 def _show(made: making.Plan, *, applied: bool) -> None:
     shown = Shown("captured table", "key")
     for table in made.tables:
-        shown.add_row(escape(table.full_name), escape(", ".join(table.key) or "none: append-only"))
+        none = "none: append-only" if table.full_name in made.append_only else "none"
+        shown.add_row(escape(table.full_name), escape(", ".join(table.key) or none))
     out.print(shown)
     for left in made.left_out:
         out.print(f"[yellow]left out[/yellow] {escape(left.table)}: {escape(left.reason)}. {escape(left.remedy)}")
