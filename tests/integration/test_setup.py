@@ -402,6 +402,10 @@ def test_the_command_prints_every_statement_and_json(
         said = orjson.loads(run.invoke(app, ["--dsn", source.dsn, "--json", "--table", given]).output)
         assert [each["table"] for each in said["tables"]] == ["public.Odd.Name", *(f"public.{name}" for name in wanted)]
     assert isinstance(run.invoke(app, ["--dsn", source.dsn, "--table", ""]).exception, Misconfigured)
+    db.execute('CREATE TABLE public."a,b" (id int PRIMARY KEY)')
+    for given, wanted in {"a,b": ["a,b"], "b,a": ["a", "b"], "public.a,b": ["a,b"]}.items():
+        said = orjson.loads(run.invoke(app, ["--dsn", source.dsn, "--json", "--table", given]).output)
+        assert [each["table"] for each in said["tables"]] == ["public.Odd.Name", *(f"public.{name}" for name in wanted)]
 
 
 def test_tables_that_inherit_are_not_published_with_their_parent(db: Connection, source: Settings) -> None:

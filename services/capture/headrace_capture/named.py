@@ -13,18 +13,29 @@ def named_tables(
 ) -> tuple[list[Table], dict[str, str]]:
     """Return the tables of these names (``schema.name``; without a schema, ``public``), and of which names there is none any more, and why.
 
-    What is `present` in the publication is there, also as a partition. What was there `before` may be gone.
+    What no table is called may be several names, by commas. What is `present` in the publication is there, also as a partition.
+    What was there `before` may be gone.
 
     Raises:
         Misconfigured: `no-such-table`.
     """
     known = {table.full_name: table for table in [*all_tables(connection), *present]}
-    wanted = dict.fromkeys(name if "." in name else f"public.{name}" for name in names)
+    there = {*known, *before}
+    wanted = dict.fromkeys(name for given in names for name in _split(given, there))
     gone = {name: _hint(connection, name) for name in wanted if name not in known}
     for name, hint in gone.items():
         if name not in before:
             raise Misconfigured("no-such-table", f"There is no permanent table {name} ({hint}).", _LIST)
     return [known[name] for name in wanted if name in known], gone
+
+
+def _split(given: str, there: Collection[str]) -> list[str]:
+    whole = _full(given)
+    return [whole] if whole in there else [_full(name.strip()) for name in given.split(",")]
+
+
+def _full(name: str) -> str:
+    return name if "." in name else f"public.{name}"
 
 
 def _hint(connection: Connection, name: str) -> str:

@@ -59,8 +59,8 @@ def setup(
 
     Tables without a usable key are left out, with what to do about it; one that --table names is refused, but for those that are
     captured already, or were and are gone. Running it again adds what is new; what somebody took out of the publication stays
-    out, until --table names it. Nothing that it does makes a statement of the application fail, but for
-    tables named by --append-only: it says which.
+    out, until --table names it. Nothing that it does makes a statement of the application fail, but for tables named by
+    --append-only: it says which.
 
     Exit codes: 0 printed, or with --apply done; 3 something must be changed first; 5 Postgres does not answer, or a table is locked.
 
@@ -73,7 +73,7 @@ def setup(
         headrace setup --dsn postgresql://admin@db/shop --table public.products --table public.orders --role headrace --apply
     """
     settings = _settings(dsn)
-    names = [name.strip() for given in table or [] for name in given.split(",")]
+    names = [name.strip() for name in table or []]
     with connect(settings.dsn, name="headrace setup", setting=_where(dsn)) as connection:
         made = making.plan(connection, settings, [] if names == ["*"] else names, role, append_only or [])
         if not json:
