@@ -132,7 +132,7 @@ class Consumer(Protocol):
             called with a batch without changes that ends where the view stands.
         shows: Optional: the position of what readers see, where `open` returns that of something else. It counts of one that stands still.
         moved: Optional: True after a `promote` that has moved the position of its generation, which is opened anew then; False before. A
-            class that has it is held for a promotion only where a state ends, and never amid a backlog.
+            class that has it is held for a promotion where a state ends, not amid a backlog, unless it waits there.
         progress: Set by the runner; call ``progress(done, total)`` in long work so that status can show it.
     """
 

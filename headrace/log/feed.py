@@ -172,12 +172,7 @@ class FeedReader:
     def _add_topics(self) -> None:
         """Read what has come, where every topic is yet what it was."""
         self._looked = time.monotonic()
-        try:
-            described = self._log.topics.describe([topic for topic in self._log.topics.names() if self._reads(topic)])
-        except Misconfigured as error:
-            if error.code == "topic-missing":  # it was deleted just now: the next look decides
-                return
-            raise
+        described = self._described()
         for topic, (identity, count) in described.items():
             self._check_topic(topic, identity, count)
         new = [topic for topic in sorted(described) if (topic, 0) not in self._read_to]
@@ -202,6 +197,16 @@ class FeedReader:
             self._goal |= {(topic, partition): end for partition, end in enumerate(ends[topic])}
         self._read_to |= starts
         self._tail.add({place: offset or BEGINNING for place, offset in starts.items()})
+
+    def _described(self) -> dict[str, tuple[str, int]]:
+        try:
+            return self._log.topics.describe([topic for topic in self._log.topics.names() if self._reads(topic)])
+        except Misconfigured as error:
+            if error.code != "topic-missing":
+                raise
+            if not self._read_to:  # nothing is a state yet
+                raise Transient(error.code, error.message, error.remedy) from error
+            return {}  # one was deleted just now: the next look decides
 
     def _check_topic(self, topic: str, identity: str, count: int) -> None:
         if self.position.topics.setdefault(topic, identity) != identity:

@@ -25,6 +25,9 @@ _CHECK = "Check HEADRACE_KAFKA, HEADRACE_KAFKA_OPTIONS (TLS, SASL) and the broke
 _REFUSAL = re.compile("SASL authentication error: |: Broker: |certificate| alert ")
 """What a broker, or its certificate, is refused with; not what a connection says that broke meanwhile."""
 
+_let_in: set[tuple[str, str]] = set()
+"""To which brokers by which options this process has come: where these refuse it later, what knows the logins may be away."""
+
 
 def _common(settings: Settings) -> dict[str, Any]:
     return {
@@ -56,7 +59,7 @@ class Admin(AdminClient):
     def __init__(self, settings: Settings) -> None:
         """Connect in the background. Raises Misconfigured: `bad-setting`."""
         self._said: deque[KafkaError] = deque(maxlen=100)
-        self._let_in = False
+        self._as = settings.kafka, settings.kafka_options
         with _configuring():
             super().__init__(_common(settings) | {"error_cb": self._said.append})
 
@@ -65,20 +68,20 @@ class Admin(AdminClient):
         """Do as `kafka_errors`.
 
         Raises:
-            Misconfigured: `kafka-refuses-login`, when no answer came, and a broker refused us meanwhile, or we its certificate. Who was let
-                in before waits: what knows the logins may be away.
+            Misconfigured: `kafka-refuses-login`, when no answer came, and a broker refused us meanwhile, or we its certificate;
+                not of a process that was let in before.
         """
         self.poll(0)
         self._said.clear()
         try:
             with kafka_errors(doing):
                 yield
-            self._let_in = True
+            _let_in.add(self._as)
         except Transient as error:
             self.poll(0)  # hands over what was said meanwhile
             said = [told.str().partition(" (after ")[0] for told in self._said if told.name() != "_ALL_BROKERS_DOWN"]
             refused = [why for why in said if _REFUSAL.search(why)]
-            if refused and not self._let_in:
+            if refused and self._as not in _let_in:
                 raise Misconfigured(
                     "kafka-refuses-login",
                     f"Kafka lets nobody in while {doing}: {refused[-1]}.",

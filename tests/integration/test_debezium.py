@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import replace
 from decimal import Decimal
@@ -17,14 +17,14 @@ import duckdb
 import orjson
 import pytest
 
-from headrace.consumer import Batch
+from headrace.consumer import ALL, Batch
 from headrace.control import Report
 from headrace.documents import Document, DocumentConsumer, Many, Max, Min, Node, Window
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import FeedReader, Log, Reader
 from headrace.log.plain import PlainWriter
 from headrace.log.tail import Tail
-from headrace.log.topics import CONTROL, checkpoints_topic
+from headrace.log.topics import CONTROL, Topics, checkpoints_topic
 from headrace.settings import Settings, environment
 from headrace.stores.duckdb import DuckDBStore
 from headrace.stores.redis import PageReader, RedisPages
@@ -293,6 +293,24 @@ def test_a_delete_is_told_once_wherever_a_batch_ends(items: Settings, monkeypatc
             writing(items)("public.items", id_, row, 20)
         told = [change.key for batch in read(reader, 6) for change in batch.changes]
     assert told == [b'{"id":1}', b'{"id":3}', b'{"id":2}']
+
+
+def test_a_topic_that_goes_while_it_is_looked_at_ends_no_load(items: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its name and its facts: what has read nothing yet has no state, what reads goes on."""
+    describe, gone = Topics.describe, iter([True, False, True])
+
+    def going(topics: Topics, names: Collection[str]) -> dict[str, tuple[str, int]]:
+        if next(gone, False):
+            raise Misconfigured("topic-missing", "It is gone.", "")
+        return describe(topics, names)
+
+    monkeypatch.setattr(Topics, "describe", going)
+    with pytest.raises(Transient, match="gone"):
+        Log(items).reader(ALL, None)
+    monkeypatch.setattr("headrace.log.feed._TOPICS_SECONDS", 0.0)
+    with closing(Log(items).reader(ALL, None)) as reader:
+        assert [change.row for batch in read(reader, 1) for change in batch.changes] == [{"id": 1}]
+    assert next(gone, None) is None
 
 
 def test_s9_a_partition_that_is_added_is_refused(items: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

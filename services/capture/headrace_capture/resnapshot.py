@@ -74,7 +74,6 @@ class Resnapshot:
         self._connection = connection
         self._progress = progress
         self._tick = tick
-        self._filler = filler
         self._forget = filler.memory.forget_named
         filler.doubted = self._doubted
         self._jobs = Jobs(log)
@@ -86,7 +85,7 @@ class Resnapshot:
         )
         self._reader = ChunkReader(log.settings)
         self._reading: _Reading | None = None
-        self._writing = Writing(log, cut, relations, self._jobs, progress, tick, filler)
+        self._writing = Writing(log, cut, relations, self._jobs, progress, tick)
         self._names: Findings | None = None
         self._printed_at: dict[str, float] = {}
         self._not_before = 0.0

@@ -27,7 +27,6 @@ from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations, plans_of
 from headrace_capture.rewriting import Rewriting
 from headrace_capture.tables import Table
-from headrace_capture.toast import Filler
 
 _WORTH_PASSING = 1_000
 """So many rows written are worth a commit of their own, for they need not be read back then."""
@@ -48,7 +47,6 @@ class Writing:
         jobs: Jobs,
         progress: Progress,
         tick: Callable[[], None],
-        filler: Filler,
     ) -> None:
         """Write into `cut`, and the jobs with it."""
         self._log = log
@@ -57,7 +55,6 @@ class Writing:
         self._jobs = jobs
         self._progress = progress
         self._tick = tick
-        self._filler = filler
         self._known: tuple[str, KnownKeys] | None = None
         self.left_out: dict[str, Fingerprint | None] = {}
 
