@@ -119,6 +119,21 @@ def test_a_captured_table_that_is_gone_or_has_lost_its_key_keeps_no_other_from_b
         setup.plan(db, source, [*names, "never"])
 
 
+def test_the_only_captured_table_may_be_taken_out_or_gone(db: Connection, source: Settings) -> None:
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.k (x int)")
+    prepared(db, source)
+    db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.a".encode())
+    made = prepared(db, source)
+    assert ([left.table for left in made.left_out], made.statements) == (["public.a", "public.k"], [])
+    db.execute("DROP TABLE public.a")
+    made = prepared(db, source, "a")
+    assert ([left.table for left in made.left_out], made.statements) == (["public.a"], [])
+    db.execute(f"DROP PUBLICATION {source.publication}".encode())
+    with pytest.raises(Misconfigured, match=r"public\.k: it has no usable key \(S10\)") as refused:
+        setup.plan(db, source, [])
+    assert "ADD PRIMARY KEY" in refused.value.remedy
+
+
 def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
     db: Connection, source: Settings, fresh_database: Callable[[], str]
 ) -> None:

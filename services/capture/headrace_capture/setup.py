@@ -261,10 +261,11 @@ def _fill(
         statements.append(after.statement(settings.publication))
     made.statements = [statement.as_string() for statement in statements]
     made.warnings += _standby_warnings(connection, made.server)
-    if not made.tables:
-        raise Misconfigured(
-            "no-usable-key", "There is no table with a usable key.", "See the reasons: headrace setup --json"
-        )
+    if not made.tables and memory is None:  # a publication that has lost its tables may stay without
+        reasons = "; ".join(f"{left.table}: {left.reason}" for left in made.left_out[:3])
+        said = f"There is no table with a usable key{reasons and f' ({reasons})'}."
+        remedy = made.left_out[0].remedy if made.left_out else "Make a table with a primary key first."
+        raise Misconfigured("no-usable-key", said, remedy)
 
 
 def _identities(made: Plan, table: Table, memory: Memory, statements: list[sql.Composed], *, narrowed: bool) -> None:
