@@ -115,6 +115,10 @@ def test_a_captured_table_that_is_gone_or_has_lost_its_key_keeps_no_other_from_b
     prepared(db, source, *names, "p")
     (_, gone, _) = setup.plan(db, source, names).left_out
     assert "partition of public.p" in gone.reason
+    db.execute("ALTER TABLE public.a RENAME TO e")
+    prepared(db, source, "e")
+    db.execute("DROP TABLE public.e")
+    assert [left.table for left in setup.plan(db, source, ["a", "e"]).left_out] == ["public.a", "public.e"]
     with pytest.raises(Misconfigured, match=r"no permanent table public\.never"):
         setup.plan(db, source, [*names, "never"])
 
@@ -138,7 +142,9 @@ def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
     db: Connection, source: Settings, fresh_database: Callable[[], str]
 ) -> None:
     """The oids that are remembered mean other tables there."""
-    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.b (id int PRIMARY KEY)")
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.old (id int PRIMARY KEY)")
+    prepared(db, source)
+    db.execute("ALTER TABLE public.old RENAME TO b")
     prepared(db, source)
     db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.b".encode())
     ((b, said),) = db.execute(

@@ -86,11 +86,12 @@ def plan(
     made = Plan(server)
     memory = recall(connection, settings.publication)
     present = _present(connection, settings.publication, memory)
+    before = {name for _, name in memory.published} if memory else set()
     loose = _loose(connection, made, memory, appended, present)
-    found = _found(connection, made, memory, names, present) if names else catalog.all_tables(connection)
+    found = _found(connection, made, before, names, present) if names else catalog.all_tables(connection)
     there = {table.oid for table in present}
     taken = {_counted(table, settings): table.full_name for table in present}
-    out = set(memory.published if memory and not names else ()) - there
+    out = {oid for oid, _ in (memory.published if memory and not names else ())} - there
     wanted = []
     for table in [*loose, *(table for table in found if table.full_name not in made.append_only)]:
         appends = table.full_name in made.append_only
@@ -108,11 +109,9 @@ def plan(
     return made
 
 
-def _found(
-    connection: Connection, made: Plan, memory: Memory | None, names: list[str], present: list[Table]
-) -> list[Table]:
+def _found(connection: Connection, made: Plan, before: set[str], names: list[str], present: list[Table]) -> list[Table]:
     """Return the tables that are named. What was captured and is gone is left out: it must not keep capture of the others from starting."""
-    found, gone = named_tables(connection, names, present, set(memory.published.values()) if memory else ())
+    found, gone = named_tables(connection, names, present, before)
     for name, hint in gone.items():
         made.left_out.append(LeftOut(name, f"it was captured and is gone ({hint})", "Name it no more."))
     return found
@@ -248,7 +247,7 @@ def _fill(
     after = memory or Memory()
     before = after.statement(settings.publication).as_string() if memory else ""
     after.append_only = made.append_only
-    after.published = {table.oid: table.full_name for table in made.tables} | after.published
+    after.published |= {(table.oid, table.full_name) for table in made.tables}
     after.database = database(connection)
     given = rights.missing(connection, made.tables, rights.role_of(connection, role or made.server.role))
     after.grants += [grant for grant in given if grant not in after.grants]
