@@ -160,6 +160,7 @@ def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
         for _ in range(2):
             assert [left.table for left in prepared(restored, source).left_out] == ["public.b"]
             assert sorted(published(restored, source)) == ["public.a", "public.c"]
+            assert [left.table for left in setup.plan(restored, source, ["old"]).left_out] == ["public.old"]
         assert setup.plan(restored, source, []).statements == []
 
 

@@ -86,7 +86,7 @@ def recall(connection: Connection, publication: str) -> Memory | None:
     identities = [Changed(*changed) for changed in said["identities"]]
     grants = [Grant(*grant) for grant in said["grants"]]
     published, of = {(oid, name) for oid, name in said.get("captured", [])}, said.get("database", "")
-    if of != database(connection):  # from a dump: only the names still tell which they are
+    if of != database(connection):  # from a dump: only the names still tell which they are; 0 is of one that is gone
         published = set(connection.execute(_BY_NAMES, [[name for _, name in published]]).fetchall())
     return Memory(grants, identities, said.get("append_only", []), published, of)
 
@@ -103,6 +103,6 @@ SELECT concat_ws('/', system_identifier, (SELECT oid FROM pg_database WHERE datn
 """
 
 _BY_NAMES = """
-SELECT c.oid, n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relkind IN ('r', 'p') AND n.nspname || '.' || c.relname = ANY(%s)
+SELECT coalesce(c.oid, 0), name FROM unnest(%s::text[]) name LEFT JOIN (pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace)
+  ON c.relkind IN ('r', 'p') AND n.nspname || '.' || c.relname = name
 """
