@@ -115,6 +115,12 @@ def test_a_captured_table_that_is_gone_or_has_lost_its_key_keeps_no_other_from_b
     prepared(db, source, *names, "p")
     (_, gone, _) = setup.plan(db, source, names).left_out
     assert "partition of public.p" in gone.reason
+    db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.c; CREATE TABLE public.b (id int)".encode())
+    made = prepared(db, source, *names)
+    assert [(left.table, "S10" in left.reason) for left in made.left_out[1:]] == [
+        ("public.b", True),
+        ("public.c", True),
+    ]
     db.execute("ALTER TABLE public.a RENAME TO e")
     prepared(db, source, "e")
     db.execute("DROP TABLE public.e")

@@ -73,7 +73,7 @@ def plan(
         connection: As a role that may read the catalogue.
         settings: For the names of publication and slot.
         names: Tables to add; when empty all with a usable key, but for those that somebody took out of the publication. One that
-            was captured may be gone or, while it is published, have lost its key.
+            was captured may be gone or have lost its key.
         role: The role that capture will connect as; the connected one when empty.
         appended: Tables without a key to add, to be captured as append-only.
 
@@ -96,7 +96,8 @@ def plan(
     for table in [*loose, *(table for table in found if table.full_name not in made.append_only)]:
         appends = table.full_name in made.append_only
         reason = (None if appends else unusable(table, settings)) or _same_topic(table, settings, taken)
-        if reason and (names or appends) and table.oid not in there:
+        spared = table.oid in there or (table.full_name in before and not appends)
+        if reason and (names or appends) and not spared:
             raise Misconfigured(
                 "no-usable-key", f"{table.full_name} cannot be captured: {reason.reason}.", reason.remedy
             )
