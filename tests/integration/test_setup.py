@@ -115,15 +115,42 @@ def test_a_captured_table_that_is_gone_or_has_lost_its_key_keeps_no_other_from_b
     prepared(db, source, *names, "p")
     (_, gone, _) = setup.plan(db, source, names).left_out
     assert "partition of public.p" in gone.reason
+    db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.c; CREATE TABLE public.b (id int)".encode())
+    made = prepared(db, source, *names)
+    assert [(left.table, "S10" in left.reason) for left in made.left_out[1:]] == [
+        ("public.b", True),
+        ("public.c", True),
+    ]
+    db.execute("ALTER TABLE public.a RENAME TO e")
+    prepared(db, source, "e")
+    db.execute("DROP TABLE public.e")
+    assert [left.table for left in setup.plan(db, source, ["a", "e"]).left_out] == ["public.a", "public.e"]
     with pytest.raises(Misconfigured, match=r"no permanent table public\.never"):
         setup.plan(db, source, [*names, "never"])
+
+
+def test_the_only_captured_table_may_be_taken_out_or_gone(db: Connection, source: Settings) -> None:
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.k (x int)")
+    prepared(db, source)
+    db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.a".encode())
+    made = prepared(db, source)
+    assert ([left.table for left in made.left_out], made.statements) == (["public.a", "public.k"], [])
+    db.execute("DROP TABLE public.a")
+    made = prepared(db, source, "a")
+    assert ([left.table for left in made.left_out], made.statements) == (["public.a"], [])
+    db.execute(f"DROP PUBLICATION {source.publication}".encode())
+    with pytest.raises(Misconfigured, match=r"public\.k: it has no usable key \(S10\)") as refused:
+        setup.plan(db, source, [])
+    assert "ADD PRIMARY KEY" in refused.value.remedy
 
 
 def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
     db: Connection, source: Settings, fresh_database: Callable[[], str]
 ) -> None:
     """The oids that are remembered mean other tables there."""
-    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.b (id int PRIMARY KEY)")
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.old (id int PRIMARY KEY)")
+    prepared(db, source)
+    db.execute("ALTER TABLE public.old RENAME TO b")
     prepared(db, source)
     db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.b".encode())
     ((b, said),) = db.execute(
@@ -139,6 +166,7 @@ def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
         for _ in range(2):
             assert [left.table for left in prepared(restored, source).left_out] == ["public.b"]
             assert sorted(published(restored, source)) == ["public.a", "public.c"]
+            assert [left.table for left in setup.plan(restored, source, ["old"]).left_out] == ["public.old"]
         assert setup.plan(restored, source, []).statements == []
 
 

@@ -533,9 +533,10 @@ def test_an_address_that_is_none_names_the_setting(command: Any, monkeypatch: py
 def test_a_loopback_address_of_version_6_is_answered_too(settings: Settings, store: Warehouse) -> None:
     fill(store)
     store.promote()
-    server = Endpoint(replace(settings, warehouse_listen="[::1]:0"))
+    server = Endpoint(replace(settings, warehouse_listen="::1:0"))
     try:
-        assert ask(f"[::1]:{server.port}", "SELECT 1").get("rows") == [[1]]
+        for host in ("[::1]", "::1"):
+            assert ask(f"{host}:{server.port}", "SELECT 1").get("rows") == [[1]]
     finally:
         server.stop()
 

@@ -75,6 +75,9 @@ def ask(listen: str, query: str) -> dict[str, Any]:
 
 
 def _address(listen: str) -> str:
+    host, _, port = listen.rpartition(":")
+    if ":" in host and "[" not in host:  # the warehouse listens at ::1:8790 too
+        listen = f"[{host}]:{port}"
     at = urllib.parse.urlsplit(f"//{listen}")
     if not (at.hostname and at.port):
         raise ValueError("that is not host:port")

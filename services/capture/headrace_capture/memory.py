@@ -43,7 +43,7 @@ class Memory:
         grants: Rights that were given.
         identities: Replica identities that were changed; the first `was` of each table is kept.
         append_only: Tables without a key that somebody named (see `append_only`).
-        published: What was in the publication, the name that each table had first by its oid: one that is there and no longer in it
+        published: What was in the publication, by oid and name, each name that setup saw: a table that is there and no longer in it
             was taken out by somebody.
         database: Whose oids these are: a dump takes them to another server or database, where they mean other tables.
     """
@@ -51,7 +51,7 @@ class Memory:
     grants: list[Grant] = field(default_factory=list)
     identities: list[Changed] = field(default_factory=list)
     append_only: list[str] = field(default_factory=list)
-    published: dict[int, str] = field(default_factory=dict)
+    published: set[tuple[int, str]] = field(default_factory=set)
     database: str = ""
 
     def changed(self, schema: str, name: str, was: str, now: str) -> None:
@@ -68,7 +68,7 @@ class Memory:
         facts: dict[str, object] = {"by": _BY, "grants": [*map(list, self.grants)]}
         facts["identities"] = [*map(list, self.identities)]
         facts["append_only"] = self.append_only
-        facts |= {"database": self.database, "captured": sorted(self.published.items())}
+        facts |= {"database": self.database, "captured": sorted(self.published)}
         text = orjson.dumps(facts).decode()
         return sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(sql.Identifier(publication), sql.Literal(text))
 
@@ -85,9 +85,9 @@ def recall(connection: Connection, publication: str) -> Memory | None:
         return None
     identities = [Changed(*changed) for changed in said["identities"]]
     grants = [Grant(*grant) for grant in said["grants"]]
-    published, of = dict(said.get("captured", [])), said.get("database", "")
-    if of != database(connection):  # from a dump: only the names still tell which they are
-        published = dict(connection.execute(_BY_NAMES, [list(published.values())]).fetchall())
+    published, of = {(oid, name) for oid, name in said.get("captured", [])}, said.get("database", "")
+    if of != database(connection):  # from a dump: only the names still tell which they are; 0 is of one that is gone
+        published = set(connection.execute(_BY_NAMES, [[name for _, name in published]]).fetchall())
     return Memory(grants, identities, said.get("append_only", []), published, of)
 
 
@@ -103,6 +103,6 @@ SELECT concat_ws('/', system_identifier, (SELECT oid FROM pg_database WHERE datn
 """
 
 _BY_NAMES = """
-SELECT c.oid, n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relkind IN ('r', 'p') AND n.nspname || '.' || c.relname = ANY(%s)
+SELECT coalesce(c.oid, 0), name FROM unnest(%s::text[]) name LEFT JOIN (pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace)
+  ON c.relkind IN ('r', 'p') AND n.nspname || '.' || c.relname = name
 """

@@ -73,7 +73,7 @@ def plan(
         connection: As a role that may read the catalogue.
         settings: For the names of publication and slot.
         names: Tables to add; when empty all with a usable key, but for those that somebody took out of the publication. One that
-            was captured may be gone or, while it is published, have lost its key.
+            was captured may be gone or have lost its key.
         role: The role that capture will connect as; the connected one when empty.
         appended: Tables without a key to add, to be captured as append-only.
 
@@ -86,16 +86,18 @@ def plan(
     made = Plan(server)
     memory = recall(connection, settings.publication)
     present = _present(connection, settings.publication, memory)
+    before = {name for _, name in memory.published} if memory else set()
     loose = _loose(connection, made, memory, appended, present)
-    found = _found(connection, made, memory, names, present) if names else catalog.all_tables(connection)
+    found = _found(connection, made, before, names, present) if names else catalog.all_tables(connection)
     there = {table.oid for table in present}
     taken = {_counted(table, settings): table.full_name for table in present}
-    out = set(memory.published if memory and not names else ()) - there
+    out = {oid for oid, _ in (memory.published if memory and not names else ())} - there
     wanted = []
     for table in [*loose, *(table for table in found if table.full_name not in made.append_only)]:
         appends = table.full_name in made.append_only
         reason = (None if appends else unusable(table, settings)) or _same_topic(table, settings, taken)
-        if reason and (names or appends) and table.oid not in there:
+        spared = table.oid in there or (table.full_name in before and not appends)
+        if reason and (names or appends) and not spared:
             raise Misconfigured(
                 "no-usable-key", f"{table.full_name} cannot be captured: {reason.reason}.", reason.remedy
             )
@@ -108,11 +110,9 @@ def plan(
     return made
 
 
-def _found(
-    connection: Connection, made: Plan, memory: Memory | None, names: list[str], present: list[Table]
-) -> list[Table]:
+def _found(connection: Connection, made: Plan, before: set[str], names: list[str], present: list[Table]) -> list[Table]:
     """Return the tables that are named. What was captured and is gone is left out: it must not keep capture of the others from starting."""
-    found, gone = named_tables(connection, names, present, set(memory.published.values()) if memory else ())
+    found, gone = named_tables(connection, names, present, before)
     for name, hint in gone.items():
         made.left_out.append(LeftOut(name, f"it was captured and is gone ({hint})", "Name it no more."))
     return found
@@ -248,7 +248,7 @@ def _fill(
     after = memory or Memory()
     before = after.statement(settings.publication).as_string() if memory else ""
     after.append_only = made.append_only
-    after.published = {table.oid: table.full_name for table in made.tables} | after.published
+    after.published |= {(table.oid, table.full_name) for table in made.tables}
     after.database = database(connection)
     given = rights.missing(connection, made.tables, rights.role_of(connection, role or made.server.role))
     after.grants += [grant for grant in given if grant not in after.grants]
@@ -261,10 +261,11 @@ def _fill(
         statements.append(after.statement(settings.publication))
     made.statements = [statement.as_string() for statement in statements]
     made.warnings += _standby_warnings(connection, made.server)
-    if not made.tables:
-        raise Misconfigured(
-            "no-usable-key", "There is no table with a usable key.", "See the reasons: headrace setup --json"
-        )
+    if not made.tables and memory is None:  # a publication that has lost its tables may stay without
+        reasons = "; ".join(f"{left.table}: {left.reason}" for left in made.left_out[:3])
+        said = f"There is no table with a usable key{reasons and f' ({reasons})'}."
+        remedy = made.left_out[0].remedy if made.left_out else "Make a table with a primary key first."
+        raise Misconfigured("no-usable-key", said, remedy)
 
 
 def _identities(made: Plan, table: Table, memory: Memory, statements: list[sql.Composed], *, narrowed: bool) -> None:

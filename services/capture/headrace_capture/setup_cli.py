@@ -58,9 +58,8 @@ def setup(
     """Prepare Postgres for capture: publication, replica identities, rights. Prints every statement; runs them with --apply.
 
     Tables without a usable key are left out, with what to do about it; one that --table names is refused, but for those that are
-    captured already, or were and are gone. Running it again adds what is new; what somebody took out of the publication stays
-    out, until --table names it. Nothing that it does makes a statement of the application fail, but for tables named by
-    --append-only: it says which.
+    or were captured. Running it again adds what is new; what somebody took out of the publication stays out, until --table
+    names it. Nothing that it does makes a statement of the application fail, but for tables named by --append-only: it says which.
 
     Exit codes: 0 printed, or with --apply done; 3 something must be changed first; 5 Postgres does not answer, or a table is locked.
 
