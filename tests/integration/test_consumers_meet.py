@@ -240,6 +240,7 @@ def test_what_was_told_of_a_column_that_is_gone_mends_it(settings: Settings, ela
             shop = Shop(settings, control, capture)
             eventually("it is there", lambda: (now := shop.report("search")) and now.phase == "stale")
             control.ask("search", "rebuild")
+            eventually("it is built", lambda: any(each.phase == "following" for each in control.reports()["search"]))
             control.ask("search", "promote", timeout=120)
             shop.settle("search")
             (outcome,) = Verifier(Log(settings), control, lambda *_: None, 60).verify({"search": About})

@@ -26,6 +26,7 @@ def test_it_names_its_topics_and_deletes_those_and_no_others(system: System) -> 
     system.run("setup", "--apply")
     system.start("capture", "capture")
     eventually("the snapshot is in the log", lambda: system.log.newest_checkpoint(complete=True))
+    eventually("capture reports", lambda: system.control.reports().get("capture"))
     admin = AdminClient({"bootstrap.servers": settings.kafka})
     foreign = [f"{settings.source}.billing.invoices", f"{settings.source}.public", f"{settings.source}.a.b.c"]
     for made in admin.create_topics([NewTopic(name, 1, 1) for name in foreign]).values():
