@@ -32,7 +32,7 @@ from headrace.requests import Request
 from headrace.settings import Settings, environment
 from headrace_ops import Stack
 from headrace_ops.postgres import Postgres
-from tests.fixtures.capture import capturing, eventually, execute, prepare, replay
+from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows
 from tests.fixtures.feed import ITEMS, TAGS, Feed
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
@@ -148,7 +148,10 @@ def test_a_heartbeat_that_fails_is_told_while_the_stream_goes_on(settings: Setti
         psycopg.connect(settings.dsn, autocommit=True) as connection,
         capturing(settings) as capture,
     ):
+        capture.hear("streaming from")  # it connects anew after the snapshot
         capture.reach()
+        beats = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'headrace heartbeat'"
+        eventually("its heart beats", lambda: rows(settings, beats))
         capture.eventually("all is well", lambda: status(settings, "--check", "capture").stdout == "ok\n")
         other.execute(f"ALTER DATABASE {settings.source} ALLOW_CONNECTIONS false".encode())
         try:
