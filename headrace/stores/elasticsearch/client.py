@@ -54,9 +54,8 @@ def _trusting(settings: Settings) -> ssl.SSLContext:
     except OSError as error:  # of the file, or of ssl
         said = f"HEADRACE_ELASTICSEARCH_CA={settings.elasticsearch_ca!r} cannot be read as certificates: {error}."
         raise Misconfigured("bad-setting", said, "Name a file in PEM.") from error
-    context.verify_flags &= (
-        ~ssl.VERIFY_X509_STRICT
-    )  # the authorities that Elasticsearch 8 makes do not say what their key is for
+    # The authorities that Elasticsearch 8 makes do not say what their key is for.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
 

@@ -102,8 +102,8 @@ class Capture:
 
     def _session(self) -> None:
         with closing(catalog.connect(self._settings.dsn, name="headrace capture", lock_s=_LOCK_SECONDS)) as connection:
-            self._look(connection)
-            slot = self._free_slot(connection)
+            here = self._look(connection)
+            slot = self._free_slot(connection, here.source.database)
             writer = self._log.writer()
             try:
                 writer.open()  # fences every predecessor: only now is the newest checkpoint the newest (S3)
@@ -124,7 +124,7 @@ class Capture:
         settings = self._settings
         return identity.look(connection, settings.slot, settings.publication, settings.dsn)
 
-    def _free_slot(self, connection: catalog.Connection) -> Slot | None:
+    def _free_slot(self, connection: catalog.Connection, database: str) -> Slot | None:
         """Return the slot once nobody uses it, None when there is none: a killed predecessor's walsender may linger (S3).
 
         One that is not ours is not waited for. Raises Misconfigured: `slot-lost`.
@@ -134,7 +134,7 @@ class Capture:
             slot = slot_of(connection, self._settings.slot)
             if slot is None or slot.active_pid is None:
                 return slot
-            identity.check_ours(self._settings.slot, slot, connection.info.dbname)
+            identity.check_ours(self._settings.slot, slot, database)
             if not said:
                 self._say(
                     f"slot {self._settings.slot} is in use by process {slot.active_pid} of Postgres: waiting until it is free"
