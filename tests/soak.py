@@ -5,7 +5,7 @@ test_everything.py, which kills, pauses, rebuilds and parks whatever there is, a
 own console consumer after each kill of what stands before it. After the first seed come the rebuilds of test_generations.py, readers
 polling. When the time is over a round that has begun is ended, and rounds of test_kills.py go on until the kills that the log was read
 after are 200 for each hour. The first round that does not hold ends it: `SEED=n` begins with that seed. The last lines count by what was
-killed, paused, rebuilt and parked.
+killed, paused, rebuilt, parked and read again. A run of an hour or more that held, with all its kills, writes them to bench/soak.md.
 
     python tests/soak.py [MINUTES [SEED]]
 """
@@ -20,6 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from bench import report
+from headrace_ops import artifacts
+
 STEPS, KILLS, REBUILDS = 12, 40, 10
 """Of a round."""
 KILLS_AN_HOUR = 200
@@ -27,7 +30,15 @@ KILLS_AN_HOUR = 200
 KILLING = "test_kills"
 FILES = ("test_everything", KILLING, "test_generations")
 ROOT = Path(__file__).parents[1]
-COUNTED = {"kill": "kills", "pause": "pauses", "rebuild": "rebuilds", "park": "records parked"}
+CONDITIONS = ("when", "commit", "machine", "load when it began", "Java")
+PAGE = ROOT / "bench" / "soak.md"
+COUNTED = {
+    "kill": "kills",
+    "pause": "pauses",
+    "rebuild": "rebuilds",
+    "park": "records parked",
+    "reread": "times tables read again",
+}
 
 
 class Soak:
@@ -61,24 +72,45 @@ class Soak:
                 self.done[what][str(value)] += 1
                 self.read += KILLING in report.nodeid
 
-    def told(self, *, held: bool) -> str:
+    def told(self, *, held: bool) -> list[str]:
         """Return all that in a few lines."""
         lines = [f"{self.rounds} rounds held{'' if held else ', the next one did not'}; in them were:"]
         lines.append(f"{self.read} kills with the whole log read after each, wanted {self.wanted:.0f}")
         for what, name in COUNTED.items():
             each = ", ".join(f"{count} {which}" for which, count in sorted(self.done[what].items()))
             lines.append(f"{self.done[what].total()} {name}: {each}")
-        return "\n".join(lines)
+        return lines
+
+
+def page(told: list[str], conditions: dict[str, str]) -> str:
+    """Return soak.md."""
+    lines = [
+        "# Soak",
+        "",
+        "Written by `make soak` after a run of an hour or more that held; what a round is stands in tests/soak.py.",
+        "",
+    ]
+    lines += [*(f"- {line}" for line in told), "", "## Conditions", ""]
+    return "\n".join([*lines, *(f"- {name}: {what}" for name, what in conditions.items())]) + "\n"
 
 
 def main(minutes: float, first: int) -> int:
     """Run rounds until the time is over; return pytest's exit code."""
+    begun = time.monotonic()
     os.environ["SOAK_SEEDS"] = ",".join(str(first + number) for number in range(2 * int(minutes) + 2))
     os.environ |= {"SOAK_STEPS": str(STEPS), "SOAK_ROUND": str(KILLS), "SOAK_REBUILDS": str(REBUILDS)}
     os.chdir(ROOT)
     soak = Soak(minutes)
+    conditions = {name: what for name, what in report.surroundings("").items() if name in CONDITIONS}
+    conditions["servers"] = ", ".join(
+        each.name for each in (artifacts.POSTGRES, artifacts.KAFKA, artifacts.ELASTICSEARCH)
+    )
     code = pytest.main(["-x", "-v", "-s", *(f"tests/faults/{name}.py" for name in FILES)], plugins=[soak])
-    sys.stdout.write(f"{soak.told(held=not code)}\n")
+    told = soak.told(held=not code)
+    sys.stdout.write("\n".join(told) + "\n")
+    if not code and minutes >= 60 and soak.read >= soak.wanted:
+        conditions |= {"seeds": f"from {first}", "it took": f"{(time.monotonic() - begun) / 60:.0f} minutes"}
+        PAGE.write_text(page(told, conditions))
     return int(code)
 
 

@@ -6,7 +6,7 @@ Postgres, row by row.
 
 Two of three steps hit two victims at once, so that six hit every one. Each is frozen first, and more is committed: so there is work that
 it has not done, whatever the moment was. Then it is killed (a store may stay frozen instead), yet more is committed, and it is started
-again. In some steps a customer is unfit meanwhile, in some views are built anew.
+again. In some steps a customer is unfit meanwhile, in some views are built anew, in some tables are read again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from headrace_ops.kafka import Kafka
 from headrace_ops.stack import Stack
 from tests.faults.test_kills import Killed, check, newest, now_ms
 from tests.fixtures import fussy
-from tests.fixtures.capture import now
+from tests.fixtures.capture import execute, now, replay
 from tests.fixtures.processes import SMALL, Ended, System
 
 SPECS = {"customers": f"{fussy.FILE}:Customers", "shelves": f"{fussy.FILE}:Shelves"}
@@ -39,6 +39,7 @@ STORES = ("elasticsearch", "redis")
 LOG = ("capture", "kafka", "postgres")
 SERVERS = ("kafka", "postgres", *STORES)
 VICTIMS = (*LOG, *VIEWS, *STORES)
+TABLES = ("products", "reviews", "customers", "orders")
 GATES = ("verify", "counts", "none")
 SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
 STEPS = int(os.environ.get("SOAK_STEPS", "6"))
@@ -79,6 +80,7 @@ class Trial:
         self._victims: list[str] = []
         self._gates = itertools.cycle(self.chance.sample(GATES, len(GATES)))
         self._mended = itertools.cycle(self.chance.sample(("retry", "drop"), 2))
+        self._reread = itertools.cycle(self.chance.sample(("", *TABLES), len(TABLES) + 1))
         self._shelf = Shelf(system.log)
 
     def say(self, what: str) -> None:
@@ -89,9 +91,11 @@ class Trial:
         self.system.start("work", "shop", "work", "--rate", RATE, "--seed", str(next(self._loads)))
 
     def step(self, number: int) -> None:
-        """Hit something; in two of three steps while views are built anew, in every other while a customer is unfit."""
+        """Hit something; in two of three steps while views are built anew, in every other while a customer is unfit or tables are read."""
         self.where = f"{self.where.partition(',')[0]}, step {number}"
         with ExitStack() as meanwhile:
+            if number % 2 == 0:
+                meanwhile.enter_context(self.read_again(number))
             if number % 3 != 1:
                 meanwhile.enter_context(self.rebuilt())
             if number % 2 == 1:
@@ -232,6 +236,26 @@ class Trial:
 
     def _promote(self, names: list[str], gate: str) -> Ended:
         return self.system.ask("rebuild", *names, "--wait", "--gate", gate, *FILES, seconds=400)
+
+    @contextmanager
+    def read_again(self, number: int) -> Iterator[None]:
+        """Let all tables be read again; or give one a column whose values no event tells, for which it is read again by itself."""
+        settings, table, column = self.system.settings, next(self._reread), f"added_{number}"
+        if table:
+            execute(settings, f"ALTER TABLE {table} ADD COLUMN {column} int NOT NULL DEFAULT {number}")
+        else:
+            self.system.run("resnapshot", "--all")
+        yield
+
+        def done() -> bool:
+            if table:
+                return all(column in row for row in replay(settings, f"public.{table}").values())
+            (jobs,) = self.system.control.kept("capture", "resnapshot")
+            return all(job["phase"] == "done" for job in jobs.values())
+
+        self.system.waiting(f"{table or 'all tables'} to be read again", done)
+        self.say(f"{table or 'all tables'} read again")
+        self.record("reread", table or "all")
 
     # What must be true
 
