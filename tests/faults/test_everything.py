@@ -239,12 +239,12 @@ class Trial:
 
     @contextmanager
     def read_again(self, number: int) -> Iterator[None]:
-        """Let all tables be read again; or give one a column whose values no event tells, for which it is read again by itself."""
+        """Let tables be read again; or give one a column whose values no event tells, for which it is read again by itself."""
         settings, table, column = self.system.settings, next(self._reread), f"added_{number}"
         if table:
             execute(settings, f"ALTER TABLE {table} ADD COLUMN {column} int NOT NULL DEFAULT {number}")
         else:
-            self.system.run("resnapshot", "--all")
+            self.system.run("resnapshot", *TABLES)
         yield
 
         def done() -> bool:
@@ -253,9 +253,9 @@ class Trial:
             (jobs,) = self.system.control.kept("capture", "resnapshot")
             return all(job["phase"] == "done" for job in jobs.values())
 
-        self.system.waiting(f"{table or 'all tables'} to be read again", done)
-        self.say(f"{table or 'all tables'} read again")
-        self.record("reread", table or "all")
+        self.system.waiting(f"{table or ', '.join(TABLES)} to be read again", done)
+        self.say(f"{table or ', '.join(TABLES)} read again")
+        self.record("reread", table or "several")
 
     # What must be true
 
