@@ -16,12 +16,12 @@ import orjson
 import pyarrow as pa
 
 _INTEGERS = {
-    "smallint": "SMALLINT",
-    "integer": "INTEGER",
-    "bigint": "BIGINT",
-    "oid": "BIGINT",
+    "smallint": ("SMALLINT", pa.int16()),
+    "integer": ("INTEGER", pa.int32()),
+    "bigint": ("BIGINT", pa.int64()),
+    "oid": ("BIGINT", pa.int64()),
 }
-WHOLE = frozenset(_INTEGERS.values())
+WHOLE = {arrow: duck for duck, arrow in _INTEGERS.values()}
 _FLOATS = {"real": "FLOAT", "double precision": "DOUBLE"}
 _NUMERIC = re.compile(r"numeric\((\d+),(-?\d+)\)")
 _MODIFIER = re.compile(r"\([^)]*\)")
@@ -50,8 +50,8 @@ class Kind:
 
     @property
     def plain(self) -> bool:
-        """Whether every raw value is kept as it is: nothing to compare."""
-        return self.parse == self.raw == "{}"
+        """Whether a raw column is kept as it is: nothing to compare."""
+        return self.raw == "{}"
 
     def value(self, raw: Any) -> Any:
         """Return the log's form of a fetched raw value."""
@@ -94,8 +94,8 @@ def kind_of(postgres: str) -> Kind:
     if postgres.endswith("[]"):
         return _list(postgres[:-2])
     if postgres in _INTEGERS:
-        duck = _INTEGERS[postgres]
-        return Kind(duck, pa.int64(), f"TRY_CAST({{}} AS {duck})", "CAST({} AS BIGINT)")
+        duck, arrow = _INTEGERS[postgres]
+        return Kind(duck, arrow, f"TRY_CAST({{}} AS {duck})", "{}")
     if postgres in _FLOATS:
         return _float(_FLOATS[postgres])
     if postgres.startswith("numeric"):
@@ -138,7 +138,7 @@ def _list(postgres: str) -> Kind:
         element = kind_of("double precision")
     elif postgres not in _LISTED and not postgres.startswith("numeric"):
         element = TEXT
-    written = "{}" if element.arrow in (None, pa.int64(), pa.float64(), pa.bool_()) else "CAST({} AS VARCHAR[])"
+    written = "{}" if element.arrow in (None, *WHOLE, pa.float64(), pa.bool_()) else "CAST({} AS VARCHAR[])"
     return Kind(
         f"{element.duck}[]",
         None,

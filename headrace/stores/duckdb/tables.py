@@ -27,7 +27,9 @@ KEY, VERSION, EXACT = "_headrace_key", "_headrace_version", "_headrace_exact"
 _RAW = "headrace_raw"
 _FEW = 100
 """Rows up to which they are parameters: DuckDB takes longer to learn of an Arrow table than to insert a few."""
-_LISTS = {pa.int64(): "BIGINT[]", pa.float64(): "DOUBLE[]", pa.bool_(): "BOOLEAN[]", pa.string(): "VARCHAR[]"}
+_HANDFUL = 10
+"""Keys up to which each row's is held against them one by one: planning a join takes longer."""
+_LISTS = {**WHOLE, pa.float64(): "DOUBLE", pa.bool_(): "BOOLEAN", pa.string(): "VARCHAR"}
 
 
 class Record(NamedTuple):
@@ -162,7 +164,7 @@ def write(cursor: duckdb.DuckDBPyConnection, table: Table, of_key: Sequence[str]
             untyped.add(index)
         arrays[f"r{index}"] = fragments(values) if typed is None else typed
     if len(kept) <= _FEW:
-        lists = ", ".join(f"unnest(?::{_LISTS[array.type]}) AS {name}" for name, array in arrays.items())
+        lists = ", ".join(f"unnest(?::{_LISTS[array.type]}[]) AS {name}" for name, array in arrays.items())
         columns = [array.to_pylist() for array in arrays.values()]
         cursor.execute(_insertion(table, f"(SELECT {lists})", untyped), columns)
         return
@@ -175,14 +177,19 @@ def _having(table: Table, of_key: Sequence[str], keys: list[str]) -> tuple[str, 
 
     A row has the number that its key has, or NULL where it was written before such a column was added.
     """
-    which = f"{KEY} IN (SELECT unnest(?::VARCHAR[]))"
-    whole = [each for each in table.columns if each.column in of_key and each.duck in WHOLE]
+    which = _among(KEY, "VARCHAR", len(keys))
+    whole = [each for each in table.columns if each.column in of_key and each.duck in WHOLE.values()]
     if whole and len(keys) <= _FEW:
         numbers = [codec.decode_key(key.encode()).get(whole[0].column) for key in keys]
         if all(type(number) is int and abs(number) < 1 << 63 for number in numbers):
             name = quoted(whole[0].name)
-            return f"({name} IS NULL OR {name} IN (SELECT unnest(?::BIGINT[]))) AND {which}", [numbers, keys]
+            return f"({name} IS NULL OR {_among(name, 'BIGINT', len(keys))}) AND {which}", [numbers, keys]
     return which, [keys]
+
+
+def _among(column: str, duck: str, count: int) -> str:
+    listed = f"?::{duck}[]"
+    return f"list_contains({listed}, {column})" if count <= _HANDFUL else f"{column} IN (SELECT unnest({listed}))"
 
 
 def merge(cursor: duckdb.DuckDBPyConnection, table: Table, staging: str) -> None:
