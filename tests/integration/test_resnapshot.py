@@ -23,6 +23,7 @@ from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings, environment
+from headrace_capture import known
 from headrace_capture import resnapshot as beside
 from headrace_capture.cli import resnapshot
 from tests.fixtures.capture import (
@@ -504,3 +505,36 @@ def test_no_room_for_the_keys_stops_their_table_and_nothing_else(settings: Setti
     with capturing(settings) as capture:
         capture.reach()
     assert replay(settings, T) == {}
+
+
+@pytest.mark.parametrize("amid", ["catch_up", "older"])
+def test_asked_to_stop_while_it_looks_what_the_log_has_it_writes_nothing_more(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, amid: str
+) -> None:
+    """That may take minutes. The job is there for the next start."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1), (2, 2)")
+    monkeypatch.setattr(known, "_STEPS", 1)
+    look, looked = getattr(known.KnownKeys, amid), []
+    with capturing(settings) as capture:
+
+        def stopping(keys: known.KnownKeys, first: Any, second: Any, *more: Any) -> Any:
+            if threading.current_thread().name.startswith("resnapshot"):
+                return None  # all is left to the stream
+            if amid == "older":
+                return look(keys, first, capture._stop.set, *more)
+            capture._stop.set()
+            looked.append(look(keys, first, second, *more))
+            return None
+
+        capture.hear("streaming from")
+        capture.reach()
+        monkeypatch.setattr(known.KnownKeys, amid, stopping)
+        unseen(settings, "DELETE FROM items WHERE id = 1")
+        ask(settings, tables=[T])
+        capture.join()
+    assert (phases(settings)[T], looked) == ("waiting", [])
+    assert b'{"id":1}' in replay(settings, T)
+    monkeypatch.setattr(known.KnownKeys, amid, look)
+    with capturing(settings) as capture:
+        done(settings, capture)
+    assert replay(settings, T) == selected(settings, T)
