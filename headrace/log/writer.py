@@ -356,9 +356,8 @@ class CutWriter:
         return left
 
     def _raise_failed(self) -> None:
-        if self._failed is not None:
-            failed, self._failed = self._failed, None
-            raise failed
+        if self._failed is not None:  # until the cut is thrown away
+            raise self._failed
 
     def _trim(self, key: bytes) -> None:
         if not self._kept or self._kept[-1] != key:

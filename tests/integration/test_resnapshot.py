@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import psycopg
@@ -19,8 +20,8 @@ import pytest
 import typer
 
 from headrace.control import Control
-from headrace.errors import Misconfigured
-from headrace.log import Log
+from headrace.errors import HeadraceError, Misconfigured
+from headrace.log import Log, kafka
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings, environment
 from headrace_capture import known
@@ -40,6 +41,7 @@ from tests.fixtures.capture import (
     spawn,
 )
 from tests.fixtures.disk import no_room
+from tests.fixtures.feed import add_partition
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
@@ -538,3 +540,30 @@ def test_asked_to_stop_while_it_looks_what_the_log_has_it_writes_nothing_more(
     with capturing(settings) as capture:
         done(settings, capture)
     assert replay(settings, T) == selected(settings, T)
+
+
+def test_a_partition_that_was_added_is_no_fault_of_the_table_that_is_read_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer finds it when the chunk is committed: no cut may be, and capture says so (S9)."""
+    settings = replace(settings, partitions=2)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 2000) i")
+    often = {"topic.metadata.refresh.interval.ms": 50}  # by itself a producer looks every five minutes
+    monkeypatch.setattr(kafka, "producer", partial(kafka.producer, **often))
+    capture = Running(settings)
+
+    def refused() -> bool:
+        with suppress(HeadraceError):  # it may have ended
+            Control(Log(settings)).ask("capture", "resnapshot", {"tables": [T]}, 5.0)
+        return capture.error is not None or phases(settings).get(T) == "failed"
+
+    try:
+        capture.hear("streaming from")
+        capture.reach()
+        add_partition(settings, Log(settings).topic_of(T))
+        eventually("it is refused", refused)
+    finally:
+        capture.stop()
+    assert isinstance(capture.error, Misconfigured)
+    assert capture.error.code == "partitions-changed"
+    assert not any("cannot be read again" in line for line in capture.said)
