@@ -21,7 +21,7 @@ TIMEOUT = 15.0
 """Seconds that one request to Kafka may take."""
 LEADER_IS_LATE = frozenset({"NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "UNKNOWN_TOPIC_OR_PART"})
 """Errors of a topic that was just made; librdkafka's `retriable()` speaks of transactions only."""
-_CHECK = "Check HEADRACE_KAFKA, HEADRACE_KAFKA_OPTIONS (TLS, SASL) and the broker."
+CHECK = "Check HEADRACE_KAFKA, HEADRACE_KAFKA_OPTIONS (TLS, SASL) and the broker."
 _REFUSAL = re.compile("SASL authentication error: |: Broker: |certificate| alert ")
 """What a broker, or its certificate, is refused with; not what a connection says that broke meanwhile."""
 
@@ -190,7 +190,7 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
     return Transient(
         "kafka-away",
         f"Kafka failed while {doing}: {error.str()} ({name}).",
-        _CHECK,
+        CHECK,
     )
 
 
@@ -202,4 +202,4 @@ def kafka_errors(doing: str) -> Iterator[None]:
     except KafkaException as error:
         raise translate(error.args[0], doing) from error
     except TimeoutError as error:  # of a future, whose own time may be over a moment before librdkafka says so
-        raise Transient("kafka-away", f"Kafka gave no answer while {doing}.", _CHECK) from error
+        raise Transient("kafka-away", f"Kafka gave no answer while {doing}.", CHECK) from error

@@ -89,4 +89,4 @@ def shared() -> Iterator[None]:
 
 
 def _away() -> Transient:
-    return Transient("kafka-away", "Kafka takes no records.", "Check HEADRACE_KAFKA and the broker.")
+    return Transient("kafka-away", "Kafka takes no records.", kafka.CHECK)

@@ -178,7 +178,7 @@ def check_heard(at: float, timeout: float = 60.0) -> None:
     """Raise Transient (`kafka-away`) when nothing has come for `timeout` seconds, since `at` (`time.monotonic`)."""
     if time.monotonic() - at > timeout:
         said = f"Kafka sent nothing for {timeout:.0f} s."
-        raise Transient("kafka-away", said, "Check HEADRACE_KAFKA and the broker.")
+        raise Transient("kafka-away", said, kafka.CHECK)
 
 
 def read_to_end(

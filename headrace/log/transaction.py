@@ -79,7 +79,7 @@ class TransactionWriter:
     def _explained(self, said: KafkaError | None, doing: str) -> HeadraceError:
         error = (kafka.broken(self._producer) if self._began else None) or said
         if error is None:
-            return Transient("kafka-away", f"Kafka failed while {doing}.", "Check HEADRACE_KAFKA and the broker.")
+            return Transient("kafka-away", f"Kafka failed while {doing}.", kafka.CHECK)
         if error.name() == "MSG_SIZE_TOO_LARGE":
             return Misconfigured(
                 "document-too-large",

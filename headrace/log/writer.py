@@ -342,11 +342,7 @@ class CutWriter:
         while self._serve(lambda client: client.flush(1.0)):
             self._raise_broken()
             if time.monotonic() > deadline:
-                raise Transient(
-                    "cut-lost",
-                    "Kafka did not take the records of a cut in time.",
-                    "Check HEADRACE_KAFKA and the broker.",
-                )
+                raise Transient("cut-lost", "Kafka did not take the records of a cut in time.", kafka.CHECK)
 
     def _serve(self, call: Callable[[Producer], int]) -> int:
         """Let librdkafka deliver reports; raise what they say. The binding raises a fatal error out of a callback as SystemError."""
@@ -360,9 +356,8 @@ class CutWriter:
         return left
 
     def _raise_failed(self) -> None:
-        if self._failed is not None:
-            failed, self._failed = self._failed, None
-            raise failed
+        if self._failed is not None:  # until the cut is thrown away
+            raise self._failed
 
     def _trim(self, key: bytes) -> None:
         if not self._kept or self._kept[-1] != key:

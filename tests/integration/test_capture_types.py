@@ -34,6 +34,7 @@ CREATE TYPE pair AS (a int, b text, c mood[]); CREATE TYPE nest AS (p pair, l pa
 CREATE DOMAIN positive AS int CHECK (VALUE > 0); CREATE DOMAIN more AS positive CHECK (VALUE > 1);
 CREATE DOMAIN amounts AS numeric[]; CREATE DOMAIN document AS json; CREATE DOMAIN two AS pair;
 CREATE TYPE texts AS RANGE (SUBTYPE = text, MULTIRANGE_TYPE_NAME = manytexts);
+CREATE TYPE moods AS RANGE (SUBTYPE = mood); CREATE TYPE deep AS (m moods, p pair);
 CREATE SCHEMA other; CREATE TYPE other.date AS ENUM ('a "date"', 'b'); CREATE TYPE other.bool AS ENUM ('t', 'maybe');
 CREATE TYPE colons; CREATE FUNCTION colons_in(cstring) RETURNS colons IMMUTABLE STRICT LANGUAGE internal AS 'textin';
 CREATE FUNCTION colons_out(colons) RETURNS cstring IMMUTABLE STRICT LANGUAGE internal AS 'textout';
@@ -60,6 +61,8 @@ def made_kinds() -> list[Kind]:
         "document": ['{"n": 123456789012345678901234567890.10}', '"x"'],
         "two": pairs,
         "texts": ["empty", "[a,b)", '["a,\\"","b)"]', "(,)"],
+        "moods": ["empty", '["so so",)', '[sad,"a\\"b,c\\\\"]'],
+        "deep": ["(,)", '("[sad,""so so"")","(1,,{sad})")'],
         "manytexts": ["{}", "{[a,b),[c,)}"],
         "other.date": ['a "date"', "b"],
         "other.bool": ["t", "maybe"],

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import psycopg
@@ -19,10 +20,11 @@ import pytest
 import typer
 
 from headrace.control import Control
-from headrace.errors import Misconfigured
-from headrace.log import Log
+from headrace.errors import HeadraceError, Misconfigured
+from headrace.log import Log, kafka
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings, environment
+from headrace_capture import known
 from headrace_capture import resnapshot as beside
 from headrace_capture.cli import resnapshot
 from tests.fixtures.capture import (
@@ -39,6 +41,7 @@ from tests.fixtures.capture import (
     spawn,
 )
 from tests.fixtures.disk import no_room
+from tests.fixtures.feed import add_partition
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
@@ -504,3 +507,63 @@ def test_no_room_for_the_keys_stops_their_table_and_nothing_else(settings: Setti
     with capturing(settings) as capture:
         capture.reach()
     assert replay(settings, T) == {}
+
+
+@pytest.mark.parametrize("amid", ["catch_up", "older"])
+def test_asked_to_stop_while_it_looks_what_the_log_has_it_writes_nothing_more(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, amid: str
+) -> None:
+    """That may take minutes. The job is there for the next start."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1), (2, 2)")
+    monkeypatch.setattr(known, "_STEPS", 1)
+    look, looked = getattr(known.KnownKeys, amid), []
+    with capturing(settings) as capture:
+
+        def stopping(keys: known.KnownKeys, first: Any, second: Any, *more: Any) -> Any:
+            if threading.current_thread().name.startswith("resnapshot"):
+                return None  # all is left to the stream
+            if amid == "older":
+                return look(keys, first, capture._stop.set, *more)
+            capture._stop.set()
+            looked.append(look(keys, first, second, *more))
+            return None
+
+        capture.hear("streaming from")
+        capture.reach()
+        monkeypatch.setattr(known.KnownKeys, amid, stopping)
+        unseen(settings, "DELETE FROM items WHERE id = 1")
+        ask(settings, tables=[T])
+        capture.join()
+    assert (phases(settings)[T], looked) == ("waiting", [])
+    assert b'{"id":1}' in replay(settings, T)
+    monkeypatch.setattr(known.KnownKeys, amid, look)
+    with capturing(settings) as capture:
+        done(settings, capture)
+    assert replay(settings, T) == selected(settings, T)
+
+
+def test_a_partition_that_was_added_is_no_fault_of_the_table_that_is_read_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer finds it when the chunk is committed: no cut may be, and capture says so (S9)."""
+    settings = replace(settings, partitions=2)
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 2000) i")
+    often = {"topic.metadata.refresh.interval.ms": 50}  # by itself a producer looks every five minutes
+    monkeypatch.setattr(kafka, "producer", partial(kafka.producer, **often))
+    capture = Running(settings)
+
+    def refused() -> bool:
+        with suppress(HeadraceError):  # it may have ended
+            Control(Log(settings)).ask("capture", "resnapshot", {"tables": [T]}, 5.0)
+        return capture.error is not None or phases(settings).get(T) == "failed"
+
+    try:
+        capture.hear("streaming from")
+        capture.reach()
+        add_partition(settings, Log(settings).topic_of(T))
+        eventually("it is refused", refused)
+    finally:
+        capture.stop()
+    assert isinstance(capture.error, Misconfigured)
+    assert capture.error.code == "partitions-changed"
+    assert not any("cannot be read again" in line for line in capture.said)

@@ -20,6 +20,7 @@ from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScram
 
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import Log, kafka, topics
+from headrace.log.plain import PlainWriter
 from headrace.settings import Settings
 from headrace.stores.elasticsearch.client import client, errors
 from headrace_ops import ports
@@ -125,6 +126,9 @@ def test_why_a_broker_lets_nobody_in_is_told(
         Log(replace(guarded, kafka_options=options)).partitions(["any"])
     assert caught.value.code == code
     assert isinstance(caught.value, Misconfigured) == (code == "kafka-refuses-login")
+    assert "HEADRACE_KAFKA_OPTIONS" in caught.value.remedy
+    with pytest.raises(Transient) as caught:
+        PlainWriter(replace(guarded, kafka_options=options)).write("any", b"{}", None, 0.1)
     assert "HEADRACE_KAFKA_OPTIONS" in caught.value.remedy
 
 

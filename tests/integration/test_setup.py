@@ -148,11 +148,12 @@ def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
     db: Connection, source: Settings, fresh_database: Callable[[], str]
 ) -> None:
     """The oids that are remembered mean other tables there."""
-    db.execute("CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public.old (id int PRIMARY KEY)")
+    for table in ("a", "old", "late"):
+        db.execute(f"CREATE TABLE public.{table} (id int PRIMARY KEY)".encode())
     prepared(db, source)
     db.execute("ALTER TABLE public.old RENAME TO b")
     prepared(db, source)
-    db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.b".encode())
+    db.execute(f"ALTER PUBLICATION {source.publication} DROP TABLE public.b, public.late".encode())
     ((b, said),) = db.execute(
         "SELECT 'public.b'::regclass::oid::int8, obj_description(oid, 'pg_publication') FROM pg_publication"
     ).fetchall()
@@ -168,6 +169,9 @@ def test_in_a_database_made_from_a_dump_what_was_taken_out_is_known_by_its_name(
             assert sorted(published(restored, source)) == ["public.a", "public.c"]
             assert [left.table for left in setup.plan(restored, source, ["old"]).left_out] == ["public.old"]
         assert setup.plan(restored, source, []).statements == []
+        restored.execute("CREATE TABLE public.late (id int PRIMARY KEY)")
+        assert [left.table for left in prepared(restored, source).left_out] == ["public.b", "public.late"]
+        assert sorted(published(restored, source)) == ["public.a", "public.c"]
 
 
 def test_without_apply_nothing_changes(db: Connection, source: Settings) -> None:

@@ -285,6 +285,32 @@ def test_a_value_of_an_enum_that_was_renamed(
         exact(settings, capture, T)
 
 
+def test_an_enum_within_other_types_and_the_attributes_of_these(settings: Settings) -> None:
+    """A composite that gains one is not written anew: all rows show it at once."""
+    prepare(
+        settings,
+        *MOOD.split("; "),
+        "CREATE TYPE moods AS RANGE (SUBTYPE = mood, MULTIRANGE_TYPE_NAME = many)",
+        "CREATE TYPE pair AS (a int, m many)",
+        "CREATE DOMAIN two AS pair",
+        "CREATE TABLE items (id int PRIMARY KEY, n two[])",
+        "INSERT INTO items VALUES (1, ARRAY[ROW(1, '{[a,b)}')::two])",
+        "CREATE TABLE whole (id pair PRIMARY KEY)",
+        "INSERT INTO whole VALUES (ROW(1, '{}'))",
+    )
+    with capturing(settings) as capture:
+        capture.reach()
+        eventually("they were looked at", lambda: fingerprint(settings, "public.whole") != "null")
+        execute(settings, "ALTER TYPE mood RENAME VALUE 'a' TO 'z'")
+        eventually("both are read again", lambda: jobs(settings).keys() == {T, "public.whole"})
+        done(settings, capture, T, "public.whole")
+        assert [row["n"] for row in replay(settings, T).values()] == [['(1,"{[z,b)}")']]
+        execute(settings, "ALTER TYPE pair ADD ATTRIBUTE more text")
+        eventually("keys are", lambda: set(replay(settings, "public.whole")) == {b'{"id":"(1,{},)"}'})
+        done(settings, capture, T, "public.whole")
+    assert [row["n"] for row in replay(settings, T).values()] == [['(1,"{[z,b)}",)']]
+
+
 def test_a_value_that_an_enum_gained_changes_no_row(settings: Settings) -> None:
     prepare(
         settings,

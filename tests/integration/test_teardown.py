@@ -11,11 +11,12 @@ import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from headrace.log import Log
+from headrace.errors import Misconfigured
+from headrace.log import CutWriter, Log
 from headrace.settings import Settings
 from headrace_capture import catalog, setup, teardown
 from headrace_capture.slot import slot_facts
-from tests.fixtures.capture import eventually, execute, rows
+from tests.fixtures.capture import capturing, eventually, execute, prepare, rows
 from tests.fixtures.processes import System
 from tests.fixtures.slots import drop_slot
 
@@ -26,7 +27,6 @@ def test_it_names_its_topics_and_deletes_those_and_no_others(system: System) -> 
     system.run("setup", "--apply")
     system.start("capture", "capture")
     eventually("the snapshot is in the log", lambda: system.log.newest_checkpoint(complete=True))
-    eventually("capture reports", lambda: system.control.reports().get("capture"))
     admin = AdminClient({"bootstrap.servers": settings.kafka})
     foreign = [f"{settings.source}.billing.invoices", f"{settings.source}.public", f"{settings.source}.a.b.c"]
     for made in admin.create_topics([NewTopic(name, 1, 1) for name in foreign]).values():
@@ -75,7 +75,7 @@ def test_it_takes_no_log_from_a_capture_that_runs_nor_one_of_another_source(
     with psycopg.connect(settings.dsn) as application:
         application.execute("LOCK TABLE held IN ACCESS EXCLUSIVE MODE")
         system.start("capture", "capture")
-        eventually("the snapshot has its slot", lambda: slot_facts(settings)["exists"] and system.control.reports())
+        eventually("the snapshot has its slot", lambda: slot_facts(settings)["exists"])
         refuses("slot-active", {}, *another)
     eventually("the snapshot is in the log", lambda: log.newest_checkpoint(complete=True))
     refuses("slot-active", {}, *another)
@@ -85,6 +85,27 @@ def test_it_takes_no_log_from_a_capture_that_runs_nor_one_of_another_source(
     nowhere = system.ask("teardown", "--yes", environ={"HEADRACE_KAFKA": "127.0.0.1:1"})
     assert (nowhere.code, "Whether capture runs was not looked at" in nowhere.err) == (0, True), nowhere
     assert "is gone" in system.run("teardown", "--topics", "--yes")
+
+
+class Asked(Log):
+    """A log that asks, when a session opens its writer, whether a capture is seen to run."""
+
+    said = ""
+
+    def writer(self) -> CutWriter:
+        with pytest.raises(Misconfigured) as error:
+            teardown.check_unused(self)
+        self.said = self.said or error.value.code
+        return super().writer()
+
+
+def test_a_capture_is_seen_to_run_before_it_does_anything(settings: Settings) -> None:
+    """Its next report is a second later: by then it may have made its slot and its first snapshot."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    log = Asked(settings)
+    with capturing(settings, log) as capture:
+        capture.reach()
+    assert log.said == "slot-active"
 
 
 @pytest.fixture

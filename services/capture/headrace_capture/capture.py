@@ -225,6 +225,8 @@ class Capture:
 
     def _tick(self, replication: Replication) -> Callable[[], None]:
         def tick() -> None:
+            if self._stopped():
+                raise Stopped
             self._progress.beat()
             replication.alive()
 

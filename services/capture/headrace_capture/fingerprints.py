@@ -13,6 +13,7 @@ signs are chosen so that daily work is not taken for a change of rows:
 - a new partition that is empty changes nothing; one with rows may have brought them; so may one that was detached and attached again:
   another transaction has touched what links it to its root;
 - a label of an enum has an oid of its own: another label at the same one is a rename, and rows show it. Added labels change no row;
+- a composite type that gains or loses an attribute is not written anew: rows show one value more or less at once;
 - so has the constraint (or, as a replica identity, the index) that is the key: while there was none, changes named no row, and two rows may
   have had one key;
 - what makes a table published, its entry in the publication, has an oid of its own: another one means that the stream was silent between,
@@ -56,7 +57,8 @@ class Fingerprint:
         altered: Which transaction touched the publication's entry; empty: not known.
         width: How many columns it ever had; 0: not known.
         key: The oid of what is the key, `NO_KEY` where nothing is; empty: not known.
-        labels: (oid, label) of each enum that is the type of a column, below arrays and domains.
+        labels: (oid, label) of each enum that is the type of a column, below arrays, domains, ranges and composites; of a composite that
+            is, the numbers of its attributes.
         links: (oid, transactions that touched its links up to the root) of each partition.
         empty: Leaves that were new to who asked, and empty. Not part of the print.
     """
@@ -127,7 +129,7 @@ def silent(before: Fingerprint, after: Fingerprint, logged: Collection[str] = ()
         return "its key was dropped or added"
     labels = dict(before.labels)
     if any(labels.get(oid, label) != label for oid, label in after.labels):
-        return "a value of an enum was renamed"
+        return "a value of an enum was renamed, or a composite type has other attributes"
     return _columns(before, after, {*logged, *(column.name for column in before.columns)}) or _leaves(before, after)
 
 
@@ -203,10 +205,17 @@ _NO_PAGES = "SELECT pg_relation_size(oid) = 0 FROM pg_class WHERE oid = {} AND r
 _PRINTS = f"""
 WITH RECURSIVE {published("p.pubname = %(publication)s")}, filled(root, name) AS (
   SELECT x.root, a.attname FROM leaf x JOIN pg_attribute a ON a.attrelid = x.oid WHERE a.atthasmissing AND NOT a.attisdropped
-), made(oid, type) AS (
-  SELECT oid, CASE WHEN typtype = 'd' THEN typbasetype ELSE typelem END FROM pg_type WHERE typtype = 'd' OR typcategory = 'A'
-), enum(oid, below) AS (
-  SELECT oid, oid FROM pg_type WHERE typtype = 'e' UNION SELECT m.oid, e.below FROM enum e JOIN made m ON m.type = e.oid
+), type(oid, below) AS (
+  SELECT atttypid, atttypid FROM pg_attribute WHERE atttypid >= 16384 AND attnum > 0 AND NOT attisdropped
+  UNION
+  SELECT y.oid, m.type FROM type y CROSS JOIN LATERAL (
+    SELECT CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE t.typelem END AS type
+    FROM pg_type t WHERE t.oid = y.below AND (t.typtype = 'd' OR t.typcategory = 'A')
+    UNION ALL SELECT rngsubtype FROM pg_range WHERE rngtypid = y.below
+    UNION ALL SELECT rngtypid FROM pg_range WHERE rngmultitypid = y.below
+    UNION ALL SELECT a.atttypid FROM pg_type t JOIN pg_attribute a ON a.attrelid = t.typrelid
+    WHERE t.oid = y.below AND t.typtype = 'c' AND a.attnum > 0 AND NOT a.attisdropped
+  ) m WHERE m.type >= 16384
 ), link(oid, told) AS (
   SELECT a.oid, string_agg(i.xmin::text, ' ' ORDER BY i.inhrelid)
   FROM (SELECT oid, oid AS at FROM above UNION SELECT oid, ancestor FROM above) a JOIN pg_inherits i ON i.inhrelid = a.at GROUP BY a.oid
@@ -236,9 +245,13 @@ LEFT JOIN (
   GROUP BY x.root
 ) leaves ON leaves.root = c.oid
 LEFT JOIN (
-  SELECT a.attrelid, jsonb_agg(DISTINCT jsonb_build_array(l.oid::bigint, l.enumlabel)) AS told
-  FROM enum e JOIN pg_attribute a ON a.atttypid = e.oid AND a.attnum > 0 AND NOT a.attisdropped JOIN pg_enum l ON l.enumtypid = e.below
-  GROUP BY a.attrelid
+  SELECT a.attrelid, jsonb_agg(DISTINCT jsonb_build_array(s.oid::bigint, s.label)) AS told
+  FROM type y JOIN pg_attribute a ON a.atttypid = y.oid AND a.attnum > 0 AND NOT a.attisdropped
+  CROSS JOIN LATERAL (
+    SELECT l.oid, l.enumlabel::text AS label FROM pg_enum l WHERE l.enumtypid = y.below
+    UNION ALL SELECT t.oid, string_agg(p.attnum::text, ' ' ORDER BY p.attnum) FROM pg_type t JOIN pg_attribute p ON p.attrelid = t.typrelid
+    WHERE t.oid = y.below AND t.typtype = 'c' AND p.attnum > 0 AND NOT p.attisdropped GROUP BY t.oid
+  ) s GROUP BY a.attrelid
 ) labels ON labels.attrelid = c.oid
 WHERE %(table)s::text IS NULL OR %(table)s::text = n.nspname || '.' || c.relname
 """

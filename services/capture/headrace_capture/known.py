@@ -17,6 +17,7 @@ from headrace.change import LSN_BITS, Version
 from headrace.errors import HeadraceError
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, Tail, check_heard, end_of_partition, head
+from headrace_capture.replication import Stopped
 from headrace_capture.spool import room
 
 _BUNCH = 5_000
@@ -105,12 +106,16 @@ class KnownKeys:
     def _live(self, which: str, bound: Version, seal: _Call, tick: _Call) -> Iterator[tuple[bytes, Newest]]:
         query = f"SELECT key, version, xid FROM known WHERE key > ? AND {which} AND live ORDER BY key LIMIT ?"
         after = b""
-        self._db.set_progress_handler(lambda: _quietly(tick), _STEPS)
+        self._db.set_progress_handler(lambda: _stopped(tick), _STEPS)
         try:
             while True:
                 seal()  # where few keys are such, all may have to be looked at
                 with room():
-                    rows = self._db.execute(query, (after, bound.packed(), _BUNCH)).fetchall()
+                    try:
+                        rows = self._db.execute(query, (after, bound.packed(), _BUNCH)).fetchall()
+                    except sqlite3.OperationalError:
+                        tick()  # which raises, if that is what ended the look
+                        raise
                 for key, packed, xid in rows:
                     yield key, Newest(Version.unpacked(packed), xid, live=True)
                 if len(rows) < _BUNCH:
@@ -142,7 +147,11 @@ class KnownKeys:
             self._db.execute("COMMIT")
 
 
-def _quietly(tick: Callable[[], None]) -> None:
-    """Say that capture lives; whoever does not answer is asked again soon."""
-    with suppress(HeadraceError):
-        tick()
+def _stopped(tick: _Call) -> bool:
+    """Say that capture lives; whoever does not answer is asked again soon. Return whether it is asked to stop."""
+    try:
+        with suppress(HeadraceError):
+            tick()
+    except Stopped:
+        return True
+    return False

@@ -86,8 +86,10 @@ def recall(connection: Connection, publication: str) -> Memory | None:
     identities = [Changed(*changed) for changed in said["identities"]]
     grants = [Grant(*grant) for grant in said["grants"]]
     published, of = {(oid, name) for oid, name in said.get("captured", [])}, said.get("database", "")
-    if of != database(connection):  # from a dump: only the names still tell which they are; 0 is of one that is gone
-        published = set(connection.execute(_BY_NAMES, [[name for _, name in published]]).fetchall())
+    # From a dump only the names still tell which they are; 0 is of one that was not there by then, and may be now.
+    unknown = published if of != database(connection) else {entry for entry in published if not entry[0]}
+    found = connection.execute(_BY_NAMES, [[name for _, name in unknown]]).fetchall()
+    published = (published - unknown) | set(found)
     return Memory(grants, identities, said.get("append_only", []), published, of)
 
 

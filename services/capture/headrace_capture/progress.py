@@ -46,7 +46,9 @@ class Progress:
         self._rate = _Rate()
 
     def start(self) -> None:
-        """Begin to report."""
+        """Report, before anything shows that capture runs, and go on with it every second."""
+        self._send()
+        self._flush()
         self._thread.start()
 
     def stop(self, error: HeadraceError | None = None) -> None:
@@ -55,8 +57,7 @@ class Progress:
         self._ended.set()
         self._thread.join(5.0)
         self._send()
-        with suppress(HeadraceError):
-            self._control.flush(2.0)
+        self._flush()
 
     def beat(self) -> None:
         """The loop goes round."""
@@ -131,6 +132,10 @@ class Progress:
         report = replace(self._report, rate=self._rate.of(self.changes), lag=lag, facts=dict(self._facts))
         with suppress(HeadraceError):
             self._control.report(report)
+
+    def _flush(self) -> None:
+        with suppress(HeadraceError):
+            self._control.flush(2.0)
 
 
 class Written:

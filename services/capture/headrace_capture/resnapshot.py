@@ -303,8 +303,8 @@ class Resnapshot:
                 self._writing.write(job, chunk, (reading.low, high), seal)
             except (Poison, Misconfigured) as error:
                 self._writing.forget_known()
-                if job.phase in {WRITING, REMOVING}:
-                    raise  # half of it is in the log: who starts capture again mends that
+                if job.phase in {WRITING, REMOVING} or error.code == "partitions-changed":
+                    raise  # half of it is in the log: who starts capture again mends that; or the log itself is wrong
                 self._fail(job, error)
         self._written()
         self._go_on()

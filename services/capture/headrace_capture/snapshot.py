@@ -202,8 +202,7 @@ class Snapshot:
             self._progress.say(f"snapshot of {rows.table.name}: {rows.count} rows")
 
     def _look_around(self, version: Version, progress: tuple[int, int]) -> None:
-        if self._stopped():
-            raise Stopped
+        self._beat()
         writer = self._writer
         self._progress.changes = writer.records + writer.open_records
         self._progress.phase("snapshot", progress=progress)
@@ -214,6 +213,11 @@ class Snapshot:
                 with suppress(Transient):  # once more before it is complete
                     self._writer.check_topics()
                 self._looked = time.monotonic()
+
+    def _beat(self) -> None:
+        if self._stopped():
+            raise Stopped
+        self._progress.beat()
 
     def _remove_older(self, stamp: Stamp, version: Version, tables: Iterable[Table]) -> None:
         """Delete every key that an earlier attempt wrote and this one did not (S6), also of tables that are captured no more."""
@@ -229,7 +233,7 @@ class Snapshot:
                 continue
             ends = self._seal(version, "running").ends
             with LiveKeys(self._log, name) as live:
-                live.catch_up(ends.get(table.topic, []), self._progress.beat)
+                live.catch_up(ends.get(table.topic, []), self._beat)
                 for count, key in enumerate(live.each(version, seal), start=1):
                     self._writer.produce(table.topic, key, stamp.value(table, 0, DELETE, NULL), stamp.headers(table, 0))
                     self._writer.produce(table.topic, key, None, stamp.headers(table, 0))

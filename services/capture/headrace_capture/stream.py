@@ -34,7 +34,7 @@ from headrace_capture.pgoutput import (
 )
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
-from headrace_capture.replication import MEND, Replication
+from headrace_capture.replication import MEND, Replication, Stopped
 from headrace_capture.tables import Stamp, Table
 from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere, with_old
 
@@ -58,10 +58,6 @@ class Beside(Protocol):
     def mark(self, table: str, why: str) -> None: ...
 
     def heard(self, message: Message, lsn: int, seal: Callable[[], None]) -> None: ...
-
-
-class _Stopped(Exception):
-    """Asked to stop amid a TRUNCATE, or a table that is written anew, whose cuts so far are in the log."""
 
 
 class Stream:
@@ -118,7 +114,7 @@ class Stream:
             Poison: `bad-message`, `bad-value`.
         """
         self._stopped = stopped
-        with suppress(_Stopped):
+        with suppress(Stopped):  # amid a TRUNCATE, or a table that is read again: its cuts so far are in the log
             self._read_on()
         if not self._between_transactions:
             self._writer.abort()
@@ -235,7 +231,7 @@ class Stream:
         if self._writer.opened_at:
             self._seal_here()
         if self._stopped():
-            raise _Stopped
+            raise Stopped
 
     def _relation(self, relation: Relation) -> None:
         self._tick()  # the catalogue is asked, and one bunch may bring as many of these as there are tables
@@ -340,8 +336,6 @@ class Stream:
                     if self._cut.full:
                         self._seal_partial()
                         self._tick()
-                        if self._stopped():
-                            raise _Stopped
 
     @property
     def _open_stamp(self) -> Stamp:
@@ -389,5 +383,7 @@ class Stream:
         self._replication.confirm(self._cut.sealed.version.lsn)
 
     def _tick(self) -> None:
+        if self._stopped():
+            raise Stopped
         self._progress.beat()
         self._replication.alive()
