@@ -229,7 +229,7 @@ class Worker(threading.Thread):
             position = self.opened if resting else position
             known = position or Position()
             self._stood, self._moved = None, False
-            self._parking.open(position)
+            self._parking.open(consumer, position)
             self._set_held(consumer)  # before the version, which it bounds
             self._set(version=known.version, written=known.appended, inexact=known.inexact)
             if resting:
