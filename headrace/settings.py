@@ -67,6 +67,9 @@ class Settings:
     schema_registry: str = _setting(
         "http://127.0.0.1:8081/apis/ccompat/v7", "address of the schema registry (Confluent's API), for values in Avro"
     )
+    schema_registry_ca: str = _setting(
+        "", "file of the authority (PEM) that the registry's certificate is held against"
+    )
     elasticsearch: str = _setting("http://127.0.0.1:9200", "address of Elasticsearch")
     elasticsearch_ca: str = _setting("", "file of the authority (PEM) that Elasticsearch's certificate is held against")
     elasticsearch_api_key: str = _setting("", "API key for Elasticsearch, in place of user and password in its address")

@@ -6,6 +6,7 @@ Every reader is `read_committed`, assigns its partitions itself and joins no gro
 from __future__ import annotations
 
 import re
+import struct
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ LEADER_IS_LATE = frozenset({"NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", 
 CHECK = "Check HEADRACE_KAFKA, HEADRACE_KAFKA_OPTIONS (TLS, SASL) and the broker."
 _REFUSAL = re.compile("SASL authentication error: |: Broker: |certificate| alert ")
 """What a broker, or its certificate, is refused with; not what a connection says that broke meanwhile."""
+
+_M, _BITS = 0x5BD1E995, 0xFFFFFFFF
 
 _let_in: set[tuple[str, str]] = set()
 """To which brokers by which options this process has come: where these refuse it later, what knows the logins may be away."""
@@ -121,6 +124,19 @@ def consumer(settings: Settings, group: str = "", *, wait_ms: int = 100) -> Cons
             "receive.message.max.bytes": max(100_000_000, settings.message_max_bytes + 1024 * 1024),
         }
     )
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """Return where `producer` places a key: by murmur2, as Java's client has it."""
+    whole = len(key) & ~3
+    hashed = 0x9747B28C ^ len(key)
+    for (four,) in struct.iter_unpack("<I", key[:whole]):
+        mixed = four * _M & _BITS
+        hashed = (hashed * _M & _BITS) ^ ((mixed ^ mixed >> 24) * _M & _BITS)
+    if rest := key[whole:]:
+        hashed = (hashed ^ int.from_bytes(rest, "little")) * _M & _BITS
+    hashed = (hashed ^ hashed >> 13) * _M & _BITS
+    return ((hashed ^ hashed >> 15) & 0x7FFFFFFF) % partitions
 
 
 @_configuring()

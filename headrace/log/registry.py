@@ -6,7 +6,6 @@ kept for ever once they were asked for, as a registry never gives one twice; so 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,7 +18,7 @@ from confluent_kafka.serialization import MessageField, SerializationContext
 from headrace.change import Row
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log.avro import Avro, schema_id
-from headrace.settings import Settings
+from headrace.settings import Settings, bad_address, masked
 
 _SECONDS = 10
 _UNKNOWN_SCHEMA = 40403
@@ -30,18 +29,20 @@ class Registry:
 
     def __init__(self, settings: Settings) -> None:
         """Connect to nothing yet. Raises Misconfigured: `bad-setting`."""
-        # What people are shown has no password.
-        self._address = re.sub(r"//[^/@]*@", "//", settings.schema_registry)
+        self._said = settings.schema_registry
+        self._address = masked(self._said)
+        told = {"url": settings.schema_registry, "timeout": _SECONDS, "max.retries": 0}
+        if settings.schema_registry_ca:
+            told["ssl.ca.location"] = settings.schema_registry_ca
         try:
-            self._client = SchemaRegistryClient(
-                {"url": settings.schema_registry, "timeout": _SECONDS, "max.retries": 0}
+            self._client = SchemaRegistryClient(told)
+        except OSError as error:  # of the file, or of ssl
+            said = (
+                f"HEADRACE_SCHEMA_REGISTRY_CA={settings.schema_registry_ca!r} cannot be read as certificates: {error}."
             )
+            raise Misconfigured("bad-setting", said, "Name a file in PEM.") from error
         except ValueError as error:
-            raise Misconfigured(
-                "bad-setting",
-                f"HEADRACE_SCHEMA_REGISTRY={self._address!r} is no address.",
-                "Write http://host:port/path.",
-            ) from error
+            raise self._no_address(error) from error
         self._reader = AvroDeserializer(self._client)
 
     def writer(self, topic: str, schema: Avro) -> Callable[[Row], bytes]:
@@ -87,6 +88,8 @@ class Registry:
             raise self._translated(error, about) from error
         except httpx2.HTTPError as error:
             raise self._away(f"{error!r}") from error
+        except httpx2.InvalidURL as error:
+            raise self._no_address(error) from error
 
     def _translated(self, error: SchemaRegistryError, about: str) -> HeadraceError:
         said = f"{error.error_message} (HTTP {error.http_status_code})"
@@ -110,9 +113,14 @@ class Registry:
             "Change HEADRACE_SCHEMA_REGISTRY; it takes user and password as http://user:password@host:port/path.",
         )
 
+    def _no_address(self, error: Exception) -> Misconfigured:
+        return bad_address("HEADRACE_SCHEMA_REGISTRY", self._said, error, "Write http://host:port/path.")
+
     def _away(self, said: str) -> Transient:
         return Transient(
             "registry-away",
             f"The schema registry at {self._address} does not answer: {said}.",
-            "Check HEADRACE_SCHEMA_REGISTRY and the registry.",
+            "Change HEADRACE_SCHEMA_REGISTRY_CA."
+            if "CERTIFICATE_VERIFY_FAILED" in said
+            else "Check HEADRACE_SCHEMA_REGISTRY and the registry.",
         )

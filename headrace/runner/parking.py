@@ -5,13 +5,16 @@ passes it; whatever changes it later waits behind it. A kill at any moment leave
 and what it has of a parked key is known by its place. Of rows each change is an entry. Of documents there is one: the consumer keeps in
 its local rows that the document is touched, and shows its newest state when it is no longer named.
 
-| a kill between                        | on open                                                                       |
-|---------------------------------------|-------------------------------------------------------------------------------|
-| the entry and `apply`                 | the batch comes again, around the entry                                       |
-| `apply` and the next entry            | the same: what was applied is before the position                             |
-| the `apply` of a retry and its tombstone | the entry is still there, later changes wait; another retry is harmless [I7] |
-| the `apply` of a drop and its tombstone  | of rows: the entry is still there, and is dropped when asked again           |
-| the tombstone of a drop and its `apply`  | of documents: it is tried again, and parked again                            |
+| a kill between                           | on open                                                                    |
+|------------------------------------------|----------------------------------------------------------------------------|
+| the entry and `apply`                    | the batch comes again, around the entry                                    |
+| `apply` and the next entry               | the same: what was applied is before the position                          |
+| the `apply` of a retry and its tombstone | the position does not name it: it is done, and is taken away               |
+| the `apply` of a drop and its tombstone  | of rows: the same, it is given up                                          |
+| the tombstone of a drop and its `apply`  | of documents: it is tried again, and parked again                          |
+
+A process that was replaced may write an entry late, of what its successor has done since: the position does not name that either. Tried
+again, an older row would come back. Only beside another entry of its table it is taken for one that the view lacks.
 
 So a position of rows that says that something is parked is never without its entries: where they are missing, they are lost, and so is
 what the view lacks.
@@ -61,6 +64,7 @@ class Parking:
         self._limit = log.settings.parked_limit
         self._held: dict[Cursor, dict[str, Version]] = {}
         self._lost: list[str] = []
+        self._done: list[Entry] = []
         self._lost_held: Version | None = None
         self._version = Position().version
         self._schemas: Schemas = {}
@@ -75,7 +79,7 @@ class Parking:
         """See the class."""
         return self._lost_held if self._lost else _oldest(self._held)
 
-    def open(self, position: Position | None) -> None:
+    def open(self, consumer: Consumer, position: Position | None) -> None:
         """Read what is parked; of a view that begins from zero nothing is."""
         entries = self._entries()
         if position is None:
@@ -83,14 +87,30 @@ class Parking:
             entries = []
         self._version = (position or Position()).version
         self._held = {}
+        # A promotion moves the position of effects, whatever they lack.
+        self._done = (
+            [] if isinstance(consumer, EffectConsumer) else [each for each in entries if self._is_done(each, position)]
+        )
         for entry in entries:
-            self._note(entry)
+            if entry not in self._done:
+                self._note(entry)
         there = {entry.collection for entry in entries}
         self._lost = [collection for collection in (position or Position()).parked if collection not in there]
         self._lost_held = position.held if position else None
 
+    def _is_done(self, entry: Entry, position: Position | None) -> bool:
+        """Whether the view has passed an entry and does not lack it, as its position says."""
+        if position is None or entry.collection in position.parked:
+            return False
+        if not entry.at:
+            return entry.version <= position.version
+        partition, offset = map(int, entry.at.split(":"))
+        passed = position.offsets.get(self._log.topic_of(entry.collection), [])
+        return partition < len(passed) and offset < passed[partition]
+
     def check(self, consumer: Consumer) -> None:
-        """Refuse to go on without what is parked, as the position says, and is not there. Of a document nothing is lost: it is tried again.
+        """Take away what is done. Refuse to go on without what is parked, as the position says, and is not there; of a document nothing is
+        lost: it is tried again.
 
         Raises:
             Refused: `parked-lost`.
@@ -104,6 +124,8 @@ class Parking:
                 if isinstance(consumer, EffectConsumer)
                 else "Run: headrace rebuild NAME",
             )
+        self._shelf.remove(self._done)
+        self._done = []
 
     def apply(self, consumer: Consumer, batch: Batch) -> None:
         """Apply a batch. What cannot be done is parked, and the batch applied again without it.

@@ -1,7 +1,7 @@
 """What may be asked of the generations of one consumer: rebuild, promote, roll back, drop, pause.
 
 Several views meet at one L by two requests each, of whoever promotes them (`headrace.cli.together`): ``hold`` stops the live generation and
-answers what readers have seen, and with the highest of these as L ``promote`` lets the new one reach L before the pointer moves. A hold
+answers what readers may have seen, and with the highest of these as L ``promote`` lets the new one reach L before the pointer moves. A hold
 ends by itself, so that nothing stays held when the asker dies; who promotes after that is refused.
 """
 
@@ -181,17 +181,23 @@ class Verbs:
     def _held(self, live: Worker | None, target: Worker, seconds: float) -> Version:
         """Stop the live generation for so long, in the middle of a backlog too; return what readers have seen, NOWHERE when there is none.
 
-        One that waits is not waited for. One that is compared itself stops at a complete state; so does one that hands its place on: its
-        pieces are seen, and amid them its position is as old as the state before.
+        One that waits is not waited for, but when it has come back and is applying. One that is compared itself stops at a complete state;
+        so does one that hands its place on: its pieces are seen, and amid them its position is as old as the state before.
         """
         if live is None:
             return NOWHERE
         live.stand(seconds)
-        if live.is_alive() and live.state.phase not in {"stopped", "waiting"}:
+        if live.is_alive() and live.state.phase != "stopped":
             whole = live is target or self._generations.hands_on
-            held = live.hold(seconds, _PATIENCE_SECONDS, whole=whole)
-            if not live.still:
-                return held
+            try:
+                held = live.hold(seconds, _PATIENCE_SECONDS, whole=whole)
+            except Transient as error:
+                if error.code == "does-not-hold":
+                    raise
+                live.stand(seconds)
+            else:
+                if not live.still:
+                    return held
         return self._seen(live, target)
 
     def _seen(self, live: Worker, target: Worker) -> Version:

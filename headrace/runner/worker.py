@@ -40,7 +40,8 @@ class State:
     """What a worker says of itself; written by its thread, read by the runner.
 
     `version` is that of the view's position, `written` the broker's time of its checkpoint, ms; `held` what is parked or delayed holds
-    tokens back to, `ahead` the newest state that the log had when the view was opened; `begun` when what is being applied was begun.
+    tokens back to, `ahead` the newest state that the log had when the view was first opened, or that was begun to be applied since; `begun`
+    when what is being applied was begun.
     """
 
     phase: str = "starting"
@@ -78,7 +79,7 @@ class State:
         """The version of the state that the view is, no row of it newer or older; NOWHERE while that is not certain.
 
         What is delayed is older. An error or a kill between a view's rows and its position [I7] leaves rows that are newer than the
-        position says. None is when the view has come to what the log had when it was opened.
+        position says. None is when the view has come to what was begun, and to what the log had when it was first opened.
         """
         return self.version if self.version >= self.ahead and not self.delayed else NOWHERE
 
@@ -156,13 +157,12 @@ class Worker(threading.Thread):
 
     @property
     def seen(self) -> Version:
-        """What readers have seen, also of one that reloads its local rows: nobody sees pieces.
+        """What readers may have seen, also of one that reloads its local rows: nobody sees pieces.
 
-        An error between a state's rows and its position may leave rows as new as the log was at the next opening: between pieces that is
-        what is returned, but neither at the opening nor while it waits.
+        An error or a kill between a state's rows and its position leaves rows that are newer: of what was begun; of what another process
+        has begun nothing is known but what the log had.
         """
-        version = max(self.state.version, self.opened.version if self.opened else NOWHERE)
-        return version if self._whole else max(version, self.state.ahead)
+        return max(self.state.version, self.opened.version if self.opened else NOWHERE, self.state.ahead)
 
     def unpark(self, consumer: Consumer, function: Callable[[Consumer, Parking, Position], T]) -> T | None:
         """Return what `function` does with what is parked, in this thread, at a complete state; None within one, when it is not called."""
@@ -189,7 +189,7 @@ class Worker(threading.Thread):
         consumer.promote()
         if getattr(consumer, "moved", False):
             self._moved = True
-            self._set(version=NOWHERE)
+            self._set(version=NOWHERE, ahead=NOWHERE)
 
     def release(self) -> None:
         """Go on after `hold`."""
@@ -214,7 +214,7 @@ class Worker(threading.Thread):
                     continue
                 if isinstance(error, Wiped):
                     self.opened = None  # before it is opened anew: nobody may take it for what it was
-                    self._set(version=NOWHERE)
+                    self._set(version=NOWHERE, ahead=NOWHERE)
                 wait = _BACKOFF_SECONDS[0] if self.state.phase != "waiting" else min(2 * wait, _BACKOFF_SECONDS[1])
                 self._set(phase="waiting", error=error)
                 self._answer_nothing(wait, error)
@@ -229,7 +229,7 @@ class Worker(threading.Thread):
             position = self.opened if resting else position
             known = position or Position()
             self._stood, self._moved = None, False
-            self._parking.open(position)
+            self._parking.open(consumer, position)
             self._set_held(consumer)  # before the version, which it bounds
             self._set(version=known.version, written=known.appended, inexact=known.inexact)
             if resting:
@@ -252,8 +252,8 @@ class Worker(threading.Thread):
     def _read(self, consumer: Consumer, position: Position | None) -> None:
         group = f"{self.generation.consumer}.g{self.generation.number}"
         reader = self._log.reader(consumer.tables, position, group, self._until)
-        newest = reader.newest if isinstance(reader, Reader) else None
-        self._set(ahead=newest.version if newest else NOWHERE)
+        if isinstance(reader, Reader) and reader.newest and self.state.ahead == NOWHERE:
+            self._set(ahead=reader.newest.version)  # what a process before this one may have begun
         try:
             self._parking.check(consumer)  # after the reader: that a view is of another log comes first
             self._follow(consumer, reader)
@@ -284,7 +284,7 @@ class Worker(threading.Thread):
                 mirrored = time.monotonic()
 
     def _apply(self, consumer: Consumer, batch: Batch) -> None:
-        self.state.begun = time.monotonic()
+        self._set(begun=time.monotonic(), ahead=max(self.state.ahead, batch.position.version))
         try:
             self._parking.apply(consumer, batch)
         finally:

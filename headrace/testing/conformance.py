@@ -17,13 +17,14 @@ import pytest
 from headrace.change import Column
 from headrace.consumer import Cursor, Generation
 from headrace.errors import HeadraceError, Transient, Wiped
-from headrace.testing.harness import Harness, compare_with_scan, shown
+from headrace.testing.harness import compare_with_scan, shown
+from headrace.testing.parking import Parks
 from headrace.testing.steps import FailAfterWrite, FailBeforeWrite, dies_before
 
 _MORE = "headrace_conformance"
 
 
-class ConsumerConformance(Harness):
+class ConsumerConformance(Parks):
     """Subclass it in a test; pytest runs its methods. The view's server must be a test's: generations are made and dropped.
 
     Class attributes:

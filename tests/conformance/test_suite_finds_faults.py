@@ -197,6 +197,11 @@ FAULTS = {
         "if not batch.changes:\n            return\n        with self._transaction():\n            self._move(batch.position)",
         "test_the_position_is_where_the_view_is",
     ),
+    "a batch around what is parked is passed over": (
+        "with self._transaction():\n            self._move(batch.position)",
+        "if batch.parked:\n            return\n        with self._transaction():\n            self._move(batch.position)",
+        "test_what_cannot_be_done_stays_as_it_was_until_it_can_be",
+    ),
     "the pointer outlives the drop of the live one": (
         (
             'self._db.execute("UPDATE generations SET live = (number = ?)", (self._number,))',

@@ -29,7 +29,7 @@ from headrace.errors import HeadraceError, Misconfigured, Transient, Wiped
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import CONTROL
-from headrace.runner import generations, verbs
+from headrace.runner import generations, verbs, worker
 from headrace.runner.scratch import NUMBER, Scratch
 from headrace.runner.worker import Worker
 from headrace.settings import Settings, environment
@@ -58,8 +58,8 @@ class Switch(NamedTuple):
 class Noted(Plain):
     """A view in a file of its own, that notes its promotions.
 
-    `refuses` are the views whose pointer does not move, `fails` says that the first generation cannot apply. A new generation applies
-    nothing while `may` is not set; that of `one` sets `waits`.
+    `refuses` are the views whose pointer does not move, `fails` says that the first generation cannot keep its position. A new
+    generation applies nothing while `may` is not set; that of `one` sets `waits`.
     """
 
     switches: ClassVar[list[Switch]] = []
@@ -78,6 +78,9 @@ class Noted(Plain):
                 self.waits.set()
             self.may.wait(60)
         if self._number == 1 and self.fails.is_set():
+            with self._open() as connection:
+                query = "UPDATE rows SET value = ? WHERE number = 1 AND key = ?"
+                connection.executemany(query, [(codec.dumps(each.row), each.key.decode()) for each in batch.changes])
             raise Transient("noted-away", "Its store is away.", "Wait.")
         super().apply(batch)
 
@@ -313,20 +316,28 @@ def test_a_held_view_shows_nothing_newer_until_it_is_released(two: Control, feed
     eventually("it goes on", lambda: Noted(settings, "one").rows() == {KEY: 7})
 
 
-def test_a_view_that_waits_when_it_is_held_shows_nothing_newer_when_it_comes_back(
+def test_a_view_that_waits_amid_a_state_is_held_as_if_readers_had_seen_it_all_also_when_it_comes_back(
     two: Control, feed: Feed, settings: Settings
 ) -> None:
+    """S24: its rows are there, its position is not. It shows nothing newer, and no other view anything older."""
     Noted.fails.set()
     first = feed.cut((ITEMS, 1, 7))
     await_phase(two, "one", 1, "waiting")
-    stood = Version(*two.ask("one", "hold")["version"])
-    assert stood < first.version
+    assert Noted(settings, "one").rows() == {KEY: 7}
+    assert Noted(settings, "one").version(1) < first.version
+    assert two.ask("one", "hold")["version"] == list(first.version)
+    (live, _) = Noted(settings, "one").generations()
+    opened = Worker(Log(settings), lambda: Noted(settings, "one"), live)  # after a kill there
+    opened.stand(60)
+    opened.start()
+    assert opened.hold(60, 30, whole=False) == first.version
+    opened.stop()
+    feed.cut((ITEMS, 1, 8))
     Noted.fails.clear()
     await_phase(two, "one", 1, "live")
-    assert two.ask("one", "hold")["version"] == list(stood)
-    assert Noted(settings, "one").rows() == {KEY: 0}
-    assert two.ask("one", "promote", {"at": list(stood)})["generation"] == 2
-    await_version(two, "one", first.version)
+    assert two.ask("one", "hold")["version"] == list(first.version)
+    assert Noted(settings, "one").rows() == {KEY: 7}
+    assert two.ask("one", "promote", {"at": list(first.version)})["generation"] == 2
 
 
 class Piecemeal(Plain):
@@ -1203,6 +1214,52 @@ def test_no_token_is_answered_after_a_promotion_before_the_effects_up_to_it_are_
         if paused:
             control.ask("calls", "resume")
         eventually("it is done", lambda: report(control, "calls", 2).version == last.version)
+        assert Calls.told == [2]
+
+
+class Slow(Calls):
+    """Its first generation tells when it may."""
+
+    may: ClassVar[threading.Event] = threading.Event()
+    begun: ClassVar[threading.Event] = threading.Event()
+
+    def effect(self, changes: Sequence[Change]) -> None:
+        if self._number == 1 and not self.away.is_set():
+            self.begun.set()
+            assert self.may.wait(60)
+        super().effect(changes)
+
+
+def test_effects_that_are_being_done_after_a_wait_are_not_done_by_the_new_generation_too(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until they are done its report says that it waits."""
+    Calls.told.clear()
+    Calls.away.clear()
+    asked, hold = threading.Event(), Worker.hold
+
+    def holds(of: Worker, *args: Any, **options: Any) -> Version:
+        asked.set()
+        return hold(of, *args, **options)
+
+    monkeypatch.setattr(Worker, "hold", holds)
+    monkeypatch.setattr(worker, "_POLL_SECONDS", 2.0)  # nothing else is told of it before
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, calls=Slow) as control, ThreadPoolExecutor(1) as pool:
+        await_live(control, "calls")
+        control.ask("calls", "rebuild")
+        await_phase(control, "calls", 2, "following")
+        Calls.away.set()
+        last = feed.cut((ITEMS, 1, 2))
+        eventually("the build goes on", lambda: report(control, "calls", 2).version == last.version)
+        await_phase(control, "calls", 1, "waiting")
+        Calls.away.clear()
+        assert Slow.begun.wait(30)
+        promoted = pool.submit(control.ask, "calls", "promote")
+        eventually("it is promoted, or held", lambda: asked.is_set() or promoted.done())
+        Slow.may.set()
+        assert promoted.result()["generation"] == 2
+        eventually("it is opened there", lambda: report(control, "calls", 2).version == last.version)
         assert Calls.told == [2]
 
 

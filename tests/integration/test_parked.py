@@ -158,6 +158,29 @@ def test_a_restart_keeps_what_is_parked(feed: Feed, settings: Settings) -> None:
         assert Plain(settings, "picky").rows() == {ONE: 11, TWO: 14}
 
 
+def test_what_a_process_that_was_replaced_parks_late_is_not_tried_again(feed: Feed, settings: Settings) -> None:
+    """The older row would come back, and stay."""
+    feed.cut((ITEMS, 2, 20))
+    forbid(settings, 13)
+    with serving(settings, picky=Picky) as control:
+        await_live(control, "picky")
+        feed.cut((ITEMS, 2, 13))
+        await_parked(control, "picky", 1)
+        (late,) = Shelf(feed.log).entries("picky")
+        forbid(settings)
+        assert control.ask("picky", "retry")["done"]
+        feed.cut((ITEMS, 2, 14))
+        eventually("it goes on", lambda: Plain(settings, "picky").rows() == {TWO: 14})
+    Shelf(feed.log).put(late)
+    with serving(settings, picky=Picky) as control:
+        eventually("it is taken away", lambda: parked(settings, "picky") == [])
+        with pytest.raises(Misconfigured) as refused:
+            eventually("it answers", lambda: control.ask("picky", "retry"))
+        assert refused.value.code == "not-parked"
+        feed.cut((ITEMS, 2, 15))
+        eventually("it goes on", lambda: Plain(settings, "picky").rows() == {TWO: 15})
+
+
 def parked_by_a_process_that_ended(feed: Feed, settings: Settings) -> Version:
     """Let a live view of two rows park the second one's change, and end; return what tokens are held back to."""
     feed.cut((ITEMS, 1, 10), (ITEMS, 2, 20))

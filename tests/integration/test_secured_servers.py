@@ -9,8 +9,9 @@ import ssl
 import subprocess
 import tempfile
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -21,11 +22,13 @@ from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScram
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import Log, kafka, topics
 from headrace.log.plain import PlainWriter
+from headrace.log.registry import Registry
 from headrace.settings import Settings
 from headrace.stores.elasticsearch.client import client, errors
 from headrace_ops import ports
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_ops.kafka import Kafka
+from headrace_ops.registry import Registry as Server
 from tests.fixtures.feed import ITEMS, Feed
 
 _PASSWORD = "a, b=c"
@@ -132,15 +135,15 @@ def test_why_a_broker_lets_nobody_in_is_told(
     assert "HEADRACE_KAFKA_OPTIONS" in caught.value.remedy
 
 
-@pytest.fixture
-def behind_tls(elasticsearch: Elasticsearch, tmp_path: Path) -> Iterator[tuple[str, Path, list[bytes]]]:
-    """An https address of Elasticsearch, who vouches for it, and what it was asked."""
-    file, asked = certify(tmp_path / "es.pem"), list[bytes]()
+@contextmanager
+def behind_tls(port: int, folder: Path) -> Iterator[tuple[str, Path, list[bytes]]]:
+    """The host and port that a server is reached at by https, who vouches for it, and what it was asked."""
+    file, asked = certify(folder / "server.pem"), list[bytes]()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(file)
     with closing(socket.create_server((ports.HOST, 0))) as listening:
-        threading.Thread(target=_serve, args=(listening, context, elasticsearch.port, asked), daemon=True).start()
-        yield f"https://{ports.HOST}:{listening.getsockname()[1]}", file.with_suffix(".crt"), asked
+        threading.Thread(target=_serve, args=(listening, context, port, asked), daemon=True).start()
+        yield f"{ports.HOST}:{listening.getsockname()[1]}", file.with_suffix(".crt"), asked
 
 
 def _serve(listening: socket.socket, context: ssl.SSLContext, port: int, asked: list[bytes]) -> None:
@@ -169,14 +172,30 @@ def _hand_over(near: ssl.SSLSocket, far: socket.socket, asked: list[bytes]) -> N
             (far if ready is near else near).sendall(data)
 
 
-def test_elasticsearch_is_reached_by_a_ca_of_its_own_and_an_api_key(behind_tls: tuple[str, Path, list[bytes]]) -> None:
-    address, authority, asked = behind_tls
-    strange = replace(Settings(), elasticsearch=address)
-    with pytest.raises(Transient) as caught, errors():
-        client(strange).cluster.health()
-    assert caught.value.code == "elasticsearch-untrusted"
-    assert "HEADRACE_ELASTICSEARCH_CA" in caught.value.remedy
-    with closing(client(replace(strange, elasticsearch_ca=str(authority), elasticsearch_api_key="a2V5"))) as known:
-        known.index(index="titles", id="1", document={"title": "Alien"})
-        assert known.get(index="titles", id="1")["_source"] == {"title": "Alien"}
+def test_elasticsearch_is_reached_by_a_ca_of_its_own_and_an_api_key(
+    elasticsearch: Elasticsearch, tmp_path: Path
+) -> None:
+    with behind_tls(elasticsearch.port, tmp_path) as (at, authority, asked):
+        strange = replace(Settings(), elasticsearch=f"https://{at}")
+        with pytest.raises(Transient) as caught, errors():
+            client(strange).cluster.health()
+        assert caught.value.code == "elasticsearch-untrusted"
+        assert "HEADRACE_ELASTICSEARCH_CA" in caught.value.remedy
+        with closing(client(replace(strange, elasticsearch_ca=str(authority), elasticsearch_api_key="a2V5"))) as known:
+            known.index(index="titles", id="1", document={"title": "Alien"})
+            assert known.get(index="titles", id="1")["_source"] == {"title": "Alien"}
     assert b"\r\nauthorization: apikey a2v5\r\n" in b"".join(asked).lower()
+
+
+def test_a_registry_is_reached_by_a_ca_of_its_own_and_a_password(registry: Server, tmp_path: Path) -> None:
+    with behind_tls(registry.port, tmp_path) as (at, authority, asked):
+        strange = replace(Settings(), schema_registry=f"https://us:a%40%2Fb@{at}/apis/ccompat/v7")
+        with pytest.raises(Transient, match=r"\*\*\*@") as caught:
+            Registry(strange).schema(1)
+        assert "a%40" not in str(caught.value)
+        assert "HEADRACE_SCHEMA_REGISTRY_CA" in caught.value.remedy
+        known = Registry(replace(strange, schema_registry_ca=str(authority)))
+        fields = [{"name": "title", "type": "string"}]
+        write = known.writer("secured", {"type": "record", "name": "Title", "fields": fields})
+        assert known.read(write({"title": "Alien"})) == {"title": "Alien"}
+    assert b"Basic " + b64encode(b"us:a@/b") in b"".join(asked)

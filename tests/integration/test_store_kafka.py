@@ -119,9 +119,21 @@ def test_scans_that_take_turns_read_the_topic_once_each(
         assert len(reads) == 2
 
 
-def _counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def test_a_single_document_is_read_from_its_partition(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream.commit(*"abcdef")
+    stream.catch_up()
+    consumer, _ = stream.open()
+    with closing(consumer):
+        rows = consumer.scan(None, 10)
+        reads = _counted(monkeypatch)
+        assert [row for each in rows for row in consumer.get([("", each.key)])] == rows
+        assert [len(starts) for _, starts in reads] == [1] * 6
+        assert sorted(consumer.get([("", row.key) for row in rows])) == rows
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return a list with an entry for each reading of a topic."""
-    reads: list[object] = []
+    reads: list[Any] = []
 
     def counting(*args: Any) -> Any:
         reads.append(args)

@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -373,16 +373,26 @@ def test_what_is_lost_or_taken_over_is_not_promoted(open_store: Open, client: re
     assert client.keys() == []
 
 
+@pytest.mark.parametrize("by", ["a kill", "the server"])
 def test_a_drop_that_was_cut_short_is_finished_and_nothing_is_built_again(
-    open_store: Open, settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    open_store: Open, settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
+    """By the server: who is told that it failed would open the generation again, and build it."""
     store = open_store()
     store.write([doc("1", 1), doc("2", 1)], at(1))
     store.promote()
-    with monkeypatch.context() as cut:
-        cut.setattr("headrace.stores.redis.pages.time.sleep", dying)
-        with pytest.raises(KeyboardInterrupt):
-            store.drop()
+
+    def cut(_seconds: float) -> None:
+        if by == "a kill":
+            raise KeyboardInterrupt
+        client.config_set("min-replicas-to-write", "1")
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) if by == "a kill" else nullcontext():
+        patched.setattr("headrace.stores.redis.pages.time.sleep", cut)
+        store.drop()
+    client.config_set("min-replicas-to-write", "0")
+    assert client.keys("pages:1:*")
+    assert store.generations() == []
     successor = RedisPages()
     successor.bind(settings, "pages")
     assert successor.generations() == []
@@ -405,10 +415,6 @@ def test_a_generation_that_is_opened_while_it_is_dropped_stays(
     monkeypatch.setattr("headrace.stores.redis.pages.time.sleep", opened)
     store.drop()
     assert set(client.keys()) == {"pages:g1", "pages:generations", "pages:1:2"}
-
-
-def dying(_seconds: float) -> None:
-    raise KeyboardInterrupt
 
 
 def test_redis_away_is_transient_and_it_goes_on_after(open_store: Open, stack: Stack) -> None:

@@ -297,8 +297,9 @@ def test_a_taken_port_names_the_setting(settings: Settings, store: Warehouse) ->
     with pytest.raises(Misconfigured, match="cannot listen") as raised:
         Endpoint(replace(settings, warehouse_listen=address()))
     assert "HEADRACE_WAREHOUSE_LISTEN" in raised.value.remedy
-    with pytest.raises(Misconfigured, match="cannot listen"):
-        Endpoint(replace(settings, warehouse_listen="nowhere"))
+    for listen in ("nowhere", "[::1:0", "::1]:0"):
+        with pytest.raises(Misconfigured, match="cannot listen"):
+            Endpoint(replace(settings, warehouse_listen=listen))
     store.scan(None, 1)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import pytest
 from confluent_kafka import KafkaException, Message
 
+from headrace.log.kafka import partition_of
 from headrace.log.tail import BEGINNING, Tail, read_to_end
 from headrace.settings import Settings
 from headrace_ops.kafka import Kafka
@@ -90,12 +91,14 @@ def test_a_key_is_in_the_partition_where_every_java_client_looks_for_it(settings
     partitions = 7
     feed = Feed(replace(settings, partitions=partitions))
     topic = feed.log.topic_of(ITEMS)
-    for key in MURMUR2:
+    keys = (*MURMUR2, b"", b"\xff" * 6)
+    for key in keys:
         feed.writer.produce(topic, key, b"{}", [])
     feed.seal()
     starts = {(topic, partition): BEGINNING for partition in range(partitions)}
     placed = {record.key: record.partition for record in read_to_end(settings, starts)}
-    assert placed == {key: (hashed & 0x7FFFFFFF) % partitions for key, hashed in MURMUR2.items()}
+    assert placed == {key: partition_of(key, partitions) for key in keys}
+    assert placed.items() >= {(key, (hashed & 0x7FFFFFFF) % partitions) for key, hashed in MURMUR2.items()}
 
 
 def test_what_was_committed_is_read_to_its_end_though_its_marker_comes_late(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
@@ -17,16 +18,19 @@ from headrace.settings import Settings
 
 
 class Shelf:
-    """Keeps nothing."""
+    """Has what is `there`, and keeps what is put."""
+
+    there: ClassVar[list[Entry]] = []
 
     def __init__(self, _log: Log) -> None:
         self.kept: list[Entry] = []
 
     def entries(self, *_: object) -> list[Entry]:
-        return []
+        return list(self.there)
 
     def remove(self, entries: Sequence[Entry]) -> None:
-        assert not entries
+        for entry in entries:
+            self.there.remove(entry)
 
     def put(self, entry: Entry) -> None:
         self.kept.append(entry)
@@ -56,6 +60,25 @@ def test_a_delayed_document_that_is_parked_holds_back_from_its_oldest_change(
     monkeypatch.setattr(parking, "Shelf", Shelf)
     made, view = parking.Parking(Log(Settings()), Generation("carts", 1, "abc")), Delays(since)
     position = Position({}, {}, Version(1, 110), None, 0)
-    made.open(position)
+    made.open(view, position)  # type: ignore[arg-type]  what it needs of a consumer
     made.apply(view, parking.standing(replace(position, version=Version(1, 120))))  # type: ignore[arg-type]  what it needs of a consumer
     assert (made.held, made.count) == (held, 1)
+
+
+@pytest.mark.parametrize("at", ["", "1:6"])
+@pytest.mark.parametrize(
+    ("lsn", "offset", "named", "count"), [(110, 7, (), 0), (110, 7, ("public.carts",), 1), (109, 6, (), 1)]
+)
+def test_what_the_view_has_passed_and_does_not_lack_is_not_parked(
+    at: str, lsn: int, offset: int, named: tuple[str, ...], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was replaced has parked it late."""
+    log = Log(Settings())
+    late = Entry("carts", 1, "public.carts", "1", at, version=Version(1, 110))
+    monkeypatch.setattr(parking, "Shelf", Shelf)
+    monkeypatch.setattr(Shelf, "there", [late])
+    made, view = parking.Parking(log, Generation("carts", 1, "abc")), Delays(None)
+    position = Position({log.topic_of("public.carts"): [9, offset]}, {}, Version(1, lsn), None, 0, parked=named)
+    made.open(view, position)  # type: ignore[arg-type]  what it needs of a consumer
+    made.check(view)  # type: ignore[arg-type]
+    assert (made.count, len(Shelf.there)) == (count, count)

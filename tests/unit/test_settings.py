@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from headrace.cli import app
 from headrace.errors import Misconfigured
 from headrace.log import kafka
+from headrace.log.registry import Registry
 from headrace.settings import Settings, environment, load, table
 from headrace.stores.elasticsearch.client import client as elasticsearch
 from headrace.stores.redis.client import client as redis
@@ -135,6 +136,21 @@ def test_a_ca_of_elasticsearch_that_cannot_be_used_is_told(address: str, said: s
 
 def test_every_setting_has_a_meaning() -> None:
     assert all(meaning for _, _, meaning in table())
+
+
+@pytest.mark.parametrize(
+    ("strange", "said"),
+    [
+        (Settings(schema_registry="u:hidden@host:8081"), r"\*\*\*@host"),
+        (Settings(schema_registry="https://u:hidden#1@host:8081"), r"\*\*\*@host"),
+        (Settings(schema_registry_ca="no/such"), "HEADRACE_SCHEMA_REGISTRY_CA='no/such'"),
+    ],
+)
+def test_a_registry_that_cannot_be_used_is_told_without_its_password(strange: Settings, said: str) -> None:
+    with pytest.raises(Misconfigured, match=said) as caught:
+        Registry(strange).schema(1)
+    assert caught.value.code == "bad-setting"
+    assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("address", ["elastic:hidden@host:9200", "https://u:hidden#1@host:9200"])

@@ -176,7 +176,9 @@ def _middleware(host: str) -> list[Middleware]:
 def _bound(listen: str) -> socket.socket:
     host, _, port = listen.rpartition(":")
     try:
-        address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         server = socket.socket(address[0], socket.SOCK_STREAM)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Every connection takes it over. Without, each answer waits 40 ms until its headers are acknowledged.

@@ -16,14 +16,14 @@ One process writes a generation: opening it fences the one before (S21).
 was written whole already; it is passed over, so that the stream never goes back.
 
 *Reading.* `live_topic` names the topic to read; after a promotion it is another one, which is read from its beginning. Verify reads a
-topic as a whole: there is no index.
+topic as a whole, of single documents their partitions: there is no index.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +32,7 @@ from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.log import Log
+from headrace.log.kafka import partition_of
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
@@ -187,9 +188,10 @@ class KafkaTopic:
         self._scans = {}
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
-        """Return some documents as readers see them. It reads the topic, as a scan does: ask for many at once."""
+        """Return some documents as readers see them. It reads their partitions as a whole: ask for many at once."""
         wanted = set(ids)
-        return _Rows(each for each in self._documents() if each[0] in wanted).named(ids)
+        found = self._documents({partition_of(id_.encode(), self._count) for id_ in wanted})
+        return _Rows(each for each in found if each[0] in wanted).named(ids)
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id. A scan reads the topic when it begins; a few at once go on in turns."""
@@ -286,9 +288,9 @@ class KafkaTopic:
                     "kafka-away", f"Kafka does not finish a transaction of {self.name}.", "Look at the broker."
                 )
 
-    def _documents(self) -> Iterator[tuple[str, bytes | None, int]]:
-        topic = self._topic_of(self._facts["generation"])
-        for record in read_to_end(self._settings, {(topic, partition): BEGINNING for partition in range(self._count)}):
+    def _documents(self, partitions: Collection[int] | None = None) -> Iterator[tuple[str, bytes | None, int]]:
+        topic, read = self._topic_of(self._facts["generation"]), partitions or range(self._count)
+        for record in read_to_end(self._settings, {(topic, partition): BEGINNING for partition in read}):
             headers = dict(record.headers)
             yield record.key.decode(), record.value, Version(int(headers["epoch"]), int(headers["lsn"])).packed()
 

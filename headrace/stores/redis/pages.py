@@ -26,13 +26,14 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from headrace import codec
 from headrace.change import NOWHERE, Position, Row
 from headrace.consumer import Cursor, Generation, ViewRow
-from headrace.errors import Misconfigured, Poison, Wiped
+from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc, check_alone
 from headrace.stores.redis import scripts
@@ -155,9 +156,10 @@ class RedisPages:
             self._judge(self._redis.eval(scripts.PROMOTE, 2, self._state, self._live, self._owner, self._number))
 
     def drop(self) -> None:
-        """Remove this generation; the pages go after a grace time, for readers that took the pointer by themselves."""
+        """Note that it is dropped; the pages go after a grace time, for readers that took the pointer by themselves."""
         with errors():
             self._redis.eval(scripts.DROP, 2, self._state, self._live, self._number)
+        with suppress(Transient), errors():  # it is dropped: `generations` does the rest, in the next process
             self._remove(self._number)
 
     def close(self) -> None:
