@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import psycopg
 import pytest
@@ -27,6 +28,7 @@ from tests.fixtures.capture import (
     selected,
     spawn,
 )
+from tests.fixtures.ticks import repeating
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
@@ -113,24 +115,42 @@ def exactly(settings: Settings, load: Load) -> None:
 
 
 def test_killed_snapshots_leave_no_ghosts(settings: Settings) -> None:
-    """Killed twice while rows are published, rows deleted between; then the log equals the table (S6)."""
-    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 200000) i")
-    topic, before = Log(settings).topic_of(T), 0
+    """Killed twice while rows of several tables are published, rows deleted between, others written all the time; then the log equals
+    the tables (S6)."""
+    settings = replace(settings, snapshot_connections=3)
+    tables = ("items", "more", "yet")
+    made = [f"CREATE TABLE {name} (id int PRIMARY KEY, no int)" for name in tables]
+    prepare(settings, *made, *[f"INSERT INTO {name} SELECT i, i FROM generate_series(1, 30000) i" for name in tables])
+    before = 0
 
     def published() -> int:
         newest = Log(settings).newest_checkpoint()
-        return sum(newest.ends.get(topic, [])) if newest and newest.snapshot == "running" else 0
+        return sum(map(sum, newest.ends.values())) if newest and newest.snapshot == "running" else 0
 
-    for kill in range(2):
-        process = spawn(replace(settings, cut_records=500))  # it takes its time, so that it is caught
-        try:
-            eventually("rows of the snapshot are published", lambda: published() > before + 20_000)  # noqa: B023
-        finally:
-            end(process)
-        before = published()
-        assert before, "caught"
-        execute(settings, f"DELETE FROM items WHERE id % 1000 = {kill}")
+    any_row = "WHERE id = (SELECT (random() * 30000)::int)"
+    load = [
+        statement
+        for name in tables
+        for statement in (
+            f"UPDATE {name} SET id = -id {any_row}",
+            f"INSERT INTO {name} SELECT max(id) + 1, 0 FROM {name}",
+            f"DELETE FROM {name} {any_row}",
+        )
+    ]
+    writing = partial(repeating, settings, *load, every=0.01)
+    with writing():
+        for kill in range(2):
+            process = spawn(replace(settings, cut_records=500))  # it takes its time, so that it is caught
+            try:
+                eventually("rows of the snapshot are published", lambda: published() > before + 10_000)  # noqa: B023
+            finally:
+                end(process)
+            before = published()
+            assert before, "caught"
+            execute(settings, *[f"DELETE FROM {name} WHERE id % 1000 = {kill}" for name in tables])
     with capturing(settings) as capture:
-        execute(settings, "DELETE FROM items WHERE id % 1000 = 2")
+        with writing():
+            capture.hear("snapshot complete")
         capture.reach()
-    assert replay(settings, T) == selected(settings, T)
+    for name in tables:
+        assert replay(settings, f"public.{name}") == selected(settings, name)
