@@ -19,7 +19,7 @@ from headrace.errors import Transient
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
 from headrace_capture.recovery import recover
-from headrace_ops import guard
+from headrace_ops import artifacts, guard
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import (
     Running,
@@ -37,6 +37,7 @@ from tests.fixtures.capture import (
 from tests.fixtures.mortal import Died, Life, MortalLog
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
+from tests.fixtures.versions import NEWEST, OLDER
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int)"
@@ -62,7 +63,7 @@ class Pair:
             with (self.second.data / "postgresql.conf").open("a") as conf:
                 leader = f"host=127.0.0.1 port={self.first.port} user=postgres dbname=postgres"
                 conf.write(f"primary_conninfo = '{leader}'\nprimary_slot_name = 'standby'\nhot_standby_feedback = on\n")
-                conf.write(f"sync_replication_slots = {slots}\n")
+                conf.write("sync_replication_slots = on\n" * slots)
         self.first.start()
         if standby:
             execute(self.settings, "SELECT pg_create_physical_replication_slot('standby', true)")
@@ -92,11 +93,14 @@ class Pair:
 
 
 @pytest.fixture
-def pair(settings: Settings) -> Iterator[Pair]:
-    """Two servers, the first with a table of twenty rows."""
+def pair(settings: Settings, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """Two servers, of the newest version or the one that is asked for, the first with a table of twenty rows."""
+    version = OLDER.get(getattr(request, "param", NEWEST))
+    artifact = artifacts.postgres(version) if version else artifacts.POSTGRES
     own = partial(guard.temporary, "headrace-tests-", ["postgres"])
     with own() as first, own() as second:
-        made = Pair(Postgres(first, spread=True), Postgres(second, spread=True), settings)
+        servers = [Postgres(folder, artifact=artifact, spread=True) for folder in (first, second)]
+        made = Pair(*servers, settings)
         prepare(made.settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 20) i")
         yield made
 
@@ -172,6 +176,7 @@ def test_a_standby_with_the_slot_takes_over(pair: Pair) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("pair", [*OLDER, NEWEST], indirect=True)
 def test_a_standby_without_the_slot_takes_over(pair: Pair) -> None:
     """Nothing was lost by the failover, but what came since is not in the log: said, and mended by one command."""
     pair.copy(standby=True, slots=False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from headrace.change import format_lsn
 from headrace.log import Log
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_ops.redis import Redis
-from tests.fixtures.capture import execute
+from tests.fixtures.capture import execute, now
 from tests.fixtures.processes import SMALL, System
 from tests.fixtures.slots import drop_slot
 
@@ -26,6 +27,7 @@ def test_all_three_views_go_on(system: System, elasticsearch: Elasticsearch, red
     system.run("shop", "load", *SMALL)
     system.up("search", "pages", "warehouse")
     generations = {view: system.report(view) for view in ("search", "pages", "warehouse")}
+    token = f"1@{format_lsn(now(system.settings))}"
     system.kill("capture")
     drop_slot(system.settings)
     execute(system.settings, *GAP)
@@ -43,6 +45,8 @@ def test_all_three_views_go_on(system: System, elasticsearch: Elasticsearch, red
     system.waiting("every table was read again", exact)
     system.settle("search", "pages", "warehouse")
     system.verify()
+    waited = system.ask("wait", "search", "--lsn", token)
+    assert (waited.code, "token-void" in waited.err) == (3, True), waited
     for view, before in generations.items():
         after = system.report(view)
         assert before

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import psycopg
@@ -63,14 +63,19 @@ def test_snapshot_then_stream_is_the_table(settings: Settings) -> None:
 def test_a_checkpoint_ends_every_cut_and_names_the_ends(settings: Settings) -> None:
     """`ends` is where the topic ends, versions never fall, and Postgres is told no more than a checkpoint covers (S4)."""
     prepare(settings, ITEMS)
+    log = Log(settings)
+    ends: list[list[int]] = []
     with capturing(settings) as capture:
+        capture.reach()
         for n in range(5):
             execute(settings, f"INSERT INTO items VALUES ({n}, 'x', {n})")
-            capture.reach()
-    checkpoints = list(Log(settings).checkpoints())
+            ends.append(capture.reach().ends[log.topic_of(T)])
+            eventually("Kafka says so", lambda: log.ends(T) == [end + 1 for end in ends[-1]])  # the commit's marker
+    checkpoints = list(log.checkpoints())
     assert [c.version for c in checkpoints] == sorted(c.version for c in checkpoints)
+    told = [c.ends.get(log.topic_of(T), [0]) for c in checkpoints]
+    assert [end for end, _ in groupby(told) if any(end)] == ends, "one for each commit"
     newest = checkpoints[-1]
-    assert max(c.offset for c in changes(settings, T)) + 1 <= newest.ends[settings.source + "." + T][0]
     (confirmed,) = rows(
         settings, f"SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
     )[0]

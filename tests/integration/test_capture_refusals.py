@@ -331,8 +331,8 @@ def test_sigterm_stops_it_cleanly(captured: Settings) -> None:
     assert replay(captured, T) == selected(captured, T)
 
 
-def test_it_goes_on_when_postgres_comes_back(captured: Settings) -> None:
-    """Its connections are cut: it says that it waits, and then goes on."""
+def test_it_goes_on_when_postgres_has_ended_its_connections(captured: Settings) -> None:
+    """It says that it waits, and then goes on."""
     with capturing(captured) as capture:
         capture.hear("streaming from")  # what an earlier capture wrote may already reach as far as Postgres
         execute(captured, "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active")

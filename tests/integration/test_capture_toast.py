@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from typing import Any
 
 import orjson
 import psycopg
@@ -440,21 +439,3 @@ def test_a_domain_s_value_is_read_again_of_a_partition(settings: Settings) -> No
         execute(settings, "UPDATE docs SET n = 1")
         capture.reach()
     assert last(settings) == ({"id": 1, "n": "1.00", "big": W, "more": X}, "reread")
-
-
-def test_memory_is_bounded() -> None:
-    """The key that was seen longest ago is forgotten first."""
-
-    class Wide:
-        name = T
-        wide = (0,)
-
-    table: Any = Wide()
-    memory = toast.Memory(most=5_000)
-    for key in (b"1", b"2", b"3"):
-        memory.changed(table, key, key, [b"x" * 2_000], 2_000)
-    row: list[Any] = [toast.UNCHANGED]
-    memory.recall(table, b"1", row)
-    assert row == [toast.UNCHANGED]
-    memory.recall(table, b"3", row)
-    assert row == [b"x" * 2_000]

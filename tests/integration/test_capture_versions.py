@@ -19,12 +19,10 @@ from tests.fixtures.capture import (
     changes,
     execute,
     prepare,
-    refused,
     replay,
     rows,
     selected,
 )
-from tests.fixtures.slots import lose_slot
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int, big text, twice int GENERATED ALWAYS AS (n * 2) STORED)"
 SOME = "INSERT INTO items SELECT i, i, repeat(md5(i::text), 200) FROM generate_series(1, 30) i"
@@ -142,15 +140,3 @@ def test_no_statement_fails_because_of_a_generated_column(each_source: Settings,
     prepare(settings, ITEMS.replace("STORED", kind), SOME)
     execute(settings, "UPDATE items SET n = 5", "UPDATE items SET id = -id", "DELETE FROM items")
     assert ("twice" in published(settings)) == (kind == "STORED" and virtual)
-
-
-def test_a_slot_whose_wal_is_gone_is_refused_with_the_reason(each_version: Settings) -> None:
-    """`invalidation_reason` is told from 17 on, before that by wal_status alone."""
-    settings = each_version
-    prepare(settings, ITEMS, SOME)
-    with capturing(settings) as capture:
-        capture.reach()
-    lose_slot(settings)
-    error = refused(settings)
-    assert error.code == "slot-lost"
-    assert "removed" in error.message

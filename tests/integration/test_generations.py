@@ -201,6 +201,8 @@ def test_a_new_generation_that_does_not_come_to_the_common_lsn_is_not_promoted(
 def test_several_are_promoted_by_the_command(two: Control, settings: Settings) -> None:
     said = orjson.loads(command(settings, "promote", "one", "other", "--json").stdout)
     assert [(each["name"], each["generation"]) for each in said] == [("one", 2), ("other", 2)]
+    for name in ("one", "other"):
+        assert [generation.live for generation in Noted(settings, name).generations()] == [False, True]
     assert command(settings, "promote", "one", "other", "--generation", "2").exit_code == 2
 
 

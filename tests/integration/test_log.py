@@ -525,14 +525,6 @@ def test_a_topic_that_a_recovery_makes_anew_under_a_running_view_is_noticed(feed
     reader.close()
 
 
-def test_a_log_that_ends_below_its_checkpoint_is_refused(feed: Feed) -> None:
-    sealed = feed.cut((ITEMS, 1, 10))
-    beyond = replace(sealed, ends={topic: [end + 5 for end in ends] for topic, ends in sealed.ends.items()})
-    with pytest.raises(Misconfigured) as caught:
-        feed.log.check_ends(beyond)
-    assert caught.value.code == "log-lost-records"
-
-
 def test_a_table_nobody_captures_is_named(feed: Feed) -> None:
     feed.cut((ITEMS, 1, 10))
     reader = feed.log.reader(["public.nothing"], None)

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from elasticsearch import Elasticsearch as Client
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from headrace import codec
 from headrace.change import Row
@@ -26,6 +29,7 @@ from tests.fixtures.capture import capturing, execute, prepare, rows
 from tests.fixtures.documents_deep import COLUMNS, COMMENTS, Deep, Join, plain
 from tests.integration.test_capture_append_only import prepare_append_only
 from tests.integration.test_verify import found, kept, loaded
+from tests.unit.test_documents_deep import FULL
 
 pytestmark = pytest.mark.usefixtures("elasticsearch")
 
@@ -89,6 +93,24 @@ def test_the_expectation_of_several_levels_is_the_join(deep: Settings) -> None:
     made, few = expected(deep, Kept)
     assert made == Join(held).documents()
     assert few == made
+
+    @hypothesis_settings(max_examples=10, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(FULL, st.sets(st.tuples(st.sampled_from(list(COLUMNS)), st.integers(1, 3))))
+    def of_any_rows(full: dict[str, tuple[Row, ...]], missing: set[tuple[str, int]]) -> None:
+        some = {
+            table: {key: {"id": key, **row} for key, row in enumerate(made, 1) if (table, key) not in missing}
+            for table, made in full.items()
+        }
+        inserts = [
+            f"INSERT INTO {table} SELECT * FROM json_populate_recordset(NULL::{table}, '{codec.dumps([*of.values()]).decode()}')"
+            for table, of in some.items()
+        ]
+        execute(deep, f"TRUNCATE {', '.join(COLUMNS)}", *inserts)
+        made, few = expected(deep, Kept)
+        assert made == Join(some).documents()
+        assert few == made
+
+    of_any_rows()
 
 
 LOAD: tuple[Callable[[Random], str], ...] = (

@@ -196,7 +196,7 @@ def held(work: Any) -> tuple[Any, int]:
         tracemalloc.stop()
 
 
-def test_a_root_with_100000_children_is_rendered_in_little_memory(tmp_path: Path) -> None:
+def test_a_root_with_100000_children_is_rendered_and_changed_in_little_memory(tmp_path: Path) -> None:
     document = Document(
         PRODUCTS,
         latest=Many(REVIEWS, by="product_id", order=["-stars", "-id"], limit=3),
@@ -207,13 +207,30 @@ def test_a_root_with_100000_children_is_rendered_in_little_memory(tmp_path: Path
     reviews = ({"id": n, "product_id": 1, "stars": n % 5, "hidden": False, "paid": "0.10"} for n in range(_MANY))
     for change in changes(REVIEWS, reviews):
         local.apply(change, loading=True)
-    (root,) = changes(PRODUCTS, iter([{"id": 1, "category_id": None, "name": "kettle"}]))
-    local.apply(root, loading=True)
-    (touched,), most = held(lambda: list(local.touched()))
-    local.close()
+    for root in changes(PRODUCTS, ({"id": n, "category_id": None, "name": "kettle"} for n in (1, 2))):
+        local.apply(root, loading=True)
+    (touched, _), most = held(lambda: list(local.touched()))
     assert touched.node is not None
     assert plain(touched.node)["rating"] == {"n": _MANY, "paid": "10000.00"}
     assert [review["id"] for review in touched.node.latest] == [99_999, 99_994, 99_989]
+    assert most < _BOUND
+    local.clear_touched()
+    late = [
+        {"id": 99_999, "product_id": 1, "stars": 0, "paid": "1.10"},
+        {"id": 99_994, "product_id": 2, "paid": "0.20"},
+    ]
+    gone = [change._replace(row=None) for change in changes(REVIEWS, ({"id": n} for n in range(10)))]
+
+    def follow() -> list[Row]:
+        for change in (*changes(REVIEWS, iter(late)), *gone):
+            local.apply(change, loading=False)
+        return [plain(each.node) for each in local.touched() if each.node]
+
+    (one, two), most = held(follow)
+    local.close()
+    assert one["rating"] == {"n": _MANY - 11, "paid": "9999.90"}, "1.00 more, 11 times 0.10 less"
+    assert [review["id"] for review in one["latest"]] == [99_989, 99_984, 99_979]
+    assert (two["rating"], [review["id"] for review in two["latest"]]) == ({"n": 1, "paid": "0.20"}, [99_994])
     assert most < _BOUND
 
 

@@ -116,6 +116,11 @@ def reason_of(error: Mapping[str, Any]) -> str:
     return f"{error.get('reason')} {cause.get('reason', '')}".strip()
 
 
+def wiped(index: str) -> Wiped:
+    """Return what it means that an index is gone, or was restored, or has no position."""
+    return Wiped("view-wiped", f"The index {index} is gone, or its position is; it is built anew.")
+
+
 def body_of(hit: Mapping[str, Any]) -> Row:
     """Return the document of a hit as it was rendered."""
     return {name: value for name, value in hit["_source"].items() if name != "headrace"}

@@ -54,7 +54,7 @@ from headrace.stores.elasticsearch.bulks import (
     never_fits,
     written,
 )
-from headrace.stores.elasticsearch.client import about, check_durable, client, errors, held, row_of, sequence_of
+from headrace.stores.elasticsearch.client import about, check_durable, client, errors, held, row_of, sequence_of, wiped
 from headrace.stores.sending import MOST, Sending
 
 _INTERNAL = {"exists": {"field": "headrace.kind"}}
@@ -340,10 +340,14 @@ class ElasticsearchIndex:
         for pause in _MOMENTS:
             time.sleep(pause)
             with suppress(NotFoundError):
-                owner = self._client.get(index=self._index, id=POSITION)["_source"]["headrace"]["state"]["owner"]
-                break
+                state = self._client.get(index=self._index, id=POSITION)["_source"]["headrace"]["state"]
+                facts = self._client.indices.get_settings(index=self._index)[self._index]
+                # A copy that was restored names the owner of then.
+                if state["uuid"] == facts["settings"]["index"]["uuid"]:
+                    owner = state["owner"]
+                    break
         if owner is None:
-            return _wiped(self._index)
+            return wiped(self._index)
         if owner == self._owner:
             return Wiped(
                 "view-moved", f"The position of {self._index} is not the one last written, or its alias is gone."
@@ -394,7 +398,3 @@ class ElasticsearchIndex:
             **how,
         )
         return [row_of(hit) for hit in found["hits"]["hits"]]
-
-
-def _wiped(index: str) -> Wiped:
-    return Wiped("view-wiped", f"The index {index} is gone, or its position is; it is built anew.")
