@@ -495,6 +495,33 @@ def test_what_a_view_has_not_read_grows_too_old_also_while_it_reads(
     reader.close()
 
 
+def test_a_view_that_stood_still_at_the_head_is_refused_where_tombstones_may_be_gone(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S19: its process was stopped, or cut off from Kafka. One that lacked nothing until just now goes on."""
+    first = feed.cut((ITEMS, 1, 10), (TAGS, 1, 1))
+    stood, polled, other = (feed.log.reader([table], None) for table in (ITEMS, ITEMS, TAGS))
+    for reader in (stood, polled, other):
+        drain(reader, first.version)
+
+        def at_end(reader: Reader = reader) -> bool:
+            return reader.poll(0.1) is None and reader._at_end >= reader._read_to.keys()
+
+        eventually("it has read the marker too", at_end)
+    later, now = feed.log.settings.delete_retention_ms / 1000 + 3600, time.time
+    monkeypatch.setattr("headrace.log.refusal.time.time", lambda: now() + later)
+    assert polled.poll(0.1) is None
+    last = feed.cut((ITEMS, 1, None))
+    assert rows(drain(polled, last.version)) == {}
+    monkeypatch.setattr(other, "_note_fed", lambda: None)  # it was stopped within a poll
+    drain(other, last.version)
+    with pytest.raises(Refused) as caught:
+        drain(stood, last.version)
+    assert caught.value.code == "away-too-long"
+    for reader in (stood, polled, other):
+        reader.close()
+
+
 def test_a_few_records_that_are_old_are_a_state_though_nothing_follows(settings: Settings) -> None:
     """Capture is off, and its last cuts are older than what a compaction leaves alone."""
     feed = Seen(replace(settings, min_compaction_lag_ms=0))
