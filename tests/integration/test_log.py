@@ -20,7 +20,7 @@ from headrace.consumer import ALL, Batch
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log, Reader, kafka
 from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import checkpoints_topic, table_of, topic_of
+from headrace.log.topics import ANSWERS, checkpoints_topic, table_of, topic_of
 from headrace.settings import Settings
 from tests.fixtures.capture import eventually
 from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed, add_partition
@@ -88,6 +88,7 @@ def test_topics_are_made_as_the_settings_say_and_follow_them(feed: Feed, setting
     assert feed.log.partitions([topic]) == {topic: settings.partitions}
     spine = config_of(settings, checkpoints_topic(settings.source))
     assert (spine["cleanup.policy"], spine["message.timestamp.type"]) == ("compact", "LogAppendTime")
+    assert config_of(settings, ANSWERS)["message.timestamp.type"] == "LogAppendTime"
     assert feed.log.configure(sealed) == []
     longer = Log(replace(settings, delete_retention_ms=8 * 86_400_000))
     altered = [topic, feed.log.topic_of(TAGS), checkpoints_topic(settings.source)]
