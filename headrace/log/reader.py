@@ -12,7 +12,7 @@ the next checkpoint is the target.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from operator import attrgetter
@@ -24,10 +24,10 @@ from headrace import codec
 from headrace.change import DELETE, Change, Checkpoint, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured, Transient
-from headrace.log.refusal import check_age, refused
+from headrace.log.refusal import check_age, check_log, lacks, refused
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, Tail, end_of_partition
-from headrace.log.topics import checkpoints_topic, partitions_changed, source_of, table_of, topic_of
+from headrace.log.topics import checkpoints_topic, partitions_changed, table_of, topic_of
 
 if TYPE_CHECKING:
     from headrace.log.log import Log
@@ -36,6 +36,8 @@ Place = tuple[str, int]
 BATCH_BYTES = 32 * 1024 * 1024
 """Most bytes of values in a piece, about: where rows are large, fewer than `batch_records` are handed out at once."""
 _SCHEMA_SECONDS = 15.0
+_STILL_SECONDS = 60.0
+"""How often a view that stands at the newest checkpoint looks whether it lacks nothing, where no other comes."""
 _ORDER = attrgetter("version", "ordinal")
 
 
@@ -73,6 +75,8 @@ class Reader:
         self._spine = Spine(self._newest)
         self._target: Checkpoint | None = None
         self._behind_since: float | None = None
+        self._fed = time.time()  # what was written of its tables before this moment is read (S19)
+        self._looked = 0.0
         self._schemas: dict[tuple[str, int], TableSchema] = {}
         self._kept: dict[Place, deque[Message]] = {}
         self._read_to: dict[Place, int] = {}
@@ -87,7 +91,7 @@ class Reader:
         if self._newest:
             self._add_topics(self._newest)
             if self._newest.version != self.position.version:
-                self._behind_since = self._behind_since or self.position.appended / 1000 or time.time()
+                self._behind_since = self._fed
 
     @property
     def newest(self) -> Checkpoint | None:
@@ -105,6 +109,7 @@ class Reader:
         """
         batch = self._next(idle=False)
         if batch is None:
+            self._note_fed()
             self._take(self._tail.poll(timeout, self._log.settings.batch_records))
             self._steer()
             batch = self._next(idle=True)
@@ -188,7 +193,7 @@ class Reader:
         if not new:
             return
         if not self.position.offsets:
-            self.position.appended = _now_ms()  # a build begins: nothing that it reads was removed before now (S19)
+            self.position.appended = int(self._now() * 1000)  # a build begins: nothing that it reads was removed before now (S19)
         described = self._log.topics.describe(new)
         starts: dict[Place, int] = {}
         for topic in new:
@@ -249,7 +254,7 @@ class Reader:
         return newest
 
     def _complete(self, target: Checkpoint) -> Batch:
-        self._check_age()
+        self._check_age(target)
         changes = self._hand_out(target)
         loading = self.position.loading
         for topic, ends in target.ends.items():
@@ -263,13 +268,13 @@ class Reader:
             inexact=self._read_of(target.inexact),
             approximate=self._read_of(target.approximate),
         )
-        newest = self._newest
+        newest, self._fed = self._newest, max(self._fed, target.appended / 1000)
         self._behind_since = target.appended / 1000 if newest and newest.version != target.version else None
         self._target = None
         return self._batch(changes, target, loading=loading)
 
     def _piece(self, target: Checkpoint) -> Batch | None:
-        self._check_age()
+        self._check_age(target)
         changes = self._hand_out(target)
         if not changes:
             return None
@@ -340,48 +345,40 @@ class Reader:
         self.position.offsets[topic] = [max(now, end) for now, end in zip(offsets, ends, strict=True)]
 
     def _is_exact(self, target: Checkpoint) -> bool:
-        if time.time() * 1000 - target.appended < self._log.settings.min_compaction_lag_ms:
+        if self._now() * 1000 - target.appended < self._log.settings.min_compaction_lag_ms:
             return True
         # Nothing follows the target anywhere, so nothing below its ends can have given way to something beyond them.
         return self._at_end >= self._read_to.keys() and not any(
             kept and (kept[-1].offset() or 0) >= _end(place, target) for place, kept in self._kept.items()
         )
 
+    def _now(self) -> float:
+        """Return the time, seconds: no earlier than the broker's word, for the clock of a machine that was paused may be hours behind."""
+        return max(time.time(), self._newest.appended / 1000 if self._newest else 0.0)
+
     def _after_newest(self) -> int:
         return self._newest.offset + 1 if self._newest else BEGINNING
 
     def _check_position(self, newest: Checkpoint | None) -> None:
-        position, source = self.position, self._log.settings.source
-        others = [topic for topic in position.topics if source_of(topic) != source]
-        if others:  # all else may be the same: the log was begun anew under another HEADRACE_SOURCE
-            raise refused("position-of-another-source", f"The view was built from {others[0]}, not from {source}.")
-        if newest is None:
+        check_log(self._log.settings, self.position, newest)
+        if newest is not None and newest.version != self.position.version and lacks(self.position, newest):
+            self._fed = self.position.appended / 1000
+            self._check_age(newest)
+
+    def _note_fed(self) -> None:
+        """Note that a view at the newest checkpoint lacks nothing: while capture is off, no other checkpoint says so."""
+        now = time.time()  # not the monotonic clock, which stands still while a machine sleeps
+        at_newest = self._newest is not None and self._newest.version == self.position.version
+        if not at_newest or 0 <= now - max(self._fed, self._looked) < _STILL_SECONDS:
             return
-        if not position.continued_by(newest.version, newest.source):
-            raise refused(
-                "position-of-another-source",
-                f"The view was built from {position.source}, the log is of {newest.source}.",
-            )
-        if position.version > newest.version:
-            raise refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
-        if not position.offsets or position.version == newest.version:
-            return
-        unread = position.loading or any(
-            at < end
-            for topic, offsets in position.offsets.items()
-            for at, end in zip(offsets, newest.ends.get(topic, offsets), strict=False)
-        )
-        # Where nothing of its tables was written since, nothing can have been removed.
-        self._behind_since = position.appended / 1000 if unread else time.time()
-        self._check_age()
+        self._looked = now
+        ends = self._log.topics.ends(Counter(topic for topic, _ in self._read_to))
+        if all(at >= ends[topic][partition] for (topic, partition), at in self._read_to.items()):
+            self._fed = now
 
-    def _check_age(self) -> None:
-        if self.position.offsets:
-            check_age(self._log.settings, self.position, self._behind_since)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+    def _check_age(self, target: Checkpoint) -> None:
+        if lacks(self.position, target):
+            check_age(self._log.settings, self.position, self._fed, self._now())
 
 
 def _end(place: Place, target: Checkpoint) -> int:

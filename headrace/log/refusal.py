@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-import time
-
-from headrace.change import Position
+from headrace.change import Checkpoint, Position
 from headrace.errors import Refused
+from headrace.log.topics import source_of
 from headrace.settings import Settings
 
 
-def check_age(settings: Settings, position: Position, since: float | None = None) -> None:
+def check_log(settings: Settings, position: Position, newest: Checkpoint | None) -> None:
+    """Refuse a position of another log than the source's, which ends at `newest`, and one beyond its end."""
+    others = [topic for topic in position.topics if source_of(topic) != settings.source]
+    if others:  # all else may be the same: the log was begun anew under another HEADRACE_SOURCE
+        raise refused("position-of-another-source", f"The view was built from {others[0]}, not from {settings.source}.")
+    if newest is None:
+        return
+    if not position.continued_by(newest.version, newest.source):
+        raise refused(
+            "position-of-another-source", f"The view was built from {position.source}, the log is of {newest.source}."
+        )
+    if position.version > newest.version:
+        raise refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
+
+
+def lacks(position: Position, target: Checkpoint) -> bool:
+    """Whether up to `target` the view has not read all of its tables. If it has, nothing that it lacks can have been removed (S19)."""
+    return bool(position.offsets) and (
+        position.loading
+        or any(
+            at < end
+            for topic, offsets in position.offsets.items()
+            for at, end in zip(offsets, target.ends.get(topic, offsets), strict=False)
+        )
+    )
+
+
+def check_age(settings: Settings, position: Position, since: float, now: float) -> None:
     """Refuse to go on where tombstones may be gone that the view has not seen.
 
     Args:
         settings: They say how long tombstones stay.
         position: The view's; while it is loading, its age is the build's.
-        since: When the oldest of what the view has not read may have been written, in seconds; by default the position's age.
+        since: When the oldest of what the view has not read may have been written, in seconds.
+        now: The time, in seconds.
     """
-    if since is None or position.loading:
+    if position.loading:
         since = position.appended / 1000
-    hours = (time.time() - since) / 3600
+    hours = (now - since) / 3600
     if hours <= settings.delete_retention_ms / 3_600_000:
         return
     if position.loading:

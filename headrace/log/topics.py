@@ -119,6 +119,7 @@ def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
         PARKED: kept | {"max.message.bytes": _largest(settings)},  # a body may be as large as a row of a table
         ANSWERS: {
             "cleanup.policy": "delete",
+            "message.timestamp.type": "LogAppendTime",  # else pages of a process whose clock is wrong are refused, or expire at once
             "retention.ms": "3600000",
             "segment.ms": "600000",
             "max.message.bytes": _largest(settings),  # one row of a view may be as large as a row of a table

@@ -20,7 +20,7 @@ from headrace.consumer import ALL, Batch
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log, Reader, kafka
 from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import checkpoints_topic, table_of, topic_of
+from headrace.log.topics import ANSWERS, checkpoints_topic, table_of, topic_of
 from headrace.settings import Settings
 from tests.fixtures.capture import eventually
 from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed, add_partition
@@ -88,6 +88,7 @@ def test_topics_are_made_as_the_settings_say_and_follow_them(feed: Feed, setting
     assert feed.log.partitions([topic]) == {topic: settings.partitions}
     spine = config_of(settings, checkpoints_topic(settings.source))
     assert (spine["cleanup.policy"], spine["message.timestamp.type"]) == ("compact", "LogAppendTime")
+    assert config_of(settings, ANSWERS)["message.timestamp.type"] == "LogAppendTime"
     assert feed.log.configure(sealed) == []
     longer = Log(replace(settings, delete_retention_ms=8 * 86_400_000))
     altered = [topic, feed.log.topic_of(TAGS), checkpoints_topic(settings.source)]
@@ -315,6 +316,28 @@ def test_a_state_older_than_the_compaction_lag_is_not_exact_while_more_follows(f
     reader.close()
 
 
+def test_a_state_is_no_younger_because_the_clock_here_is_behind_the_brokers(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that was paused may go on with its old time. A view that was away for long is not fed either."""
+    feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = drain(reader, Version(1, feed.lsn))[-1].position
+    reader.close()
+    feed.cut((ITEMS, 1, 11))
+    newest = feed.log.newest_checkpoint()
+    assert newest is not None
+    now = time.time
+    monkeypatch.setattr("headrace.log.reader.time.time", lambda: now() - 3 * 3_600)
+    reader = Log(replace(settings, min_compaction_lag_ms=60_000)).reader([ITEMS], position)
+    assert reader._is_exact(newest)
+    assert not reader._is_exact(replace(newest, appended=newest.appended - 2 * 3_600_000))
+    reader.close()
+    away = replace(position, appended=newest.appended - settings.delete_retention_ms - 3_600_000)
+    with pytest.raises(Refused, match="169 hours ago"):
+        feed.log.reader([ITEMS], away)
+
+
 def test_a_predecessor_is_fenced(feed: Feed) -> None:
     feed.cut((ITEMS, 1, 10))
     successor = feed.log.writer()
@@ -488,11 +511,38 @@ def test_what_a_view_has_not_read_grows_too_old_also_while_it_reads(
     in_time = int(time.time() * 1000) - (hours - 1) * 3_600_000
     reader = feed.log.reader([ITEMS], replace(codec.decode_position(position), appended=in_time))
     now = time.time
-    monkeypatch.setattr("headrace.log.refusal.time.time", lambda: now() + 2 * 3600)
+    monkeypatch.setattr("headrace.log.reader.time.time", lambda: now() + 2 * 3600)
     with pytest.raises(Refused) as caught:
         drain(reader, last.version)
     assert caught.value.code == "away-too-long"
     reader.close()
+
+
+def test_a_view_that_stood_still_at_the_head_is_refused_where_tombstones_may_be_gone(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S19: its process was stopped, or cut off from Kafka. One that lacked nothing until just now goes on."""
+    first = feed.cut((ITEMS, 1, 10), (TAGS, 1, 1))
+    stood, polled, other = (feed.log.reader([table], None) for table in (ITEMS, ITEMS, TAGS))
+    for reader in (stood, polled, other):
+        drain(reader, first.version)
+
+        def at_end(reader: Reader = reader) -> bool:
+            return reader.poll(0.1) is None and reader._at_end >= reader._read_to.keys()
+
+        eventually("it has read the marker too", at_end)
+    later, now = feed.log.settings.delete_retention_ms / 1000 + 3600, time.time
+    monkeypatch.setattr("headrace.log.reader.time.time", lambda: now() + later)
+    assert polled.poll(0.1) is None
+    last = feed.cut((ITEMS, 1, None))
+    assert rows(drain(polled, last.version)) == {}
+    monkeypatch.setattr(other, "_note_fed", lambda: None)  # it was stopped within a poll
+    drain(other, last.version)
+    with pytest.raises(Refused) as caught:
+        drain(stood, last.version)
+    assert caught.value.code == "away-too-long"
+    for reader in (stood, polled, other):
+        reader.close()
 
 
 def test_a_few_records_that_are_old_are_a_state_though_nothing_follows(settings: Settings) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -20,6 +22,7 @@ from headrace_capture import catalog, setup, teardown
 from headrace_capture.cli import setup as setup_command
 from headrace_capture.slot import slot_facts
 from headrace_ops.postgres import Postgres
+from headrace_verify import postgres as postgres_of_verify
 from tests.fixtures.capture import eventually
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -379,6 +382,17 @@ def test_bad_connections_name_the_setting(postgres: Postgres) -> None:
             catalog.connect(dsn)
         assert refused.value.code == code
         assert "HEADRACE_DSN" in str(refused.value)
+
+
+def test_a_connection_that_is_silent_for_long_is_kept_alive_as_the_dsn_says_or_we_do(source: Settings) -> None:
+    """What stands between forgets a silent connection after some minutes; the kernel's own probes begin after two hours."""
+    own = psycopg.conninfo.make_conninfo(source.dsn, keepalives_idle=7, tcp_user_timeout=9000)
+    for settings, idle, given_up in ((source, 30, 30000), (replace(source, dsn=own), 7, 9000)):
+        for connection in (catalog.connect(settings.dsn), postgres_of_verify.connect(settings)):
+            with closing(connection), closing(socket.socket(fileno=os.dup(connection.pgconn.socket))) as kept:
+                assert kept.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == idle
+                assert kept.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
+                assert kept.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == given_up
 
 
 def test_a_wrong_password_is_told_and_not_shown(db: Connection, source: Settings) -> None:

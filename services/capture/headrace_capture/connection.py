@@ -28,6 +28,14 @@ SESSION = {
     "idle_session_timeout": "0",
 }
 """What makes a value's text the same in every session (S14), and what keeps the server from ending a quiet one."""
+_KEPT = {
+    "connect_timeout": "10",
+    "tcp_user_timeout": "30000",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+}
+"""Unless the DSN says otherwise: what stands between forgets a silent connection after minutes, the kernel asks after two hours."""
 _TRANSACTION_TIMEOUT = 170000
 """The version from which the server may end a long transaction: an older one would refuse a connection with that option."""
 
@@ -72,10 +80,7 @@ def _parsed(dsn: str, setting: str = "HEADRACE_DSN") -> dict[str, Any]:
 
 def _connect(dsn: str, setting: str, options: str, extra: dict[str, Any]) -> Connection:
     given = _parsed(dsn, setting)
-    kept: dict[str, Any] = {
-        "connect_timeout": given.get("connect_timeout") or "10",
-        "tcp_user_timeout": given.get("tcp_user_timeout") or "30000",
-    }
+    kept: dict[str, Any] = {name: given.get(name) or ours for name, ours in _KEPT.items()}
     try:
         connection = psycopg.connect(dsn, autocommit=True, prepare_threshold=None, options=options, **kept, **extra)
         if connection.info.server_version >= _TRANSACTION_TIMEOUT:

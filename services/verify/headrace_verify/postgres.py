@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import orjson
 import psycopg
-from psycopg import sql
+from psycopg import conninfo, sql
 
 from headrace import codec
 from headrace.change import Row, Snapshot, TableSchema, parse_lsn
@@ -28,6 +28,14 @@ _SESSION = (
     "-c idle_session_timeout=0"
 )
 """The settings of S14: values read here and by capture have one text; and the server ends no session for taking long."""
+_KEPT = {
+    "connect_timeout": "10",
+    "tcp_user_timeout": "30000",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+}
+"""Unless the DSN says otherwise: the connection is silent while a view is scanned, and what stands between forgets it after minutes."""
 _TRANSACTION_TIMEOUT = 170000
 """The version from which the server may end a long transaction: an older one would refuse a connection with that option."""
 
@@ -162,9 +170,9 @@ def connect(settings: Settings) -> Connection:
         Misconfigured: `postgres-refused`.
     """
     try:
-        connection = psycopg.connect(
-            settings.dsn, options=_SESSION, connect_timeout=10, application_name="headrace verify"
-        )
+        given = conninfo.conninfo_to_dict(settings.dsn)
+        kept: dict[str, Any] = {name: given.get(name) or ours for name, ours in _KEPT.items()}
+        connection = psycopg.connect(settings.dsn, options=_SESSION, application_name="headrace verify", **kept)
         if connection.info.server_version >= _TRANSACTION_TIMEOUT:
             connection.execute("SET transaction_timeout = 0")
             connection.commit()
