@@ -49,13 +49,22 @@ def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
             writer.open()
             before = log.newest_checkpoint()
             if before is None:
-                return _begin_with_snapshot(log, writer, connection, here, say)
-            writer.resume(_mend_topics(log, before, connection, say))
-            return _begin(log, writer, connection, before, here.source, slot, say)
+                begun = _begin_with_snapshot(log, writer, connection, here, say)
+            else:
+                writer.resume(_mend_topics(log, before, connection, say))
+                begun = _begin(log, writer, connection, before, here.source, slot, say)
+            _await_shown(log, begun)
+            return begun
         finally:
             with suppress(HeadraceError):
                 writer.abort()
             writer.close()
+
+
+def _await_shown(log: Log, begun: Checkpoint) -> None:
+    """Wait until readers see it, which is later than its commit is answered: capture asks for the source of the newest before it fences."""
+    while (newest := log.newest_checkpoint()) is None or newest.version < begun.version:
+        time.sleep(0.05)
 
 
 def _check_free(slot: Slot | None, source: Source) -> None:
