@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 
 from headrace.change import Checkpoint
-from headrace.errors import Transient
+from headrace.control import Control
+from headrace.errors import Misconfigured, Transient
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
 from headrace_capture import catalog
 from headrace_capture.recovery import recover
 from headrace_ops import guard
 from headrace_ops.postgres import Postgres
+from headrace_verify.verify import Verifier
 from tests.fixtures.capture import (
     Running,
     capturing,
@@ -350,3 +352,7 @@ def test_a_standby_is_no_source_yet(pair: Pair, monkeypatch: pytest.MonkeyPatch)
         capture.hear("standby")
         execute(pair.settings, "DELETE FROM items WHERE id = 6")
         capture.reach()
+    verifier = Verifier(Log(pair.after), Control(Log(pair.after)), lambda *_: None, 60)
+    with pytest.raises(Misconfigured) as refusal:
+        list(verifier.verify({}))
+    assert refusal.value.code == "postgres-standby"
