@@ -159,7 +159,9 @@ class Capture:
     def _resume(self, writer: CutWriter, here: Here, slot: Slot | None) -> Checkpoint | None:
         """Read the newest checkpoint and hold it against source, slot and log (S3, I12)."""
         checkpoint = self._log.newest_checkpoint()
-        identity.check(checkpoint, here, slot, () if checkpoint else self._log.remains(here.tables))
+        remains = {} if checkpoint else self._log.remains(here.tables)
+        self._log.check_written_by_us(remains)
+        identity.check(checkpoint, here, slot, remains)
         if checkpoint is not None:
             self._log.check_ends(checkpoint)
         for altered in self._log.configure(checkpoint):

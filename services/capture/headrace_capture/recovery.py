@@ -112,6 +112,7 @@ def _begin_with_snapshot(
             f"The log of {log.settings.source} has neither checkpoints nor records: there is nothing to go on from.",
             "Run: headrace capture. If it refuses the slot: headrace teardown, then setup and capture.",
         )
+    log.check_written_by_us(ends)
     version = Version(beginnings.new_epoch(log, log.newest_epoch(ends)), here.lsn)
     writer.resume(_mend_topics(log, Checkpoint(version, 0, 0, ends, here.source), connection, say))
     now_ms = time.time_ns() // 1_000_000
