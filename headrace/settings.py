@@ -42,8 +42,8 @@ _CONNECTING = (
 _SECRET = re.compile(r"password|passphrase|secret|pem|private|config")
 
 
-def _setting(default: Any, doc: str, most: int | None = None) -> Any:
-    return field(default=default, metadata={"doc": doc, "most": most})
+def _setting(default: Any, doc: str, most: int | None = None, *, least: int = 0) -> Any:
+    return field(default=default, metadata={"doc": doc, "most": most, "least": least})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,11 @@ class Settings:
     warehouse_memory: str = _setting("2GB", "most memory that DuckDB may use")
     warehouse_listen: str = _setting("127.0.0.1:8790", "where the warehouse process answers SQL")
     templates: str = _setting("./templates", "folder of the Jinja2 templates of the pages")
-    partitions: int = _setting(1, "partitions of a new table topic; never changed afterwards")
+    partitions: int = _setting(1, "partitions of a new table topic; never changed afterwards", least=1)
     replication: int = _setting(0, "replicas of a topic when it is made, not afterwards; 0: as many as the broker says")
     snapshot_connections: int = _setting(2, "connections that read the initial snapshot")
     cut_ms: int = _setting(200, "longest time a cut stays open, ms")
-    cut_records: int = _setting(20_000, "most records in a cut")
+    cut_records: int = _setting(20_000, "most records in a cut", least=1)
     message_max_bytes: int = _setting(16 * 1024 * 1024, "largest record; a larger row stops capture", _LARGEST)
     min_compaction_lag_ms: int = _setting(3_600_000, "how long every record stays in the log at least, ms")
     delete_retention_ms: int = _setting(
@@ -215,9 +215,10 @@ def _value(setting: Field[Any], value: Any) -> Any:
         raise Misconfigured(
             "bad-setting", f"{_PREFIX}{setting.name.upper()}={value!r} is not a whole number.", setting.metadata["doc"]
         )
-    most = setting.metadata["most"]
-    if most is not None and number > most:
+    most, least = setting.metadata["most"], setting.metadata["least"]
+    if number < least or (most is not None and number > most):
+        beyond = f"less than {least}" if number < least else f"more than {most}"
         raise Misconfigured(
-            "bad-setting", f"{_PREFIX}{setting.name.upper()}={value!r} is more than {most}.", setting.metadata["doc"]
+            "bad-setting", f"{_PREFIX}{setting.name.upper()}={value!r} is {beyond}.", setting.metadata["doc"]
         )
     return number

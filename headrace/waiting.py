@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from headrace.change import Version
+from headrace.change import Source, Version
 from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Transient
 from headrace.parked import records_parked
@@ -59,6 +59,16 @@ def check_epoch(wanted: Version, now: Version) -> None:
             "token-void",
             f"{wanted} is of an epoch before {now}: what was written then may be lost.",
             "Write it again where it is missing; then ask again.",
+        )
+
+
+def check_server(log: Source, system_id: str, database: str) -> None:
+    """Refuse another server or database than the log's: neither its LSN nor its rows say how far or how right a view is [I12]."""
+    if (system_id, database) != (log.system_id, log.database):
+        raise Misconfigured(
+            "other-source",
+            f"The log is of database {log.database} of system {log.system_id}; HEADRACE_DSN leads to {database} of {system_id}.",
+            "Let HEADRACE_DSN name the first, as capture's does, or HEADRACE_SOURCE the log of the second.",
         )
 
 

@@ -21,7 +21,7 @@ from headrace.cli.source import source_facts
 from headrace.control import Control, Report, command_of
 from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured, Transient
 from headrace.log import Log
-from headrace.settings import Settings, load
+from headrace.settings import load
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _CLOCK_SECONDS = 2.0
@@ -71,53 +71,54 @@ def status(
     """
     if check and json:
         raise typer.BadParameter("--check and --json exclude each other.")
-    settings = load()
-    control = Control(Log(settings))
+    log = Log(load())
+    control = Control(log)
     if check:
-        _check(_reports(control), settings.source, name, _span(max_lag))
+        _check(_reports(control), log.settings.source, name, _span(max_lag))
     elif json:
-        print_json(_facts(settings, control, name))
+        print_json(_facts(log, control, name))
     elif watch:
-        _watch(settings, control, name)
+        _watch(log, control, name)
     else:
-        out.print(_view(_facts(settings, control, name)))
+        out.print(_view(_facts(log, control, name)))
 
 
-def _watch(settings: Settings, control: Control, name: str | None) -> NoReturn:
+def _watch(log: Log, control: Control, name: str | None) -> NoReturn:
     """Show it every second; where Kafka does not answer, say so below what was known: one looks at this while things are away."""
-    known = _view(_facts(settings, control, name))
+    known = _view(_facts(log, control, name))
     with Live(known, console=out, auto_refresh=False) as live:
         while True:
             try:
-                shown = known = _view(_facts(settings, control, name))
+                shown = known = _view(_facts(log, control, name))
             except Transient as error:
                 shown = Group(known, f"[red]not as of now[/red]: {escape(str(error))}")
             live.update(shown, refresh=True)
             time.sleep(1)
 
 
-def _facts(settings: Settings, control: Control, name: str | None) -> Facts:
+def _facts(log: Log, control: Control, name: str | None) -> Facts:
     reports = control.reports()
     wanted = {n: found for n, found in reports.items() if name in {None, n}}
     captures = reports.get("capture", [])
     source = captures[-1] if captures else None
 
     def said(report: Report) -> Facts:
-        unwritten = _unwritten(report, captures, settings.source)
+        unwritten = _unwritten(report, captures, log.settings.source)
         return _said(report, source) | ({"unwritten": unwritten} if unwritten else {})
 
     return {
-        "source": {"name": settings.source, "clock_ahead_seconds": round(control.ahead, 1)} | _slot(settings),
+        "source": {"name": log.settings.source, "clock_ahead_seconds": round(control.ahead, 1)} | _slot(log),
         "capture": [_said(report, source) for report in captures],
         "consumers": {n: [said(report) for report in found] for n, found in wanted.items() if n != "capture"},
     }
 
 
-def _slot(settings: Settings) -> Facts:
-    if settings.feed == "debezium":
+def _slot(log: Log) -> Facts:
+    if log.settings.feed == "debezium":
         return {"feed": "debezium"}
+    newest = log.newest_checkpoint()
     try:
-        return source_facts(settings)
+        return source_facts(log.settings, newest)
     except HeadraceError as error:
         return {"error": error.message, "remedy": error.remedy}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from headrace.control import DEAD_SECONDS, Control
 from headrace.errors import USAGE, Misconfigured, Transient
 from headrace.log import Log
 from headrace.settings import load
-from headrace.waiting import check_epoch, reached
+from headrace.waiting import check_epoch, check_server, reached
 
 _LOOK_SECONDS = 0.5
 
@@ -51,10 +51,7 @@ def wait(
     log = Log(load())
     log.require_checkpoints()
     control = Control(log)
-    named, at_lsn = _parsed(lsn if lsn is not None else _now(log))
-    newest = log.newest_checkpoint(complete=True) or _first_state(log, control, names, timeout)
-    wanted = Version(newest.version.epoch if named is None else named, at_lsn)
-    check_epoch(wanted, newest.version)
+    wanted = _wanted(log, control, names, lsn, timeout)
     _await_processes(control, names, began + timeout)
     found = [reached(control, name, wanted, max(0.0, began + timeout - time.monotonic())) for name in names]
     if json:
@@ -69,6 +66,18 @@ def wait(
         return
     for report in found:
         out.print(f"{report.name} shows {report.version}, and so {wanted}", markup=False)
+
+
+def _wanted(log: Log, control: Control, names: list[str], lsn: str | None, timeout: float) -> Version:
+    """Return up to where to wait. Raises Misconfigured: `token-void`; `other-source`, where Postgres is asked and is not the log's."""
+    facts = _now(log) if lsn is None else {"lsn": lsn}
+    named, at_lsn = _parsed(facts["lsn"])
+    newest = log.newest_checkpoint(complete=True) or _first_state(log, control, names, timeout)
+    wanted = Version(newest.version.epoch if named is None else named, at_lsn)
+    if lsn is None:
+        check_server(newest.source, facts["system_id"], facts["database"])
+    check_epoch(wanted, newest.version)
+    return wanted
 
 
 def _first_state(log: Log, control: Control, names: list[str], seconds: float) -> Checkpoint:
@@ -123,9 +132,9 @@ def _parsed(text: str) -> tuple[int | None, int]:
         raise typer.Exit(USAGE) from None
 
 
-def _now(log: Log) -> str:
-    lsn: str | None = source_facts(log.settings).get("lsn")
-    if lsn is None:
+def _now(log: Log) -> dict[str, Any]:
+    facts = source_facts(log.settings)
+    if not facts:
         said = "Nothing that is installed here can ask Postgres for its LSN."
         raise Misconfigured("no-source", said, "Give --lsn, or install headrace-capture.")
-    return lsn
+    return facts

@@ -13,7 +13,7 @@ from headrace.log import kafka
 from headrace.log.feed import FeedReader
 from headrace.log.reader import Reader
 from headrace.log.spine import Spine
-from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.tail import BEGINNING, Record, read_to_end
 from headrace.log.topics import (
     ANSWERS,
     CONTROL,
@@ -176,15 +176,33 @@ class Log:
             Poison: `undecodable-record`.
         """
         newest = 0
+        for topic, partition, offset, _, key, value, headers in self._newest_records(ends):
+            change = codec.decode_change(topic, partition, offset, key, value, headers, self.values.envelope)
+            newest = max(newest, change.version.epoch)
+        return newest
+
+    def check_written_by_us(self, ends: Ends) -> None:
+        """Refuse topics of a log without checkpoints whose newest records headrace did not write: a connector's, most likely.
+
+        Raises:
+            Misconfigured: `topic-of-another-writer`.
+        """
+        others = sorted({record.topic for record in self._newest_records(ends) if "epoch" not in dict(record.headers)})
+        if others:
+            raise Misconfigured(
+                "topic-of-another-writer",
+                f"{', '.join(others)} has records that headrace did not write: is it a Debezium connector's?",
+                "Set another HEADRACE_SOURCE for what headrace captures; or end that writer and delete its topics.",
+            )
+
+    def _newest_records(self, ends: Ends) -> Iterator[Record]:
+        """Yield the newest record of each partition below `ends` that has any."""
         for (topic, partition), end in {(t, p): end for t, of in ends.items() for p, end in enumerate(of)}.items():
             for start in _back_from(end):
                 last = deque(read_to_end(self.settings, {(topic, partition): start}), maxlen=1)
                 if last:
-                    _, _, offset, _, key, value, headers = last[0]
-                    change = codec.decode_change(topic, partition, offset, key, value, headers, self.values.envelope)
-                    newest = max(newest, change.version.epoch)
+                    yield last[0]
                     break
-        return newest
 
     def check_ends(self, checkpoint: Checkpoint) -> None:
         """Refuse a log that ends below its newest checkpoint: Kafka lost acknowledged records (S3); or that nobody can read any more.

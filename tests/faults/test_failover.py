@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 
 from headrace.change import Checkpoint
-from headrace.errors import Transient
+from headrace.control import Control
+from headrace.errors import Misconfigured, Transient
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
+from headrace_capture import catalog
 from headrace_capture.recovery import recover
 from headrace_ops import artifacts, guard
 from headrace_ops.postgres import Postgres
+from headrace_verify.verify import Verifier
 from tests.fixtures.capture import (
     Running,
     capturing,
@@ -334,8 +337,27 @@ def test_an_initial_snapshot_starts_again_on_a_server_that_is_behind(
 
 
 @pytest.mark.timeout(300)
-def test_a_standby_is_no_source_yet(pair: Pair) -> None:
-    """Somebody may be about to promote it: capture that has run before waits for that."""
+def test_a_standby_is_no_source_yet(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may be about to promote it, or the address leads to several: capture that has run before waits for the primary."""
     pair.copy(standby=True)
     error = refused(pair.after)
     assert (error.code, error.exit_code) == ("postgres-standby", Transient.exit_code)
+    connect, standbys = catalog.connect_replication, iter([False, False, True])  # two looks, then the stream
+
+    def balanced(dsn: str, *, name: str) -> catalog.Connection:
+        return connect(pair.after.dsn if next(standbys, False) else dsn, name=name)
+
+    with capturing(pair.settings) as capture:
+        capture.hear("streaming")
+        monkeypatch.setattr(catalog, "connect_replication", balanced)
+        execute(
+            pair.settings,
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_type = 'logical'",
+        )
+        capture.hear("standby")
+        execute(pair.settings, "DELETE FROM items WHERE id = 6")
+        capture.reach()
+    verifier = Verifier(Log(pair.after), Control(Log(pair.after)), lambda *_: None, 60)
+    with pytest.raises(Misconfigured) as refusal:
+        list(verifier.verify({}))
+    assert refusal.value.code == "postgres-standby"

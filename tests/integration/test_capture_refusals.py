@@ -216,10 +216,15 @@ def killed(*_: object) -> NoReturn:
 
 
 def test_another_database_under_the_same_source(captured: Settings, fresh_database: Callable[[], str]) -> None:
-    other = replace(captured, dsn=fresh_database())
+    """It is refused before it fences the right one, which it would do again at each restart."""
+    other = replace(captured, dsn=fresh_database(), slot=f"{captured.slot}_other")
     prepare(other, ITEMS)
-    drop_slot(captured)
-    error = refused(other)
+    with capturing(captured) as right:
+        right.hear("streaming")
+        error = refused(other)
+        execute(captured, "INSERT INTO items VALUES (2, 'b')")
+        right.reach()
+        assert not any("waiting" in line for line in right.said), right.said
     assert error.code == "other-source"
     assert "HEADRACE_SOURCE" in error.remedy
 

@@ -28,7 +28,8 @@ from headrace.log.topics import CONTROL, Topics, checkpoints_topic
 from headrace.settings import Settings, environment
 from headrace.stores.duckdb import DuckDBStore
 from headrace.stores.redis import PageReader, RedisPages
-from tests.fixtures.capture import eventually, execute, refused, rows, selected
+from headrace_capture.recovery import recover
+from tests.fixtures.capture import eventually, execute, prepare, refused, rows, selected
 from tests.fixtures.debezium import connecting
 from tests.fixtures.feed import add_partition
 from tests.fixtures.plain import Plain
@@ -311,6 +312,20 @@ def test_a_topic_that_goes_while_it_is_looked_at_ends_no_load(items: Settings, m
     with closing(Log(items).reader(ALL, None)) as reader:
         assert [change.row for batch in read(reader, 1) for change in batch.changes] == [{"id": 1}]
     assert next(gone, None) is None
+
+
+def test_capture_does_not_take_the_topics_of_a_feed_over(items: Settings) -> None:
+    """Neither does recovery, which cannot tell what their records are: nothing is written, and it is said whose they may be."""
+    writing(items)("public.items", 1, None, 20)
+    ends = Log(items).ends("public.items")
+    own = replace(items, feed="headrace")
+    prepare(own, ITEMS)
+    error = refused(own)
+    assert (error.code, "HEADRACE_SOURCE" in error.remedy) == ("topic-of-another-writer", True)
+    with pytest.raises(Misconfigured, match=Log(own).topic_of("public.items")) as caught:
+        recover(own, lambda _: None)
+    assert caught.value.code == error.code
+    assert Log(items).ends("public.items") == ends
 
 
 def test_s9_a_partition_that_is_added_is_refused(items: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

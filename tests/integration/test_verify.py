@@ -721,7 +721,7 @@ def test_a_view_that_has_stopped_is_not_compared_and_that_is_said_at_once(settin
             eventually("that is reported", lambda: control.reports()["view"][0].phase == "stopped")
 
 
-def test_without_a_view_or_postgres_it_says_what_to_do(settings: Settings) -> None:
+def test_without_a_view_or_postgres_it_says_what_to_do(settings: Settings, fresh_database: Callable[[], str]) -> None:
     prepare(settings, ITEMS)
 
     class Other(Mirror):
@@ -738,6 +738,9 @@ def test_without_a_view_or_postgres_it_says_what_to_do(settings: Settings) -> No
         with pytest.raises(Transient) as away:
             found(replace(settings, dsn="postgresql://postgres@127.0.0.1:1/x"), Other)
         assert away.value.code == "postgres-away"
+        with pytest.raises(Misconfigured) as elsewhere:
+            found(replace(settings, dsn=fresh_database()), Other)
+        assert elsewhere.value.code == "other-source"
         with (
             connect(settings) as postgres,
             pytest.raises(Misconfigured, match="text = uuid") as refused,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -105,12 +106,17 @@ def test_what_does_not_come_in_time_is_told_with_where_the_view_is(settings: Set
         assert before <= parse_lsn(wanted) <= now(settings), "Postgres writes by itself, too"
 
 
-def test_who_would_wait_in_vain_is_told_at_once(settings: Settings, capture: Running) -> None:
+def test_who_would_wait_in_vain_is_told_at_once(
+    settings: Settings, capture: Running, fresh_database: Callable[[], str]
+) -> None:
     assert refused(settings, VIEW).code == "consumer-not-running"
     with serving(settings, plain=Picky) as control:
         await_live(control, VIEW)
         assert command(settings, "wait", VIEW, "--lsn", "soon").exit_code == 2
         assert refused(settings, VIEW, "--lsn", "0@0/1").code == "token-void"
+        elsewhere = replace(settings, dsn=fresh_database())
+        assert refused(elsewhere, VIEW).code == "other-source", "its LSN says nothing of the log"
+        assert "HEADRACE_DSN leads to" in orjson.loads(command(elsewhere, "status", "--json").stdout)["source"]["error"]
         forbid(settings, 13)
         execute(settings, "INSERT INTO items VALUES (2, 13)")
         eventually("it is parked", lambda: facts(control).get("parked"))

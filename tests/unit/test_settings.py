@@ -44,6 +44,8 @@ def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
         ({"HEADRACE_NONSENSE": "1"}, "unknown-setting", "headrace settings"),
         ({"HEADRACE_CUT_MS": "soon"}, "bad-setting", "HEADRACE_CUT_MS"),
         ({"HEADRACE_CUT_MS": "-1"}, "bad-setting", "HEADRACE_CUT_MS"),
+        ({"HEADRACE_PARTITIONS": "0"}, "bad-setting", "HEADRACE_PARTITIONS='0' is less than 1"),
+        ({"HEADRACE_CUT_RECORDS": "0"}, "bad-setting", "HEADRACE_CUT_RECORDS"),
         ({"HEADRACE_CONFIG": "no/such/file.toml"}, "config-file", "HEADRACE_CONFIG"),
     ],
 )

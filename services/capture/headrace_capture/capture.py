@@ -1,8 +1,9 @@
 """Capture's life: one session after another, each from the newest committed checkpoint.
 
-A session is: look at the source, wait until no other capture uses the slot, fence every predecessor in Kafka, read the newest checkpoint,
-hold it against the source and the slot [I12], then the snapshot if there is none that is complete, then the stream (S3). Whatever is
-transient ends the session; the next one starts from the checkpoint again, which makes every failure the same failure.
+A session is: look at the source, refuse the log of another one, wait until no other capture uses the slot, fence every predecessor in
+Kafka, read the newest checkpoint, hold it against the source and the slot [I12], then the snapshot if there is none that is complete, then
+the stream (S3). Whatever is transient ends the session; the next one starts from the checkpoint again, which makes every failure the same
+failure.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class Capture:
     def _session(self) -> None:
         with closing(catalog.connect(self._settings.dsn, name="headrace capture", lock_s=_LOCK_SECONDS)) as connection:
             here = self._look(connection)
+            self._check_source(here)
             slot = self._free_slot(connection, here.source.database)
             writer = self._log.writer()
             try:
@@ -119,6 +121,12 @@ class Capture:
                 with suppress(HeadraceError):
                     writer.abort()
                 writer.close()
+
+    def _check_source(self, here: Here) -> None:
+        """Refuse the log of another source before its own capture is fenced: that would lose its cut each time this one starts."""
+        newest = self._log.newest_checkpoint()  # an old one too, for `recover` alone puts another source in its place
+        if newest is not None:
+            identity.check_source(newest.source, here.source)
 
     def _look(self, connection: catalog.Connection) -> Here:
         settings = self._settings
@@ -151,7 +159,9 @@ class Capture:
     def _resume(self, writer: CutWriter, here: Here, slot: Slot | None) -> Checkpoint | None:
         """Read the newest checkpoint and hold it against source, slot and log (S3, I12)."""
         checkpoint = self._log.newest_checkpoint()
-        identity.check(checkpoint, here, slot, () if checkpoint else self._log.remains(here.tables))
+        remains = {} if checkpoint else self._log.remains(here.tables)
+        self._log.check_written_by_us(remains)
+        identity.check(checkpoint, here, slot, remains)
         if checkpoint is not None:
             self._log.check_ends(checkpoint)
         for altered in self._log.configure(checkpoint):

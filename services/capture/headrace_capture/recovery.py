@@ -49,13 +49,22 @@ def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
             writer.open()
             before = log.newest_checkpoint()
             if before is None:
-                return _begin_with_snapshot(log, writer, connection, here, say)
-            writer.resume(_mend_topics(log, before, connection, say))
-            return _begin(log, writer, connection, before, here.source, slot, say)
+                begun = _begin_with_snapshot(log, writer, connection, here, say)
+            else:
+                writer.resume(_mend_topics(log, before, connection, say))
+                begun = _begin(log, writer, connection, before, here.source, slot, say)
+            _await_shown(log, begun)
+            return begun
         finally:
             with suppress(HeadraceError):
                 writer.abort()
             writer.close()
+
+
+def _await_shown(log: Log, begun: Checkpoint) -> None:
+    """Wait until readers see it, which is later than its commit is answered: capture asks for the source of the newest before it fences."""
+    while (newest := log.newest_checkpoint()) is None or newest.version < begun.version:
+        time.sleep(0.05)
 
 
 def _check_free(slot: Slot | None, source: Source) -> None:
@@ -103,6 +112,7 @@ def _begin_with_snapshot(
             f"The log of {log.settings.source} has neither checkpoints nor records: there is nothing to go on from.",
             "Run: headrace capture. If it refuses the slot: headrace teardown, then setup and capture.",
         )
+    log.check_written_by_us(ends)
     version = Version(beginnings.new_epoch(log, log.newest_epoch(ends)), here.lsn)
     writer.resume(_mend_topics(log, Checkpoint(version, 0, 0, ends, here.source), connection, say))
     now_ms = time.time_ns() // 1_000_000

@@ -23,6 +23,7 @@ from headrace_capture import catalog
 from headrace_capture.pgoutput import PROTOCOL, status
 
 _STATUS_SECONDS = 1.0
+_STREAM = "reading the stream"
 _BUNCH, _BUNCH_BYTES = 256, 1024 * 1024
 """Messages, and bytes of them, that are read before anything else is looked at."""
 
@@ -91,9 +92,16 @@ class Replication:
     """
 
     def __init__(self, dsn: str, name: str = "headrace capture") -> None:
-        """Connect. Raises what `catalog.connect_replication` raises."""
+        """Connect. Raises what `catalog.connect_replication` raises, and Transient: `postgres-standby`.
+
+        The DSN may lead to several servers, and each connection to another one: a standby would say that the slot is lost.
+        """
         self._connection = catalog.connect_replication(dsn, name=name)
         self._pg = self._connection.pgconn
+        if self._pg.parameter_status(b"in_hot_standby") == b"on":
+            self._connection.close()
+            remedy = "Let HEADRACE_DSN name the primary; of several hosts by target_session_attrs=read-write."
+            raise Transient("postgres-standby", "The server that answered is a standby.", remedy)
         self.drained = False
         self._doing = "asking"
         self._lsn = 0
@@ -133,7 +141,7 @@ class Replication:
 
     def start(self, slot: str, publication: str, lsn: int) -> None:
         """Begin the stream with the transactions that end after `lsn`."""
-        self._doing = "reading the stream"
+        self._doing = f"starting the stream of the replication slot {slot}"
         self._lsn = lsn
         command = sql.SQL(
             "START_REPLICATION SLOT {} LOGICAL {} (proto_version {}, publication_names {}, messages 'true')"
@@ -143,6 +151,7 @@ class Replication:
         result = self._pg.exec_(command.as_bytes(self._connection))
         if result.status != pq.ExecStatus.COPY_BOTH:
             raise self._failure(result)
+        self._doing = _STREAM
 
     def read(self) -> list[bytes]:
         """Return the next CopyDatas, up to a bunch; see `drained`."""
@@ -224,7 +233,10 @@ class Replication:
         state = result.error_field(pq.DiagnosticField.SQLSTATE) if result is not None else None
         said = result.error_message if result is not None else b""
         text = (said or self._pg.error_message or b"the server closed the connection").decode(errors="replace")
-        return explain(state.decode() if state else None, text, self._doing)
+        failure = explain(state.decode() if state else None, text, self._doing)
+        if failure.code == "publication-missing" and self._doing != _STREAM:  # commands name a slot only
+            return Misconfigured("slot-missing", failure.message, MEND)
+        return failure
 
 
 def _quote(name: str) -> str:

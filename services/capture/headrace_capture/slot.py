@@ -5,30 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from headrace.settings import Settings
-from headrace_capture.catalog import connect, refuse_standby
+from headrace_capture.catalog import connect, server
 from headrace_capture.replication import postgres_errors
 
 
 def slot_facts(settings: Settings) -> dict[str, Any]:
     """Return the facts about the source's slot; LSNs as Postgres prints them.
 
-    `slot`, `exists`, `active`, `lsn` (where WAL is written now); and when it exists `confirmed_flush_lsn` (confirmed by
-    capture), `restart_lsn`, `wal_held_bytes` (WAL that the slot keeps on disk; None when it was lost), `wal_status`
-    (``reserved``, ``extended``, ``unreserved``, ``lost``).
+    `system_id` and `database` of the server; `slot`, `exists`, `active`, `lsn` (where WAL is written now); and when it exists
+    `confirmed_flush_lsn` (confirmed by capture), `restart_lsn`, `wal_held_bytes` (WAL that the slot keeps on disk; None when it was lost),
+    `wal_status` (``reserved``, ``extended``, ``unreserved``, ``lost``).
 
     Raises:
         Transient: `postgres-away`.
-        Misconfigured: `postgres-refused`, `postgres-dsn`, `postgres-standby`.
+        Misconfigured: `postgres-refused`, `postgres-dsn`, `postgres-standby`, `postgres-too-old`.
     """
     with (
         connect(settings.dsn, name="headrace status", timeout_s=5) as connection,
         postgres_errors("looking at the slot"),
     ):
-        refuse_standby(connection)
+        here = server(connection)
         row = connection.execute(_SLOT, [settings.slot]).fetchone()
     assert row is not None
     lsn, exists, *rest = row
-    facts = {"slot": settings.slot, "exists": exists, "active": False, "lsn": lsn}
+    of = {"system_id": here.system_id, "database": here.database}
+    facts = of | {"slot": settings.slot, "exists": exists, "active": False, "lsn": lsn}
     named = ("active", "confirmed_flush_lsn", "restart_lsn", "wal_held_bytes", "wal_status")
     return facts | dict(zip(named, rest, strict=True)) if exists else facts
 

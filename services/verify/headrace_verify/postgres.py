@@ -17,9 +17,10 @@ import psycopg
 from psycopg import conninfo, sql
 
 from headrace import codec
-from headrace.change import Row, Snapshot, TableSchema, parse_lsn
+from headrace.change import Row, Snapshot, Source, TableSchema, parse_lsn
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
+from headrace.waiting import check_server
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 _SESSION = (
@@ -181,6 +182,23 @@ def connect(settings: Settings) -> Connection:
     except psycopg.OperationalError as error:
         raise _explained(" ".join(str(error).split())) from error
     return connection
+
+
+def check_source(connection: Connection, log: Source) -> None:
+    """Refuse another server or database than the log's, and a standby, which has no LSN to compare at.
+
+    Raises:
+        Misconfigured: `other-source`, `postgres-standby`.
+    """
+    row = connection.execute(_SERVER).fetchone()
+    connection.commit()
+    assert row is not None
+    check_server(log, row[0], row[1])
+    if row[2]:
+        raise Misconfigured("postgres-standby", "The server is a standby.", "Let HEADRACE_DSN name the primary.")
+
+
+_SERVER = "SELECT system_identifier::text, current_database(), pg_is_in_recovery() FROM pg_control_system()"
 
 
 def _explained(text: str) -> HeadraceError:

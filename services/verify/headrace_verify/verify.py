@@ -35,7 +35,7 @@ from headrace_verify.excuses import Take, excuse
 from headrace_verify.expected import Expectation, Shapes, count, everything, expectation
 from headrace_verify.ledger import Difference, Ledger
 from headrace_verify.multiset import Multiset
-from headrace_verify.postgres import Connection, Moment, connect, moment, published
+from headrace_verify.postgres import Connection, Moment, check_source, connect, moment, published
 from headrace_verify.view import View, check, write
 
 _WRITE = 1000
@@ -92,12 +92,13 @@ class Verifier:
 
         Raises:
             Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, `records-parked`,
-                `view-paused`, `token-void` (the log was recovered meanwhile), and what stopped a view.
+                `view-paused`, `token-void` (the log was recovered meanwhile), `other-source`, `postgres-standby`, and what stopped a view.
             Transient: `view-behind`, `postgres-away`.
         """
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
         with closing(connect(self._log.settings)) as connection, _postgres_errors():
             before = self._checkpoint()
+            check_source(connection, before.source)
             opened: list[View] = []
             try:
                 with moment(connection) as now:
@@ -118,6 +119,7 @@ class Verifier:
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
         with closing(connect(self._log.settings)) as connection, _postgres_errors():
             before = self._checkpoint()
+            check_source(connection, before.source)
             with moment(connection) as now:
                 made = {name: self._expectation(connection, consumer, name) for name, consumer in consumers.items()}
                 counts = {name: count(expected, connection) for name, expected in made.items()}
