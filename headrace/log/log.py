@@ -49,7 +49,7 @@ class Log:
     @cached_property
     def values(self) -> Values:
         """Return what reads the values of records, in either codec."""
-        return Values(self.settings)
+        return Values(self.settings, self.schemas)
 
     @property
     def fed_by_debezium(self) -> bool:
@@ -180,8 +180,8 @@ class Log:
             for start in _back_from(end):
                 last = deque(read_to_end(self.settings, {(topic, partition): start}), maxlen=1)
                 if last:
-                    _, _, offset, _, key, value, headers = last[0]
-                    change = codec.decode_change(topic, partition, offset, key, value, headers, self.values.envelope)
+                    _, _, offset, _, key, _, headers = last[0]  # its value may be of a shape that is lost
+                    change = codec.decode_change(table_of(topic), partition, offset, key, None, headers)
                     newest = max(newest, change.version.epoch)
                     break
         return newest
