@@ -6,7 +6,7 @@ import re
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from elasticsearch import (
     ApiError,
@@ -25,6 +25,15 @@ from headrace.settings import Settings, bad_address, masked
 _TIMEOUT = 30
 _NAMED = re.compile(r"index \[([^\]]+)\]")
 _UNBLOCK = '{"index.blocks.read_only_allow_delete":null,"index.blocks.write":null,"index.blocks.read_only":null}'
+OURS: Final = {
+    "properties": {
+        "id": {"type": "keyword"},
+        "kind": {"type": "keyword"},
+        "at": {"type": "long"},
+        "state": {"type": "object", "enabled": False},
+    }
+}
+"""How the fields of the store itself are mapped."""
 
 
 def client(settings: Settings) -> Elasticsearch:
