@@ -134,21 +134,23 @@ def decode_change(
     key: bytes,
     value: bytes | None,
     headers: Iterable[tuple[str, bytes]],
-    envelope_of: Callable[[bytes], Row] = envelope,
+    envelope_of: Callable[[bytes, str, int], Row] | None = None,
 ) -> Change:
     """Decode one record of a table's topic. A tombstone is a delete.
 
-    `envelope_of` decodes a value: JSON if nothing else is said; `headrace.log.Values.envelope` reads every codec.
+    `envelope_of` decodes a value of that table and schema version, by default of JSON; `headrace.log.Values.envelope` reads every codec.
 
     Raises:
         Poison: `undecodable-record`, when key, value or headers are not of the format.
     """
     try:
         named = dict(headers)
-        told: Row = envelope_of(value) if value is not None else {"op": "d", "after": None}
         read = named.get("read")
         version = _version(named["epoch"], named["lsn"])
         numbers = int(named["ordinal"]), int(named["xid"]), int(named["schema"])
+        told: Row = {"op": "d", "after": None}
+        if value is not None:
+            told = envelope(value) if envelope_of is None else envelope_of(value, table, numbers[2])
         how = read.decode() if read else None
         # Of millions of records: `_make` is one call in C, the constructor one in Python.
         return Change._make((table, told["op"], key, told["after"], version, *numbers, partition, offset, how))

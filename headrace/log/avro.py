@@ -134,10 +134,10 @@ class Unpacker:
     def __init__(self, schema: Avro) -> None:
         """Choose each field's way. Raises KeyError, TypeError, ValueError: the schema is no envelope of ours."""
         before = next(field for field in schema["fields"] if field["name"] == "before")
-        self._fields = [
-            (field["name"], field.get("column", field["name"]), *_back(field["type"]))
-            for field in _record(before["type"])["fields"]
-        ]
+        fields = _record(before["type"])["fields"]
+        self._fields = [(field["name"], field.get("column", field["name"]), *_back(field["type"])) for field in fields]
+        self.shape = schema["namespace"], [(field["name"], _record(field["type"])["postgres"]) for field in fields]
+        """Which table's it is, and its columns with Postgres's names of their types."""
 
     def envelope(self, read: Row) -> Row:
         """Return the envelope with the row in natural JSON."""

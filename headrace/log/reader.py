@@ -23,11 +23,12 @@ from confluent_kafka import Message
 from headrace import codec
 from headrace.change import DELETE, Change, Checkpoint, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
-from headrace.errors import Misconfigured, Transient
+from headrace.errors import Misconfigured
 from headrace.log.refusal import check_age, check_log, lacks, refused
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, Tail, end_of_partition
 from headrace.log.topics import checkpoints_topic, partitions_changed, table_of, topic_of
+from headrace.log.values import learn
 
 if TYPE_CHECKING:
     from headrace.log.log import Log
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 Place = tuple[str, int]
 BATCH_BYTES = 32 * 1024 * 1024
 """Most bytes of values in a piece, about: where rows are large, fewer than `batch_records` are handed out at once."""
-_SCHEMA_SECONDS = 15.0
 _STILL_SECONDS = 60.0
 """How often a view that stands at the newest checkpoint looks whether it lacks nothing, where no other comes."""
 _ORDER = attrgetter("version", "ordinal")
@@ -193,7 +193,9 @@ class Reader:
         if not new:
             return
         if not self.position.offsets:
-            self.position.appended = int(self._now() * 1000)  # a build begins: nothing that it reads was removed before now (S19)
+            self.position.appended = int(
+                self._now() * 1000
+            )  # a build begins: nothing that it reads was removed before now (S19)
         described = self._log.topics.describe(new)
         starts: dict[Place, int] = {}
         for topic in new:
@@ -314,15 +316,7 @@ class Reader:
         return changes
 
     def _learn_schemas(self, wanted: set[tuple[str, int]]) -> None:
-        # There is no order between topics: a record may be here before its schema is (S13).
-        deadline = time.monotonic() + _SCHEMA_SECONDS
-        while not wanted <= self._schemas.keys():
-            self._schemas.update(self._log.schemas())
-            if time.monotonic() > deadline:
-                missing = min(wanted - self._schemas.keys())
-                raise Transient(
-                    "schema-not-there", f"Version {missing[1]} of {missing[0]} is not in the schemas topic."
-                )
+        learn(self._schemas, wanted, self._log.schemas)
 
     # Small questions
 

@@ -59,6 +59,7 @@ def check_age(settings: Settings, position: Position, since: float, now: float) 
 
 def refused(code: str, seen: str) -> Refused:
     """Return the refusal of a position, which only a rebuild ends."""
-    return Refused(
-        code, f"{seen} Going on could miss changes or keep rows that are gone.", "Run: headrace rebuild NAME"
-    )
+    remedy = "Run: headrace rebuild NAME"
+    if code == "position-of-another-source":  # else readers of that one would see this one's rows
+        remedy = f"Where that source still runs, give the store of one of the two another name. Else: {remedy[5:]}"
+    return Refused(code, f"{seen} Going on could miss changes or keep rows that are gone.", remedy)

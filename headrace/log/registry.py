@@ -2,6 +2,7 @@
 
 A value is a zero byte, four bytes of the schema's id, and Avro. The subject of a table's values is ``<topic>-value``. Ids are
 kept for ever once they were asked for, as a registry never gives one twice; so reading asks once for each schema.
+One that was replaced does: so `Values` holds a schema against the shape that the record names.
 """
 
 from __future__ import annotations
@@ -79,6 +80,15 @@ class Registry:
         """Return a schema by its id. Raises as `read`."""
         with self._errors(f"schema {number}"):
             return orjson.loads(self._client.get_schema(number).schema_str or "")
+
+    def another(self, number: int, about: str) -> Misconfigured:
+        """Return the refusal of a schema that is not the one which a record of `about` was written with."""
+        return Misconfigured(
+            "schema-unknown",
+            f"Schema {number} of the registry at {self._address} is not that of {about}, whose records name it: "
+            "the registry was replaced or emptied.",
+            "Let HEADRACE_SCHEMA_REGISTRY name the registry that capture wrote to.",
+        )
 
     @contextmanager
     def _errors(self, about: str) -> Iterator[None]:

@@ -7,7 +7,8 @@ what is compiled for a table is compiled once for each of its schema versions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +17,7 @@ from confluent_kafka import KafkaException
 from headrace import codec
 from headrace.change import Row, TableSchema
 from headrace.codec import Headers
-from headrace.errors import Misconfigured, Poison
+from headrace.errors import Misconfigured, Poison, Transient
 from headrace.log.avro import Packer, Unpacker, schema_id, schema_of
 from headrace.log.topics import Topics, topic_of
 from headrace.log.writer import CutWriter
@@ -29,15 +30,31 @@ CODECS: Final = ("json", "avro")
 _Shapes = dict[tuple[str, int], TableSchema]
 _BROKEN: Final = (KafkaException, KeyError, TypeError, ValueError, IndexError, EOFError, StopIteration)
 """What the reader of Avro raises for bytes that are none."""
+_SCHEMA_SECONDS = 15.0
+
+
+def learn(shapes: _Shapes, wanted: Collection[tuple[str, int]], known: Callable[[], _Shapes]) -> None:
+    """Add to `shapes` what is in the log until `wanted` are there: there is no order between topics (S13).
+
+    Raises:
+        Transient: `schema-not-there`.
+    """
+    deadline = time.monotonic() + _SCHEMA_SECONDS
+    while set(wanted) - shapes.keys():
+        shapes.update(known())
+        if (missing := set(wanted) - shapes.keys()) and time.monotonic() > deadline:
+            table, version = min(missing)
+            raise Transient("schema-not-there", f"Version {version} of {table} is not in the schemas topic.")
 
 
 class Values:
     """Reads values. One for each log: what it learns of schemas it keeps."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Connect to the registry at the first value in Avro."""
-        self._settings = settings
-        self._unpackers: dict[int, Unpacker] = {}
+    def __init__(self, settings: Settings, known: Callable[[], _Shapes]) -> None:
+        """Connect to the registry at the first value in Avro; `known` returns the schema versions that are in the log."""
+        self._settings, self._known = settings, known
+        self._shapes: _Shapes = {}
+        self._unpackers: dict[tuple[str, int, int], Unpacker] = {}
 
     @cached_property
     def registry(self) -> Registry:
@@ -47,34 +64,47 @@ class Values:
 
         return Registry(self._settings)
 
-    def envelope(self, value: bytes) -> Row:
-        """Return the envelope of a value, its rows in natural JSON.
+    def envelope(self, value: bytes, table: str, version: int) -> Row:
+        """Return the envelope of a value of a table's schema version, its rows in natural JSON.
 
         Raises:
             ValueError: it is in neither codec.
-            Transient: `registry-away`.
+            Transient: `registry-away`, `schema-not-there`.
             Misconfigured: `schema-unknown`, `registry-refuses`.
         """
         if value[:1] != b"\0":
             return codec.envelope(value)
-        unpacker, read = self._read(value)
+        unpacker, read = self._read(value, table, version)
         return unpacker.envelope(read)
 
-    def members(self, value: bytes) -> dict[str, bytes]:
+    def members(self, value: bytes, table: str, version: int) -> dict[str, bytes]:
         """Return the columns of a value's row, each as its JSON; raises as `envelope`."""
         if value[:1] != b"\0":
             return codec.members(value, b"after")
-        unpacker, read = self._read(value)
+        unpacker, read = self._read(value, table, version)
         return unpacker.members(read)
 
-    def _read(self, value: bytes) -> tuple[Unpacker, Row]:
+    def _read(self, value: bytes, table: str, version: int) -> tuple[Unpacker, Row]:
         number = schema_id(value)
+        unpacker = self._unpackers.get((table, version, number)) or self._compile(table, version, number)
         try:
-            if number not in self._unpackers:
-                self._unpackers[number] = Unpacker(self.registry.schema(number))
-            return self._unpackers[number], self.registry.read(value)
+            return unpacker, self.registry.read(value)
         except _BROKEN as error:
             raise ValueError(f"not a value in Avro of schema {number}: {error!r}") from error
+
+    def _compile(self, table: str, version: int, number: int) -> Unpacker:
+        """Compile a schema of the registry, if it is the record's: a new registry gives the ids of the old one to other schemas."""
+        learn(self._shapes, {(table, version)}, self._known)
+        wanted = Unpacker(schema_of(self._settings.source, self._shapes[table, version]))
+        schema = self.registry.schema(number)
+        try:
+            found = Unpacker(schema)
+        except _BROKEN:
+            found = None
+        if found is None or found.shape != wanted.shape:
+            raise self.registry.another(number, f"version {version} of {table}")
+        self._unpackers[table, version, number] = found
+        return found
 
 
 class AvroCutWriter(CutWriter):

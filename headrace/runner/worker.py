@@ -21,6 +21,7 @@ from headrace.change import NOWHERE, Position, Version
 from headrace.consumer import Batch, Consumer, Generation
 from headrace.errors import HeadraceError, Refused, Transient, Wiped, as_ours
 from headrace.log import FeedReader, Lag, Log, Reader
+from headrace.log.topics import source_of
 from headrace.runner.parking import Parking, delayed, standing
 from headrace.runner.rate import Rate
 
@@ -240,7 +241,9 @@ class Worker(threading.Thread):
                 self._read(consumer, position)
             except Refused as error:
                 kept = self.shown and getattr(consumer, "shows", None)  # None after a wipe
-                if kept or self.generation.live or self.state.exact:
+                # One of another source may be what its process builds.
+                other = any(source_of(topic) != self._log.settings.source for topic in (self.opened or known).topics)
+                if kept or other or self.generation.live or self.state.exact:
                     raise
                 # Nobody sees this build: where it makes no sense, or stood still for too long, it begins again from zero (S19).
                 consumer.drop()

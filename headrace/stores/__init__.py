@@ -37,7 +37,10 @@ class DocumentStore(Protocol):
         """Return the generations that the server holds."""
 
     def open(self, generation: Generation) -> Position | None:
-        """Make or open this generation's store; return its durable position, None when there is none."""
+        """Make or open this generation's store; return its durable position, None when there is none.
+
+        One of another `settings.source` is opened to be read; `write` refuses it.
+        """
 
     def write(self, docs: Sequence[Doc], position: Position | None, *, bulk: bool = False) -> None:
         """Write documents durably, then (in the same atomic step where the server can) the position.
@@ -63,6 +66,15 @@ class DocumentStore(Protocol):
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id; `ViewRow.collection` is the empty text."""
+
+
+def of_another_source(where: str, held: str, own: str) -> Misconfigured:
+    """Return the refusal to write a generation of another HEADRACE_SOURCE: it may be read, and its process goes on with it."""
+    return Misconfigured(
+        "view-of-another",
+        f"{where} is of source {held}, not of {own}.",
+        f"Give the consumer's store another name; or, where nothing runs {held} any more: headrace drop NAME --all, then rebuild.",
+    )
 
 
 def check_alone(consumer: str, held: Iterable[tuple[str, str]]) -> None:

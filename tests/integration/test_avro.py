@@ -278,12 +278,42 @@ def test_readers_say_that_the_registry_is_away_or_does_not_know(
     log = Log(avro)
     value = values(avro)[0]
     with pytest.raises(Misconfigured) as unknown:
-        log.values.envelope(value[:1] + (1 << 30).to_bytes(4, "big") + value[5:])
+        log.values.envelope(value[:1] + (1 << 30).to_bytes(4, "big") + value[5:], T, 1)
     assert unknown.value.code == "schema-unknown"
     with pytest.raises(Misconfigured) as elsewhere:
         changes(replace(avro, schema_registry=avro.schema_registry.replace("/apis/ccompat/v7", "/elsewhere")), T)
     assert elsewhere.value.code == "registry-refuses"
-    assert log.values.envelope(value)["after"] == {"id": 1, "name": "a", "n": 1}
+    assert log.values.envelope(value, T, 1)["after"] == {"id": 1, "name": "a", "n": 1}
+
+
+def test_a_record_is_never_read_by_the_schema_of_another(avro: Settings) -> None:
+    """A registry that was replaced gives its ids anew: to another table's schema, or to another version of the table's own."""
+    columns = "(id int PRIMARY KEY, {} text, {} text)"
+    prepare(
+        avro, f"CREATE TABLE items {columns.format('name', 'mail')}", "INSERT INTO items VALUES (1, 'Ann', 'ann@x')"
+    )
+    execute(
+        avro, f"CREATE TABLE products {columns.format('title', 'sku')}", "INSERT INTO products VALUES (1, 't', 's')"
+    )
+    prepare(avro)
+    with capturing(avro) as capture:
+        capture.reach()
+        execute(
+            avro,
+            "ALTER TABLE items RENAME name TO other",
+            "ALTER TABLE items RENAME mail TO name",
+            "ALTER TABLE items RENAME other TO mail",
+            "INSERT INTO items VALUES (2, 'bob@x', 'Bob')",
+        )
+        capture.reach()
+    log = Log(avro)
+    mine, version_2 = values(avro)[0], values(avro)[-1]
+    for written in (values(avro, "public.products")[0], version_2):
+        assert written[:5] != mine[:5]
+        with pytest.raises(Misconfigured, match="replaced") as error:
+            log.values.envelope(written[:5] + mine[5:], T, 1)
+        assert error.value.code == "schema-unknown"
+    assert log.values.envelope(mine, T, 1)["after"] == {"id": 1, "name": "Ann", "mail": "ann@x"}
 
 
 def test_a_consumer_that_knows_nothing_of_headrace_reads_the_table(avro: Settings, registry: Registry) -> None:

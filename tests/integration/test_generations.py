@@ -1177,6 +1177,30 @@ def test_a_build_of_another_source_is_promoted_over_a_view_of_older_code(feed: F
     assert Noted(settings, "other").rows() == {KEY: 2}
 
 
+class Unended(Plain):
+    """Its second generation loads pieces and comes to no state."""
+
+    def apply(self, batch: Batch) -> None:
+        if self._number > 1 and batch.complete:
+            raise Transient("plain-away", "Its store is away.", "Wait.")
+        super().apply(batch)
+
+
+def test_a_build_of_another_source_is_left_alone(feed: Feed, settings: Settings) -> None:
+    """Its process may be building it: one of the own source, which nobody sees, would be removed and begun again."""
+    settings = replace(settings, batch_records=1)
+    feed.cut((ITEMS, 1, 1), (ITEMS, 2, 1), (ITEMS, 3, 1))
+    with serving(settings, plain=Unended) as control:
+        await_live(control, "plain")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        assert await_phase(control, "plain", 2, "waiting").code == "plain-away"
+    settings = replace(settings, source=f"{settings.source}_b")
+    Feed(settings).cut((ITEMS, 1, 2))
+    with serving(settings, plain=Unended) as control:
+        assert await_phase(control, "plain", 2, "stopped").code == "position-of-another-source"
+        assert control.ask("plain", "rebuild") == {"generation": 3}
+
+
 class Calls(EffectConsumer):
     """Tells a list, while somebody listens."""
 

@@ -220,6 +220,22 @@ def test_a_bulk_that_is_late_never_reaches_the_next_attempt(
     assert client.count(index="products-g1")["count"] == 2, "its document and the position"
 
 
+def test_a_view_of_another_source_is_read_and_not_taken_over(open_store: Open, settings: Settings) -> None:
+    """Also while it loads."""
+    store, other = open_store(), ElasticsearchIndex("products", mappings=MAPPINGS)
+    other.bind(replace(settings, source="crm"), "search")
+    store.write([doc("1", 1)], None)
+    assert other.open(G1) is None
+    store.write([doc("2", 2)], at(2))
+    assert other.open(G1) == at(2)
+    with pytest.raises(Misconfigured, match=f"of source {settings.source}") as error:
+        other.write([doc("1", 3)], at(3))
+    assert error.value.code == "view-of-another"
+    store.write([doc("1", 4)], at(4))
+    assert [row.version.lsn for row in other.scan(None, 10)] == [4, 2]
+    other.close()
+
+
 def test_a_bulk_that_is_late_never_reaches_an_index_that_has_a_position(open_store: Open) -> None:
     killed = open_store()
     killed.write([doc("1", 1), doc("2", 1)], at(1))

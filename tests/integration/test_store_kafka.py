@@ -79,6 +79,23 @@ def test_tombstones_last_as_long_as_a_reader_may_be_away(stream: Stream) -> None
     assert Log(stream.settings).topics.configure({"titles.g1": kept}) == []
 
 
+def test_a_view_of_another_source_is_read_and_not_taken_over(stream: Stream) -> None:
+    stream.commit("kettle")
+    stream.catch_up(promote=True)
+    first, position = stream.open()
+    stream.settings = replace(stream.settings, source="crm", state=f"{stream.settings.state}/crm")
+    other, _ = stream.open()
+    with closing(first), closing(other):
+        assert other.shows == position
+        with pytest.raises(Misconfigured, match="of source main") as error:
+            other.store.write([], position)
+        assert error.value.code == "view-of-another"
+        stream.commit("cup")
+        for batch in stream.log.batches(position):
+            first.apply(batch)
+        assert [row.value for row in other.scan(None, 9)] == [{"name": "cup"}]
+
+
 def test_what_is_written_can_be_read_at_once(stream: Stream) -> None:
     stream.commit("kettle", "cup")
     stream.catch_up(promote=True)

@@ -99,6 +99,26 @@ def test_a_delete_leaves_nothing_and_a_zombie_cannot_undo_it(open_store: Open, c
     assert set(client.keys()) == {"pages:g1", "pages:generations"}
 
 
+def test_a_view_of_another_source_is_read_and_not_taken_over(open_store: Open, settings: Settings) -> None:
+    """Also while it loads; one that was dropped is nobody's."""
+    store, other = open_store(), RedisPages()
+    other.bind(replace(settings, source="crm"), "pages")
+    with closing(other):
+        store.write([doc("1", 1)], None)
+        assert other.open(G1) is None
+        store.write([doc("2", 2)], at(2))
+        assert other.open(G1) == at(2)
+        with pytest.raises(Misconfigured, match=f"of source {settings.source}") as error:
+            other.write([doc("1", 3)], at(3))
+        assert error.value.code == "view-of-another"
+        store.write([doc("1", 4)], at(4))
+        assert [row.version.lsn for row in other.scan(None, 10)] == [4, 2]
+        store.drop()
+        assert other.open(G1) is None
+        other.write([doc("3", 1)], at(1))
+        assert [row.key for row in other.scan(None, 10)] == ["3"]
+
+
 def test_a_flush_is_noticed_by_the_next_write(open_store: Open, client: redis.Redis) -> None:
     store = open_store()
     store.write([doc("1", 1)], at(1))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from headrace import codec
 from headrace.errors import Poison, Transient
@@ -19,6 +19,15 @@ _INDEX = b'{"index":{"_id":%b,"version":%d,"version_type":"external_gte"}}\n{"he
 _TOO_LARGE = 413
 POSITION = "headrace:position"
 """The id of the document that is the position."""
+OURS: Final = {
+    "properties": {
+        "id": {"type": "keyword"},
+        "kind": {"type": "keyword"},
+        "at": {"type": "long"},
+        "state": {"type": "object", "enabled": False},
+    }
+}
+"""How the fields of the store itself are mapped."""
 _ID_BYTES = 512
 """Elasticsearch refuses a whole bulk for a longer id."""
 _SHARE = re.compile(r"operation_bytes=(\d+), max_\w+_bytes=(\d+)")

@@ -41,9 +41,10 @@ from headrace.change import Position
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
-from headrace.stores import Doc, check_alone
+from headrace.stores import Doc, check_alone, of_another_source
 from headrace.stores.elasticsearch.bulks import (
     BULK_DOCS,
+    OURS,
     POSITION,
     Action,
     TooLarge,
@@ -61,14 +62,6 @@ _INTERNAL = {"exists": {"field": "headrace.kind"}}
 _VISIBLE = {"bool": {"must_not": [_INTERNAL]}}
 _NAMED = {"exists": {"field": "headrace.id"}}
 _BY_ID = [{"headrace.id": "asc"}]
-_OURS: dict[str, Any] = {
-    "properties": {
-        "id": {"type": "keyword"},
-        "kind": {"type": "keyword"},
-        "at": {"type": "long"},
-        "state": {"type": "object", "enabled": False},
-    }
-}
 _PAUSES = (0.1, 0.5, 1.0, 2.0, 4.0)
 _MOMENTS = (0.0, 0.2, 0.5, 1.0)
 _DELETED_SECONDS = 24 * 3600
@@ -94,7 +87,7 @@ class ElasticsearchIndex:
         self._index_settings = {"number_of_shards": 1} | dict(settings or {})
         if "number_of_replicas" not in str(settings):  # it would be overridden
             self._index_settings.setdefault("auto_expand_replicas", "0-1")
-        self._owner = ""
+        self._owner = self._other = ""
         self._index = ""
         self._uuid = ""
         self._one_shard = False
@@ -109,6 +102,7 @@ class ElasticsearchIndex:
         self.alias = self.alias or consumer
         self._sending = Sending("bulk", MOST)
         self._client = client(settings)
+        self._source = settings.source
 
     def generations(self) -> list[Generation]:
         """Return the generations that the server holds."""
@@ -117,14 +111,14 @@ class ElasticsearchIndex:
 
     def open(self, generation: Generation) -> Position | None:
         """Take the index of `generation` if it is whole, else make it anew, empty. Raises Misconfigured: `view-of-another`."""
-        self._owner = uuid.uuid4().hex
+        self._owner, self._other = uuid.uuid4().hex, ""
         self._index = f"{self.alias}-g{generation.number}"
         with errors():
             others = [(f"{self.alias}-g{each.number}", each.consumer) for each in held(self._client, self.alias)]
             check_alone(generation.consumer, others)
             if self._find(generation):
                 position = self._take()
-                if position is not None:
+                if position is not None or self._other:
                     return position
             self._make(generation)
         return None
@@ -135,8 +129,10 @@ class ElasticsearchIndex:
         Raises:
             Transient: `elasticsearch-away`, `elasticsearch-busy`, `elasticsearch-blocked`; Wiped: `view-wiped`, `view-moved`.
             Poison: `document-refused`, with the id and Elasticsearch's reason; `document-too-large`.
-            Misconfigured: `elasticsearch-refused`, `view-taken-over`.
+            Misconfigured: `elasticsearch-refused`, `view-taken-over`, `view-of-another`.
         """
+        if self._other:
+            raise of_another_source(f"The index {self._index}", self._other, self._source)
         with errors():
             self._write_all((written(doc) for doc in docs if doc.body is not None or is_id(doc.id)), wait=not bulk)
             self._unseen = self._unseen or bool(docs)
@@ -231,6 +227,9 @@ class ElasticsearchIndex:
         except NotFoundError:
             return None
         state = found["_source"]["headrace"]["state"]
+        if state["uuid"] == self._uuid and state.get("source", self._source) != self._source:
+            self._other = state["source"]
+            return codec.decode_position(state["position"]) if state["position"] else None
         if state["uuid"] != self._uuid or state["position"] is None:
             return None
         self._client.indices.put_alias(index=self._index, name=self._target)
@@ -256,7 +255,7 @@ class ElasticsearchIndex:
     def _make(self, generation: Generation) -> None:
         self._client.options(ignore_status=404).indices.delete(index=self._index)
         meta = {"headrace": {"consumer": generation.consumer, "fingerprint": generation.fingerprint}}
-        properties = {**self._mappings.get("properties", {}), "headrace": _OURS}
+        properties = {**self._mappings.get("properties", {}), "headrace": OURS}
         self._client.indices.create(
             index=self._index,
             mappings={**self._mappings, "properties": properties, "_meta": meta},
@@ -325,7 +324,7 @@ class ElasticsearchIndex:
         self._unseen = self._unseen and not show
 
     def _put_state(self, position: str | None, *, refresh: bool = False) -> None:
-        state = {"uuid": self._uuid, "owner": self._owner, "position": position}
+        state = {"uuid": self._uuid, "owner": self._owner, "source": self._source, "position": position}
         how: dict[str, Any] = dict(self._written) or {"op_type": "create"}
         document = {"headrace": {"kind": "position", "state": state}}
         written = self._client.index(

@@ -3,7 +3,7 @@
 | topic                | key       | value                                                             |
 |----------------------|-----------|-------------------------------------------------------------------|
 | `<name>.g<N>`        | the id    | a document of generation N as JSON; a tombstone when it is gone    |
-| `<name>.generations` | `g<N>`    | of generation N: consumer, fingerprint, topic id, position; dropped |
+| `<name>.generations` | `g<N>`    | of generation N: consumer, fingerprint, source, topic id, position; dropped |
 | `<name>.generations` | `live`    | the number of the generation that readers should read, its topic  |
 
 *Writing.* The documents of a state and the position are one Kafka transaction: they are never there without their position [I7], and a
@@ -37,7 +37,7 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
 from headrace.settings import Settings
-from headrace.stores import Doc, check_alone
+from headrace.stores import Doc, check_alone, of_another_source
 
 _LIVE = b"live"
 _CLEARED = 1000
@@ -60,6 +60,7 @@ class KafkaTopic:
         self.name = name
         self._partitions = partitions
         self._writer: TransactionWriter | None = None
+        self._other = ""
         self._facts: dict[str, Any] = {}
         self._version = NOWHERE
         self._checked = 0.0
@@ -111,17 +112,31 @@ class KafkaTopic:
         lasting["min.compaction.lag.ms"] = str(self._settings.min_compaction_lag_ms)
         self._topics.make({self._pointers: (1, kept | often), topic: (self._partitions, kept | lasting)})
         self._topics.configure({self._pointers: kept | often, topic: kept | lasting})
-        self._writer = TransactionWriter(self._settings, f"headrace-view-{self.name}-g{number}")
+        self._other = self._other_of(self._check(ours, number))
+        # The process of another source goes on with it: its writer is not ended.
+        self._writer = TransactionWriter(
+            self._settings, f"headrace-view-{self.name}-g{number}{self._other and '-other'}"
+        )
         facts = self._check(ours, number)
         topic_id, self._count = self._topics.describe([topic])[topic]
-        self._facts = ours | {"generation": number, "topic_id": topic_id}
+        self._facts = ours | {
+            "generation": number,
+            "topic_id": topic_id,
+            "source": self._other or self._settings.source,
+        }
         if facts.get("position") and facts["topic_id"] == topic_id:
             position = codec.decode_position(facts["position"])
             self._version = position.version
             return position
         self._version = NOWHERE
-        self._clear()
+        if not self._other:
+            self._clear()
         return None
+
+    def _other_of(self, facts: dict[str, Any]) -> str:
+        """Return the source of a generation if that is another's."""
+        source = facts.get("source", self._settings.source)
+        return source if source != self._settings.source else ""
 
     def _check(self, ours: dict[str, str], number: int) -> dict[str, Any]:
         """Return what is known of a generation; refuse one of other code, and a name of another's, before its writer is ended."""
@@ -143,9 +158,11 @@ class KafkaTopic:
         Raises:
             Transient: `kafka-away`, `transaction-too-long`; Wiped: `view-wiped`.
             Poison: `document-too-large`.
-            Misconfigured: `writer-taken-over`; `document-too-large`, where the broker takes less than the settings say.
+            Misconfigured: `writer-taken-over`, `view-of-another`; `document-too-large`, where the broker takes less than the settings say.
         """
         topic = self._topic_of(self._facts["generation"])
+        if self._other:
+            raise of_another_source(f"The topic {topic}", self._other, self._settings.source)
         bodies = [self._packed(doc) for doc in docs]
         try:
             for doc, body in zip(docs, bodies, strict=True):

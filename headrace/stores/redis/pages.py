@@ -4,7 +4,7 @@
 |------------------------|-------------------------------------------------------------------------------|
 | `<prefix>:live`        | the number of the generation that readers see                                 |
 | `<prefix>:generations` | the set of numbers                                                            |
-| `<prefix>:g<N>`        | of generation N: consumer, fingerprint, owner (none: dropped), position       |
+| `<prefix>:g<N>`        | of generation N: consumer, fingerprint, source, owner (none: dropped), position |
 | `<prefix>:<N>:<id>`    | a page: the fields of its body, which are text, and its version in `@version` |
 
 *Writing* is one Lua call for pages and position together, or several where there is much: the last of them has the position, and
@@ -35,7 +35,7 @@ from headrace.change import NOWHERE, Position, Row
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
-from headrace.stores import Doc, check_alone
+from headrace.stores import Doc, check_alone, of_another_source
 from headrace.stores.redis import scripts
 from headrace.stores.redis.client import client, errors, text_version, version_text
 from headrace.stores.sending import Sending
@@ -58,6 +58,7 @@ class RedisPages:
         self.prefix = prefix
         self._number = 0
         self._owner = ""
+        self._other = ""
         self._position = ""
         self._ids: _Ids | None = None
         self._tidy = False
@@ -66,7 +67,7 @@ class RedisPages:
         """Use the Redis of `settings`. Raises Misconfigured: `bad-setting`."""
         self._consumer = consumer
         self.prefix = self.prefix or consumer
-        self._owner = uuid.uuid4().hex
+        self._owner, self._source = uuid.uuid4().hex, settings.source
         self._sending = Sending("pages", 1)
         self._redis = client(settings)
         self._write = self._redis.register_script(scripts.WRITE)
@@ -83,7 +84,7 @@ class RedisPages:
         return [generation for generation in held if generation.consumer == self._consumer]
 
     def open(self, generation: Generation) -> Position | None:
-        """Become the owner of `generation`; clear its pages if it has no position.
+        """Become the owner of `generation`, unless it is of another source; clear its pages if it has no position.
 
         Raises:
             Misconfigured: `redis-may-evict`, `view-of-another`.
@@ -93,7 +94,7 @@ class RedisPages:
             self._check_policy()
             held, _ = self._held()
             check_alone(generation.consumer, [(self._state_of(each.number), each.consumer) for each in held])
-            said, value = self._redis.eval(
+            said, value, self._other = self._redis.eval(
                 scripts.OPEN,
                 3,
                 self._state,
@@ -103,6 +104,7 @@ class RedisPages:
                 generation.fingerprint,
                 self._owner,
                 generation.number,
+                self._source,
             )
             if said == "another":
                 raise Misconfigured(
@@ -111,7 +113,7 @@ class RedisPages:
                     "Give the consumer's store another prefix.",
                 )
             self._position = value
-            if not value:
+            if not value and not self._other:
                 self._unlink_pages(self._number, self._owner)
         return codec.decode_position(value) if value else None
 
@@ -120,7 +122,7 @@ class RedisPages:
 
         Raises:
             Transient: `redis-away`, `redis-busy`; Wiped: `view-wiped`, `view-moved`.
-            Poison: `page-empty`, `page-not-text`. Misconfigured: `redis-refused`, `view-taken-over`.
+            Poison: `page-empty`, `page-not-text`. Misconfigured: `redis-refused`, `view-taken-over`, `view-of-another`.
         """
         after = codec.encode_position(position).decode() if position is not None else ""
         held: list[str | int] = []
@@ -234,6 +236,8 @@ class RedisPages:
 
     def _judge(self, said: Any) -> None:
         """Raise what an answer of a script means."""
+        if said == "taken" and self._other:
+            raise of_another_source(f"{self._state} in Redis", self._other, self._source)
         if said == "taken":
             raise Misconfigured(
                 "view-taken-over",

@@ -2,13 +2,15 @@
 floats."""
 
 OPEN = """
-local held = redis.call('HMGET', KEYS[1], 'consumer', 'fingerprint', 'position', 'owner')
-if held[4] and (held[1] ~= ARGV[1] or held[2] ~= ARGV[2]) then return {'another', held[1] .. ' ' .. held[2]} end
-redis.call('HSET', KEYS[1], 'consumer', ARGV[1], 'fingerprint', ARGV[2], 'owner', ARGV[3])
+local held = redis.call('HMGET', KEYS[1], 'consumer', 'fingerprint', 'position', 'owner', 'source')
+if held[4] and (held[1] ~= ARGV[1] or held[2] ~= ARGV[2]) then return {'another', held[1] .. ' ' .. held[2], ''} end
+-- The process of another source goes on with it.
+if held[4] and held[5] and held[5] ~= ARGV[5] then return {'ok', held[3] or '', held[5]} end
+redis.call('HSET', KEYS[1], 'consumer', ARGV[1], 'fingerprint', ARGV[2], 'owner', ARGV[3], 'source', ARGV[5])
 redis.call('SADD', KEYS[2], ARGV[4])
 -- Somebody took its state away: readers see nothing before they see a half.
 if not held[3] and redis.call('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3]) end
-return {'ok', held[3] or ''}
+return {'ok', held[3] or '', ''}
 """
 
 PROMOTE = """

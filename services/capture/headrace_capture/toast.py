@@ -279,9 +279,10 @@ class Filler:
             self._live[table.name] = LiveKeys(self._log, table.name)
         self._live[table.name].catch_up(ends, self._tick)
         found = self._live[table.name].newest(key)
-        known = self._log.values.members(found.value) if found and found.value else {}
         headers = dict(found.headers) if found else {}
-        shape = self._versions.get((table.name, int(headers.get("schema", 0))))
+        version = int(headers.get("schema", 0))
+        known = self._log.values.members(found.value, table.name, version) if found and found.value else {}
+        shape = self._versions.get((table.name, version))
         types = {column.name: column.type for column in shape.columns} if shape else {}
         for at, plan in enumerate(table.columns):
             if row[at] is UNCHANGED:
