@@ -74,6 +74,7 @@ class Reader:
         self._target: Checkpoint | None = None
         self._behind_since: float | None = None
         self._schemas: dict[tuple[str, int], TableSchema] = {}
+        self._schemas_end = BEGINNING
         self._kept: dict[Place, deque[Message]] = {}
         self._read_to: dict[Place, int] = {}
         self._paused: set[Place] = set()
@@ -311,13 +312,12 @@ class Reader:
     def _learn_schemas(self, wanted: set[tuple[str, int]]) -> None:
         # There is no order between topics: a record may be here before its schema is (S13).
         deadline = time.monotonic() + _SCHEMA_SECONDS
-        while not wanted <= self._schemas.keys():
-            self._schemas.update(self._log.schemas())
-            if time.monotonic() > deadline:
-                missing = min(wanted - self._schemas.keys())
-                raise Transient(
-                    "schema-not-there", f"Version {missing[1]} of {missing[0]} is not in the schemas topic."
-                )
+        while missing := wanted - self._schemas.keys():
+            found, self._schemas_end = self._log.schemas_from(self._schemas_end)
+            self._schemas |= found
+            if (missing := missing - found.keys()) and time.monotonic() > deadline:
+                table, version = min(missing)
+                raise Transient("schema-not-there", f"Version {version} of {table} is not in the schemas topic.")
 
     # Small questions
 
