@@ -4,7 +4,7 @@ One compacted topic, `headrace.control`. Keys are ``{"source","name","kind","id"
 
 - ``report``, id = generation (or 0 for a service): what the runner says of it every second;
 - ``request``, id = a unique text: what somebody asks of the runner of `name`; tombstoned by the runner when it has answered;
-- ``answer``, id = the request's: what the runner says to it;
+- ``answer``, id = the request's: what the runner says to it (not to ``leave``: who asked for a scan is gone);
 - ``clock``: a tombstone, for the broker's time of it, when the clock here may differ: ages are counted by the broker's clock;
 - anything else is a service's own memory, kept beside them (capture's ``resnapshot`` and ``catalogue``, written in its cuts; a
   runner's ``standing``: whether its view is to stay paused or dropped; and ``shown``: which generations readers have seen).
@@ -38,6 +38,8 @@ _LOOK_SECONDS = 2.0
 _AGREE_SECONDS = 2.0
 _CLOCK_SECONDS = 60.0
 PAGE_BYTES = 512 * 1024
+LEAVE = "leave"
+"""The request that has no answer: who asked for a scan reads it no more."""
 _KINDS = {"Transient": Transient, "Misconfigured": Misconfigured, "Poison": Poison}
 
 
@@ -262,8 +264,13 @@ class Control:
             generation: Which one.
             timeout: Longest wait for a page, seconds.
         """
-        with self.stream(name, "scan", {"generation": generation}, timeout) as (_, rows):
-            yield from rows
+        with self.stream(name, "scan", {"generation": generation}, timeout) as (answer, rows):
+            try:
+                yield from rows
+            except BaseException:  # the rows that are left would be sent for nobody
+                with suppress(HeadraceError):
+                    self._request(name, uuid.uuid4().hex, {"verb": LEAVE, "args": {"rows": answer["rows"]}})
+                raise
 
     def rows(
         self, name: str, generation: int, keys: Sequence[tuple[str, str]], timeout: float = 30.0

@@ -238,15 +238,20 @@ class Log:
 
     def schemas(self) -> Schemas:
         """Return every schema version that is in the log now."""
+        return self.schemas_from(BEGINNING)[0]
+
+    def schemas_from(self, start: int) -> tuple[Schemas, int]:
+        """Return the schema versions that are in the log now from offset `start` on, and from where to go on."""
         topic = schemas_topic(self.settings.source)
-        if topic not in self.topics.names():
-            return {}
         found: Schemas = {}
-        for record in read_to_end(self.settings, {(topic, 0): BEGINNING}):
+        if topic not in self.topics.names():
+            return found, start
+        for record in read_to_end(self.settings, {(topic, 0): start}):
+            start = record.offset + 1
             if record.value is not None:
                 schema = codec.decode_schema(record.value)
                 found[schema.table, schema.version] = schema
-        return found
+        return found, start
 
     def scan(self, *tables: str, since: Ends | None = None) -> Iterator[Change]:
         """Yield every committed change of some tables to the end, each partition's in order.

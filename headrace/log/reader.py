@@ -78,6 +78,7 @@ class Reader:
         self._fed = time.time()  # what was written of its tables before this moment is read (S19)
         self._looked = 0.0
         self._schemas: dict[tuple[str, int], TableSchema] = {}
+        self._schemas_end = BEGINNING
         self._kept: dict[Place, deque[Message]] = {}
         self._read_to: dict[Place, int] = {}
         self._paused: set[Place] = set()
@@ -316,7 +317,11 @@ class Reader:
         return changes
 
     def _learn_schemas(self, wanted: set[tuple[str, int]]) -> None:
-        learn(self._schemas, wanted, self._log.schemas)
+        learn(self._schemas, wanted, self._new_schemas)
+
+    def _new_schemas(self) -> dict[tuple[str, int], TableSchema]:
+        found, self._schemas_end = self._log.schemas_from(self._schemas_end)
+        return found
 
     # Small questions
 

@@ -114,13 +114,15 @@ def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
     often = {"segment.ms": "600000", "segment.bytes": str(16 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.1"}
     return {
         schemas_topic(settings.source): kept,
-        checkpoints_topic(settings.source): kept | often | {"delete.retention.ms": str(settings.delete_retention_ms)},
+        # A cut leaves a tombstone and a marker, which nobody needs: capture reads all of them when it starts.
+        checkpoints_topic(settings.source): kept | often | {"delete.retention.ms": "60000"},
         CONTROL: kept | often | {"max.message.bytes": _largest(settings)},  # an answer may name very many keys
         PARKED: kept | {"max.message.bytes": _largest(settings)},  # a body may be as large as a row of a table
         ANSWERS: {
             "cleanup.policy": "delete",
             "message.timestamp.type": "LogAppendTime",  # else pages of a process whose clock is wrong are refused, or expire at once
             "retention.ms": "3600000",
+            "retention.bytes": str(32 * 1024**3),
             "segment.ms": "600000",
             "max.message.bytes": _largest(settings),  # one row of a view may be as large as a row of a table
         },

@@ -28,12 +28,18 @@ class Rows:
         """Send rows of these generations."""
         self._generations = generations
         self._control = control
+        self._scans: set[str] = set()
 
     def scan(self, request: Request) -> dict[str, Any]:
         """Begin to send every row of a generation."""
         worker = self._generations.worker(request.args.get("generation"))
+        self._scans.add(request.id)
         self._send_page(worker, request, None, _FIRST_ROWS)
         return {"rows": request.id, "generation": worker.generation.number}
+
+    def leave(self, request: Request) -> None:
+        """End a scan whose rows nobody reads any more."""
+        self._scans.discard(request.args["rows"])
 
     def some(self, request: Request) -> dict[str, Any]:
         """Send single rows by their keys, and answer the version of the state that they are, NOWHERE when that is not certain."""
@@ -88,14 +94,18 @@ class Rows:
 
         What hinders the sending is no fault of the view: it is told to who reads the rows, and not to the worker.
         """
+        if request.id not in self._scans:
+            return
         rows = consumer.scan(after, limit)
         try:
             size = self._control.send_rows(request, rows, last=len(rows) < limit)
         except HeadraceError as error:
             with suppress(HeadraceError):
-                self._control.break_off(request, as_ours(error, self._generations.name))
+                self._break_off(request, error)
             return
-        if len(rows) == limit:
+        if len(rows) < limit:
+            self._scans.discard(request.id)
+        else:
             fit = PAGE_BYTES * limit // max(size, 1)
             last = (rows[-1].collection, rows[-1].key)
             self._send_page(worker, request, last, min(max(fit, 1), _MOST_ROWS))
@@ -103,7 +113,11 @@ class Rows:
     def _tell_failure(self, request: Request, done: Future[None]) -> None:
         error = done.exception()
         if error is not None:
-            self._control.break_off(request, as_ours(error, self._generations.name))
+            self._break_off(request, error)
+
+    def _break_off(self, request: Request, error: BaseException) -> None:
+        self._scans.discard(request.id)
+        self._control.break_off(request, as_ours(error, self._generations.name))
 
 
 def _sent(origin: Origin) -> ViewRow:

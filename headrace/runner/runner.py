@@ -13,7 +13,7 @@ from typing import Any
 
 from headrace.change import format_lsn
 from headrace.consumer import Consumer, Generation
-from headrace.control import DEAD_SECONDS, Control, Report, refusal
+from headrace.control import DEAD_SECONDS, LEAVE, Control, Report, refusal
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.log import Log
 from headrace.requests import Request
@@ -39,7 +39,7 @@ class Runner:
         self._placeholder = True
         self._reported = time.monotonic()
         self._ended = False
-        rows = Rows(self.generations, control)
+        rows = self._rows = Rows(self.generations, control)
         verbs = Verbs(self.generations, self._tell)
         parked = Unparking(self.generations, self._tell)
         self._verbs = verbs.verbs | {"scan": rows.scan, "rows": rows.some, "count": rows.count, "why": rows.why}
@@ -92,9 +92,11 @@ class Runner:
         return any(report.generation and report.age <= DEAD_SECONDS and not report.ended for report in reports)
 
     def handle(self, request: Request) -> None:
-        """Carry out a request and answer it; one whose asker has given up is only taken away."""
+        """Carry out a request and answer it; one whose asker has given up is only taken away, and nobody waits to hear that he left."""
         with suppress(HeadraceError):  # nobody hears it: with Kafka away, or refusing what this process writes
-            if request.given_up:
+            if request.verb == LEAVE:
+                self._rows.leave(request)
+            if request.given_up or request.verb == LEAVE:
                 self._control.take_away(self.name, request)
                 return
             answer = self._carried_out(request)

@@ -311,6 +311,23 @@ def test_a_view_reads_on_while_it_is_scanned(
     assert Endless.scanned <= 2000
 
 
+def test_a_scan_ends_when_who_asked_for_it_leaves(
+    feed: Feed, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest would go to Kafka for nobody."""
+    monkeypatch.setattr(Endless, "scanned", 0)
+    feed.cut((ITEMS, 1, 10))
+    serve(Endless, "endless").await_phase(1, "live")
+    control = Control(feed.log)
+    rows = control.scan("endless")
+    next(rows)
+    rows.close()  # as Ctrl-C and an error where they are read do
+    control.rows("endless", 1, [])  # requests are carried out in order, and so are calls of a worker
+    scanned = Endless.scanned
+    control.rows("endless", 1, [])
+    assert Endless.scanned == scanned
+
+
 def test_a_scan_in_which_poison_strikes_ends_with_the_reason(
     feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,6 +180,31 @@ def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, clie
     assert {row.key: row.value for row in store.scan(None, 100)}["ab"]["html"] == "right"
 
 
+@pytest.mark.parametrize("pages", [(1, 1), (1, 2), (2, 1)])
+def test_scans_that_take_turns_list_the_ids_once_each(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch, pages: tuple[int, int]
+) -> None:
+    """A later one shows what is there when it begins, wherever an earlier one stands meanwhile."""
+    store, ids = open_store(), list("abcdef")
+    store.write([doc(id_, 1) for id_ in ids], at(1))
+    listed: list[RedisPages] = []
+    page_ids = RedisPages._page_ids
+    monkeypatch.setattr(RedisPages, "_page_ids", lambda store: listed.append(store) or page_ids(store))
+    seen = [[row.key for row in store.scan(None, pages[0])], []]
+    store.write([doc("g", 1)], at(2))
+    going = [0, 1]
+    while going:
+        for number in tuple(going):
+            after = ("", seen[number][-1]) if seen[number] else None
+            found = [row.key for row in store.scan(after, pages[number])]
+            seen[number] += found
+            if not found:
+                going.remove(number)
+    assert seen[1] == [*ids, "g"]
+    assert seen[0][:6] == ids
+    assert len(listed) == 2
+
+
 def test_a_large_write_goes_in_pieces_with_the_position_last(open_store: Open) -> None:
     store = open_store()
     store.write([doc(f"{n:03}", 1, "x" * 200_000) for n in range(100)], at(1))

@@ -43,6 +43,8 @@ from headrace.stores.sending import Sending
 _VERSION = "@version"
 _WRITE_BYTES = 4 * 1024 * 1024
 _SCAN = 1000
+_SCANS = 4
+"""So many may take turns, each with its list on disk; one more makes the one that has waited longest list again."""
 _GRACE_SECONDS = 1.0
 
 
@@ -60,7 +62,7 @@ class RedisPages:
         self._owner = ""
         self._other = ""
         self._position = ""
-        self._ids: _Ids | None = None
+        self._scans: dict[str, _Ids] = {}
         self._tidy = False
 
     def bind(self, settings: Settings, consumer: str) -> None:
@@ -179,18 +181,25 @@ class RedisPages:
             return {"": _Ids(self._page_ids()).count()}
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
-        """Return pages as readers see them, by id. A scan lists the ids when it begins: Redis has no order."""
+        """Return pages as readers see them, by id. A scan lists all ids when it begins: Redis has no order. A few take turns."""
         start = after[1] if after else None
         with errors():
-            if self._ids is None or start is None or self._ids.last != start:
-                self._ids = _Ids(self._page_ids())
+            all_ids = self._scans.get(start) if start is not None else None
+            all_ids = all_ids or _Ids(self._page_ids())
             found: list[ViewRow] = []
-            while len(found) < limit and (ids := self._ids.next(start, limit - len(found))):
+            while len(found) < limit and (ids := all_ids.next(start, limit - len(found))):
                 found += self._read(ids)
                 start = ids[-1]
         if found:
-            self._ids.last = found[-1].key
+            self._keep(found[-1].key, all_ids)
         return found
+
+    def _keep(self, last: str, ids: _Ids) -> None:
+        """Let a scan go on from where it stands. Where two stand at one place, both have what was listed later."""
+        kept = self._scans.pop(last, ids)
+        self._scans[last] = max(kept, ids, key=lambda each: each.since)
+        if len(self._scans) > _SCANS:
+            del self._scans[next(iter(self._scans))]
 
     # Writing
 
@@ -293,7 +302,7 @@ class _Ids:
     """The ids of a generation at one moment, on disk in SQLite's temporary database [I10]."""
 
     def __init__(self, ids: Iterator[str]) -> None:
-        self.last = ""
+        self.since = time.monotonic()
         self._db = sqlite3.connect("", check_same_thread=False)
         self._db.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
         self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((id_,) for id_ in ids))
