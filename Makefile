@@ -48,9 +48,9 @@ stack-up: .venv/synced       ## Postgres, Kafka, Elasticsearch and Redis in $(DI
 stack-down: .venv/synced
 	$(BIN)/headrace stack down --dir $(DIR)
 
-# uv comes by pip, so that nothing but Python is needed; it then makes .venv exactly what uv.lock says.
+# uv comes by pip, so that nothing but Python is needed; it then brings .venv to what uv.lock says, and leaves consumers of one's own in it.
 .venv/synced: uv.lock pyproject.toml $(wildcard */pyproject.toml */*/pyproject.toml)
 	(test -x $(BIN)/uv && test -x $(BIN)/python) || $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv sync --quiet --frozen
+	$(BIN)/uv sync --quiet --frozen --inexact
 	touch $@

@@ -226,7 +226,9 @@ class Control:
         for report in sorted(found, key=lambda report: report.live, reverse=True):
             if report.phase == "stopped":
                 said = f"{name} has stopped, and its process with it: {report.reason}"
-                raise Misconfigured(report.code, said, f"{report.remedy} It has to run for that. {command}")
+                raise Misconfigured(
+                    report.code, said, f"{report.remedy.removesuffix('.')}. It has to run for that. {command}"
+                )
         if name == "capture":
             raise Misconfigured("capture-not-running", "No capture runs.", command)
         raise Misconfigured("consumer-not-running", f"No process runs the consumer {name}.", command)

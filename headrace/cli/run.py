@@ -85,6 +85,9 @@ def settings(json: AsJson = False) -> None:
         print_json(rows)
         return
     listed = Table("setting", "value", "default", "meaning")
+    listed.columns[0].no_wrap = True  # it is what one looks for, at 80 columns too
+    for column in listed.columns:
+        column.overflow = "fold"
     for row in rows:
         listed.add_row(
             row["setting"], row["value"], row["default"] if row["default"] != row["value"] else "", row["meaning"]

@@ -105,11 +105,14 @@ def _first_state(log: Log, control: Control, names: list[str], seconds: float) -
 
 
 def _await_processes(control: Control, names: list[str], until: float) -> None:
-    """Wait for what runs the views: what was started just now has not reported yet. A name that nobody knows is refused at once.
+    """Wait for what runs the views: what was started just now has not reported yet, also where the process before it had stopped.
+
+    A name that nobody knows is refused at once.
 
     Raises:
         Misconfigured: `consumer-not-running`, or what stopped a process.
     """
+    began = time.monotonic()
     known = control.reports().keys() | plugins.installed().keys()
     for name in sorted(names, key=known.__contains__):
         while True:
@@ -117,7 +120,8 @@ def _await_processes(control: Control, names: list[str], until: float) -> None:
                 control.running(name)
                 break
             except Misconfigured as error:
-                if error.code != "consumer-not-running" or name not in known or time.monotonic() > until:
+                ends = until if error.code == "consumer-not-running" else min(until, began + DEAD_SECONDS)
+                if name not in known or time.monotonic() > ends:
                     raise
             time.sleep(_LOOK_SECONDS)
 

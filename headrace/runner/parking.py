@@ -197,14 +197,14 @@ class Parking:
     def _put(self, entries: Sequence[Entry], error: Poison | None = None) -> None:
         """Write entries; refuse them all when that would be too many."""
         if entries and self.count + len(entries) > self._limit:
-            last = error.message if error else f"{entries[-1].collection} {entries[-1].key}: {_BEHIND}"
+            last = error.message if error else f"{entries[0].collection} {entries[0].key}: {_BEHIND}"
+            again = f"headrace parked retry {self._name} --all --generation {self._number}"
             raise Poison(
                 "too-many-parked",
-                f"{self.count} records of {self._name} are parked, HEADRACE_PARKED_LIMIT={self._limit} is the most; the next is: "
-                f"{last}",
-                f"See: headrace parked list {self._name}. Mend the cause; then raise HEADRACE_PARKED_LIMIT and run: headrace run "
-                f"{self._name}, headrace parked retry {self._name} --all --generation {self._number}. Or run: headrace rebuild "
-                f"{self._name}",
+                f"{self.count} records of {self._name} are parked, and {len(entries)} more would be: HEADRACE_PARKED_LIMIT={self._limit} is "
+                f"the most. The first of these is: {last}",
+                f"Mend the consumer, and run it again; then: headrace rebuild {self._name}. Where the rows are at fault (headrace parked "
+                f"list {self._name}), mend them, raise HEADRACE_PARKED_LIMIT, run it again; then: {again}",
             ) from error
         for entry in entries:
             self._shelf.put(entry)

@@ -136,7 +136,9 @@ def expectation(
         lacking = sorted(set(consumer.tables) - {table.name for table in tables})
         if lacking:
             said = f"{name} needs {', '.join(lacking)}, not captured."
-            raise Misconfigured("table-not-captured", said, "Run: headrace setup --table TABLE --apply")
+            flags = " ".join(f"--table {table}" for table in lacking)
+            remedy = f"Run: headrace setup {flags} --apply. Of one that was renamed or is gone: change the declaration, and rebuild."
+            raise Misconfigured("table-not-captured", said, remedy)
         _check_roots(consumer, name, {table.name: table for table in tables})
         _check_columns(consumer, {table.name: table for table in tables}, shapes)
         notes += _dropped(tables, shapes)
