@@ -131,6 +131,8 @@ def source(type_: str, length: int, scale: int | None = None) -> dict[str, Any]:
 TYPED: list[tuple[dict[str, Any], str, Any, Any]] = [
     (iso("IsoDate"), "date", "2024-01-02Z", "2024-01-02"),
     (iso("IsoDate"), "date", "+10000-01-01Z", "10000-01-01"),
+    (iso("IsoDate"), "date", "-0043-03-15Z", "0044-03-15 BC"),
+    ({"type": "int32", "name": "io.debezium.time.Date"}, "integer", -735_160, -735_160),  # not isostring: as it comes
     (iso("IsoDate"), "date", "+292278994-08-16Z", "infinity"),
     (iso("IsoDate"), "date", "+292269055-12-02Z", "-infinity"),
     (iso("IsoTimestamp"), "timestamp without time zone", "2024-01-02T03:04:05.1Z", "2024-01-02T03:04:05.1"),
