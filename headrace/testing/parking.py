@@ -48,7 +48,7 @@ def _refused(consumer: Consumer, batch: Batch) -> set[Cursor]:
     """Apply a batch while no document can be rendered; return which these are."""
 
     def fail(_row: Any) -> None:
-        raise Poison("conformance", "It cannot be rendered.", "Wait.")
+        raise ValueError("no document can be rendered now")
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(consumer, "render", fail)
