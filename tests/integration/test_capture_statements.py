@@ -17,6 +17,7 @@ from headrace.change import DELETE
 from headrace.log import Log
 from headrace.settings import Settings
 from tests.fixtures.capture import capturing, changes, execute, prepare, replay, rows, selected
+from tests.fixtures.versions import NEWEST
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int, name text)"
 OTHERS = "CREATE TABLE others (id int PRIMARY KEY, item int REFERENCES items ON DELETE CASCADE ON UPDATE CASCADE)"
@@ -162,7 +163,9 @@ def numbered(number: int, *statements: str) -> list[str]:
     ]
 
 
-def test_the_log_is_what_was_committed(settings: Settings) -> None:
+@pytest.mark.parametrize("each_postgres", ["15", NEWEST], indirect=True)
+def test_the_log_is_what_was_committed(each_version: Settings) -> None:
+    settings = each_version
     tables = [numbered(number, ITEMS, OTHERS, *ROWS) for number in range(len(SCRIPTS))]
     prepare(settings, *itertools.chain(*tables))
     with capturing(settings) as capture:
