@@ -143,7 +143,7 @@ class FeedReader:
 
     def _check_age(self) -> None:
         if self.position.offsets:
-            check_age(self._log.settings, self.position, self._fed)
+            check_age(self._log.settings, self.position, self._fed, time.time())
 
     def _batch(self, changes: list[Change], *, reached: bool) -> Batch:
         loading = self.position.loading

@@ -193,7 +193,8 @@ class Reader:
         if not new:
             return
         if not self.position.offsets:
-            self.position.appended = _now_ms()  # a build begins: nothing that it reads was removed before now (S19)
+            # A build begins: nothing that it reads was removed before now (S19).
+            self.position.appended = int(self._now() * 1000)
         described = self._log.topics.describe(new)
         starts: dict[Place, int] = {}
         for topic in new:
@@ -345,12 +346,16 @@ class Reader:
         self.position.offsets[topic] = [max(now, end) for now, end in zip(offsets, ends, strict=True)]
 
     def _is_exact(self, target: Checkpoint) -> bool:
-        if time.time() * 1000 - target.appended < self._log.settings.min_compaction_lag_ms:
+        if self._now() * 1000 - target.appended < self._log.settings.min_compaction_lag_ms:
             return True
         # Nothing follows the target anywhere, so nothing below its ends can have given way to something beyond them.
         return self._at_end >= self._read_to.keys() and not any(
             kept and (kept[-1].offset() or 0) >= _end(place, target) for place, kept in self._kept.items()
         )
+
+    def _now(self) -> float:
+        """Return the time, seconds: no earlier than the broker's word, for the clock of a machine that was paused may be hours behind."""
+        return max(time.time(), self._newest.appended / 1000 if self._newest else 0.0)
 
     def _after_newest(self) -> int:
         return self._newest.offset + 1 if self._newest else BEGINNING
@@ -374,11 +379,7 @@ class Reader:
 
     def _check_age(self, target: Checkpoint) -> None:
         if lacks(self.position, target):
-            check_age(self._log.settings, self.position, self._fed)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+            check_age(self._log.settings, self.position, self._fed, self._now())
 
 
 def _end(place: Place, target: Checkpoint) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from headrace.change import Checkpoint, Position
 from headrace.errors import Refused
 from headrace.log.topics import source_of
@@ -37,17 +35,18 @@ def lacks(position: Position, target: Checkpoint) -> bool:
     )
 
 
-def check_age(settings: Settings, position: Position, since: float) -> None:
+def check_age(settings: Settings, position: Position, since: float, now: float) -> None:
     """Refuse to go on where tombstones may be gone that the view has not seen.
 
     Args:
         settings: They say how long tombstones stay.
         position: The view's; while it is loading, its age is the build's.
         since: When the oldest of what the view has not read may have been written, in seconds.
+        now: The time, in seconds.
     """
     if position.loading:
         since = position.appended / 1000
-    hours = (time.time() - since) / 3600
+    hours = (now - since) / 3600
     if hours <= settings.delete_retention_ms / 3_600_000:
         return
     if position.loading:

@@ -316,6 +316,28 @@ def test_a_state_older_than_the_compaction_lag_is_not_exact_while_more_follows(f
     reader.close()
 
 
+def test_a_state_is_no_younger_because_the_clock_here_is_behind_the_brokers(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that was paused may go on with its old time. A view that was away for long is not fed either."""
+    feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = drain(reader, Version(1, feed.lsn))[-1].position
+    reader.close()
+    feed.cut((ITEMS, 1, 11))
+    newest = feed.log.newest_checkpoint()
+    assert newest is not None
+    now = time.time
+    monkeypatch.setattr("headrace.log.reader.time.time", lambda: now() - 3 * 3_600)
+    reader = Log(replace(settings, min_compaction_lag_ms=60_000)).reader([ITEMS], position)
+    assert reader._is_exact(newest)
+    assert not reader._is_exact(replace(newest, appended=newest.appended - 2 * 3_600_000))
+    reader.close()
+    away = replace(position, appended=newest.appended - settings.delete_retention_ms - 3_600_000)
+    with pytest.raises(Refused, match="169 hours ago"):
+        feed.log.reader([ITEMS], away)
+
+
 def test_a_predecessor_is_fenced(feed: Feed) -> None:
     feed.cut((ITEMS, 1, 10))
     successor = feed.log.writer()
@@ -489,7 +511,7 @@ def test_what_a_view_has_not_read_grows_too_old_also_while_it_reads(
     in_time = int(time.time() * 1000) - (hours - 1) * 3_600_000
     reader = feed.log.reader([ITEMS], replace(codec.decode_position(position), appended=in_time))
     now = time.time
-    monkeypatch.setattr("headrace.log.refusal.time.time", lambda: now() + 2 * 3600)
+    monkeypatch.setattr("headrace.log.reader.time.time", lambda: now() + 2 * 3600)
     with pytest.raises(Refused) as caught:
         drain(reader, last.version)
     assert caught.value.code == "away-too-long"
@@ -510,7 +532,7 @@ def test_a_view_that_stood_still_at_the_head_is_refused_where_tombstones_may_be_
 
         eventually("it has read the marker too", at_end)
     later, now = feed.log.settings.delete_retention_ms / 1000 + 3600, time.time
-    monkeypatch.setattr("headrace.log.refusal.time.time", lambda: now() + later)
+    monkeypatch.setattr("headrace.log.reader.time.time", lambda: now() + later)
     assert polled.poll(0.1) is None
     last = feed.cut((ITEMS, 1, None))
     assert rows(drain(polled, last.version)) == {}
