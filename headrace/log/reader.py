@@ -194,9 +194,8 @@ class Reader:
         if not new:
             return
         if not self.position.offsets:
-            self.position.appended = int(
-                self._now() * 1000
-            )  # a build begins: nothing that it reads was removed before now (S19)
+            # A build begins: nothing that it reads was removed before now (S19).
+            self.position.appended = int(self._now() * 1000)
         described = self._log.topics.describe(new)
         starts: dict[Place, int] = {}
         for topic in new:

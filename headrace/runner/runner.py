@@ -24,6 +24,8 @@ from headrace.runner.verbs import Verbs
 from headrace.runner.worker import State
 
 _STOP_SECONDS, _FLUSH_SECONDS = 5.0, 1.0
+_TAKEN_OVER = {"view-taken-over", "writer-taken-over"}
+"""Who is stopped by these says nothing of the view any more: whoever took it over does, and waiters would believe either (S30)."""
 
 
 class Runner:
@@ -67,7 +69,8 @@ class Runner:
                 return
             self._reported = time.monotonic()
             for worker in list(self.generations.workers.values()):
-                self._control.report(self._report(worker.generation, worker.state))
+                if worker.state.error is None or worker.state.error.code not in _TAKEN_OVER:
+                    self._control.report(self._report(worker.generation, worker.state))
             self._report_placeholder()
 
     def _report_placeholder(self) -> None:

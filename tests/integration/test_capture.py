@@ -35,6 +35,7 @@ from tests.fixtures.capture import (
     rows,
     selected,
 )
+from tests.fixtures.serving import said
 from tests.integration.test_resnapshot_order import waiting
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, n int)"
@@ -212,10 +213,14 @@ def test_stopped_and_started_it_goes_on(settings: Settings) -> None:
 
 
 def test_a_second_capture_waits_for_the_first(settings: Settings) -> None:
-    """It does not fence the one that works; it takes over when that one has ended (S3)."""
+    """It does not fence the one that works, nor report over it; it takes over when that one has ended (S3)."""
     prepare(settings, ITEMS)
     with capturing(settings) as first:
         first.hear("streaming")
+        first.eventually("it reports that", lambda: "streaming" in said(settings, "capture"))
+        with capturing(settings) as third:
+            third.hear("is in use")
+        assert not {"waiting", "off"} & set(said(settings, "capture"))
         with capturing(settings) as second:
             second.hear("is in use")
             execute(settings, "INSERT INTO items VALUES (1, 'by the first', 1)")

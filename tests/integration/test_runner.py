@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from headrace import codec
 from headrace.change import CREATE, NOWHERE, Change, Position, Version
 from headrace.consumer import Batch, Cursor, Generation, ViewRow
 from headrace.control import DEAD_SECONDS, PAGE_BYTES, Control, Report
+from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
@@ -23,9 +24,10 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL
 from headrace.runner import Runner
 from headrace.settings import Settings
+from headrace.waiting import reached
 from tests.fixtures.feed import ITEMS, Feed, writing
 from tests.fixtures.plain import Plain
-from tests.fixtures.serving import await_live, drive, serving
+from tests.fixtures.serving import await_live, drive, said, serving
 
 
 def wait_for(what: Callable[[], object], seconds: float = 30.0) -> None:
@@ -809,3 +811,28 @@ def test_a_plugin_that_cannot_be_made_stops_alone_and_says_why(
         assert (report.generation, report.phase, report.code) == (0, "stopped", "consumer-failed")
         assert "MINE_TOKEN" in report.reason
         assert Plain(settings, "plain").rows() == {'{"id":1}': 1}
+
+
+class Told(EffectConsumer):
+    """Knows when another process has taken it over, as stores with servers do."""
+
+    tables = (ITEMS,)
+
+    def effect(self, changes: Sequence[Change]) -> None:
+        pass
+
+
+def test_who_was_put_aside_says_nothing_over_who_took_the_view_over(
+    feed: Feed, settings: Settings, serve: Callable[..., Served]
+) -> None:
+    """A rolling deployment starts the second before the first ends: whoever waits must not hear that the view has stopped."""
+    feed.cut((ITEMS, 1, 10))
+    first = serve(Told, "told")
+    wait_for(lambda: first.report(1).live)
+    second = serve(Told, "told")
+    wait_for(lambda: second.runner.phases().get("told-g1") == "live")
+    last = feed.cut((ITEMS, 2, 20))
+    wait_for(lambda: not first.alive)
+    assert "Another process" in first.runner.phases()["told-g1"]
+    assert reached(second.control, "told", last.version, 20).phase == "live"
+    assert not {"stopped", "off"} & set(said(settings, "told"))

@@ -53,10 +53,11 @@ class Progress:
 
     def stop(self, error: HeadraceError | None = None) -> None:
         """Report the end, with its reason, and stop."""
-        self.phase("stopped" if error else "off", error)
         self._ended.set()
         self._thread.join(5.0)
-        self._send()
+        if not self._stands_by():
+            self.phase("stopped" if error else "off", error)
+            self._send()
         self._flush()
 
     def beat(self) -> None:
@@ -131,7 +132,17 @@ class Progress:
         lag = (0, *self._written.lag(self.now_ms()))
         report = replace(self._report, rate=self._rate.of(self.changes), lag=lag, facts=dict(self._facts))
         with suppress(HeadraceError):
-            self._control.report(report)
+            if not self._stands_by():
+                self._control.report(report)
+
+    def _stands_by(self) -> bool:
+        """Whether another capture reports while this one waits for the slot: it is not to be reported over (S30)."""
+        if self._report.code != "slot-active":
+            return False
+        with suppress(HeadraceError):
+            found = self._control.reports().get(NAME, [])
+            return any(not report.gone and report.code != "slot-active" for report in found)
+        return False
 
     def _flush(self) -> None:
         with suppress(HeadraceError):
