@@ -239,7 +239,7 @@ class DocumentConsumer:
             return False
         if local.loading:
             # Tombstones that the load has not read yet may be gone (S19).
-            return now() - local.appended <= self.settings.delete_retention_ms
+            return now() - local.appended <= local.tombstones_stay(self.settings.delete_retention_ms)
         if view is None or local.version > view.version or not _behind(local, view):
             return False
         # The view may show rows that the local rows never had; of those that are gone by now the log says so only for a while.
@@ -253,7 +253,7 @@ class DocumentConsumer:
             )
         if view.version > state.version:
             raise _refused("position-ahead", f"The view is at {view.version}, the log ends at {state.version}.")
-        if state.appended - view.appended > self.settings.delete_retention_ms:
+        if state.appended - view.appended > view.tombstones_stay(self.settings.delete_retention_ms):
             raise _refused("away-too-long", "The view was last fed longer ago than delete.retention.ms.")
 
     # Rendering

@@ -188,6 +188,7 @@ class Reader:
         if not new:
             return
         if not self.position.offsets:
+            self.position.retention = self._log.settings.delete_retention_ms
             self.position.appended = _now_ms()  # a build begins: nothing that it reads was removed before now (S19)
         described = self._log.topics.describe(new)
         starts: dict[Place, int] = {}
@@ -257,6 +258,7 @@ class Reader:
                 self._move(topic, ends)
         self.position = replace(
             self.position,
+            retention=self._log.settings.delete_retention_ms,
             version=target.version,
             source=target.source,
             appended=target.appended,
