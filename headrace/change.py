@@ -218,6 +218,7 @@ class Position:
         held: What is parked or delayed holds tokens back to here (S25), None when nothing is.
         parked: Collections of which something is parked: they are not what Postgres had at `version` either.
         approximate: Tables of the view of which values at `version` may be of a later moment (S7).
+        retention: How long tombstones stayed when it was fed last, ms; 0 where that was not noted.
     """
 
     offsets: dict[str, list[int]] = field(default_factory=dict)
@@ -229,6 +230,11 @@ class Position:
     held: Version | None = None
     parked: tuple[str, ...] = ()
     approximate: tuple[str, ...] = ()
+    retention: int = 0
+
+    def tombstones_stay(self, setting: int) -> int:
+        """Return how long tombstones that it has not seen stay, ms: a setting that was raised since brings none back (S19)."""
+        return min(self.retention or setting, setting)
 
     @property
     def reached(self) -> Version:

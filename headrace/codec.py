@@ -291,4 +291,5 @@ def decode_position(value: bytes | str) -> Position:
         approximate=tuple(record.get("approximate", ())),
         held=Version(*record["held"]) if "held" in record else None,
         parked=tuple(record.get("parked", ())),
+        retention=record.get("retention", 0),
     )

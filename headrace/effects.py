@@ -180,7 +180,7 @@ class EffectConsumer:
         return (
             before.continued_by(own.version, own.source)
             and all(own.topics.get(topic, id_) == id_ for topic, id_ in before.topics.items())
-            and own.appended - before.appended <= self.settings.delete_retention_ms
+            and own.appended - before.appended <= before.tombstones_stay(self.settings.delete_retention_ms)
         )
 
     def drop(self) -> None:

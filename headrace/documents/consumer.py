@@ -46,7 +46,7 @@ from headrace.change import Change, Position, Row, TableSchema, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check, check_types, check_window
 from headrace.documents.declaration import Level, Node
-from headrace.documents.layout import discard, errors, of_the_store
+from headrace.documents.layout import discard, errors, of_the_store, place
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
 from headrace.documents.rendering import rendered
@@ -137,7 +137,7 @@ class DocumentConsumer:
         """Open view and local rows; return the local position. The table above says what is kept of either."""
         self._close_local()
         self._view = self.store.open(generation)
-        path = self.settings.path(f"{self.name}-g{generation.number}.sqlite")
+        path = place(self.settings, f"{self.name}-g{generation.number}.sqlite")
         local = LocalRows(path, self.documents, generation.fingerprint)
         if local.position is not None and not self._fits(local.position, self._view):
             local.close()
@@ -239,7 +239,7 @@ class DocumentConsumer:
             return False
         if local.loading:
             # Tombstones that the load has not read yet may be gone (S19).
-            return now() - local.appended <= self.settings.delete_retention_ms
+            return now() - local.appended <= local.tombstones_stay(self.settings.delete_retention_ms)
         if view is None or local.version > view.version or not _behind(local, view):
             return False
         # The view may show rows that the local rows never had; of those that are gone by now the log says so only for a while.
@@ -253,7 +253,7 @@ class DocumentConsumer:
             )
         if view.version > state.version:
             raise _refused("position-ahead", f"The view is at {view.version}, the log ends at {state.version}.")
-        if state.appended - view.appended > self.settings.delete_retention_ms:
+        if state.appended - view.appended > view.tombstones_stay(self.settings.delete_retention_ms):
             raise _refused("away-too-long", "The view was last fed longer ago than delete.retention.ms.")
 
     # Rendering

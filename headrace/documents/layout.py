@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from headrace import codec
 from headrace.documents.paths import TOUCHED
 from headrace.errors import Misconfigured, Transient, described
+from headrace.settings import Settings
 
 LAYOUT: Final = 6
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
@@ -71,6 +73,24 @@ def of_the_store() -> Iterator[None]:
     except sqlite3.Error as error:
         said = f"The store raised {described(error)}."
         raise Misconfigured("consumer-failed", said, "Mend it, and start it again.") from error
+
+
+def place(settings: Settings, name: str) -> Path:
+    """Return where a file of this source is: in its own folder. One that an earlier version kept beside those of others is moved there."""
+    path, old = settings.path(f"{settings.source}/{name}"), settings.path(name)
+    if old.exists() and not path.exists():
+        with suppress(OSError, sqlite3.Error):  # then it is loaded anew
+            _move(old, path, settings.source)
+    return path
+
+
+def _move(old: Path, path: Path, source: str) -> None:
+    with closing(sqlite3.connect(old)) as db:  # the last to close it takes in what SQLite keeps beside it
+        found = db.execute("SELECT value FROM meta WHERE name = 'position'").fetchone()
+    if found and {topic.rsplit(".", 2)[0] for topic in codec.decode_position(found[0]).topics} == {source}:
+        for suffix in (*BEGUN, ""):
+            if (at := old.with_name(old.name + suffix)).exists():
+                at.replace(path.with_name(path.name + suffix))
 
 
 def discard(path: Path) -> None:

@@ -153,7 +153,10 @@ class FeedReader:
         self._whole = reached
         if checkpoint:
             self._told = time.monotonic()
-            self.position = replace(self.position, version=checkpoint.version, appended=checkpoint.appended)
+            kept = self._log.settings.delete_retention_ms
+            self.position = replace(
+                self.position, version=checkpoint.version, appended=checkpoint.appended, retention=kept
+            )
         if loading:
             changes = list({(change.table, change.key): change for change in changes}.values())
         else:
@@ -179,6 +182,7 @@ class FeedReader:
         if not new:
             return
         if not self.position.offsets:
+            self.position.retention = self._log.settings.delete_retention_ms
             self.position.appended = int(
                 time.time() * 1000
             )  # a build begins: nothing that it reads was removed before now (S19)

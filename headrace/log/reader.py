@@ -196,6 +196,7 @@ class Reader:
         if not self.position.offsets:
             # A build begins: nothing that it reads was removed before now (S19).
             self.position.appended = int(self._now() * 1000)
+            self.position.retention = self._log.settings.delete_retention_ms
         described = self._log.topics.describe(new)
         starts: dict[Place, int] = {}
         for topic in new:
@@ -264,6 +265,7 @@ class Reader:
                 self._move(topic, ends)
         self.position = replace(
             self.position,
+            retention=self._log.settings.delete_retention_ms,
             version=target.version,
             source=target.source,
             appended=target.appended,

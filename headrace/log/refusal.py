@@ -47,7 +47,7 @@ def check_age(settings: Settings, position: Position, since: float, now: float) 
     if position.loading:
         since = position.appended / 1000
     hours = (now - since) / 3600
-    if hours <= settings.delete_retention_ms / 3_600_000:
+    if hours <= position.tombstones_stay(settings.delete_retention_ms) / 3_600_000:
         return
     if position.loading:
         raise refused(

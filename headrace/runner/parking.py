@@ -201,8 +201,8 @@ class Parking:
             again = f"headrace parked retry {self._name} --all --generation {self._number}"
             raise Poison(
                 "too-many-parked",
-                f"{self.count} records of {self._name} are parked, and {len(entries)} more would be: HEADRACE_PARKED_LIMIT={self._limit} is "
-                f"the most. The first of these is: {last}",
+                f"{self.count} records of {self._name} are parked, and {len(entries)} more would be: "
+                f"HEADRACE_PARKED_LIMIT={self._limit} is the most. The first of these is: {last}",
                 f"Mend the consumer, and run it again; then: headrace rebuild {self._name}. Where the rows are at fault (headrace parked "
                 f"list {self._name}), mend them, raise HEADRACE_PARKED_LIMIT, run it again; then: {again}",
             ) from error

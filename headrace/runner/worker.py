@@ -241,8 +241,9 @@ class Worker(threading.Thread):
                 self._read(consumer, position)
             except Refused as error:
                 kept = self.shown and getattr(consumer, "shows", None)  # None after a wipe
-                # One of another source may be what its process builds.
-                other = any(source_of(topic) != self._log.settings.source for topic in (self.opened or known).topics)
+                # One of another HEADRACE_SOURCE may be what its process builds.
+                sources = set(map(source_of, (self.opened or known).topics)) - {self._log.settings.source}
+                other = sources and error.code == "position-of-another-source"
                 if kept or other or self.generation.live or self.state.exact:
                     raise
                 # Nobody sees this build: where it makes no sense, or stood still for too long, it begins again from zero (S19).

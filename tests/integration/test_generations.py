@@ -1051,7 +1051,7 @@ def test_what_a_killed_replay_leaves_behind_the_next_one_drops(settings: Setting
     env = os.environ | environment(settings) | {"TMPDIR": str(tmp_path)}
     with captured(settings, pages=ticks.TicksPages) as control:
         process = subprocess.Popen([sys.executable, "-m", "headrace", *words], env=env)
-        kept = lambda: list(tmp_path.glob("headrace-replay-*/*.sqlite"))  # noqa: E731  made once the store is open
+        kept = lambda: list(tmp_path.glob("headrace-replay-*/**/*.sqlite"))  # noqa: E731  made once the store is open
         eventually("it has begun to build", lambda: leftovers(settings, "pages", ticks.TicksPages) and kept())
         process.kill()
         process.wait()

@@ -86,7 +86,7 @@ def test_what_came_in_an_apply_that_was_killed_and_is_gone_by_the_next_leaves_no
     world.run(stop_after=0)
     for _ in range(3):
         world.run(kill="before")
-    (begun,) = Path(world.settings.state).glob("*begun")
+    (begun,) = Path(world.settings.state).glob("main/*begun")
     assert len(begun.read_bytes().splitlines()) == 1  # however often it was tried
     assert world.store.bodies()["2"]["reviews"] == [7]  # type: ignore[index]
     world.log.put(REVIEWS, 7, row)
@@ -94,7 +94,7 @@ def test_what_came_in_an_apply_that_was_killed_and_is_gone_by_the_next_leaves_no
     world.log.compact()
     world.run()
     world.check()
-    assert not [path for path in Path(world.settings.state).iterdir() if "begun" in path.name]
+    assert not list(Path(world.settings.state).rglob("*begun*"))
 
 
 @pytest.mark.parametrize("at", ["middle", "after"])
@@ -105,7 +105,7 @@ def test_a_list_of_what_was_begun_that_is_damaged_is_made_good_by_a_reload(world
     world.log.put(REVIEWS, 8, {"id": 8, "product_id": 2, "stars": 4})
     world.log.cut()
     world.run(kill=at)
-    (begun,) = Path(world.settings.state).glob("*begun")
+    (begun,) = Path(world.settings.state).glob("main/*begun")
     begun.write_bytes(b"\0" * 100)
     world.log.put(REVIEWS, 8, None)
     world.log.cut()
@@ -118,7 +118,7 @@ def test_a_list_of_what_was_begun_that_is_damaged_is_made_good_by_a_reload(world
 
 def away(world: World, *, hours: int) -> None:
     """Let the local rows have been committed so long ago."""
-    db = sqlite3.connect(world.settings.path("products-g1.sqlite"))
+    db = sqlite3.connect(world.settings.path("main/products-g1.sqlite"))
     ((position,),) = db.execute("SELECT value FROM meta WHERE name = 'position'")
     at = codec.decode_position(position)
     at.appended -= hours * 3_600_000
@@ -271,11 +271,29 @@ def test_a_kill_while_loading_resumes(world: World) -> None:
 def test_a_damaged_local_store_is_loaded_again(world: World) -> None:
     shop(world.log)
     world.run()
-    Path(world.settings.path("products-g1.sqlite")).write_bytes(
+    Path(world.settings.path("main/products-g1.sqlite")).write_bytes(
         b"not a database, but long enough to be looked at" * 100
     )
     world.run()
     world.check()
+
+
+def test_two_sources_keep_local_rows_apart_in_one_folder(tmp_path: Path) -> None:
+    """Those of an earlier version had one place, which may have been another's: they are taken over where they are one's own."""
+    one, other = (World(Settings(state=str(tmp_path), source=source)) for source in ("t", "other"))
+    shop(one.log)
+    one.run()
+    at = one.opened_at()
+    other.log.put(PRODUCTS, 1, {"id": 1, "category_id": None, "name": "of the other"})
+    other.log.cut()
+    other.log.cut()
+    other.run()
+    assert one.opened_at() == at
+    (tmp_path / "t" / "products-g1.sqlite").replace(tmp_path / "products-g1.sqlite")
+    (tmp_path / "other" / "products-g1.sqlite").unlink()
+    assert other.opened_at() is None
+    assert one.opened_at() == at
+    assert not (tmp_path / "products-g1.sqlite").exists()
 
 
 def test_a_generation_of_other_code_gets_local_rows_of_its_own(world: World) -> None:
@@ -523,13 +541,13 @@ def test_dropping_removes_the_local_rows(world: World) -> None:
     consumer.open(GENERATION)
     consumer.drop()
     consumer.close()
-    assert not list(Path(world.settings.state).iterdir())
+    assert not [each for each in Path(world.settings.state).rglob("*") if each.is_file()]
 
 
 def test_touched_documents_wait_on_disk(world: World) -> None:
     shop(world.log)
     world.run(piece=2, stop_after=1)
-    db = sqlite3.connect(world.settings.path("products-g1.sqlite"))
+    db = sqlite3.connect(world.settings.path("main/products-g1.sqlite"))
     assert db.execute("SELECT key FROM touched").fetchall() == [("[1]",)]
     db.close()
 

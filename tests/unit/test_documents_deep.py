@@ -115,7 +115,7 @@ def test_a_filter_that_a_row_passes_or_not_and_a_limit_that_it_is_within_or_not(
 def test_a_file_of_another_layout_is_thrown_away_and_loaded_again(world: World) -> None:
     """The version before this one wrote the fingerprint alone."""
     grown(world)
-    with closing(sqlite3.connect(world.settings.path("products-g1.sqlite"), isolation_level=None)) as db:
+    with closing(sqlite3.connect(world.settings.path("main/products-g1.sqlite"), isolation_level=None)) as db:
         db.execute("UPDATE meta SET value = ? WHERE name = 'fingerprint'", (GENERATION.fingerprint.encode(),))
     assert world.opened_at() is None
     world.log.put(CATEGORIES, 3, {"id": 3, "parent_id": None, "name": "renamed"})
