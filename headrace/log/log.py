@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 
 from headrace import codec
@@ -90,13 +90,18 @@ class Log:
         self.topics.make({name: (1, config) for name, config in wanted.items()})
 
     def ensure_table(self, table: str) -> str:
-        """Make a table's topic if it is missing; return its name. One that a broker made for somebody who asked for it is configured."""
-        topic, config = self.topic_of(table), table_config(self.settings)
-        if topic in self.topics.names():
-            self.topics.configure({topic: config})
-        else:
-            self.topics.make({topic: (self.settings.partitions, config)})
-        return topic
+        """Make a table's topic if it is missing; return its name."""
+        return self.ensure_tables([table])[0]
+
+    def ensure_tables(self, tables: Iterable[str]) -> list[str]:
+        """Make the topics of tables where they are missing, in few requests; return their names.
+
+        One that a broker made for somebody who asked for it is configured.
+        """
+        topics, config, there = [*map(self.topic_of, tables)], table_config(self.settings), self.topics.names()
+        self.topics.configure({topic: config for topic in topics if topic in there})
+        self.topics.make({topic: (self.settings.partitions, config) for topic in topics if topic not in there})
+        return topics
 
     def configure(self, checkpoint: Checkpoint | None) -> list[str]:
         """Let the topics that `checkpoint` names, and the spine, follow settings that changed since they were made; say what was altered.

@@ -30,6 +30,8 @@ CONTROL = "headrace.control"
 ANSWERS = "headrace.answers"
 PARKED = "headrace.parked"
 
+_BUNCH = 500
+"""Partitions that are made by one request: a broker makes none of 10,000, and is to answer in time."""
 _PLAIN = frozenset(string.ascii_letters + string.digits + "-_")
 _ESCAPE = re.compile(r"_u([0-9A-F]{4,6})_")
 Ends = dict[str, list[int]]
@@ -164,7 +166,8 @@ class Topics:
 
     def make(self, wanted: Mapping[str, tuple[int, dict[str, str]]]) -> None:
         """Make those of `wanted` (name to partitions and configuration) that are missing."""
-        missing = {name: how for name, how in wanted.items() if name not in self.names()}
+        there = self.names() if wanted else ()
+        missing = {name: how for name, how in wanted.items() if name not in there}
         if not missing:
             return
         copies = self._settings.replication or -1  # the broker's default.replication.factor
@@ -172,6 +175,12 @@ class Topics:
             NewTopic(name, num_partitions=partitions, replication_factor=copies, config=config)
             for name, (partitions, config) in missing.items()
         ]
+        bunch = max(1, _BUNCH // max(topic.num_partitions for topic in new))
+        for at in range(0, len(new), bunch):
+            self._make(new[at : at + bunch])
+        self.await_there(missing)
+
+    def _make(self, new: list[NewTopic]) -> None:
         for name, future in self._client.create_topics(new, operation_timeout=TIMEOUT).items():
             with self._client.errors(f"making topic {name}"):
                 try:
@@ -179,7 +188,6 @@ class Topics:
                 except KafkaException as error:  # another process may have made it, which this broker need not know yet
                     if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
                         raise
-        self.await_there(missing)
 
     def await_there(self, names: Collection[str]) -> dict[str, tuple[str, int]]:
         """Return what `describe` does, once a broker that was just told of topics knows them too."""
@@ -198,6 +206,8 @@ class Topics:
         Raises:
             Misconfigured: `topic-missing`, `kafka-refuses`.
         """
+        if not wanted:
+            return []
         asked = [ConfigResource(ResourceType.TOPIC, name) for name in wanted]
         found = _each(
             self._client,
@@ -219,7 +229,8 @@ class Topics:
 
     def delete(self, names: Collection[str], *, wait: bool = False) -> None:
         """Delete topics; those that are gone already are no error. `wait` until brokers know, so that they can be made again."""
-        gone = [name for name in names if name in self.names()]
+        there = self.names()
+        gone = [name for name in names if name in there]
         if gone:
             for name, future in self._client.delete_topics(gone, operation_timeout=TIMEOUT).items():
                 with self._client.errors(f"deleting topic {name}"):

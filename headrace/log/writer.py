@@ -110,11 +110,10 @@ class CutWriter:
                 kept[record.key] = None
         self._kept = deque(kept)
 
-    def add_topic(self, topic: str) -> None:
-        """Name a topic in every checkpoint from now on, also before it has records: an empty table is a state too."""
-        if topic not in self._ends:
-            self._ids[topic], count = self._topics.describe([topic])[topic]
-            self._ends[topic] = [0] * count
+    def add_topic(self, *topics: str) -> None:
+        """Name topics in every checkpoint from now on, also before they have records: an empty table is a state too."""
+        for topic, (identity, count) in self._topics.describe(set(topics) - self._ends.keys()).items():
+            self._ids[topic], self._ends[topic] = identity, [0] * count
             if count == 1:
                 self._last[topic] = None
 

@@ -106,13 +106,13 @@ def _publish(
             progress.say(keyless(table.full_name, table.keyless))
         elif not table.key:
             append_only.check(table)
+    writer.add_topic(*log.ensure_tables(named))  # before the first shape opens a cut, which may not last long (S5)
     for name, table in named.items():
         known, wanted = shapes.get(name), table.shape(1)
         if known is not None and known.key != wanted.key:  # its topic has been made anew
             shape = replace(wanted, version=known.version + 1)
         else:
             shape = Relations.version(known, wanted)
-        writer.add_topic(log.ensure_table(name))
         if shape is not known:
             writer.schema(shape)
     return set(named)

@@ -139,7 +139,7 @@ class Snapshot:
             yield connections
 
     def _tables(self, connection: catalog.Connection, stamp: Stamp) -> list[tuple[Rows, list[Piece]]]:
-        """Return what to read of each table, and publish the tables' shapes."""
+        """Return what to read of each table, and publish the tables' shapes: only now a cut opens, which may not last long (S5)."""
         publication = self._log.settings.publication
         filters = row_filters(connection, publication)
         found = []
@@ -152,15 +152,16 @@ class Snapshot:
                 continue
             rows = Rows(self._table(published), self._writer, stamp)
             found.append((rows, list(copies.pieces(connection, published, filters.get(published.oid)))))
+        shapes = [rows.table.shape for rows, _ in found]
+        self._writer.add_topic(*self._log.ensure_tables(shape.table for shape in shapes))
+        for shape in shapes:
+            if shape is not self._schemas.get(shape.table):
+                self._writer.schema(shape)
         return found
 
     def _table(self, published: catalog.Table) -> Table:
         known = self._schemas.get(published.full_name)
-        shape = Relations.version(known, published.shape(1))
-        self._writer.add_topic(self._log.ensure_table(shape.table))
-        if shape is not known:
-            self._writer.schema(shape)
-        return self._made(shape, published)
+        return self._made(Relations.version(known, published.shape(1)), published)
 
     def _read(
         self, connections: list[catalog.Connection], tables: list[tuple[Rows, list[Piece]]], version: Version
