@@ -621,7 +621,7 @@ def test_s13_a_record_that_comes_before_its_schema_waits_for_it(
 
 
 def test_s13_a_schema_that_never_comes_is_waited_for_and_then_said(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.log.reader._SCHEMA_SECONDS", 0.5)
+    monkeypatch.setattr("headrace.log.values._SCHEMA_SECONDS", 0.5)
     feed.version = 2
     feed.cut((ITEMS, 2, 20))
     reader = feed.log.reader([ITEMS], None)
