@@ -112,10 +112,10 @@ class Shelf:
         found: dict[bytes, Entry | None] = {}
         for record in read_to_end(self._log.settings, {(PARKED, 0): BEGINNING}):
             key = codec.loads(record.key)
-            if key.pop("source") == self._log.settings.source and name in {None, key["name"]}:
+            of_it = name in {None, key["name"]} and generation in {None, key["generation"]}
+            if key.pop("source") == self._log.settings.source and of_it:
                 found[record.key] = _read(key, record.value) if record.value is not None else None
-        kept = [entry for entry in found.values() if entry is not None and generation in {None, entry.generation}]
-        return sorted(kept, key=_order)
+        return sorted((entry for entry in found.values() if entry is not None), key=_order)
 
     def put(self, entry: Entry) -> None:
         """Write an entry, durably. Raises Transient: `kafka-away`."""

@@ -112,14 +112,14 @@ def _largest(settings: Settings) -> str:
 def spine_config(settings: Settings) -> dict[str, dict[str, str]]:
     """Return name and configuration of the topics that every source has."""
     kept = {"cleanup.policy": "compact", "message.timestamp.type": "LogAppendTime"}
-    # Small segments: these two are read from their beginning, and an open segment is never compacted.
+    # Small segments: these are read from their beginning, and an open segment is never compacted.
     often = {"segment.ms": "600000", "segment.bytes": str(16 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.1"}
     return {
         schemas_topic(settings.source): kept,
         # A cut leaves a tombstone and a marker, which nobody needs: capture reads all of them when it starts.
         checkpoints_topic(settings.source): kept | often | {"delete.retention.ms": "60000"},
         CONTROL: kept | often | {"max.message.bytes": _largest(settings)},  # an answer may name very many keys
-        PARKED: kept | {"max.message.bytes": _largest(settings)},  # a body may be as large as a row of a table
+        PARKED: kept | often | {"max.message.bytes": _largest(settings)},  # a body may be as large as a row of a table
         ANSWERS: {
             "cleanup.policy": "delete",
             "message.timestamp.type": "LogAppendTime",  # else pages of a process whose clock is wrong are refused, or expire at once

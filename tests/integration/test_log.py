@@ -14,13 +14,13 @@ from unittest.mock import ANY
 import pytest
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
-from headrace import codec
+from headrace import codec, parked
 from headrace.change import Checkpoint, Column, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import Log, Reader, kafka
 from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import ANSWERS, checkpoints_topic, table_of, topic_of
+from headrace.log.topics import ANSWERS, CONTROL, PARKED, checkpoints_topic, table_of, topic_of
 from headrace.settings import Settings
 from tests.fixtures.capture import eventually
 from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed, add_partition
@@ -90,6 +90,10 @@ def test_topics_are_made_as_the_settings_say_and_follow_them(feed: Feed, setting
     assert (spine["cleanup.policy"], spine["message.timestamp.type"]) == ("compact", "LogAppendTime")
     assert config_of(settings, ANSWERS)["message.timestamp.type"] == "LogAppendTime"
     assert spine["delete.retention.ms"] == "60000"  # each cut leaves a tombstone, and capture reads them when it starts
+    small = [
+        config_of(settings, name)["segment.bytes"] for name in (checkpoints_topic(settings.source), CONTROL, PARKED)
+    ]
+    assert small == [str(16 * 1024 * 1024)] * 3  # read from their beginning
     assert feed.log.configure(sealed) == []
     longer = Log(replace(settings, delete_retention_ms=8 * 86_400_000))
     altered = [topic, feed.log.topic_of(TAGS)]
@@ -98,6 +102,17 @@ def test_topics_are_made_as_the_settings_say_and_follow_them(feed: Feed, setting
     )
     assert [config_of(settings, name)["delete.retention.ms"] for name in altered] == ["691200000"] * 2
     assert config_of(settings, topic) == made | {"delete.retention.ms": "691200000"}
+
+
+def test_of_what_is_parked_only_the_bodies_of_the_wanted_generation_are_read(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, read = parked.Shelf(feed.log), list[int]()
+    for generation in (1, 2):
+        shelf.put(parked.Entry("items", generation, ITEMS, '{"id":1}'))
+    decode = parked._read
+    monkeypatch.setattr(parked, "_read", lambda key, value: read.append(key["generation"]) or decode(key, value))
+    assert [entry.generation for entry in shelf.entries("items", 2)] == read == [2]
 
 
 def config_of(settings: Settings, topic: str) -> dict[str, str]:
