@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -18,6 +19,7 @@ from rich.table import Table
 from headrace.change import format_lsn
 from headrace.cli.show import out, print_json, seconds, size
 from headrace.cli.source import source_facts
+from headrace.consumer import ALL
 from headrace.control import Control, Report, command_of
 from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured, Transient
 from headrace.log import Log
@@ -58,8 +60,9 @@ def status(
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
     Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked, not to be promoted, too
-    far behind or loads while no capture runs, the heartbeat or the look at the catalogue fails, or Kafka does not answer; 2 --check and
-    --json are given; 3 a setting is wrong; 5 without --check, and Kafka does not answer: with --watch at the start only.
+    far behind or loads while no capture runs, a table that is read is captured no more, the heartbeat or the look at the catalogue
+    fails, or Kafka does not answer; 2 --check and --json are given; 3 a setting is wrong; 5 without --check, and Kafka does not answer:
+    with --watch at the start only.
 
     Examples:
 
@@ -103,8 +106,8 @@ def _facts(log: Log, control: Control, name: str | None) -> Facts:
     source = captures[-1] if captures else None
 
     def said(report: Report) -> Facts:
-        unwritten = _unwritten(report, captures, log.settings.source)
-        return _said(report, source) | ({"unwritten": unwritten} if unwritten else {})
+        told = {"unwritten": _unwritten(report, captures, log.settings.source), "frozen": frozen(report, captures)}
+        return _said(report, source) | {name: text for name, text in told.items() if text}
 
     return {
         "source": {"name": log.settings.source, "clock_ahead_seconds": round(control.ahead, 1)} | _slot(log),
@@ -220,7 +223,7 @@ def _notes(name: str, report: Facts) -> Iterator[str]:
         yield f"[red]{name}[/red]: no word for {seconds(report['age_seconds'])}; run: {command_of(name)}"
     elif reason := f"{report['reason']} {report['remedy']}".strip():
         yield f"[yellow]{_called(name, report)}[/yellow]: {escape(reason)}"
-    for trouble in [*_troubles(report), *filter(None, [report.get("unwritten")])]:
+    for trouble in [*_troubles(report), *filter(None, [report.get("unwritten"), report.get("frozen")])]:
         yield f"[red]{name}[/red]: {escape(trouble)}"
     if parked := report.get("parked"):
         yield f"[yellow]{_called(name, report)}[/yellow]: {_parked(name, parked)}"
@@ -283,8 +286,8 @@ def _check_one(name: str, report: Report, most: float) -> None:
 
 
 def _check_written(report: Report, captures: list[Report], source: str) -> None:
-    if unwritten := _unwritten(report, captures, source):
-        _wrong(f"{report.name}: {unwritten}")
+    for told in filter(None, [_unwritten(report, captures, source), frozen(report, captures)]):
+        _wrong(f"{report.name}: {told}")
 
 
 def _unwritten(report: Report, captures: list[Report], source: str) -> str:
@@ -295,10 +298,29 @@ def _unwritten(report: Report, captures: list[Report], source: str) -> str:
     return f"loading, and no capture of source {source} runs; run: {command_of('capture')}"
 
 
+def frozen(report: Report, captures: list[Report]) -> str:
+    """Return which tables a view shows as they were, for they are captured no more; "" when it follows all that it reads."""
+    reads = report.facts.get("reads", [])
+    gone = {table for capture in captures for table in capture.facts.get("unpublished", [])}
+    found = sorted(gone if tuple(reads) == ALL else gone.intersection(reads))
+    return f"shows {', '.join(found)} as of before {_mend(found, report.name)}" if found else ""
+
+
+def _mend(tables: list[str], name: str = "NAME") -> str:
+    named = [shlex.quote(table) for table in tables]
+    return (
+        "it was renamed, dropped or taken out of the publication. To capture it again: "
+        f"headrace setup {' '.join(f'--table {table}' for table in named)} --apply. If it has another name, let the view read that, and "
+        f"headrace rebuild {name}. Then, and if nobody wants it any more: headrace resnapshot {' '.join(named)}"
+    )
+
+
 def _troubles(facts: Facts) -> Iterator[str]:
     """Return what capture finds wrong in the source though the stream goes on."""
     if failing := facts.get("failing"):
         yield f"UPDATE and DELETE of a captured table fail in the source, or come without its key (S8); run: {failing}"
+    if gone := facts.get("unpublished"):
+        yield f"the log has {', '.join(gone)} as of before {_mend(gone)}"
     if (told := str(facts.get("heartbeat", ""))).startswith("failed") or _hangs(told):
         yield f"the heartbeat {told}"  # an idle source no longer shows that it lives, nor how much WAL it holds (S17)
     if (told := str(facts.get("catalogue", ""))).startswith("failed"):

@@ -11,7 +11,8 @@ from headrace import plugins
 from headrace.change import Checkpoint, Version, format_lsn, parse_lsn
 from headrace.cli.show import out, print_json
 from headrace.cli.source import source_facts
-from headrace.control import DEAD_SECONDS, Control
+from headrace.cli.status import frozen
+from headrace.control import DEAD_SECONDS, Control, Report
 from headrace.errors import USAGE, Misconfigured, Transient
 from headrace.log import Log
 from headrace.settings import load
@@ -36,7 +37,8 @@ def wait(
     The LSN of a write is what `SELECT pg_current_wal_insert_lsn()` says on its connection after COMMIT has returned; without --lsn Postgres
     is asked here. A view says once a second how far it is, so the wait ends that much later. One of which records are parked, that is
     paused or has stopped does not come there: that is said at once. While capture takes the first snapshot, that is waited for too;
-    so is the process of a view that is installed here or has run before, which may have been started just now.
+    so is the process of a view that is installed here or has run before, which may have been started just now. Of a table that is captured
+    no more nothing comes: that is noted.
 
     Exit codes: 0 they see it; 2 the LSN is none; 3 one does not come there before somebody changes something, no process runs it, or the
     LSN is of an earlier epoch; 5 not in time, or a server does not answer.
@@ -54,6 +56,7 @@ def wait(
     wanted = _wanted(log, control, names, lsn, timeout)
     _await_processes(control, names, began + timeout)
     found = [reached(control, name, wanted, max(0.0, began + timeout - time.monotonic())) for name in names]
+    _note(control, found)
     if json:
         at = {"epoch": wanted.epoch, "lsn": format_lsn(wanted.lsn)}
         print_json(
@@ -66,6 +69,14 @@ def wait(
         return
     for report in found:
         out.print(f"{report.name} shows {report.version}, and so {wanted}", markup=False)
+
+
+def _note(control: Control, found: list[Report]) -> None:
+    """Say which views come to that state without a table that they read."""
+    captures = control.reports().get("capture", [])
+    for report in found:
+        if told := frozen(report, captures):
+            typer.echo(f"note: {report.name} {told}", err=True)
 
 
 def _wanted(log: Log, control: Control, names: list[str], lsn: str | None, timeout: float) -> Version:

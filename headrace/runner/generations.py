@@ -37,6 +37,7 @@ class Generations:
         standing: What somebody asked the view to stay: PAUSED or DROPPED, until asked otherwise; else empty. It is a record of
             control, so that it outlives this process.
         none: Stands for them while there is none.
+        reads: The tables that the view reads, or ALL; none before the first look.
         unpromoted: Why the first build cannot be promoted, by its number: it says so itself until that succeeds.
         reporting: Held while what the workers say is written, so that nothing is said of a generation that is gone.
     """
@@ -48,6 +49,7 @@ class Generations:
         self.standing = ""
         self.make: Callable[[], Consumer] = lambda: _made(consumer, log, name)
         self.none = Generation(name, 0, "")
+        self.reads: list[str] = []
         self._consumer = consumer
         self._log = log
         self._control = control
@@ -79,6 +81,7 @@ class Generations:
             self._left = dict(shown.get("", {}).get("left", []))
             self._unrecorded = not shown
             self._remembers = True
+        self.reads = sorted(self._store.tables)
         held = {generation.number: generation for generation in self._store.generations()}
         if self._unrecorded:
             self._seed_shown(held)

@@ -181,11 +181,12 @@ class Runner:
 
     def _facts(self, generation: Generation, state: State) -> dict[str, Any]:
         left = {"left": True} if self.generations.left_for(generation.number) is not None else {}
+        reads = {"reads": self.generations.reads}
         inexact = {"inexact": list(state.inexact)} if state.inexact else {}
         parked = {"parked": state.parked} if state.parked else {}
         if self._log.fed_by_debezium:
-            return left | inexact | parked | {"checkpoints": "none"}
-        return left | inexact | parked | ({"written_ms": state.written} if state.exact else {})
+            return reads | left | inexact | parked | {"checkpoints": "none"}
+        return reads | left | inexact | parked | ({"written_ms": state.written} if state.exact else {})
 
     def _reason(self, state: State) -> str:
         if self.generations.standing == DROPPED != state.phase:

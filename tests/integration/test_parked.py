@@ -336,7 +336,7 @@ def test_with_a_limit_of_0_the_first_one_stops_the_consumer(feed: Feed, settings
         feed.cut((ITEMS, 2, 13))
         eventually("it stops", lambda: report(control, "picky").phase == "stopped")
         said = report(control, "picky")
-        assert (said.code, said.facts) == ("unlucky", {"written_ms": said.facts["written_ms"]})
+        assert (said.code, said.facts.keys()) == ("unlucky", {"reads", "written_ms"})
         assert f"See {ITEMS} partition 0 offset" in said.reason
     assert parked(settings, "picky") == []
 

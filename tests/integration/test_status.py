@@ -30,6 +30,7 @@ from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
 from headrace.requests import Request
 from headrace.settings import Settings, environment
+from headrace_capture import attention
 from headrace_ops import Stack
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows
@@ -177,6 +178,44 @@ def test_check_says_in_one_line_that_kafka_is_away(settings: Settings, monkeypat
     assert ended.exit_code == 1
     assert ended.stdout.count("\n") == 1
     assert "HEADRACE_KAFKA" in ended.stdout
+
+
+def test_a_table_that_is_captured_no_more_is_told_until_somebody_decides(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For capture and for the views that read it; it is captured again, or asked for: gone, its rows go, and if it is there they stay."""
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1)")
+
+    def checks(code: int) -> bool:
+        return all(status(settings, "--check", name).exit_code == code for name in ("capture", "plain"))
+
+    with serving(settings, plain=Plain) as control, capturing(settings) as capture:
+        capture.hear("streaming")
+        await_live(control, "plain")
+        capture.eventually("all is well", lambda: checks(0))
+        execute(settings, "ALTER TABLE items RENAME TO things")
+        capture.eventually("it is told", lambda: checks(1))
+        assert capture.hear("items is captured no more")
+        for name, said in (
+            ("plain", "plain: shows public.items as of before"),
+            ("capture", "capture: the log has public.items"),
+        ):
+            assert status(settings, "--check", name).stdout.startswith(said)
+            assert said in " ".join(status(settings).stdout.split())
+        ended = CliRunner().invoke(app, ["wait", "plain"], env=environment(settings))
+        assert (ended.exit_code, "note: plain shows public.items" in ended.stderr) == (0, True)
+        execute(settings, "ALTER TABLE things RENAME TO items")
+        capture.eventually("it is captured again", lambda: status(settings, "--check", "plain").exit_code == 0)
+        capture.eventually("so is the other name not", lambda: "public.things" in status(settings, "--check").stdout)
+        control.ask("capture", "resnapshot", {"tables": ["public.things"]})
+        capture.eventually("nothing is left of that", lambda: checks(0))
+        assert capture.hear("public.things was read again: 0 rows, 1 keys removed")
+        execute(settings, f"ALTER PUBLICATION {settings.publication} DROP TABLE items")
+        capture.eventually("it is told again", lambda: checks(1))
+        control.ask("capture", "resnapshot", {"tables": ["public.items"]})
+        capture.eventually("that is meant so", lambda: checks(0))
+        assert Plain(settings, "plain").rows()
 
 
 def test_a_table_that_is_inexact_is_named_for_capture_and_for_the_views_that_read_it(settings: Settings) -> None:

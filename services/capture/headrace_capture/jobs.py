@@ -23,6 +23,8 @@ JOB, CATALOGUE = "resnapshot", "catalogue"
 WAITING, READING, PAUSED, FAILED, CANCELLED, DONE = "waiting", "reading", "paused", "failed", "cancelled", "done"
 WRITING, REMOVING = "writing", "removing"
 """An append-only table, half of which is in the log: only within a high watermark's transaction (see `writing`)."""
+LEFT = "left"
+"""It was published and is not any more; its rows are still there. Whoever asks for it ends that."""
 JOINED = "joined"
 """A floor still to be taken: everything that runs when the table is first read must be over by then."""
 
@@ -38,7 +40,7 @@ class Job:
         request: The id of the request that asked for it.
         floor: A snapshot; what is read must see all that it sees (`JOINED`, empty for no such need).
         initial: Whether it is a part of the initial snapshot.
-        phase: WAITING, READING, PAUSED, FAILED, CANCELLED or DONE; for a moment WRITING or REMOVING.
+        phase: WAITING, READING, PAUSED, FAILED, CANCELLED, DONE or LEFT; for a moment WRITING or REMOVING.
         reason: Why it failed, or what it waits for.
         first: Commit LSN of the first low watermark of this pass, 0 before; of an append-only table, of the high one.
         seen: The snapshot of the first chunk of this pass.

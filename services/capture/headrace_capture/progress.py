@@ -96,6 +96,16 @@ class Progress:
                 )
         self._facts["failing"] = "; ".join(statements)
 
+    def unpublished(self, tables: list[str]) -> None:
+        """Tables that the log has are not published any more: say so once, and report it meanwhile."""
+        known = self._facts.get("unpublished", [])
+        for table in tables:
+            if table not in known:  # type: ignore[operator]
+                self.say(
+                    f"warning: {table} is captured no more: it was renamed, dropped or taken out. See: headrace status"
+                )
+        self._facts["unpublished"] = tables
+
     def wal(self, held: int, end: int) -> None:
         """The slot holds back so many bytes of WAL, which ends at `end` now."""
         self.fact("wal_held", held)

@@ -30,7 +30,7 @@ from headrace_capture.attention import CatalogueWatch, Findings, Requests
 from headrace_capture.chunks import Ask, Chunk, ChunkReader
 from headrace_capture.cut import Cut
 from headrace_capture.fingerprints import Fingerprint
-from headrace_capture.jobs import DONE, FAILED, JOINED, READING, REMOVING, WAITING, WRITING, Job, Jobs
+from headrace_capture.jobs import DONE, FAILED, JOINED, LEFT, READING, REMOVING, WAITING, WRITING, Job, Jobs
 from headrace_capture.pgoutput import Message
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
@@ -164,6 +164,7 @@ class Resnapshot:
         known = self._jobs.prints
         gone = {name for name in known if name != table and any(oid in oids for oid, _ in known[name].leaves)}
         if gone:
+            self._left(gone)
             self._jobs.know_only(known.keys() - gone)
             self._printed_at.update(dict.fromkeys(gone, time.monotonic()))
 
@@ -208,7 +209,21 @@ class Resnapshot:
                 self._compare(table, known, print_)
             elif not self._joining(table):
                 self._came(table, print_)
-        self._jobs.know_only(findings.prints.keys() | newer)
+        there = findings.prints.keys() | newer
+        self._left(self._jobs.prints.keys() - there)
+        self._jobs.know_only(there)
+        left = {job.table for job in self._jobs.all.values() if job.phase == LEFT}
+        self._progress.unpublished(sorted(left - there))
+
+    def _left(self, tables: set[str]) -> None:
+        """Note that tables are not published any more, though the log has their rows: it goes on without them."""
+        for table in tables & self._relations.shapes.keys():
+            job = self._jobs.all.get(table)
+            if job is not None and job.open:
+                job.request = ""  # who asked for it did not know
+            else:
+                job = Job(table, why="it is not published any more", phase=LEFT)
+            self._jobs.put(job)
 
     def _joining(self, table: str) -> bool:
         """Whether the next chunk takes the table for one that has just joined, and learns its fingerprint."""
@@ -325,6 +340,9 @@ class Resnapshot:
             return False
         if not chunk.covered:
             self._wait(job, "waits for transactions that began before it")
+        elif not chunk.exists and job.key is None:  # its rows go now: nothing is left of it
+            self._printed_at[job.table] = time.monotonic()
+            self._jobs.know_only(self._jobs.prints.keys() - {job.table})
         return chunk.covered
 
     def _same(self, job: Job, print_: Fingerprint, *, joining: bool) -> bool:

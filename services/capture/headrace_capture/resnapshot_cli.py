@@ -17,7 +17,7 @@ from headrace.errors import USAGE, Misconfigured
 from headrace.log import Log
 from headrace.settings import load
 from headrace_capture import recovery
-from headrace_capture.jobs import CANCELLED, FAILED, PAUSED, Job, Jobs
+from headrace_capture.jobs import CANCELLED, FAILED, LEFT, PAUSED, Job, Jobs
 from headrace_capture.progress import NAME
 from headrace_capture.tables import newest
 
@@ -176,7 +176,7 @@ def _wait(log: Log, names: list[str], *, forgotten: bool) -> None:
         if failed:
             raise Misconfigured("resnapshot-failed", f"{failed[0].name}: {failed[0].reason}", "Mend that, ask again.")
         gone = [] if forgotten else [name for name in names if name not in jobs]
-        cancelled = gone + [job.name for job in waited if job.phase == CANCELLED]
+        cancelled = gone + [job.name for job in waited if job.phase in {CANCELLED, LEFT}]
         if cancelled:
             said = f"{', '.join(cancelled)}: not read again: cancelled, or left out of the publication."
             raise Misconfigured("resnapshot-cancelled", said, "Ask again if it is still to be read.")

@@ -21,7 +21,7 @@ from headrace.log import Log
 from headrace_capture.chunks import Chunk
 from headrace_capture.cut import LONGEST_SECONDS, Cut
 from headrace_capture.fingerprints import Fingerprint
-from headrace_capture.jobs import DONE, READING, REMOVING, WRITING, Job, Jobs
+from headrace_capture.jobs import DONE, LEFT, READING, REMOVING, WRITING, Job, Jobs
 from headrace_capture.known import KnownKeys
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations, plans_of
@@ -187,7 +187,10 @@ class Writing:
             self.left_out[job.table] = chunk.print
             self._progress.say(f"warning: {job.table} is left out: it is not published, or has no usable key")
             self._cut.inexact.discard(job.table)
-            self._jobs.drop(job.name)
+            if shape_then is None or job.request or job.key is not None or job.table in self._jobs.prints:
+                self._jobs.drop(job.name)
+            else:  # it has left, and nobody has asked for it since
+                self._jobs.put(Job(job.table, why=job.why, phase=LEFT))
             return None
         if job.key is not None:
             said = f"{job.table} is gone: no row of it can be read."
