@@ -119,9 +119,8 @@ def _facts(log: Log, control: Control, name: str | None) -> Facts:
 def _slot(log: Log) -> Facts:
     if log.settings.feed == "debezium":
         return {"feed": "debezium"}
-    newest = log.newest_checkpoint()
     try:
-        return source_facts(log.settings, newest)
+        return source_facts(log.settings, log.newest_checkpoint())
     except HeadraceError as error:
         return {"error": error.message, "remedy": error.remedy}
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -75,8 +76,7 @@ class Reader:
         self._spine = Spine(self._newest)
         self._target: Checkpoint | None = None
         self._behind_since: float | None = None
-        self._fed = time.time()  # what was written of its tables before this moment is read (S19)
-        self._looked = 0.0
+        self._fed = self._looked = self._now()  # what was written of its tables before the first is read (S19)
         self._schemas: dict[tuple[str, int], TableSchema] = {}
         self._schemas_end = BEGINNING
         self._kept: dict[Place, deque[Message]] = {}
@@ -367,14 +367,15 @@ class Reader:
 
     def _note_fed(self) -> None:
         """Note that a view at the newest checkpoint lacks nothing: while capture is off, no other checkpoint says so."""
-        now = time.time()  # not the monotonic clock, which stands still while a machine sleeps
+        now = self._now()  # not the monotonic clock, which stands still while a machine sleeps
         at_newest = self._newest is not None and self._newest.version == self.position.version
         if not at_newest or 0 <= now - max(self._fed, self._looked) < _STILL_SECONDS:
             return
         self._looked = now
-        ends = self._log.topics.ends(Counter(topic for topic, _ in self._read_to))
-        if all(at >= ends[topic][partition] for (topic, partition), at in self._read_to.items()):
-            self._fed = now
+        with suppress(Misconfigured):  # a topic that is gone: what becomes of it is said where it is read
+            ends = self._log.topics.ends(Counter(topic for topic, _ in self._read_to))
+            if all(at >= ends[topic][partition] for (topic, partition), at in self._read_to.items()):
+                self._fed = now
 
     def _check_age(self, target: Checkpoint) -> None:
         if lacks(self.position, target):

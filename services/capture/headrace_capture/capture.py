@@ -141,6 +141,8 @@ class Capture:
         while True:
             slot = slot_of(connection, self._settings.slot)
             if slot is None or slot.active_pid is None:
+                if said:
+                    self._progress.phase("starting")
                 return slot
             identity.check_ours(self._settings.slot, slot, database)
             if not said:

@@ -151,7 +151,8 @@ class Progress:
             return False
         with suppress(HeadraceError):
             found = self._control.reports().get(NAME, [])
-            return any(not report.gone and report.code != "slot-active" for report in found)
+            others = [report for report in found if report.phase != "starting"]  # so does this one begin
+            return any(not report.gone and report.code != "slot-active" for report in others)
         return False
 
     def _flush(self) -> None:
