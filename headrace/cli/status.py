@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from headrace.change import format_lsn
+from headrace.change import NOWHERE, format_lsn
 from headrace.cli.show import out, print_json, seconds, size
 from headrace.cli.source import source_facts
 from headrace.consumer import ALL
@@ -127,6 +127,7 @@ def _slot(log: Log) -> Facts:
 
 def _said(report: Report, source: Report | None) -> Facts:
     records, wal, behind = report.lag
+    epochs = source.version.epoch - report.version.epoch if source and report.version != NOWHERE else 0
     if source is not None and source.version.epoch == report.version.epoch:
         # Who died, stands still or hangs says what was missing when it last read: that is counted to what is captured now. Not so for
         # one that reads, which knows better: a version may be held back by what is delayed or parked.
@@ -140,7 +141,7 @@ def _said(report: Report, source: Report | None) -> Facts:
         "epoch": report.version.epoch,
         "lsn": report.version.lsn,
         "applied": format_lsn(report.version.lsn),
-        "lag": {"records": records, "wal_bytes": wal, "seconds": round(behind, 3)},
+        "lag": {"records": records, "wal_bytes": wal, "seconds": round(behind, 3), "epochs": max(0, epochs)},
         "rate": report.rate,
         "eta_seconds": report.eta if report.eta >= 0 else None,
         "progress": list(report.progress),
@@ -209,7 +210,9 @@ def _called(name: str, report: Facts) -> str:
 
 
 def _behind(lag: Facts) -> str:
+    epochs = lag["epochs"]
     parts = [
+        f"{epochs} epoch{'s' if epochs > 1 else ''}" if epochs else "",
         f"{lag['records']} records" if lag["records"] else "",
         size(lag["wal_bytes"]) if lag["wal_bytes"] else "",
         seconds(lag["seconds"]) if lag["seconds"] else "",

@@ -141,7 +141,7 @@ def test_what_leaves_the_publication_as_it_was_lets_nothing_be_read_again(settin
         )
         eventually("it was looked at", lambda: "more" in fingerprint(settings, T))
         assert capture.reach().inexact == ()
-    assert jobs(settings) == {}
+    assert phases(settings) == {"public.others": "left"}
 
 
 def test_a_table_that_comes_back_in_the_middle_of_a_pass_is_read_from_its_beginning(settings: Settings) -> None:

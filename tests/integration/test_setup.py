@@ -295,8 +295,11 @@ def test_teardown_puts_everything_back(db: Connection, source: Settings) -> None
     prepared(db, source)
     db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [source.slot])
     db.execute("ALTER TABLE public.mine REPLICA IDENTITY NOTHING")  # changed by its owner since: not ours any more
+    db.execute(
+        "ALTER TABLE public.wide RENAME TO wider; CREATE TABLE public.wide (id int); ALTER TABLE public.wide REPLICA IDENTITY FULL"
+    )
     teardown.run(db, source, teardown.plan(db, source))
-    assert [identity(db, f"public.{t}") for t in ("wide", "quiet", "mine")] == ["d", "n", "n"]
+    assert [identity(db, f"public.{t}") for t in ("wider", "wide", "quiet", "mine")] == ["d", "f", "n", "n"]
     assert db.execute("SELECT FROM pg_publication").fetchall() == []
     assert slot_facts(source)["exists"] is False
     assert teardown.plan(db, source) == teardown.Removal(slot=False, statements=(), kept=())
@@ -340,9 +343,11 @@ def test_a_plain_role_gets_what_it_lacks_and_loses_it_again(db: Connection, sour
             facts = catalog.server(plain)
             assert (facts.system_id, facts.timeline) == catalog.identify(walsender)[:2]
             assert not catalog.published_tables(plain, source.publication)[0].filtered
+        db.execute("ALTER TABLE s.a RENAME TO b")
         teardown.run(db, source, teardown.plan(db, source))
         with catalog.connect(theirs) as plain, pytest.raises(pg.InsufficientPrivilege):
-            plain.execute("SELECT * FROM s.a")
+            plain.execute("SELECT * FROM s.b")
+        assert db.execute(f"SELECT has_table_privilege('{role}', 's.b', 'SELECT')").fetchall() == [(False,)]
         with pytest.raises(Misconfigured, match="REPLICATION"):
             catalog.connect_replication(theirs)
     finally:

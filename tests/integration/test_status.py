@@ -255,6 +255,8 @@ def test_what_is_missing_is_counted_to_what_is_captured_now(
     )
     (said,) = orjson.loads(status(settings, "--json", "plain").stdout)["consumers"]["plain"]
     assert said["lag"]["wal_bytes"] == missing
+    say(control, Report("capture", live=True, phase="streaming", version=Version(2, 500)))
+    assert re.search(r"^ *plain .* 1 epoch, 1 records?", status(settings, "plain").stdout, re.MULTILINE), "not in bytes"
 
 
 class Clock:

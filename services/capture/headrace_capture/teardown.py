@@ -7,6 +7,7 @@ server found already given, and so does not remember, stays for it: its capture 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -156,20 +157,35 @@ def _needed(connection: Connection, settings: Settings) -> dict[_Where, str]:
 
 
 def _restore(connection: Connection, memory: Memory) -> list[tuple[_Where, sql.Composed]]:
-    """Return the statements for what still exists and is still as setup left it, each with what it is of."""
-    now = {(schema, name): identity for schema, name, identity in connection.execute(_IDENTITIES)}
+    """Return the statements for what still exists and is still as setup left it, each with what it is of.
+
+    A table is known by its oid, whatever it is called by now; a partition by its name.
+    """
+    now = {oid: ((schema, name), identity) for oid, schema, name, identity in connection.execute(_IDENTITIES)}
+    oids: dict[_Where, list[int]] = defaultdict(list)
+    for oid, full_name in sorted(memory.published):
+        schema, _, name = full_name.partition(".")
+        oids[schema, name].append(oid)
+    named = {where: [oid] for oid, (where, _) in now.items()} | oids
+
+    def found(schema: str, name: str) -> list[tuple[_Where, str]]:
+        return [now[oid] for oid in named.get((schema, name), []) if oid in now]
+
     schemas = {schema for (schema,) in connection.execute("SELECT nspname FROM pg_namespace")}
     roles = {role for (role,) in connection.execute("SELECT rolname FROM pg_roles")}
     restore = sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}")
     statements: list[tuple[_Where, sql.Composed]] = [
-        ((c.schema, c.name), restore.format(sql.Identifier(c.schema, c.name), sql.SQL(WORDS[c.was])))
+        (where, restore.format(sql.Identifier(*where), sql.SQL(WORDS[c.was])))
         for c in memory.identities
-        if now.get((c.schema, c.name)) == c.now
+        for where, identity in found(c.schema, c.name)
+        if identity == c.now
     ]
-    for grant in memory.grants:
-        there = not grant.schema or (grant.schema in schemas and (not grant.name or (grant.schema, grant.name) in now))
-        if grant.role in roles and there:
-            statements.append(((grant.schema, grant.name), rights.take(grant)))
+    for grant in [grant for grant in memory.grants if grant.role in roles]:
+        if grant.name:
+            places = [where for where, _ in found(grant.schema, grant.name)]
+        else:
+            places = [(grant.schema, "")] if not grant.schema or grant.schema in schemas else []
+        statements += [(where, rights.take(grant._replace(schema=where[0], name=where[1]))) for where in places]
     return statements
 
 
@@ -180,6 +196,6 @@ ORDER BY 1
 """
 
 _IDENTITIES = """
-SELECT n.nspname, c.relname, c.relreplident::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+SELECT c.oid, n.nspname, c.relname, c.relreplident::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p')
 """
