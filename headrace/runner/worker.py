@@ -338,7 +338,7 @@ class Worker(threading.Thread):
     def _halt(self, error: HeadraceError) -> None:
         """Stay stopped, with the reason in status. A refused view can still be read, so it still answers; one that is moved goes on."""
         self._stood, self._moved = None, False
-        self._set(phase="stopped", error=error)
+        self._set(error=error, phase="stopped")  # no report may tell of the one without the other
         while not self._stopping.is_set() and not self._moved:
             if isinstance(error, Refused):
                 self._answer_still(error)

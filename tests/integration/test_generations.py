@@ -336,7 +336,7 @@ def test_a_view_that_waits_amid_a_state_is_held_as_if_readers_had_seen_it_all_al
     opened.stop()
     feed.cut((ITEMS, 1, 8))
     Noted.fails.clear()
-    await_phase(two, "one", 1, "live")
+    eventually("it has come back", lambda: report(two, "one", 1).phase in {"live", "catching up"})
     assert two.ask("one", "hold")["version"] == list(first.version)
     assert Noted(settings, "one").rows() == {KEY: 7}
     assert two.ask("one", "promote", {"at": list(first.version)})["generation"] == 2

@@ -532,7 +532,8 @@ def test_asked_to_stop_while_it_looks_what_the_log_has_it_writes_nothing_more(
         capture.reach()
         monkeypatch.setattr(known.KnownKeys, amid, stopping)
         unseen(settings, "DELETE FROM items WHERE id = 1")
-        ask(settings, tables=[T])
+        with suppress(HeadraceError):  # it may end before it answers
+            ask(settings, tables=[T])
         capture.join()
     assert (phases(settings)[T], looked) == ("waiting", [])
     assert b'{"id":1}' in replay(settings, T)

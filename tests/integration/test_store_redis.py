@@ -432,10 +432,12 @@ def test_a_drop_that_was_cut_short_is_finished_and_nothing_is_built_again(
             raise KeyboardInterrupt
         client.config_set("min-replicas-to-write", "1")
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) if by == "a kill" else nullcontext():
-        patched.setattr("headrace.stores.redis.pages.time.sleep", cut)
-        store.drop()
-    client.config_set("min-replicas-to-write", "0")
+    try:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) if by == "a kill" else nullcontext():
+            patched.setattr("headrace.stores.redis.pages.time.sleep", cut)
+            store.drop()
+    finally:
+        client.config_set("min-replicas-to-write", "0")
     assert client.keys("pages:1:*")
     assert store.generations() == []
     successor = RedisPages()

@@ -75,8 +75,8 @@ def begin(
     progress.say(f"making slot {settings.slot}: Postgres waits for the transactions that are running now")
     point, name = exporter.create_slot(settings.slot, stopped)
     floor = _floor(settings.dsn, name)
-    named = _publish(log, writer, tables, appended, progress)
-    named |= {table for table, _ in log.schemas()} & set(log.tables())  # captured once and no longer: dead keys only
+    once = {table for table, _ in log.schemas()} & set(log.tables())  # of what is captured no longer: dead keys only
+    named = once | _publish(log, writer, tables, appended, progress)
     for table in sorted(named):
         why = "initial snapshot" if initial else "a new epoch"
         jobs.put(Job(table, why=why, floor=floor, initial=initial))
