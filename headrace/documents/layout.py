@@ -76,7 +76,10 @@ def of_the_store() -> Iterator[None]:
 
 
 def place(settings: Settings, name: str) -> Path:
-    """Return where a file of this source is: in its own folder. One that an earlier version kept beside those of others is moved there."""
+    """Return where a file of this source is: in its own folder. One that an earlier version kept beside those of others is moved there.
+
+    Raises Transient: `local-state`, while a process of that version has it open.
+    """
     path, old = settings.path(f"{settings.source}/{name}"), settings.path(name)
     if old.exists() and not path.exists():
         with suppress(OSError, sqlite3.Error):  # then it is loaded anew
@@ -85,12 +88,17 @@ def place(settings: Settings, name: str) -> Path:
 
 
 def _move(old: Path, path: Path, source: str) -> None:
-    with closing(sqlite3.connect(old)) as db:  # the last to close it takes in what SQLite keeps beside it
+    with closing(sqlite3.connect(old)) as db:
         found = db.execute("SELECT value FROM meta WHERE name = 'position'").fetchone()
-    if found and {topic.rsplit(".", 2)[0] for topic in codec.decode_position(found[0]).topics} == {source}:
-        for suffix in (*BEGUN, ""):
-            if (at := old.with_name(old.name + suffix)).exists():
-                at.replace(path.with_name(path.name + suffix))
+    if not found or {topic.rsplit(".", 2)[0] for topic in codec.decode_position(found[0]).topics} != {source}:
+        return
+    with errors(old, lambda: None), closing(sqlite3.connect(old)) as db:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("BEGIN IMMEDIATE")  # the last to close it takes in what SQLite keeps beside it
+        db.rollback()
+    for suffix in (*BEGUN, ""):
+        if (at := old.with_name(old.name + suffix)).exists():
+            at.replace(path.with_name(path.name + suffix))
 
 
 def discard(path: Path) -> None:

@@ -68,6 +68,11 @@ class DocumentStore(Protocol):
         """Return documents as readers see them, by id; `ViewRow.collection` is the empty text."""
 
 
+def source_of(noted: str | None, position: Position | None, own: str) -> str:
+    """Return the source that a generation is of: the one that is noted, or, of before it was, with which its topics begin."""
+    return noted or next((topic.rsplit(".", 2)[0] for topic in (position.topics if position else ())), own)
+
+
 def of_another_source(where: str, held: str, own: str) -> Misconfigured:
     """Return the refusal to write a generation of another HEADRACE_SOURCE: it may be read, and its process goes on with it."""
     return Misconfigured(

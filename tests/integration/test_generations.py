@@ -327,6 +327,7 @@ def test_a_view_that_waits_amid_a_state_is_held_as_if_readers_had_seen_it_all_al
     await_phase(two, "one", 1, "waiting")
     assert Noted(settings, "one").rows() == {KEY: 7}
     assert Noted(settings, "one").version(1) < first.version
+    assert two.ask("one", "hold", {"compare": True})["version"] == list(NOWHERE), "its rows are of no state"
     assert two.ask("one", "hold")["version"] == list(first.version)
     (live, _) = Noted(settings, "one").generations()
     opened = Worker(Log(settings), lambda: Noted(settings, "one"), live)  # after a kill there

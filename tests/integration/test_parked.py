@@ -174,8 +174,9 @@ def test_what_a_process_that_was_replaced_parks_late_is_not_tried_again(feed: Fe
     Shelf(feed.log).put(late)
     with serving(settings, picky=Picky) as control:
         eventually("it is taken away", lambda: parked(settings, "picky") == [])
+        await_live(control, "picky")
         with pytest.raises(Misconfigured) as refused:
-            eventually("it answers", lambda: control.ask("picky", "retry"))
+            control.ask("picky", "retry")
         assert refused.value.code == "not-parked"
         feed.cut((ITEMS, 2, 15))
         eventually("it goes on", lambda: Plain(settings, "picky").rows() == {TWO: 15})

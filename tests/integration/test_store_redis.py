@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import time
@@ -28,7 +29,9 @@ _databases = itertools.cycle(range(1000, 1024))  # of those that the server has,
 
 
 def at(lsn: int) -> Position:
-    return Position({"t": [lsn]}, {"t": "T"}, Version(1, lsn), Source("7512", 1, "shop", "s", "p"), 1)
+    return Position(
+        {"main.public.t": [lsn]}, {"main.public.t": "T"}, Version(1, lsn), Source("7512", 1, "shop", "s", "p"), 1
+    )
 
 
 def doc(id_: str, lsn: int, html: str | None = "<p>") -> Doc:
@@ -99,7 +102,9 @@ def test_a_delete_leaves_nothing_and_a_zombie_cannot_undo_it(open_store: Open, c
     assert set(client.keys()) == {"pages:g1", "pages:generations"}
 
 
-def test_a_view_of_another_source_is_read_and_not_taken_over(open_store: Open, settings: Settings) -> None:
+def test_a_view_of_another_source_is_read_and_not_taken_over(
+    open_store: Open, settings: Settings, client: redis.Redis
+) -> None:
     """Also while it loads; one that was dropped is nobody's."""
     store, other = open_store(), RedisPages()
     other.bind(replace(settings, source="crm"), "pages")
@@ -113,6 +118,9 @@ def test_a_view_of_another_source_is_read_and_not_taken_over(open_store: Open, s
         assert error.value.code == "view-of-another"
         store.write([doc("1", 4)], at(4))
         assert [row.version.lsn for row in other.scan(None, 10)] == [4, 2]
+        client.hdel("pages:g1", "source")  # as it was before that was kept
+        assert other.open(G1) == at(4)
+        assert client.hget("pages:g1", "source") is None
         store.drop()
         assert other.open(G1) is None
         other.write([doc("3", 1)], at(1))
@@ -203,6 +211,21 @@ def test_scans_that_take_turns_list_the_ids_once_each(
     assert seen[1] == [*ids, "g"]
     assert seen[0][:6] == ids
     assert len(listed) == 2
+
+
+def test_scans_of_two_generations_go_on_in_their_own_ids(settings: Settings) -> None:
+    """Both stores are copies of one, as those of a consumer's class are."""
+    made = RedisPages()
+    stores = [copy.copy(made), copy.copy(made)]
+    for store, generation, last in zip(stores, (G1, G2), "cd", strict=True):
+        store.bind(settings, "pages")
+        store.open(generation)
+        store.write([doc(id_, 1) for id_ in ("a", "b", last)], at(1))
+    for store in stores:
+        assert [row.key for row in store.scan(None, 2)] == ["a", "b"]
+    assert [[row.key for row in store.scan(("", "b"), 2)] for store in stores] == [["c"], ["d"]]
+    for store in stores:
+        store.close()
 
 
 def test_a_large_write_goes_in_pieces_with_the_position_last(open_store: Open) -> None:

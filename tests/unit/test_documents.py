@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,6 +293,10 @@ def test_two_sources_keep_local_rows_apart_in_one_folder(tmp_path: Path) -> None
     (tmp_path / "t" / "products-g1.sqlite").replace(tmp_path / "products-g1.sqlite")
     (tmp_path / "other" / "products-g1.sqlite").unlink()
     assert other.opened_at() is None
+    with closing(sqlite3.connect(tmp_path / "products-g1.sqlite")) as running:  # a process of that version
+        running.execute("SELECT count(*) FROM rows").fetchone()
+        with pytest.raises(Transient, match="locked"):
+            one.opened_at()
     assert one.opened_at() == at
     assert not (tmp_path / "products-g1.sqlite").exists()
 

@@ -41,7 +41,7 @@ from headrace.change import Position
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
-from headrace.stores import Doc, check_alone, of_another_source
+from headrace.stores import Doc, check_alone, of_another_source, source_of
 from headrace.stores.elasticsearch.bulks import (
     BULK_DOCS,
     OURS,
@@ -98,11 +98,10 @@ class ElasticsearchIndex:
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Elasticsearch of `settings`. Raises Misconfigured: `bad-setting`."""
-        self._consumer = consumer
+        self._consumer, self._source = consumer, settings.source
         self.alias = self.alias or consumer
         self._sending = Sending("bulk", MOST)
         self._client = client(settings)
-        self._source = settings.source
 
     def generations(self) -> list[Generation]:
         """Return the generations that the server holds."""
@@ -227,10 +226,12 @@ class ElasticsearchIndex:
         except NotFoundError:
             return None
         state = found["_source"]["headrace"]["state"]
-        if state["uuid"] == self._uuid and state.get("source", self._source) != self._source:
-            self._other = state["source"]
-            return codec.decode_position(state["position"]) if state["position"] else None
-        if state["uuid"] != self._uuid or state["position"] is None:
+        position = codec.decode_position(state["position"]) if state["position"] else None
+        source = source_of(state.get("source"), position, self._source)
+        if state["uuid"] == self._uuid and source != self._source:
+            self._other = source
+            return position
+        if state["uuid"] != self._uuid or position is None:
             return None
         self._client.indices.put_alias(index=self._index, name=self._target)
         self._written = sequence_of(found.body)
@@ -246,7 +247,7 @@ class ElasticsearchIndex:
         )
         self._unseen = True
         self._show()
-        return codec.decode_position(state["position"])
+        return position
 
     def _drop_aliases(self, names: Sequence[str]) -> None:
         if names:  # in a body, of any size

@@ -37,7 +37,7 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
 from headrace.settings import Settings
-from headrace.stores import Doc, check_alone, of_another_source
+from headrace.stores import Doc, check_alone, of_another_source, source_of
 
 _LIVE = b"live"
 _CLEARED = 1000
@@ -135,7 +135,8 @@ class KafkaTopic:
 
     def _other_of(self, facts: dict[str, Any]) -> str:
         """Return the source of a generation if that is another's."""
-        source = facts.get("source", self._settings.source)
+        position = codec.decode_position(facts["position"]) if facts.get("position") else None
+        source = source_of(facts.get("source"), position, self._settings.source)
         return source if source != self._settings.source else ""
 
     def _check(self, ours: dict[str, str], number: int) -> dict[str, Any]:
@@ -306,7 +307,10 @@ class KafkaTopic:
                 )
 
     def _documents(self, partitions: Collection[int] | None = None) -> Iterator[tuple[str, bytes | None, int]]:
-        topic, read = self._topic_of(self._facts["generation"]), partitions or range(self._count)
+        topic, read = (
+            self._topic_of(self._facts["generation"]),
+            range(self._count) if partitions is None else partitions,
+        )
         for record in read_to_end(self._settings, {(topic, partition): BEGINNING for partition in read}):
             headers = dict(record.headers)
             yield record.key.decode(), record.value, Version(int(headers["epoch"]), int(headers["lsn"])).packed()

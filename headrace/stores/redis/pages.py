@@ -71,6 +71,7 @@ class RedisPages:
         self.prefix = self.prefix or consumer
         self._owner, self._source = uuid.uuid4().hex, settings.source
         self._sending = Sending("pages", 1)
+        self._scans = {}  # not those of a store that this one was copied from
         self._redis = client(settings)
         self._write = self._redis.register_script(scripts.WRITE)
 
@@ -92,6 +93,7 @@ class RedisPages:
             Misconfigured: `redis-may-evict`, `view-of-another`.
         """
         self._number = generation.number
+        self._scans = {}
         with errors():
             self._check_policy()
             held, _ = self._held()

@@ -4,8 +4,12 @@ floats."""
 OPEN = """
 local held = redis.call('HMGET', KEYS[1], 'consumer', 'fingerprint', 'position', 'owner', 'source')
 if held[4] and (held[1] ~= ARGV[1] or held[2] ~= ARGV[2]) then return {'another', held[1] .. ' ' .. held[2], ''} end
+local source = held[5]
+if not source and held[3] then  -- of before the source was kept: its topics begin with it
+  for topic in pairs(cjson.decode(held[3]).topics) do source = string.match(topic, '^(.*)%.[^.]*%.[^.]*$') end
+end
 -- The process of another source goes on with it.
-if held[4] and held[5] and held[5] ~= ARGV[5] then return {'ok', held[3] or '', held[5]} end
+if held[4] and source and source ~= ARGV[5] then return {'ok', held[3] or '', source} end
 redis.call('HSET', KEYS[1], 'consumer', ARGV[1], 'fingerprint', ARGV[2], 'owner', ARGV[3], 'source', ARGV[5])
 redis.call('SADD', KEYS[2], ARGV[4])
 -- Somebody took its state away: readers see nothing before they see a half.

@@ -46,9 +46,10 @@ class Progress:
         self._rate = _Rate()
 
     def start(self) -> None:
-        """Report, before anything shows that capture runs, and go on with it every second."""
-        self._send()
-        self._flush()
+        """Report, before anything shows that capture runs but for one that does already, and go on with it every second."""
+        if not self._another():
+            self._send()
+            self._flush()
         self._thread.start()
 
     def stop(self, error: HeadraceError | None = None) -> None:
@@ -147,12 +148,11 @@ class Progress:
 
     def _stands_by(self) -> bool:
         """Whether another capture reports while this one waits for the slot: it is not to be reported over (S30)."""
-        if self._report.code != "slot-active":
-            return False
+        return self._report.code == "slot-active" and self._another()
+
+    def _another(self) -> bool:
         with suppress(HeadraceError):
-            found = self._control.reports().get(NAME, [])
-            others = [report for report in found if report.phase != "starting"]  # so does this one begin
-            return any(not report.gone and report.code != "slot-active" for report in others)
+            return any(not each.gone and each.code != "slot-active" for each in self._control.reports().get(NAME, []))
         return False
 
     def _flush(self) -> None:
