@@ -229,7 +229,7 @@ class Topics:
 
     def delete(self, names: Collection[str], *, wait: bool = False) -> None:
         """Delete topics; those that are gone already are no error. `wait` until brokers know, so that they can be made again."""
-        there = self.names()
+        there = self.names() if names else ()
         gone = [name for name in names if name in there]
         if gone:
             for name, future in self._client.delete_topics(gone, operation_timeout=TIMEOUT).items():
