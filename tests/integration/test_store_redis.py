@@ -206,7 +206,7 @@ def test_scans_that_take_turns_list_the_ids_once_each(
             after = ("", seen[number][-1]) if seen[number] else None
             found = [row.key for row in store.scan(after, pages[number])]
             seen[number] += found
-            if not found:
+            if len(found) < pages[number]:
                 going.remove(number)
     assert seen[1] == [*ids, "g"]
     assert seen[0][:6] == ids

@@ -38,11 +38,10 @@ from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
 from headrace.settings import Settings
 from headrace.stores import Doc, check_alone, of_another_source, source_of
+from headrace.stores.scans import Scans
 
 _LIVE = b"live"
 _CLEARED = 1000
-_SCANS = 4
-"""So many may take turns, each with what it reads on disk; one more makes the one that has waited longest read again."""
 _CHECK_SECONDS = 1.0
 _VISIBLE_SECONDS = 15.0
 
@@ -65,7 +64,7 @@ class KafkaTopic:
         self._version = NOWHERE
         self._checked = 0.0
         self._count = partitions
-        self._scans: dict[str, _Rows] = {}
+        self._scans = Scans[_Rows]()
         self._tidy = False
 
     def bind(self, settings: Settings, consumer: str) -> None:
@@ -74,7 +73,7 @@ class KafkaTopic:
         self._consumer = consumer
         self.name = self.name or consumer
         self._topics = Log(settings).topics
-        self._scans = {}
+        self._scans = Scans[_Rows]()
         self._known = _Known(settings, self._topics, self._pointers)
 
     def generations(self) -> list[Generation]:
@@ -203,7 +202,7 @@ class KafkaTopic:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._scans = {}
+        self._scans = Scans[_Rows]()
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
         """Return some documents as readers see them. It reads their partitions as a whole: ask for many at once."""
@@ -214,19 +213,12 @@ class KafkaTopic:
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id. A scan reads the topic when it begins; a few at once go on in turns."""
         start = after[1] if after else None
-        rows = self._scans.get(start) if start is not None else None
+        rows = self._scans.take(start)
         rows = rows or _Rows(self._documents())
         found = rows.next(start, limit)
-        if found:
-            self._keep(found[-1].key, rows)
+        if len(found) == limit:  # else it is at the end
+            self._scans.put(found[-1].key, rows)
         return found
-
-    def _keep(self, last: str, rows: _Rows) -> None:
-        """Let a scan go on from where it stands. Where two stand at one place, both have what was read later."""
-        kept = self._scans.pop(last, rows)
-        self._scans[last] = max(kept, rows, key=lambda each: each.since)
-        if len(self._scans) > _SCANS:
-            del self._scans[next(iter(self._scans))]
 
     # How
 

@@ -38,13 +38,12 @@ from headrace.settings import Settings
 from headrace.stores import Doc, check_alone, of_another_source
 from headrace.stores.redis import scripts
 from headrace.stores.redis.client import client, errors, text_version, version_text
+from headrace.stores.scans import Scans
 from headrace.stores.sending import Sending
 
 _VERSION = "@version"
 _WRITE_BYTES = 4 * 1024 * 1024
 _SCAN = 1000
-_SCANS = 4
-"""So many may take turns, each with its list on disk; one more makes the one that has waited longest list again."""
 _GRACE_SECONDS = 1.0
 
 
@@ -62,7 +61,7 @@ class RedisPages:
         self._owner = ""
         self._other = ""
         self._position = ""
-        self._scans: dict[str, _Ids] = {}
+        self._scans = Scans[_Ids]()
         self._tidy = False
 
     def bind(self, settings: Settings, consumer: str) -> None:
@@ -71,7 +70,7 @@ class RedisPages:
         self.prefix = self.prefix or consumer
         self._owner, self._source = uuid.uuid4().hex, settings.source
         self._sending = Sending("pages", 1)
-        self._scans = {}  # not those of a store that this one was copied from
+        self._scans = Scans[_Ids]()  # not those of a store that this one was copied from
         self._redis = client(settings)
         self._write = self._redis.register_script(scripts.WRITE)
 
@@ -93,7 +92,7 @@ class RedisPages:
             Misconfigured: `redis-may-evict`, `view-of-another`.
         """
         self._number = generation.number
-        self._scans = {}
+        self._scans = Scans[_Ids]()
         with errors():
             self._check_policy()
             held, _ = self._held()
@@ -186,22 +185,15 @@ class RedisPages:
         """Return pages as readers see them, by id. A scan lists all ids when it begins: Redis has no order. A few take turns."""
         start = after[1] if after else None
         with errors():
-            all_ids = self._scans.get(start) if start is not None else None
+            all_ids = self._scans.take(start)
             all_ids = all_ids or _Ids(self._page_ids())
             found: list[ViewRow] = []
             while len(found) < limit and (ids := all_ids.next(start, limit - len(found))):
                 found += self._read(ids)
                 start = ids[-1]
-        if found:
-            self._keep(found[-1].key, all_ids)
+        if len(found) == limit:  # else it is at the end
+            self._scans.put(found[-1].key, all_ids)
         return found
-
-    def _keep(self, last: str, ids: _Ids) -> None:
-        """Let a scan go on from where it stands. Where two stand at one place, both have what was listed later."""
-        kept = self._scans.pop(last, ids)
-        self._scans[last] = max(kept, ids, key=lambda each: each.since)
-        if len(self._scans) > _SCANS:
-            del self._scans[next(iter(self._scans))]
 
     # Writing
 
