@@ -311,7 +311,7 @@ def frozen(report: Report, captures: list[Report]) -> str:
 def _mend(tables: list[str], name: str = "NAME") -> str:
     named = [shlex.quote(table) for table in tables]
     return (
-        "it was renamed, dropped or taken out of the publication. To capture it again: "
+        "it was renamed, dropped, made a partition or taken out of the publication. To capture it again: "
         f"headrace setup {' '.join(f'--table {table}' for table in named)} --apply. If it has another name, let the view read that, and "
         f"headrace rebuild {name}. Then, and if nobody wants it any more: headrace resnapshot {' '.join(named)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from headrace.cli.show import out, print_json
 from headrace.cli.source import source_facts
 from headrace.cli.status import frozen
 from headrace.control import DEAD_SECONDS, Control, Report
-from headrace.errors import USAGE, Misconfigured, Transient
+from headrace.errors import USAGE, HeadraceError, Misconfigured, Transient
 from headrace.log import Log
 from headrace.settings import load
 from headrace.waiting import check_epoch, check_server, reached
@@ -73,7 +74,9 @@ def wait(
 
 def _note(control: Control, found: list[Report]) -> None:
     """Say which views come to that state without a table that they read."""
-    captures = control.reports().get("capture", [])
+    captures: list[Report] = []
+    with suppress(HeadraceError):  # what was asked is answered
+        captures = control.reports().get("capture", [])
     for report in found:
         if told := frozen(report, captures):
             typer.echo(f"note: {report.name} {told}", err=True)

@@ -236,7 +236,7 @@ class Topics:
                 with self._client.errors(f"deleting topic {name}"):
                     future.result(TIMEOUT)
         deadline = time.monotonic() + TIMEOUT
-        while wait and self.names() & set(gone) and time.monotonic() < deadline:
+        while wait and gone and self.names() & set(gone) and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def describe(self, names: Collection[str]) -> dict[str, tuple[str, int]]:

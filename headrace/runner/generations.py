@@ -81,7 +81,7 @@ class Generations:
             self._left = dict(shown.get("", {}).get("left", []))
             self._unrecorded = not shown
             self._remembers = True
-        self.reads = sorted(self._store.tables)
+        self.reads = sorted(getattr(self._store, "tables", ()))
         held = {generation.number: generation for generation in self._store.generations()}
         if self._unrecorded:
             self._seed_shown(held)

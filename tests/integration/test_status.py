@@ -205,6 +205,7 @@ def test_a_table_that_is_captured_no_more_is_told_until_somebody_decides(
             assert said in " ".join(status(settings).stdout.split())
         ended = CliRunner().invoke(app, ["wait", "plain"], env=environment(settings))
         assert (ended.exit_code, "note: plain shows public.items" in ended.stderr) == (0, True)
+        capture.hear("public.things was read again")
         execute(settings, "ALTER TABLE things RENAME TO items")
         capture.eventually("it is captured again", lambda: status(settings, "--check", "plain").exit_code == 0)
         capture.eventually("so is the other name not", lambda: "public.things" in status(settings, "--check").stdout)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from headrace.change import Checkpoint
@@ -15,7 +16,7 @@ from headrace.control import Control, refusal
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.requests import Request
 from headrace_capture.cut import Cut
-from headrace_capture.jobs import CANCELLED, DONE, FAILED, PAUSED, READING, WAITING, Job, Jobs
+from headrace_capture.jobs import CANCELLED, DONE, FAILED, LEFT, PAUSED, READING, WAITING, Job, Jobs
 from headrace_capture.progress import NAME
 from headrace_capture.relations import Relations
 
@@ -127,6 +128,8 @@ class Asked:
             self._disturb(job.table)
             if job.key is not None or job.table in self._cut.inexact:
                 self._jobs.put(job)  # or a row would pass for read, and such a table begin again by itself
+            elif job.table in self._relations.shapes and job.table not in self._jobs.prints:
+                self._jobs.put(replace(job, phase=LEFT))  # it is published no more, which nobody has decided yet
             else:
                 self._jobs.drop(job.name)
         return {"jobs": [job.name for job in jobs]}

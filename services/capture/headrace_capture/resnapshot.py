@@ -30,7 +30,7 @@ from headrace_capture.attention import CatalogueWatch, Findings, Requests
 from headrace_capture.chunks import Ask, Chunk, ChunkReader
 from headrace_capture.cut import Cut
 from headrace_capture.fingerprints import Fingerprint
-from headrace_capture.jobs import DONE, FAILED, JOINED, LEFT, READING, REMOVING, WAITING, WRITING, Job, Jobs
+from headrace_capture.jobs import DONE, FAILED, JOINED, LEFT, PAUSED, READING, REMOVING, WAITING, WRITING, Job, Jobs
 from headrace_capture.pgoutput import Message
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
@@ -212,8 +212,11 @@ class Resnapshot:
         there = findings.prints.keys() | newer
         self._left(self._jobs.prints.keys() - there)
         self._jobs.know_only(there)
-        left = {job.table for job in self._jobs.all.values() if job.phase == LEFT}
-        self._progress.unpublished(sorted(left - there))
+        # Of one that was being read then the job is not LEFT: it goes on, it is paused, or it failed.
+        whole = {
+            job.table for job in self._jobs.all.values() if job.key is None and job.phase in {LEFT, PAUSED, FAILED}
+        }
+        self._progress.unpublished(sorted(whole & self._relations.shapes.keys() - there))
 
     def _left(self, tables: set[str]) -> None:
         """Note that tables are not published any more, though the log has their rows: it goes on without them."""

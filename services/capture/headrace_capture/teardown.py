@@ -169,7 +169,9 @@ def _restore(connection: Connection, memory: Memory) -> list[tuple[_Where, sql.C
     named = {where: [oid] for oid, (where, _) in now.items()} | oids
 
     def found(schema: str, name: str) -> list[tuple[_Where, str]]:
-        return [now[oid] for oid in named.get((schema, name), []) if oid in now]
+        known = [now[oid] for oid in named.get((schema, name), []) if oid in now]
+        bearing = [each for each in known if each[0] == (schema, name)]
+        return bearing or known[-1:]  # of several that were called so, the one that is, or the newest
 
     schemas = {schema for (schema,) in connection.execute("SELECT nspname FROM pg_namespace")}
     roles = {role for (role,) in connection.execute("SELECT rolname FROM pg_roles")}
