@@ -100,6 +100,11 @@ def parse_lsn(text: str) -> int:
     return int(high, 16) << 32 | int(low, 16)
 
 
+def source_of(topic: str) -> str:
+    """Return the source of a table's topic: its name may have dots, those of schema and table have none (`headrace.log.topics.escape`)."""
+    return topic.rsplit(".", 2)[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column of a captured table.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from headrace import codec
+from headrace.change import source_of
 from headrace.documents.paths import TOUCHED
 from headrace.errors import Misconfigured, Transient, described
 from headrace.settings import Settings
@@ -90,7 +91,7 @@ def place(settings: Settings, name: str) -> Path:
 def _move(old: Path, path: Path, source: str) -> None:
     with closing(sqlite3.connect(old)) as db:
         found = db.execute("SELECT value FROM meta WHERE name = 'position'").fetchone()
-    if not found or {topic.rsplit(".", 2)[0] for topic in codec.decode_position(found[0]).topics} != {source}:
+    if not found or set(map(source_of, codec.decode_position(found[0]).topics)) != {source}:
         return
     with errors(old, lambda: None), closing(sqlite3.connect(old)) as db:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from headrace.change import Checkpoint, Position
+from headrace.change import Checkpoint, Position, source_of
 from headrace.errors import Refused
-from headrace.log.topics import source_of
 from headrace.settings import Settings
 
 

@@ -49,11 +49,6 @@ def table_of(topic: str) -> str:
     return f"{_unescape(schema)}.{_unescape(name)}"
 
 
-def source_of(topic: str) -> str:
-    """Return the source of a table's topic: its name may have dots, those of schema and table have none (`escape`)."""
-    return topic.rsplit(".", 2)[0]
-
-
 def checkpoints_topic(source: str) -> str:
     """Return the topic of a source's checkpoints."""
     return f"{source}.checkpoints"

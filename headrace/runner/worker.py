@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from headrace import codec
-from headrace.change import NOWHERE, Position, Version
+from headrace.change import NOWHERE, Position, Version, source_of
 from headrace.consumer import Batch, Consumer, Generation
 from headrace.errors import HeadraceError, Refused, Transient, Wiped, as_ours
 from headrace.log import FeedReader, Lag, Log, Reader
-from headrace.log.topics import source_of
 from headrace.runner.parking import Parking, delayed, standing
 from headrace.runner.rate import Rate
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from headrace.change import Position, Row, Version
+from headrace.change import Position, Row, Version, source_of
 from headrace.consumer import SCRATCH, Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured
 from headrace.settings import Settings
@@ -68,9 +68,9 @@ class DocumentStore(Protocol):
         """Return documents as readers see them, by id; `ViewRow.collection` is the empty text."""
 
 
-def source_of(noted: str | None, position: Position | None, own: str) -> str:
+def source_held(noted: str | None, position: Position | None, own: str) -> str:
     """Return the source that a generation is of: the one that is noted, or, of before it was, with which its topics begin."""
-    return noted or next((topic.rsplit(".", 2)[0] for topic in (position.topics if position else ())), own)
+    return noted or next(map(source_of, position.topics if position else ()), own)
 
 
 def of_another_source(where: str, held: str, own: str) -> Misconfigured:

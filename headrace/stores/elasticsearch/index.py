@@ -41,7 +41,7 @@ from headrace.change import Position
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
-from headrace.stores import Doc, check_alone, of_another_source, source_of
+from headrace.stores import Doc, check_alone, of_another_source, source_held
 from headrace.stores.elasticsearch.bulks import (
     BULK_DOCS,
     OURS,
@@ -227,7 +227,7 @@ class ElasticsearchIndex:
             return None
         state = found["_source"]["headrace"]["state"]
         position = codec.decode_position(state["position"]) if state["position"] else None
-        source = source_of(state.get("source"), position, self._source)
+        source = source_held(state.get("source"), position, self._source)
         if state["uuid"] == self._uuid and source != self._source:
             self._other = source
             return position

@@ -37,7 +37,7 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
 from headrace.settings import Settings
-from headrace.stores import Doc, check_alone, of_another_source, source_of
+from headrace.stores import Doc, check_alone, of_another_source, source_held
 from headrace.stores.scans import Scans
 
 _LIVE = b"live"
@@ -135,7 +135,7 @@ class KafkaTopic:
     def _other_of(self, facts: dict[str, Any]) -> str:
         """Return the source of a generation if that is another's."""
         position = codec.decode_position(facts["position"]) if facts.get("position") else None
-        source = source_of(facts.get("source"), position, self._settings.source)
+        source = source_held(facts.get("source"), position, self._settings.source)
         return source if source != self._settings.source else ""
 
     def _check(self, ours: dict[str, str], number: int) -> dict[str, Any]:
