@@ -25,6 +25,7 @@ from headrace.errors import Misconfigured
 from headrace.settings import Settings
 from tests.fixtures.documents import CATEGORIES, GENERATION, PRODUCTS, REVIEWS, SOURCE, World
 from tests.fixtures.documents_deep import COLUMNS, COMMENTS, DEEP_SCHEMAS, TAGGED, TAGS, Deep, Join, plain
+from tests.fixtures.windows import ORDERS
 
 
 @pytest.fixture
@@ -273,6 +274,23 @@ def test_a_root_with_100000_children_is_rendered_and_changed_in_little_memory(tm
     assert [review["id"] for review in one["latest"]] == [99_989, 99_984, 99_979]
     assert (two["rating"], [review["id"] for review in two["latest"]]) == ({"n": 1, "paid": "0.20"}, [99_994])
     assert most < _BOUND
+
+
+def test_a_window_of_very_many_rows_is_rendered_and_changed_in_little_memory(tmp_path: Path) -> None:
+    window = Window(ORDERS, on="at", seconds=3600, n=Count(), paid=Sum("paid"))
+    local = LocalRows(tmp_path / "rows", [window], "abc")
+    at = {"at": "2026-01-01T10:07:30+00:00", "paid": "0.10"}
+    for piece in range(0, _MANY // 4, 1000):
+        orders = changes(ORDERS, ({"id": n, **at} for n in range(piece, piece + 1000)))
+        local.load(list(orders), touch=True, unknown=False)
+    gone = [change._replace(row=None) for change in changes(ORDERS, ({"id": n} for n in range(10)))]
+    for many in (_MANY // 4, _MANY // 4 - len(gone)):
+        (touched,), most = held(lambda: list(local.touched()))
+        assert touched.node is not None
+        assert (touched.node["n"], touched.node["paid"]) == (many, f"{many / 10:.2f}")
+        assert most < _BOUND // 4
+        local.follow(gone)
+    local.close()
 
 
 @given(
