@@ -57,10 +57,10 @@ def errors() -> Iterator[None]:
 
 def longest(server: redis.Redis) -> int:
     """Return how many bytes of a text Redis takes; where it may not be asked, what it takes by default."""
-    said: dict[str, str] = {}
+    said: dict[str | None, str | None] = {}
     with suppress(exceptions.ResponseError):
         said = server.config_get(_LONGEST)
-    return int(said.get(_LONGEST, 512 * 1024 * 1024))
+    return int(said.get(_LONGEST) or 512 * 1024 * 1024)
 
 
 @lru_cache
