@@ -21,10 +21,9 @@ which the local rows still have, and by what was begun (`headrace.documents.begu
 | the view was wiped                            | L       | none   | both from zero [I6]                               |
 | both come from another log                    | L       | L      | the reader refuses L [I12]                        |
 
-A *reload* ends like a load: at the first complete exact state every root key that the log knows is rendered once. Keys
-that it knows only by their tombstones are deleted from the view: that is right for as long as tombstones last, so a view that was
-last fed longer ago than `delete.retention.ms` is refused, like one whose log was replaced. A tombstone does not say in which window
-its row was: so where there are windows, what the view has and the log does not say goes.
+A *reload* ends like a load: at the first complete exact state each root key of the log is rendered once. What is known by its tombstone
+alone is deleted from the view: a view last fed longer ago than tombstones stay, `delete.retention.ms`, is refused, like one of another log.
+In which window its row was a tombstone does not say: of windows all goes that only the view has.
 
 Between complete states nothing is rendered: the changes wait in the open local transaction, which SQLite keeps on disk. Only in
 a load from zero documents of one row each are written as rows come; where it is resumed, all are rendered at its end.
@@ -162,6 +161,7 @@ class DocumentConsumer:
         """
         local = self._opened()
         with errors(local.path, local.close):
+            local.check()
             self._learn_schemas(local, batch)
             self._take(local, batch)
             if batch.complete:

@@ -59,7 +59,7 @@ def errors(path: Path, close: Callable[[], None]) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         close()
         discard(path)
-        raise Transient("local-state", f"{path} is damaged ({error}); it is loaded from the log again.") from error
+        raise Transient("local-state", f"{path} is of no use ({error}); it is loaded from the log again.") from error
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from headrace import codec
 from headrace.change import NOWHERE, Change, Position, Row, TableSchema, Version
 from headrace.documents import layout
 from headrace.documents.begun import Begun
-from headrace.documents.declaration import Folding, Level, Node
-from headrace.documents.nodes import Nodes
+from headrace.documents.declaration import Node
+from headrace.documents.nodes import Nodes, shown
 from headrace.documents.order import Shape
 from headrace.documents.paths import Link, Paths, named, text_of, value_of
 from headrace.documents.when import ALL, Left, When, now
@@ -86,6 +86,8 @@ class LocalRows:
                 raise sqlite3.DatabaseError  # noqa: TRY301  thrown away like one that is damaged
             self._db.execute("BEGIN")
             self._put("fingerprint", built_by)
+            self._meaning = self._meta("meaning") or self._paths.meaning
+            self._put("meaning", self._meaning)
             position = self._meta("position")
             self.position = codec.decode_position(position) if position else None
             self._keys: dict[str, list[str]] = codec.loads(self._meta("keys") or b"{}")
@@ -99,6 +101,11 @@ class LocalRows:
         except sqlite3.DatabaseError:
             self._db.close()
             raise
+
+    def check(self) -> None:
+        """Raise an error of SQLite, as of what is damaged, where rows are indexed for another declaration: they may only be looked at."""
+        if self._meaning != self._paths.meaning:
+            raise sqlite3.DatabaseError("it is of another declaration")
 
     def learn(self, schemas: Mapping[str, TableSchema], since: Version = NOWHERE, *, whole: bool = True) -> None:
         """Take in the newest schemas of tables: how their values compare, and which columns `render` gets.
@@ -119,7 +126,7 @@ class LocalRows:
             if table in self._shapes and set(shape.columns) != set(self._shapes[table].columns)
         }
         for number, document in enumerate(self._documents):
-            if not others.isdisjoint(_shown(document)):
+            if not others.isdisjoint(shown(document)):
                 self._db.execute(layout.TOUCH_ALL, (number, since.packed(), document.table))
         self._shapes |= learned
         shapes = {
@@ -382,15 +389,6 @@ class LocalRows:
 
     def _put(self, name: str, value: bytes) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
-
-
-def _shown(level: Level) -> Iterator[str]:
-    """Yield the tables whose rows `render` gets as they are; of an aggregate it gets values."""
-    if isinstance(level, Folding):
-        return
-    yield level.table
-    for join in level.joins.values():
-        yield from _shown(join)
 
 
 def _stored(change: Change, key: str, version: int, at: int) -> tuple[Any, ...]:

@@ -116,6 +116,15 @@ class Nodes:
                 yield row, its
 
 
+def shown(level: Level) -> Iterator[str]:
+    """Yield the tables whose rows `render` gets as they are; of an aggregate it gets values."""
+    if isinstance(level, Folding):
+        return
+    yield level.table
+    for join in level.joins.values():
+        yield from shown(join)
+
+
 def _in_order(rows: Iterator[tuple[str, bytes, str]]) -> Under:
     """Return what gives the rows of one key; keys are asked for in the order in which `rows` has them, not all of them need be there."""
     groups = groupby(rows, itemgetter(0))

@@ -64,6 +64,7 @@ class Paths:
         links: The indexes of each table.
         windows: The number of the index by windows that each document of a window is made by.
         climbs: The ways up from each table, for each place that it has in a document; the same way once.
+        meaning: What the numbers are of, as bytes: what was indexed by other ones cannot be read by these.
     """
 
     def __init__(self, documents: Sequence[Root]) -> None:
@@ -80,7 +81,10 @@ class Paths:
         self.links: dict[str, list[Link]] = {table: [] for table in tables}
         for (table, columns), link in self._numbers.items():
             self.links[table].append(Link(link, partial(value_of, columns=columns), link in self._back))
-        self.windows = self._index({n: each for n, each in enumerate(documents) if isinstance(each, Window)})
+        windows = {n: each for n, each in enumerate(documents) if isinstance(each, Window)}
+        self.windows = self._index(windows)
+        each_has = [each.tables for each in documents], [(n, *_by(window)) for n, window in windows.items()]
+        self.meaning = codec.dumps((*each_has, list(self._numbers.items()), sorted(self._back)))
 
     def link(self, level: Level, join: Join) -> int:
         """Return the number of a join's index."""

@@ -28,10 +28,13 @@ class Doc(NamedTuple):
 
 class DocumentStore(Protocol):
     """Documents by id, with a version check: an older version never replaces a newer one, also not after a delete
-    (S21)."""
+    (S21). Optional: ``count() -> Mapping[str, int]``, how many documents readers see of the collection ``""``."""
 
     def bind(self, settings: Settings, consumer: str) -> None:
-        """Say which servers to use and for which consumer; called once before anything else. Connects to nothing."""
+        """Say which servers to use and for which consumer; called once before anything else. Connects to nothing.
+
+        Who is called is a shallow copy of what the consumer's class names: begin here what is one process's own, as a list or a cache.
+        """
 
     def generations(self) -> list[Generation]:
         """Return the generations that the server holds."""
@@ -50,6 +53,10 @@ class DocumentStore(Protocol):
             position: None for all but the last call of a batch.
             bulk: More follows: showing it to readers may wait until a call without, and so may the proof that it is durable, and a Poison.
                 Where it does, the store has a method ``arrive()`` that waits for what is on its way and raises what that has raised.
+
+        Raises:
+            Transient: try again later. Wiped: open it anew. Misconfigured: stop.
+            Poison: a document cannot be kept. Its `cursor` is ``("", id)``: that one is parked, and the others are written again.
         """
 
     def promote(self) -> None:

@@ -235,6 +235,24 @@ def test_a_large_write_goes_in_pieces_with_the_position_last(open_store: Open) -
     assert open_store().open(G1) == at(1)
 
 
+def test_a_field_that_is_longer_than_redis_takes_is_poison_until_it_takes_more(
+    open_store: Open, client: redis.Redis
+) -> None:
+    store, (name, most) = open_store(), ("proto-max-bulk-len", 1024 * 1024)
+    before = client.config_get(name)[name]
+    client.config_set(name, most)
+    try:
+        store.write([doc("1", 1, "é" * (most // 2))], at(1))
+        for bulk in (True, False):
+            with pytest.raises(Poison, match=f"{most + 1} bytes, and Redis takes {most} ") as error:
+                store.write([doc("1", 2), doc("2", 2, "é" * (most // 2) + "e")], at(2), bulk=bulk)
+            assert (error.value.code, error.value.cursor) == ("document-too-large", ("", "2"))
+    finally:
+        client.config_set(name, before)
+    store.write([doc("2", 2, "é" * most)], at(2))
+    assert {row.key: len(row.value["html"]) for row in store.scan(None, 10)} == {"1": most // 2, "2": most}
+
+
 def test_promotion_is_atomic_for_a_polling_reader(open_store: Open, settings: Settings) -> None:
     first, second = open_store(), open_store(G2)
     reader = PageReader(settings, "pages")

@@ -322,6 +322,25 @@ def test_a_stale_generation_is_opened_by_other_code_with_the_rows_that_it_has(wo
     assert world.opened_at() == stands
 
 
+def test_rows_that_are_indexed_for_another_declaration_are_loaded_again_before_they_are_used(world: World) -> None:
+    """One from a package of its own, which is not in the fingerprint: where the joins are others, their numbers are."""
+    shop(world.log)
+    world.run()
+
+    class Other(Products):
+        document = Document(
+            PRODUCTS, reviews=Many(REVIEWS, by="product_id"), category=One(CATEGORIES, on="category_id")
+        )
+
+    world.cls = type("Products", (Other,), {"store": world.store})
+    world.log.put(CATEGORIES, 5, {"id": 5, "name": "room"})
+    world.log.cut()
+    with pytest.raises(Transient, match="another declaration"):
+        world.run()
+    world.run()
+    world.check()
+
+
 def test_a_generation_that_stands_is_at_what_readers_see_though_its_local_rows_are_lost(world: World) -> None:
     """Else it is at nothing for ever, and no rollback goes to it."""
     shop(world.log)

@@ -7,6 +7,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace import codec
-from headrace.change import Change, Row, Version
-from headrace.documents import Aggregate, Count, Document, Many, One, Sum
-from headrace.documents.local import LocalRows
+from headrace.change import Change, Column, Position, Row, TableSchema, Version
+from headrace.documents import Aggregate, Count, Document, Many, One, Sum, Window
+from headrace.documents.layout import LAYOUT, SCHEMA
+from headrace.documents.local import LocalRows, Touched
+from headrace.documents.when import EVER, When
 from headrace.errors import Misconfigured
 from headrace.settings import Settings
-from tests.fixtures.documents import CATEGORIES, GENERATION, PRODUCTS, REVIEWS, World
+from tests.fixtures.documents import CATEGORIES, GENERATION, PRODUCTS, REVIEWS, SOURCE, World
 from tests.fixtures.documents_deep import COLUMNS, COMMENTS, DEEP_SCHEMAS, TAGGED, TAGS, Deep, Join, plain
+from tests.fixtures.windows import ORDERS
 
 
 @pytest.fixture
@@ -120,6 +124,44 @@ def test_a_file_of_another_layout_is_thrown_away_and_loaded_again(world: World) 
     assert world.opened_at() is None
     world.log.put(CATEGORIES, 3, {"id": 3, "parent_id": None, "name": "renamed"})
     caught_up(world)
+
+
+def test_what_is_in_a_file_is_of_its_layout(tmp_path: Path) -> None:
+    """Another version may go on with it: where this test fails, LAYOUT goes up by one, so that such files are loaded anew."""
+    items, kinds = "public.items", "public.kinds"
+    documents = (
+        Document(items, kind=One(kinds, on=("maker", "kind"), made=Many(items, by=("maker", "kind")))),
+        Window(items, on="at", seconds=3600, n=Count()),
+    )
+    columns = {"id": "numeric(9,2)", "maker": "text", "kind": "boolean", "at": "timestamp with time zone", "on": "date"}
+    shapes = {
+        items: TableSchema(items, 1, tuple(Column(*each) for each in columns.items()), ("id",)),
+        kinds: TableSchema(kinds, 1, (Column("maker", "text"), Column("kind", "boolean")), ("maker", "kind")),
+    }
+    row = {"id": "1.50", "maker": 'é,"\\', "kind": True, "at": "0044-03-15T12:34:56+00:00 BC", "on": None}
+    place = (Version(2, 700), 3, 9, 1, 0, 41)
+    local = LocalRows(tmp_path / "rows", documents, "abc")
+    local.learn(shapes)
+    for table, key, some in (
+        (kinds, ("maker", "kind"), row),
+        (items, ("id",), row),
+        (items, ("id",), row | {"at": None}),
+    ):
+        change = Change(table, "r", codec.encode_key({name: some[name] for name in key}), some, *place, "snapshot")
+        local.apply(change, loading=False)
+    local.clear_touched(When(EVER, 60_000))
+    local.touch(Touched(documents[0], {"id": "1.50"}, None), Version(2, 800))
+    local.commit(Position({"t": [41]}, {"t": "T"}, Version(2, 800), SOURCE, 1))
+    asked = (
+        "SELECT * FROM meta WHERE name <> 'position'",
+        "SELECT * FROM links",
+        "SELECT * FROM back",
+        "SELECT doc, key, since FROM touched",
+    )
+    rows = "SELECT tbl, key, row, version, ordinal, xid, schema, part, at, came FROM rows"
+    found = [local._db.execute(f"{query} ORDER BY 1, 2").fetchall() for query in (*asked, rows)]
+    local.close()
+    assert (LAYOUT, sha256(repr([SCHEMA, found]).encode()).hexdigest()[:12]) == (6, "42eb3adb8c0d")
 
 
 def test_types_are_known_again_after_a_start_without_a_change(world: World) -> None:
@@ -232,6 +274,23 @@ def test_a_root_with_100000_children_is_rendered_and_changed_in_little_memory(tm
     assert [review["id"] for review in one["latest"]] == [99_989, 99_984, 99_979]
     assert (two["rating"], [review["id"] for review in two["latest"]]) == ({"n": 1, "paid": "0.20"}, [99_994])
     assert most < _BOUND
+
+
+def test_a_window_of_very_many_rows_is_rendered_and_changed_in_little_memory(tmp_path: Path) -> None:
+    window = Window(ORDERS, on="at", seconds=3600, n=Count(), paid=Sum("paid"))
+    local = LocalRows(tmp_path / "rows", [window], "abc")
+    at = {"at": "2026-01-01T10:07:30+00:00", "paid": "0.10"}
+    for piece in range(0, _MANY // 4, 1000):
+        orders = changes(ORDERS, ({"id": n, **at} for n in range(piece, piece + 1000)))
+        local.load(list(orders), touch=True, unknown=False)
+    gone = [change._replace(row=None) for change in changes(ORDERS, ({"id": n} for n in range(10)))]
+    for many in (_MANY // 4, _MANY // 4 - len(gone)):
+        (touched,), most = held(lambda: list(local.touched()))
+        assert touched.node is not None
+        assert (touched.node["n"], touched.node["paid"]) == (many, f"{many / 10:.2f}")
+        assert most < _BOUND // 4
+        local.follow(gone)
+    local.close()
 
 
 @given(

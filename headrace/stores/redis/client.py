@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 
 import redis
@@ -17,6 +17,7 @@ from headrace.errors import Misconfigured, Transient
 from headrace.settings import Settings, bad_address
 
 _TIMEOUT = 30
+_LONGEST = "proto-max-bulk-len"
 _BUSY = re.compile("(^|-)(BUSY|LOADING|MISCONF|MASTERDOWN|NOREPLICAS|OOM|READONLY|TRYAGAIN) ")
 """How the text of an error begins; before Redis 7 within that of the script's, after a minus sign."""
 
@@ -52,6 +53,14 @@ def errors() -> Iterator[None]:
             remedy = "Raise its maxmemory." if full else "See its log."
             raise Transient("redis-busy", f"Redis does not take writes: {error}.", remedy) from error
         raise Misconfigured("redis-refused", f"Redis: {error}.", "Change HEADRACE_REDIS.") from error
+
+
+def longest(server: redis.Redis) -> int:
+    """Return how many bytes of a text Redis takes; where it may not be asked, what it takes by default."""
+    said: dict[str | None, str | None] = {}
+    with suppress(exceptions.ResponseError):
+        said = server.config_get(_LONGEST)
+    return int(said.get(_LONGEST) or 512 * 1024 * 1024)
 
 
 @lru_cache

@@ -37,12 +37,14 @@ from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc, check_alone, of_another_source
 from headrace.stores.redis import scripts
-from headrace.stores.redis.client import client, errors, text_version, version_text
+from headrace.stores.redis.client import client, errors, longest, text_version, version_text
 from headrace.stores.scans import Scans
 from headrace.stores.sending import Sending
 
 _VERSION = "@version"
 _WRITE_BYTES = 4 * 1024 * 1024
+_ALWAYS_BYTES = 1024 * 1024
+"""Of a text, that every Redis takes."""
 _SCAN = 1000
 _GRACE_SECONDS = 1.0
 
@@ -125,7 +127,8 @@ class RedisPages:
 
         Raises:
             Transient: `redis-away`, `redis-busy`; Wiped: `view-wiped`, `view-moved`.
-            Poison: `page-empty`, `page-not-text`. Misconfigured: `redis-refused`, `view-taken-over`, `view-of-another`.
+            Poison: `page-empty`, `page-not-text`, `document-too-large`.
+            Misconfigured: `redis-refused`, `view-taken-over`, `view-of-another`.
         """
         after = codec.encode_position(position).decode() if position is not None else ""
         held: list[str | int] = []
@@ -134,6 +137,7 @@ class RedisPages:
         with errors():
             for doc in docs:
                 arguments = _arguments(doc)
+                self._check_size(doc)
                 if size > _WRITE_BYTES:
                     self._send_early(ids, held)
                     held, ids, size = [], set(), 0
@@ -228,6 +232,18 @@ class RedisPages:
             generation = Generation(consumer, int(number), fingerprint, live == number)
             (held if owner else dropped).append(generation)
         return held, dropped
+
+    def _check_size(self, doc: Doc) -> None:
+        """Refuse a text that is longer than Redis takes: it breaks the connection off, at each attempt."""
+        long = [text for text in (doc.body or {}).values() if 4 * len(text) > _ALWAYS_BYTES]
+        size = max((len(text.encode(errors="replace")) for text in long), default=0)
+        if size > _ALWAYS_BYTES and size > (most := longest(self._redis)):
+            raise Poison(
+                "document-too-large",
+                f"Page {doc.id!r} has a field of {size} bytes, and Redis takes {most} (proto-max-bulk-len).",
+                f"Render less, then: headrace rebuild {self._consumer}; or raise that, then: headrace parked retry {self._consumer} --all",
+                cursor=("", doc.id),
+            )
 
     def _send_early(self, ids: set[str], pages: list[str | int]) -> None:
         """Send pages, while the next ones are rendered: the position comes when they have arrived."""
