@@ -21,7 +21,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import ClassVar
 
 from headrace import codec
@@ -29,7 +28,6 @@ from headrace.change import Change, Position
 from headrace.consumer import ALL, Batch, Cursor, Generation, ViewRow, no_progress
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
-from headrace.stores import source_held
 
 __all__ = ["EffectConsumer", "idempotency_key"]
 
@@ -39,7 +37,6 @@ _TABLES = """
 PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS generations (number INTEGER PRIMARY KEY, fingerprint TEXT, live INTEGER DEFAULT 0, owner TEXT, position BLOB);
 CREATE TABLE IF NOT EXISTS reads_all (number INTEGER PRIMARY KEY);
-CREATE TABLE IF NOT EXISTS source (name TEXT);
 """
 
 
@@ -92,28 +89,15 @@ class EffectConsumer:
         return [Generation(self.name, number, fingerprint, bool(live)) for number, fingerprint, live in found]
 
     def open(self, generation: Generation) -> Position | None:
-        """Become the one that does it for this generation; return where it stands. Raises Misconfigured: `view-of-another`."""
+        """Become the one that does it for this generation; return where it stands."""
         self._number = generation.number
         with self._file() as db:
-            self._check_source(db)
             made = (generation.number, generation.fingerprint)
             db.execute("INSERT OR IGNORE INTO generations (number, fingerprint) VALUES (?, ?)", made)
             db.execute("UPDATE generations SET owner = ? WHERE number = ?", (self._owner, self._number))
             query = "SELECT position FROM generations WHERE number = ?"
             (position,) = db.execute(query, (self._number,)).fetchone()
         return codec.decode_position(position) if position else None
-
-    def _check_source(self, db: sqlite3.Connection) -> None:
-        """Leave a file of another source to its process."""
-        at = db.execute("SELECT position FROM generations WHERE position IS NOT NULL").fetchone()
-        own = self.settings.source
-        held = source_held(None, codec.decode_position(at[0]) if at else None, own)
-        db.execute("INSERT INTO source SELECT ? WHERE NOT EXISTS (SELECT 1 FROM source)", (held,))
-        (held,) = db.execute("SELECT name FROM source").fetchone()
-        if held != own:
-            said = f"{self._path} is of source {held}, not of {own}."
-            remedy = "Give each source a HEADRACE_STATE of its own; or, where nothing runs the other any more, remove the file."
-            raise Misconfigured("view-of-another", said, remedy)
 
     def apply(self, batch: Batch) -> None:
         """Do it for each change, if it is this generation's turn: it is live, or none is yet. Then keep the position.
@@ -215,21 +199,16 @@ class EffectConsumer:
         """See `Consumer.scan`: there is nothing to read."""
         return []
 
-    @property
-    def _path(self) -> Path:
-        return self.settings.path(f"{self.name}-effects.sqlite")
-
     @contextmanager
     def _file(self) -> Iterator[sqlite3.Connection]:
         """Give the file of the positions. Raises Transient: `local-state`."""
+        path = self.settings.path(f"{self.name}-effects.sqlite")
         try:
             if self._connection is None:
-                self._connection = sqlite3.connect(
-                    self._path, isolation_level=None, timeout=30, check_same_thread=False
-                )
+                self._connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
                 self._connection.executescript(_TABLES)
             yield self._connection
         except sqlite3.Error as error:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.rollback()
-            raise Transient("local-state", f"{self._path}: {error}.", "See the folder of HEADRACE_STATE.") from error
+            raise Transient("local-state", f"{path}: {error}.", "See the folder of HEADRACE_STATE.") from error

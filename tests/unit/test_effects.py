@@ -161,26 +161,6 @@ def test_a_dropped_generation_tells_nobody(world: World) -> None:
     assert world.statuses() == []
 
 
-@pytest.mark.parametrize("noted", [True, False])
-def test_a_process_of_another_source_does_not_disturb_who_tells(world: World, noted: bool) -> None:
-    """The file of an earlier version does not say whose it is: the topics of its positions do."""
-    if not noted:
-        world.settings = replace(world.settings, source="conformance")
-    world.commit("a", "b")
-    world.catch_up()
-    consumer, at = world.open()
-    if not noted:
-        with consumer._file() as db:
-            db.execute("DELETE FROM source")
-    own, world.settings = world.settings, replace(world.settings, source="other")
-    with pytest.raises(Misconfigured, match=f"of source {own.source}, not of other"):
-        world.open()
-    world.commit("c")
-    for batch in world.log.batches(at):
-        consumer.apply(batch)
-    assert world.statuses() == ["c"]
-
-
 def test_a_damaged_file_is_told_by_its_name(world: World) -> None:
     (Path(world.settings.state) / "told-effects.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(Transient, match=r"told-effects\.sqlite"):
