@@ -692,6 +692,7 @@ def test_each_code_goes_on_with_its_own_generation_and_leaves_the_other_as_it_is
         refused = command(settings, "rollback", "plain").exception
         assert isinstance(refused, HeadraceError)
         assert refused.code == "generation-behind"
+        assert "put that back, start its process again" in refused.remedy
         assert command(settings, "rollback", "plain", "--stale").exit_code == 0
         assert view.rows() == {KEY: 1}
         assert command(settings, "promote", "plain").exit_code == 0
