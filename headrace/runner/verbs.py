@@ -63,6 +63,7 @@ class Verbs:
         if made.standing == DROPPED:
             made.stay("")
         live = made.live()
+        made.check_not_of_another()
         newest = max(made.workers, default=0)
         building = made.workers.get(newest)
         seen = live is not None and (newest < live.generation.number or made.was_shown(newest))
