@@ -6,6 +6,7 @@ Commands come from two places: this package, and whatever a service adds by the 
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.metadata import entry_points
 
@@ -58,7 +59,11 @@ def add_commands(wanted: str | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; an error of ours is printed in three lines, never as a traceback."""
+    """Run the command line; an error of ours is printed in three lines, never as a traceback.
+
+    SIGTERM ends a command as Ctrl-C does, so that what it has asked for is taken back.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `capture` and `run` have their own
     try:
         add_commands(next(iter(sys.argv[1:]), None))
         app()

@@ -230,7 +230,8 @@ def _notes(name: str, report: Facts) -> Iterator[str]:
     if parked := report.get("parked"):
         yield f"[yellow]{_called(name, report)}[/yellow]: {_parked(name, parked)}"
     if inexact := report.get("inexact"):
-        yield f"[yellow]{name}[/yellow]: {escape(', '.join(inexact))} may differ from Postgres until read again: inexact (S12)"
+        tables = escape(", ".join(inexact))
+        yield f"[yellow]{_called(name, report)}[/yellow]: {tables} may differ from Postgres until read again: inexact (S12)"
     for what in ("resnapshot", "approximate"):
         if told := report.get(what):
             yield f"[yellow]{name}[/yellow]: {what}: {escape(told)}"

@@ -141,6 +141,9 @@ def rollback(
 ) -> None:
     """Let readers see again what was live before; a build that was never promoted is not gone back to.
 
+    It has gone on following if the code is the same. If it was built by other code it stands since, and would take readers back in time:
+    put the old code back, start the view's process again, and roll back when `headrace status` shows it `following`.
+
     Exit codes: 0 it is live again; 3 there is none, it is behind (see --stale), or no process runs it; 4 it has stopped by a record; 5 a
     server or that process does not answer.
 

@@ -13,9 +13,9 @@ from rich.tree import Tree
 from headrace import codec
 from headrace.change import format_lsn
 from headrace.cli.show import out, print_json
-from headrace.consumer import ViewRow
+from headrace.consumer import ALL, ViewRow
 from headrace.control import Control
-from headrace.errors import CHECK_FAILED
+from headrace.errors import CHECK_FAILED, USAGE
 from headrace.log import Log
 from headrace.parked import Shelf, pasted
 from headrace.settings import load
@@ -48,8 +48,8 @@ def why(
     partition, offset), how it was read (stream, snapshot, read again), and when it was applied here. The rows are the ones that the view's
     process keeps, as they are now: where the document does not show them yet, or not at all, that is said.
 
-    Exit codes: 0 shown; 1 neither readers nor the view's process know the key; 3 there is no such generation, or no process runs the view;
-    5 a server or that process does not answer.
+    Exit codes: 0 shown; 1 neither readers nor the view's process know the key; 2 of a view of tables --table names none that it has;
+    3 there is no such generation, or no process runs the view; 5 a server or that process does not answer.
 
     Examples:
 
@@ -61,8 +61,7 @@ def why(
     """
     log = Log(load())
     args = {"key": (table, key), "generation": generation, "limit": limit}
-    with Control(log).stream(name, "why", args, _TIMEOUT) as (answer, sent):
-        rows = list(sent)
+    answer, rows = _asked(log, name, args)
     shown, origins = rows[: answer["found"]], [row.value for row in rows[answer["found"] :]]
     parked = _parked(log, name, answer["generation"], table, key)
     facts = {
@@ -82,6 +81,18 @@ def why(
         out.print(_tree(facts))
     if not rows:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _asked(log: Log, name: str, args: Facts) -> tuple[Facts, list[ViewRow]]:
+    """Return the answer and its rows; of a view of tables it must have been asked for a row of one that it has."""
+    with Control(log).stream(name, "why", args, _TIMEOUT) as (answer, sent):
+        rows = list(sent)
+    tables = answer.get("tables", [])
+    known = {table for table, _ in log.schemas()} if tuple(tables) == ALL else set(tables)
+    if known and args["key"][0] not in known:
+        typer.echo(f"{name} has rows of {', '.join(sorted(known))}: name one by --table.", err=True)
+        raise typer.Exit(USAGE)
+    return answer, rows
 
 
 def _document(shown: list[ViewRow]) -> Facts | None:

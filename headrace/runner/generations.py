@@ -9,11 +9,12 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
-from headrace.change import Version
+from headrace.change import Version, source_of
 from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
@@ -260,6 +261,24 @@ class Generations:
             except Refused as error:
                 return error
         return None
+
+    def check_not_of_another(self) -> None:
+        """Refuse to build beside a view of another source whose process runs: its readers would see this one's rows.
+
+        Raises:
+            Misconfigured: `view-of-another`.
+        """
+        live = self.live()
+        seen = [live] if live is not None else list(self.workers.values())
+        topics = {topic for each in seen if each.opened for topic in each.opened.topics}
+        for source in set(map(source_of, topics)) - {self._log.settings.source}:
+            try:
+                Control(Log(replace(self._log.settings, source=source))).running(self.name)
+            except Misconfigured:  # nobody runs it any more
+                continue
+            said = f"What the store has of {self.name} is of source {source}, whose process runs."
+            remedy = "Give the store of one of the two another name, or end that process for good."
+            raise Misconfigured("view-of-another", said, remedy)
 
     # Beginning and ending
 

@@ -68,21 +68,23 @@ class Rows:
     def why(self, request: Request) -> dict[str, Any]:
         """Send a row, if readers see it, and then what it was made from, as far as the consumer tells; answer how the view stands.
 
-        Of a generation of other code only the row is sent.
+        Of a generation of other code only the row is sent. Of a view of tables these are answered, too: its rows are named by them.
         """
         worker = self._generations.worker(request.args.get("generation"))
         key, limit = request.args["key"], request.args["limit"]
 
-        def look(consumer: Consumer) -> tuple[list[ViewRow], list[Origin], Version]:
+        def look(consumer: Consumer) -> tuple[list[ViewRow], list[Origin], Version, list[str]]:
             # A declaration of other code reads the kept rows wrongly: it numbers their joins otherwise.
             why = getattr(consumer, "why", None) if not worker.still else None
-            return _named(consumer, [key]), list(why(tuple(key), limit)) if why else [], worker.state.version
+            origins = list(why(tuple(key), limit)) if why else []
+            tables = list(consumer.tables) if getattr(consumer, "mirrors_rows", False) else []
+            return _named(consumer, [key]), origins, worker.state.version, tables
 
-        found, origins, version = self._generations.wait_for(worker, look)
+        found, origins, version, tables = self._generations.wait_for(worker, look)
         self._control.send_rows(request, [*found, *map(_sent, origins)], last=True)
         number = worker.generation.number
         stands = {"generation": number, "version": list(version), "stale": worker.still}
-        return {"rows": request.id, "found": len(found), **stands}
+        return {"rows": request.id, "found": len(found), "tables": tables, **stands}
 
     def _send_page(self, worker: Worker, request: Request, after: Cursor | None, limit: int) -> None:
         """Queue the next rows of a scan; whatever becomes of them is told to who reads them."""

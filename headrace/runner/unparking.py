@@ -49,9 +49,12 @@ class Unparking:
         """Return what `function` returns at the next complete state of the generation that is named, of the live one else.
 
         Raises:
-            Misconfigured: `no-such-generation`, `stale-generation`, `view-paused`, `not-caught-up`. Transient: `worker-busy`.
+            Misconfigured: `no-such-generation`, `not-parked`, `stale-generation`, `view-paused`, `not-caught-up`. Transient: `worker-busy`.
         """
-        worker = self._generations.worker(request.args.get("generation"))
+        number = request.args.get("generation")
+        worker = self._generations.worker(number)
+        if number is None:
+            self._check_meant(worker)
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             _check(worker)
@@ -63,6 +66,15 @@ class Unparking:
                 said = f"{worker.name} came to no complete state in {_PATIENCE_SECONDS:.0f} s."
                 raise Transient("worker-busy", said, "Try again; see headrace status")
             time.sleep(_STEP_SECONDS)
+
+    def _check_meant(self, live: Worker) -> None:
+        """Refuse a request that names no generation where it is another one, a build perhaps, of which something is parked."""
+        workers = self._generations.workers.values()
+        others = [each for each in workers if each is not live and each.state.parked and not each.still]
+        if others and (live.still or not live.state.parked):
+            number = others[-1].generation.number
+            said = f"{live.name}, which is live, has nothing that can be tried again; generation {number} has."
+            raise Misconfigured("not-parked", said, f"Say which: --generation {number}")
 
 
 def _short(said: str) -> str:

@@ -63,6 +63,7 @@ class Verbs:
         if made.standing == DROPPED:
             made.stay("")
         live = made.live()
+        made.check_not_of_another()
         newest = max(made.workers, default=0)
         building = made.workers.get(newest)
         seen = live is not None and (newest < live.generation.number or made.was_shown(newest))
@@ -179,7 +180,11 @@ class Verbs:
         rebuild = f"headrace rebuild {self._name}"
         if live is None or self._generations.before(live) is not target or _final(target):
             return f"Run: {rebuild}"
-        return f"To accept that run: headrace rollback {self._name} --stale. Otherwise: {rebuild}"
+        accept = "To accept that run"
+        if target.still:
+            again = "put that back, start its process again, and run the same command once it follows"
+            accept = f"It is of other code: {again}. To show it as it is"
+        return f"{accept}: headrace rollback {self._name} --stale. Otherwise: {rebuild}"
 
     def _held(self, live: Worker | None, target: Worker, seconds: float) -> Version:
         """Stop the live generation for so long, in the middle of a backlog too; return what readers have seen, NOWHERE when there is none.

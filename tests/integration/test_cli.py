@@ -210,6 +210,20 @@ def offsets_of_second(settings: Settings) -> list[int]:
     raise AssertionError("the second generation applied nothing")
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
+    """What it has asked for is taken back: a scan, say, would go on for nobody."""
+    nap = (
+        "import time\nfrom headrace.cli import app, main\n\n@app.command('nap')\ndef nap() -> None:\n    try:\n"
+        "        print('begun', flush=True)\n        time.sleep(60)\n    finally:\n        print('taken back')\n\nmain()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", nap, "nap"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.terminate()
+        assert process.communicate(timeout=30)[0] == "taken back\n"
+    assert process.returncode == 130
+
+
 def test_what_is_installed_and_what_is_set_can_be_listed(headrace: Run, settings: Settings) -> None:
     names = [row["name"] for row in json.loads(headrace("plugins", "--json").stdout)]
     assert {"search", "pages", "warehouse"} <= set(names)

@@ -692,6 +692,7 @@ def test_each_code_goes_on_with_its_own_generation_and_leaves_the_other_as_it_is
         refused = command(settings, "rollback", "plain").exception
         assert isinstance(refused, HeadraceError)
         assert refused.code == "generation-behind"
+        assert "put that back, start its process again" in refused.remedy
         assert command(settings, "rollback", "plain", "--stale").exit_code == 0
         assert view.rows() == {KEY: 1}
         assert command(settings, "promote", "plain").exit_code == 0
@@ -1191,14 +1192,21 @@ def test_a_build_of_another_source_is_left_alone(feed: Feed, settings: Settings)
     """Its process may be building it: one of the own source, which nobody sees, would be removed and begun again."""
     settings = replace(settings, batch_records=1)
     feed.cut((ITEMS, 1, 1), (ITEMS, 2, 1), (ITEMS, 3, 1))
-    with serving(settings, plain=Unended) as control:
-        await_live(control, "plain")
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        assert await_phase(control, "plain", 2, "waiting").code == "plain-away"
+    with serving(settings, plain=Unended) as before:
+        await_live(before, "plain")
+        assert before.ask("plain", "rebuild") == {"generation": 2}
+        assert await_phase(before, "plain", 2, "waiting").code == "plain-away"
     settings = replace(settings, source=f"{settings.source}_b")
     Feed(settings).cut((ITEMS, 1, 2))
     with serving(settings, plain=Unended) as control:
         assert await_phase(control, "plain", 2, "stopped").code == "position-of-another-source"
+        before.report(Report("plain", 1, live=True, phase="live"))
+        before.flush()
+        with pytest.raises(Misconfigured) as refused:
+            control.ask("plain", "rebuild")
+        assert (refused.value.code, "whose process runs" in refused.value.message) == ("view-of-another", True)
+        before.report(Report("plain", 1, live=True, phase="off", ended=True))
+        before.flush()
         assert control.ask("plain", "rebuild") == {"generation": 3}
 
 

@@ -297,6 +297,9 @@ def test_a_build_that_lacks_something_is_not_promoted_over_a_live_view(
     picky.ask("picky", "promote")
     assert Plain(settings, "picky").rows() == {ONE: 11, TWO: 14, THREE: 30}
     assert parked(settings, "picky", 1) == [TWO, TWO], "the one before keeps its own"
+    with pytest.raises(Misconfigured) as refused:
+        picky.ask("picky", "retry")
+    assert (refused.value.code, refused.value.remedy) == ("not-parked", "Say which: --generation 1")
 
 
 def test_above_the_limit_the_consumer_stops_and_says_what_to_run(feed: Feed, settings: Settings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +61,18 @@ def identity(db: Connection, table: str) -> str:
 def published(db: Connection, source: Settings) -> dict[str, list[str]]:
     """Return the published columns by table."""
     return {t.full_name: [c.name for c in t.published] for t in catalog.published_tables(db, source.publication)}
+
+
+@contextmanager
+def streaming(source: Settings) -> Iterator[None]:
+    """Make the slot, and read it as capture does."""
+    with catalog.connect(source.dsn) as db:
+        db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [source.slot])
+    with closing(catalog.connect_replication(source.dsn)) as reading:
+        reading.pgconn.exec_(
+            f"START_REPLICATION SLOT {source.slot} LOGICAL 0/0 (proto_version '1', publication_names '{source.publication}')".encode()
+        )
+        yield
 
 
 def test_every_table_with_a_key_is_published_and_a_second_run_has_nothing_to_do(
@@ -317,13 +329,8 @@ def test_a_publication_of_somebody_else_is_neither_used_nor_dropped(db: Connecti
 
 
 def test_teardown_refuses_while_capture_runs(db: Connection, source: Settings) -> None:
-    db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [source.slot])
     db.execute(f"CREATE PUBLICATION {source.publication}")
-    with closing(catalog.connect_replication(source.dsn)) as streaming:
-        pgconn = streaming.pgconn
-        pgconn.exec_(
-            f"START_REPLICATION SLOT {source.slot} LOGICAL 0/0 (proto_version '1', publication_names '{source.publication}')".encode()
-        )
+    with streaming(source):
         assert slot_facts(source)["active"] is True
         with pytest.raises(Misconfigured) as refused:
             teardown.plan(db, source)
@@ -457,6 +464,9 @@ def test_the_command_prints_every_statement_and_json(
     for given, wanted in {"a,b": ["a,b"], "b,a": ["a", "b"], "public.a,b": ["a,b"]}.items():
         said = orjson.loads(run.invoke(app, ["--dsn", source.dsn, "--json", "--table", given]).output)
         assert [each["table"] for each in said["tables"]] == ["public.Odd.Name", *(f"public.{name}" for name in wanted)]
+    with streaming(source):
+        assert "Done. Capture runs" in run.invoke(app, ["--dsn", source.dsn, "--apply"]).output
+        assert "is ready. Capture runs" in run.invoke(app, ["--dsn", source.dsn, "--apply"]).output
 
 
 def test_tables_that_inherit_are_not_published_with_their_parent(db: Connection, source: Settings) -> None:

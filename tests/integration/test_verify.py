@@ -39,6 +39,7 @@ from headrace_verify.verify import Verifier, _postgres_errors
 from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
+from tests.integration.test_capture_append_only import prepare_append_only
 
 ITEMS = "CREATE TABLE public.items (id int PRIMARY KEY, n int, name text)"
 T = "public.items"
@@ -752,23 +753,27 @@ def test_without_a_view_or_postgres_it_says_what_to_do(settings: Settings, fresh
         found(settings, Other)
 
 
-def test_what_has_effects_is_not_compared_and_keeps_nobody_else_from_it(
+def test_what_cannot_be_compared_keeps_nobody_else_from_it(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     about = tmp_path / "calls-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: calls\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
-        "[headrace.consumers]\nplain = tests.fixtures.plain:Plain\ncalls = calls:Calls\n"
+        "[headrace.consumers]\nplain = tests.fixtures.plain:Plain\ncalls = calls:Calls\ntrail = calls:Trail\n"
     )
     (tmp_path / "calls.py").write_text(
-        "from headrace.effects import EffectConsumer\n\nclass Calls(EffectConsumer):\n"
-        f"    tables = ('{T}',)\n\n    def effect(self, changes):\n        pass\n"
+        "from headrace.documents import Document, DocumentConsumer\nfrom headrace.effects import EffectConsumer\n"
+        "from headrace.stores.kafka import KafkaTopic\n\nclass Calls(EffectConsumer):\n"
+        f"    tables = ('{T}',)\n\n    def effect(self, changes):\n        pass\n\n\nclass Trail(DocumentConsumer):\n"
+        "    document = Document('public.events')\n    store = KafkaTopic('trail')\n\n"
+        "    def render(self, row):\n        return dict(row)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1, 'one')")
-    consumers = {name: plugins.load(name) for name in ("plain", "calls")}
+    made = ("INSERT INTO items VALUES (1, 1, 'one')", "CREATE TABLE events (n int)", "INSERT INTO events VALUES (1)")
+    prepare_append_only(settings, ITEMS, *made)
+    consumers = {name: plugins.load(name) for name in ("plain", "calls", "trail")}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         environ = os.environ | environment(settings) | {"COLUMNS": "200"}
@@ -778,11 +783,14 @@ def test_what_has_effects_is_not_compared_and_keeps_nobody_else_from_it(
 
     with capturing(settings) as capture, serving(settings, **consumers) as control:
         capture.reach()
-        await_live(control, "plain", "calls")
+        await_live(control, "plain", "calls", "trail")
         ended = run("verify", "--json")
         assert ended.returncode == 0, ended.stderr
         assert [fact["consumer"] for fact in orjson.loads(ended.stdout)] == ["plain"]
         assert "not compared calls" in ended.stderr
+        assert "not compared trail has a document for each row of public.events" in ended.stderr
+        ended = run("verify", "plain", "trail")
+        assert (ended.returncode, "verify-no-expectation" in ended.stderr) == (3, True), "it was asked for by name"
         ended = run("rebuild", "calls", "--wait")
         assert ended.returncode == 0, ended.stderr
         assert [report.live for report in control.reports()["calls"]] == [False, True]

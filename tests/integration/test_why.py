@@ -20,9 +20,8 @@ from headrace.settings import Settings, environment
 from tests.fixtures.capture import eventually, execute, now, prepare, rows
 from tests.fixtures.parked import Found as Parking
 from tests.fixtures.parked import forbid
-from tests.fixtures.plain import Plain
 from tests.fixtures.serving import serving
-from tests.integration.test_verify import ITEMS, SHOP, Products, kept
+from tests.integration.test_verify import ITEMS, SHOP, Mirror, Products, kept
 
 pytestmark = pytest.mark.usefixtures("elasticsearch")
 
@@ -32,7 +31,7 @@ def why(settings: Settings, *args: str, code: int = 0) -> str:
     env = os.environ | environment(settings) | {"COLUMNS": "120"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout or done.stderr
 
 
 def shown(settings: Settings, control: Control) -> None:
@@ -162,8 +161,9 @@ def test_rows_that_other_code_keeps_are_not_read_as_its_own(settings: Settings) 
 
 def test_a_view_that_keeps_no_rows_tells_its_row(settings: Settings) -> None:
     prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 10, 'a')")
-    with kept(settings, Plain):
+    with kept(settings, Mirror):
         told = json.loads(why(settings, "view", '{"id":1}', "--table", "public.items", "--json"))
         assert told["document"]["value"]["n"] == 10
         assert told["made_from"] is None
         why(settings, "view", '{"id":2}', "--table", "public.items", code=1)
+        assert "view has rows of public.items" in why(settings, "view", '{"id":1}', "--table", "items", code=2)

@@ -427,7 +427,7 @@ def test_a_size_that_is_none_names_the_setting(tmp_path: Path) -> None:
 
 
 def test_names_that_differ_only_in_case_and_taken_names_all_have_a_place(
-    store: DuckDBStore, settings: Settings
+    store: DuckDBStore, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     many = [
         schema("public.Users", id="integer", Id="text", _headrace_key="text"),
@@ -444,6 +444,8 @@ def test_names_that_differ_only_in_case_and_taken_names_all_have_a_place(
     store.apply(batch(10, *changes, schemas=tuple(many)))
     store.promote()
     assert rows(store) == {(change.table, change.key.decode()): change.row for change in changes}
+    assert "public.users is called public.users_2 here" in caplog.text
+    assert "public.Users is" not in caplog.text
     assert len(ask(settings, "SELECT * FROM duckdb_views() WHERE NOT internal AND schema_name <> 'main'").rows) == 9
     assert ask(settings, 'SELECT id, "Id_2", "_headrace_key_2" FROM "Users"').rows == [[0, "x", "x"]]
     assert ask(settings, "SELECT * FROM users_2").rows == [[1]]

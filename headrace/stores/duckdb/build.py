@@ -124,6 +124,8 @@ class Build:
         schema = self._schema(source, version, key)
         if table is None:
             table = tables.create(self._cursor, f"g{self._number:d}", schema, list(self.tables.values()))
+            if source != (called := ".".join(table.reader)):
+                log.warning("%s is called %s here: its own name is taken, perhaps but for case", source, called)
         else:
             table = tables.evolve(self._cursor, table, schema)
         self.tables[source] = table

@@ -79,10 +79,11 @@ def setup(
             _show(made, applied=apply)
         if apply:
             making.apply(connection, made)
+        runs = connection.execute(_RUNS, [settings.slot]).fetchone() is not None
     if json:
         print_json(made.facts() | {"applied": apply})
     else:
-        _next(made, applied=apply)
+        _next(made, applied=apply, runs=runs)
 
 
 def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json: AsJson = False) -> None:
@@ -160,13 +161,17 @@ def _show(made: making.Plan, *, applied: bool) -> None:
         typer.echo(f"{statement};")
 
 
-def _next(made: making.Plan, *, applied: bool) -> None:
+def _next(made: making.Plan, *, applied: bool, runs: bool) -> None:
+    then = "Capture runs, and finds it by itself." if runs else "Next: headrace capture"
     if not made.statements:
-        typer.echo("Nothing to do: the source is ready. Next: headrace capture")
+        typer.echo(f"Nothing to do: the source is ready. {then}")
     elif applied:
-        typer.echo("Done. The slot is made by capture at its first start. Next: headrace capture")
+        typer.echo(f"Done. {'' if runs else 'The slot is made by capture at its first start. '}{then}")
     else:
         typer.echo("Nothing was changed. Run them yourself, or again with --apply.")
+
+
+_RUNS = "SELECT FROM pg_replication_slots WHERE slot_name = %s AND active"
 
 
 def _tell(settings: Settings, removal: removing.Removal, own: list[str], *, topics: bool) -> None:

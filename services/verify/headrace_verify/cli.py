@@ -24,6 +24,7 @@ from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured
 from headrace.log import Log
 from headrace.settings import load
 from headrace_verify.counts import Counted
+from headrace_verify.expected import append_only_root
 from headrace_verify.ledger import KINDS, Difference
 from headrace_verify.verify import Outcome, Verifier
 
@@ -64,7 +65,9 @@ def verify(
     compared again, with snapshots of the very state that the view shows, until they are decided. Of an append-only table, whose rows have
     no key, it is compared how often each row is there.
 
-    A view of which records are parked is not compared: it is said at once what to run.
+    A view of which records are parked is not compared: it is said at once what to run. Rows of a table that is captured no more are not
+    compared, and noted: `headrace status --check` is what fails for it. Where no NAME is given, what has effects, what was run from a file,
+    and documents of an append-only table's rows are left out with a line on stderr.
 
     With --counts rows are only counted: a wrong one is not seen, and a view of documents has one for each root row or differs.
 
@@ -82,7 +85,7 @@ def verify(
     log = Log(load())
     log.require_checkpoints()
     control = Control(log)
-    chosen = _chosen(control, names or [], consumer or [])
+    chosen = _chosen(log, control, names or [], consumer or [])
     show = print_json if json else _show_counts if counts else _show
     facts: list[dict[str, Any]] = []
     try:
@@ -120,7 +123,7 @@ def _verifier(log: Log, control: Control, timeout: float) -> Iterator[Verifier]:
         )
 
 
-def _chosen(control: Control, names: list[str], files: list[str]) -> dict[str, type[Consumer]]:
+def _chosen(log: Log, control: Control, names: list[str], files: list[str]) -> dict[str, type[Consumer]]:
     from_files = plugins.load_files(files)
     if names or from_files:
         return {name: plugins.load(name) for name in names if name not in from_files} | from_files
@@ -133,12 +136,14 @@ def _chosen(control: Control, names: list[str], files: list[str]) -> dict[str, t
     left_out |= {
         name: f"{name} has effects and keeps no view." for name in known if issubclass(known[name], EffectConsumer)
     }
+    shapes = {table: schema for (table, _), schema in sorted(log.schemas().items())}
+    left_out |= {name: said for name, made in known.items() if (said := append_only_root(made, name, shapes))}
     chosen = {name: made for name, made in known.items() if name not in left_out}
     if not chosen and not known:
         raise Misconfigured("unknown-consumer", _from_file(ran[0]), "Name it by --consumer FILE.py:CLASS.")
     if not chosen:
         said = f"No view is there to verify: {' '.join(left_out.values())}"
-        raise Misconfigured("verify-no-expectation", said, "Run: headrace run NAME, of a consumer that keeps a view.")
+        raise Misconfigured("verify-no-expectation", said, "Run: headrace run NAME, of a view that can be compared.")
     for said in left_out.values():
         err.print(f"[yellow]not compared[/yellow] {escape(said)}")
     return chosen
