@@ -46,7 +46,12 @@ class Progress:
         self._rate = _Rate()
 
     def start(self) -> None:
-        """Report, before anything shows that capture runs but for one that does already, and go on with it every second."""
+        """Report, before anything shows that capture runs but for one that does already, and go on with it every second.
+
+        What is reported first is where the last one stood: a log that begins anew is to be above that (see `beginnings.new_epoch`).
+        """
+        for report in self._reported():
+            self._report = replace(self._report, version=report.version)
         if not self._another():
             self._send()
             self._flush()
@@ -151,9 +156,12 @@ class Progress:
         return self._report.code == "slot-active" and self._another()
 
     def _another(self) -> bool:
+        return any(not each.gone and each.code != "slot-active" for each in self._reported())
+
+    def _reported(self) -> list[Report]:
         with suppress(HeadraceError):
-            return any(not each.gone and each.code != "slot-active" for each in self._control.reports().get(NAME, []))
-        return False
+            return self._control.reports().get(NAME, [])
+        return []
 
     def _flush(self) -> None:
         with suppress(HeadraceError):
