@@ -175,6 +175,22 @@ def broken(producer: Producer) -> KafkaError | None:
     return None
 
 
+_TOO_LARGE = (
+    "record-too-large",
+    "a record that large",
+    "Raise HEADRACE_MESSAGE_MAX_BYTES for everybody, or make less of it.",
+)
+_TOO_MUCH = {
+    "MSG_SIZE_TOO_LARGE": _TOO_LARGE,
+    "RECORD_LIST_TOO_LARGE": _TOO_LARGE,
+    "INVALID_TRANSACTION_TIMEOUT": (
+        "transaction-timeout",
+        "a transaction that may last so long",
+        "Set transaction.max.timeout.ms=900000 on the broker, Kafka's own default.",
+    ),
+}
+
+
 def translate(error: KafkaError, doing: str) -> HeadraceError:
     """Return the error of ours for one of Kafka's."""
     name = error.name()
@@ -184,12 +200,9 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
             f"Kafka has no such topic while {doing}: {error.str()}.",
             "Run: headrace capture. If somebody deleted it: headrace resnapshot --recover",
         )
-    if name in {"MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE"}:
-        return Misconfigured(
-            "record-too-large",
-            f"Kafka does not take a record that large while {doing}.",
-            "Raise HEADRACE_MESSAGE_MAX_BYTES for everybody, or make less of it.",
-        )
+    if name in _TOO_MUCH:
+        code, what, remedy = _TOO_MUCH[name]
+        return Misconfigured(code, f"Kafka does not take {what} while {doing}.", remedy)
     if name == "TOPIC_EXCEPTION":
         return Misconfigured(
             "topic-refused",

@@ -74,7 +74,7 @@ class CutWriter:
         """Fence every predecessor; complete or abort the transaction that it left (S3). By then readers are shown all that was committed.
 
         Raises:
-            Transient: `kafka-away`.
+            Transient: `kafka-away`. Misconfigured: `transaction-timeout`.
         """
         self._failed = None
         self._producer = kafka.producer(
