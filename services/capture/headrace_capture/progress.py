@@ -84,7 +84,7 @@ class Progress:
     def sealed(self, checkpoint: Checkpoint) -> None:
         """A checkpoint was committed."""
         self._report = replace(self._report, version=checkpoint.version)
-        self._written.captured(checkpoint.version.lsn, checkpoint.commit_ts)
+        self._written.captured(checkpoint.version.lsn, checkpoint.commit_ts, self.now_ms())
         self._facts["inexact"] = list(checkpoint.inexact)
         self._facts["approximate"] = ", ".join(sorted(checkpoint.approximate))
 
@@ -177,10 +177,13 @@ class Written:
         self._end = 0
         self._seen = 0
 
-    def captured(self, lsn: int, commit_ts: int) -> None:
-        """A checkpoint at `lsn` was committed; its last transaction was at `commit_ts`, ms."""
+    def captured(self, lsn: int, commit_ts: int, now: int) -> None:
+        """A checkpoint at `lsn` was committed by `now`, ms; its last transaction was at `commit_ts`, by the source's clock.
+
+        That may have been ahead for a while: nothing is up to date beyond now, or no lag would be seen until then.
+        """
         self._captured = lsn
-        self._current = max(self._current, commit_ts)
+        self._current = max(self._current, min(commit_ts, now))
 
     def seen(self, end: int, now: int) -> None:
         """WAL ends at `end` at `now`, ms."""
