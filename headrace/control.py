@@ -10,7 +10,10 @@ One compacted topic, `headrace.control`. Keys are ``{"source","name","kind","id"
   runner's ``standing``: whether its view is to stay paused or dropped; and ``shown``: which generations readers have seen).
 
 Kafka has no compare-and-set, so there is one writer of reports and answers for each name: its runner (S30). A report older than
-`DEAD_SECONDS` is of a process that died. Rows go to `headrace.answers`, in pages keyed by the request's id: a page has as many rows as
+`DEAD_SECONDS` is of a process that died. All but what capture writes in its cuts is read whether a cut is open or not: one that a killed
+capture has left would hide every later report, of whatever source, until Kafka ends it.
+
+Rows go to `headrace.answers`, in pages keyed by the request's id: a page has as many rows as
 fit into PAGE_BYTES, and one at least.
 """
 
@@ -113,10 +116,10 @@ class Control:
         self._asked = 0.0
         self.ahead = 0.0
 
-    def kept(self, name: str, *kinds: str) -> list[dict[str, dict[str, Any]]]:
-        """Return the records of each of `kinds` that the service `name` keeps for itself, by id, oldest first."""
+    def kept(self, name: str, *kinds: str, committed: bool = True) -> list[dict[str, dict[str, Any]]]:
+        """Return the records of each of `kinds` that the service `name` keeps for itself, by id, oldest first; of cuts the `committed`."""
         found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
-        for (kind, who, id_), (_, value) in self._newest(*kinds).items():
+        for (kind, who, id_), (_, value) in self._newest(*kinds, committed=committed).items():
             if who == name:
                 found[kind][id_] = value
         return list(found.values())
@@ -242,7 +245,7 @@ class Control:
         """
         self.running(name)
         request = uuid.uuid4().hex
-        tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)})
+        tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)}, committed=False)
         try:
             self._request(name, request, {"verb": verb, "args": args or {}, "timeout": timeout})
             key = self._key(name, "answer", request)
@@ -321,11 +324,11 @@ class Control:
         with shared():
             return self._log.topics.ends({topic: 1})[topic][0]
 
-    def _newest(self, *kinds: str) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
+    def _newest(self, *kinds: str, committed: bool = False) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
         if CONTROL not in self._log.topics.names():
             return {}
         found: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = {}
-        for record in read_to_end(self._log.settings, {(CONTROL, 0): BEGINNING}):
+        for record in read_to_end(self._log.settings, {(CONTROL, 0): BEGINNING}, committed=committed):
             key = codec.loads(record.key)
             if key["source"] != self._source or key["kind"] not in kinds:
                 continue

@@ -43,7 +43,7 @@ class RequestBox:
         """Begin at the beginning of control: a request may have come while nobody ran."""
         self._source = log.settings.source
         self._names = names
-        self._tail = Tail(log.settings, {(CONTROL, 0): BEGINNING})
+        self._tail = Tail(log.settings, {(CONTROL, 0): BEGINNING}, committed=False)
         self._open: dict[tuple[str, str], Request] = {}
         self._caught_up = False
         self._ended = 0.0

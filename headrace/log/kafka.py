@@ -1,6 +1,7 @@
 """Clients of Kafka: how they are configured and how their errors become ours.
 
-Every reader is `read_committed`, assigns its partitions itself and joins no group: positions live in the views [I6].
+Every reader assigns its partitions itself and joins no group: positions live in the views [I6]. It is `read_committed`, but of what has
+nothing to do with the cut that somebody may have left open in the same topic.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def admin(settings: Settings) -> Admin:
 
 
 @_configuring()
-def consumer(settings: Settings, group: str = "", *, wait_ms: int = 100) -> Consumer:
-    """Return a reader of committed records that assigns and never subscribes; `group` may mirror its position [I6].
+def consumer(settings: Settings, group: str = "", *, wait_ms: int = 100, committed: bool = True) -> Consumer:
+    """Return a reader of `committed` records, or of all, that assigns and never subscribes; `group` may mirror its position [I6].
 
     Where there is nothing new, the broker answers after `wait_ms`.
     """
@@ -112,7 +113,7 @@ def consumer(settings: Settings, group: str = "", *, wait_ms: int = 100) -> Cons
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "enable.partition.eof": True,
-            "isolation.level": "read_committed",
+            "isolation.level": "read_committed" if committed else "read_uncommitted",
             "auto.offset.reset": "error",
             "fetch.wait.max.ms": wait_ms,
             # What is fetched is held unpacked, ten times as large, with some hundred bytes for each record more. More in advance
@@ -174,6 +175,22 @@ def broken(producer: Producer) -> KafkaError | None:
     return None
 
 
+_TOO_LARGE = (
+    "record-too-large",
+    "a record that large",
+    "Raise HEADRACE_MESSAGE_MAX_BYTES for everybody, or make less of it.",
+)
+_TOO_MUCH = {
+    "MSG_SIZE_TOO_LARGE": _TOO_LARGE,
+    "RECORD_LIST_TOO_LARGE": _TOO_LARGE,
+    "INVALID_TRANSACTION_TIMEOUT": (
+        "transaction-timeout",
+        "a transaction that may last so long",
+        "Set transaction.max.timeout.ms=900000 on the broker, Kafka's own default.",
+    ),
+}
+
+
 def translate(error: KafkaError, doing: str) -> HeadraceError:
     """Return the error of ours for one of Kafka's."""
     name = error.name()
@@ -183,12 +200,9 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
             f"Kafka has no such topic while {doing}: {error.str()}.",
             "Run: headrace capture. If somebody deleted it: headrace resnapshot --recover",
         )
-    if name in {"MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE"}:
-        return Misconfigured(
-            "record-too-large",
-            f"Kafka does not take a record that large while {doing}.",
-            "Raise HEADRACE_MESSAGE_MAX_BYTES for everybody, or make less of it.",
-        )
+    if name in _TOO_MUCH:
+        code, what, remedy = _TOO_MUCH[name]
+        return Misconfigured(code, f"Kafka does not take {what} while {doing}.", remedy)
     if name == "TOPIC_EXCEPTION":
         return Misconfigured(
             "topic-refused",

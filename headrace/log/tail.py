@@ -80,10 +80,16 @@ class Tail:
     """Follows the partitions of topics from given offsets."""
 
     def __init__(
-        self, settings: Settings, starts: dict[tuple[str, int], int], group: str = "", *, wait_ms: int = 100
+        self,
+        settings: Settings,
+        starts: dict[tuple[str, int], int],
+        group: str = "",
+        *,
+        wait_ms: int = 100,
+        committed: bool = True,
     ) -> None:
-        """Begin at `starts`: (topic, partition) to offset, BEGINNING for the first one there is. `wait_ms`: see `kafka.consumer`."""
-        self._consumer: Consumer = kafka.consumer(settings, group, wait_ms=wait_ms)
+        """Begin at `starts`: (topic, partition) to offset, BEGINNING for the first one there is. For the rest see `kafka.consumer`."""
+        self._consumer: Consumer = kafka.consumer(settings, group, wait_ms=wait_ms, committed=committed)
         with kafka.kafka_errors("assigning partitions"):
             self._consumer.assign([TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()])
         self._starts = starts
@@ -182,13 +188,17 @@ def check_heard(at: float, timeout: float = 60.0) -> None:
 
 
 def read_to_end(
-    settings: Settings, starts: dict[tuple[str, int], int], ends: Mapping[tuple[str, int], int] = _NONE
+    settings: Settings,
+    starts: dict[tuple[str, int], int],
+    ends: Mapping[tuple[str, int], int] = _NONE,
+    *,
+    committed: bool = True,
 ) -> Iterator[Record]:
-    """Yield every committed record from `starts` to the end that each partition has now, at least to `ends` (see `to_end`)."""
+    """Yield every `committed` record from `starts` to the end that each partition has now, at least to `ends` (see `to_end`)."""
     if not starts:
         return
     # After the last record comes a marker, which no message shows: the end is known only when the broker has nothing more to give.
-    tail = Tail(settings, starts, wait_ms=_SHORT_MS)
+    tail = Tail(settings, starts, wait_ms=_SHORT_MS, committed=committed)
     try:
         yield from tail.to_end(ends=ends)
     finally:

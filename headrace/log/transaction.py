@@ -86,12 +86,6 @@ class TransactionWriter:
                 f"Kafka does not take a record that large while {doing}.",
                 "Render less, or raise HEADRACE_MESSAGE_MAX_BYTES and the topic's max.message.bytes.",
             )
-        if error.name() == "INVALID_TRANSACTION_TIMEOUT":
-            return Misconfigured(
-                "transaction-timeout",
-                f"The broker allows no transaction of {_LONGEST_SECONDS} s.",
-                f"Set transaction.max.timeout.ms={1000 * _LONGEST_SECONDS} on the broker.",
-            )
         found = kafka.translate(error, doing)
         if found.code != "fenced":
             return found

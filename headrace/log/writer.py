@@ -74,7 +74,7 @@ class CutWriter:
         """Fence every predecessor; complete or abort the transaction that it left (S3). By then readers are shown all that was committed.
 
         Raises:
-            Transient: `kafka-away`.
+            Transient: `kafka-away`. Misconfigured: `transaction-timeout`.
         """
         self._failed = None
         self._producer = kafka.producer(
@@ -87,8 +87,10 @@ class CutWriter:
         with kafka.kafka_errors("opening the transactional writer"):
             self._producer.init_transactions(_COMMIT_SECONDS)
 
-    def resume(self, checkpoint: Checkpoint | None) -> None:
+    def resume(self, checkpoint: Checkpoint | None, tick: Callable[[], None] = lambda: None) -> None:
         """Go on after `checkpoint`, the newest one in the log (None for a new log): take over its `ends`.
+
+        All that are there are read for that: `tick` is called meanwhile, and ends it by what it raises.
 
         Raises:
             Misconfigured: `partitions-changed` (S9), `topic-missing`.
@@ -105,6 +107,7 @@ class CutWriter:
         # A key that was tombstoned is no longer to be trimmed; a later value of the same key moves it to the end.
         kept: dict[bytes, None] = {}
         for record in read_to_end(self._settings, {(self._checkpoints, 0): BEGINNING}):
+            tick()
             kept.pop(record.key, None)
             if record.value is not None:
                 kept[record.key] = None

@@ -76,7 +76,7 @@ class Generations:
         """Look at the store, and begin what is missing: the first build too, unless the view is to stay dropped."""
         self.none = Generation(self.name, 0, self.fingerprint)  # taken of the code as it was loaded, whatever is away
         if not self._remembers:
-            kept, shown = self._control.kept(self.name, _STANDING, _SHOWN)
+            kept, shown = self._control.kept(self.name, _STANDING, _SHOWN, committed=False)
             self.standing = kept.get("", {}).get("phase", "")
             self._shown = shown.get("", {}).get("generations", [])
             self._left = dict(shown.get("", {}).get("left", []))

@@ -17,7 +17,7 @@ import pytest
 from psycopg import sql
 
 from headrace.change import Checkpoint, format_lsn, parse_lsn
-from headrace.log import Log
+from headrace.log import CutWriter, Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
 from headrace_capture import catalog, stream
@@ -210,6 +210,30 @@ def test_stopped_and_started_it_goes_on(settings: Settings) -> None:
     with capturing(settings) as capture:
         capture.reach()
     assert [c.row["id"] for c in changes(settings, T) if c.row] == list(range(6))
+
+
+def test_asked_to_stop_while_it_reads_the_checkpoints_it_stops(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After many small cuts there are many of them."""
+    prepare(settings, ITEMS)
+    with capturing(settings) as capture:
+        capture.reach()
+    resume, resumed = CutWriter.resume, []
+    begun, asked = threading.Event(), threading.Event()
+
+    def resuming(writer: CutWriter, *args: Any) -> None:
+        begun.set()
+        asked.wait()
+        resume(writer, *args)
+        resumed.append(writer)
+
+    monkeypatch.setattr(CutWriter, "resume", resuming)
+    with capturing(settings) as capture:
+        capture.eventually("it reads them", begun.is_set)
+        capture._stop.set()
+        asked.set()
+    assert not resumed
 
 
 def test_a_second_capture_waits_for_the_first(settings: Settings) -> None:

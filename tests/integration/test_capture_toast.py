@@ -119,6 +119,23 @@ def test_read_again_by_names_with_a_percent_sign(settings: Settings) -> None:
     assert [(c.row, c.read) for c in log][-1:] == [({"100%": 1, "a%b": 1, "%s": W}, "reread")]
 
 
+def test_read_again_by_a_key_of_an_extension_s_types(settings: Settings) -> None:
+    """By their own operators, as their index has them; with our search_path a bare = would be that of text, or none."""
+    prepare(
+        settings,
+        "CREATE EXTENSION citext; CREATE EXTENSION ltree; CREATE DOMAIN route AS ltree",
+        "CREATE TABLE docs (at route, name citext, n int, big text, PRIMARY KEY (at, name))",
+        "ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL",
+        f"INSERT INTO docs VALUES ('a.b', 'Date', 0, '{W}')",
+    )
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "UPDATE docs SET n = 1")
+        capture.reach()
+    assert last(settings) == ({"at": "a.b", "name": "Date", "n": 1, "big": W}, "reread")
+
+
 @pytest.mark.usefixtures("forgetful")
 def test_a_reread_is_believed_only_if_it_sees_the_change(settings: Settings) -> None:
     """(seen) T sets big, then n, and its commit waits for a standby: the stream has T, a plain re-read would show the older big."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +13,7 @@ import pytest
 from headrace.errors import Misconfigured
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
-from headrace_capture import known, live, snapshot, writing
+from headrace_capture import known, live, snapshot, spool, writing
 from tests.fixtures.capture import capturing, execute, prepare, refused, replay, selected
 from tests.integration.test_resnapshot import T, ask, done, unseen
 
@@ -86,6 +87,7 @@ def test_at_the_end_of_a_snapshot_that_began_again(
         killed.setattr(snapshot.Snapshot, "_remove_older", ends)
         assert refused(replace(settings, cut_records=1)).code == "killed"
     execute(settings, "DELETE FROM items WHERE id % 3 = 0", "DELETE FROM others WHERE id % 3 = 0")
+    assert not stopped_amid_a_look(settings, monkeypatch), "it looks to the end, and only then whether it is to stop"
     log, opened = watched()
     with capturing(settings, log) as capture:
         capture.reach()
@@ -93,6 +95,26 @@ def test_at_the_end_of_a_snapshot_that_began_again(
     assert not any(opened)
     for table in ("items", "others"):
         assert replay(settings, f"public.{table}") == selected(settings, table)
+
+
+def stopped_amid_a_look(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[list[bytes]]:
+    """Ask capture to stop amid its look for keys that are to be deleted; return what it has found none the less."""
+    each, known_by_then = live.LiveKeys.each, threading.Event()
+    looked = []
+
+    def stopping(keys: live.LiveKeys, *how: Any) -> list[bytes]:
+        known_by_then.wait()
+        capture._stop.set()
+        looked.append(list(each(keys, *how)))
+        return looked[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(spool, "_STEPS", 1)
+        patched.setattr(live.LiveKeys, "each", stopping)
+        with capturing(settings) as capture:
+            known_by_then.set()
+            capture.join()
+    return looked
 
 
 def test_an_old_cut_ends_while_a_chunk_is_written(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

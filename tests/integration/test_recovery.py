@@ -230,7 +230,7 @@ def test_checkpoints_that_were_deleted_with_an_append_only_table_in_the_log(
 
 
 def test_a_new_epoch_is_above_every_one_that_the_log_or_a_view_has_seen(captured: Settings) -> None:
-    """Also when an epoch left no record: capture itself reported it."""
+    """Also when an epoch left no record: capture itself reported it, and does at its next start."""
     recover(captured, lambda _: None)
     execute(captured, "TRUNCATE items")
     with capturing(captured) as capture:
@@ -244,6 +244,7 @@ def test_a_new_epoch_is_above_every_one_that_the_log_or_a_view_has_seen(captured
     await_free(captured)
     assert {c.version.epoch for c in changes(captured, T)} == {1, 2}
     delete_checkpoints(captured)
+    assert refused(captured).code == "checkpoints-missing"
     assert recover(captured, lambda _: None).version.epoch == 4
 
 
@@ -259,11 +260,16 @@ def test_a_log_without_checkpoints_and_records_begins_as_a_new_one(settings: Set
     assert replay(settings, T) == selected(settings, T)
 
 
-def test_it_refuses_while_capture_runs(captured: Settings) -> None:
+def test_it_refuses_while_capture_runs(captured: Settings, fresh_database: Callable[[], str]) -> None:
+    """Also where the settings lead to another slot or database than its own: it would be fenced, and go on from their epoch."""
+    elsewhere = replace(captured, dsn=fresh_database())
+    prepare(elsewhere, ITEMS)
     with capturing(captured) as capture:
         capture.hear("streaming")
-        with pytest.raises(Exception, match="reads slot"):
-            recover(captured, lambda _: None)
+        for settings in (captured, replace(captured, slot=f"{captured.slot}_2"), elsewhere):
+            with pytest.raises(Misconfigured, match="Stop `headrace capture`") as running:
+                recover(settings, lambda _: None)
+            assert running.value.code == "slot-active"
         capture.reach()
     assert {c.version.epoch for c in Log(captured).checkpoints()} == {1}
 

@@ -24,7 +24,7 @@ from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import Log, kafka
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings, environment
-from headrace_capture import known
+from headrace_capture import known, spool
 from headrace_capture import resnapshot as beside
 from headrace_capture.cli import resnapshot
 from tests.fixtures.capture import (
@@ -515,7 +515,7 @@ def test_asked_to_stop_while_it_looks_what_the_log_has_it_writes_nothing_more(
 ) -> None:
     """That may take minutes. The job is there for the next start."""
     prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1), (2, 2)")
-    monkeypatch.setattr(known, "_STEPS", 1)
+    monkeypatch.setattr(spool, "_STEPS", 1)
     look, looked = getattr(known.KnownKeys, amid), []
     with capturing(settings) as capture:
 

@@ -26,6 +26,7 @@ from headrace_verify import postgres as postgres_of_verify
 from tests.fixtures.capture import eventually
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+PARTITION = "CREATE TABLE public.{} PARTITION OF public.parts FOR VALUES FROM ({}) TO ({})"
 LONG = "repeat(md5('x'), 400)"
 
 
@@ -301,10 +302,16 @@ def test_teardown_puts_everything_back(db: Connection, source: Settings) -> None
     db.execute(
         "CREATE TABLE public.wide (id int PRIMARY KEY, big text); CREATE TABLE public.quiet (id int PRIMARY KEY, big text)"
     )
+    db.execute("CREATE TABLE public.gone (id int PRIMARY KEY)")
     db.execute(
         "CREATE TABLE public.mine (id int PRIMARY KEY, big text); ALTER TABLE public.quiet REPLICA IDENTITY NOTHING"
     )
+    db.execute("CREATE TABLE public.parts (id int PRIMARY KEY, big text) PARTITION BY RANGE (id)")
     prepared(db, source)
+    db.execute(f"DROP TABLE public.gone; {PARTITION.format('gone', 0, 9)}; {PARTITION.format('part', 9, 99)}")
+    prepared(db, source)
+    assert setup.plan(db, source, []).statements == []
+    db.execute("ALTER TABLE public.part RENAME TO older")
     db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [source.slot])
     db.execute("ALTER TABLE public.mine REPLICA IDENTITY NOTHING")  # changed by its owner since: not ours any more
     db.execute(
@@ -312,6 +319,7 @@ def test_teardown_puts_everything_back(db: Connection, source: Settings) -> None
     )
     teardown.run(db, source, teardown.plan(db, source))
     assert [identity(db, f"public.{t}") for t in ("wider", "wide", "quiet", "mine")] == ["d", "f", "n", "n"]
+    assert [identity(db, f"public.{t}") for t in ("gone", "older")] == ["d", "d"], "partitions"
     assert db.execute("SELECT FROM pg_publication").fetchall() == []
     assert slot_facts(source)["exists"] is False
     assert teardown.plan(db, source) == teardown.Removal(slot=False, statements=(), kept=())

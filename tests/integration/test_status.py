@@ -25,9 +25,10 @@ from headrace.change import Version
 from headrace.cli import app
 from headrace.cli.status import _source_line
 from headrace.consumer import Batch
-from headrace.control import Control, Report
+from headrace.control import Control, Report, record_key
 from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
+from headrace.log.topics import CONTROL
 from headrace.requests import Request
 from headrace.settings import Settings, environment
 from headrace_capture import attention
@@ -323,6 +324,23 @@ def test_a_clock_that_was_set_right_is_believed_a_minute_later(
         assert not any(request.given_up for request in eventually("it is heard", heard))
     finally:
         box.close()
+
+
+def test_a_cut_that_a_killed_capture_has_left_open_hides_nothing_that_others_say(
+    settings: Settings, control: Control
+) -> None:
+    """Until Kafka ended it, a minute later and more, every view of every source was called dead, and nobody was heard."""
+    feed = Feed(settings)
+    feed.cut((ITEMS, 1, 1))
+    feed.writer.also(CONTROL, record_key(settings.source, "capture", "resnapshot", ITEMS), b"{}")
+    feed.writer._flush()
+    try:
+        with serving(settings, plain=Plain):
+            await_live(control, "plain")
+            assert control.ask("plain", "release") == {}
+        assert control.kept("capture", "resnapshot") == [{}], "what is in it is not there"
+    finally:
+        feed.writer.abort()
 
 
 def interrupted(*_: object) -> Iterator[dict[str, object]]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import pytest
 from confluent_kafka import KafkaException, Message
 
+from headrace.errors import Misconfigured
+from headrace.log import Log, kafka
 from headrace.log.kafka import partition_of
 from headrace.log.tail import BEGINNING, Tail, read_to_end
+from headrace.log.transaction import TransactionWriter
 from headrace.settings import Settings
 from headrace_ops.kafka import Kafka
 from tests.fixtures.capture import eventually
@@ -74,6 +78,19 @@ def test_s3_a_commit_of_unknown_outcome_is_asked_for_again_and_never_aborted(
     sealed = {checkpoint.version: checkpoint.ends for checkpoint in feed.log.checkpoints()}
     assert sealed == {checkpoint.version: checkpoint.ends for checkpoint in (first, second, third)}
     feed.log.check_ends(third)
+
+
+def test_a_broker_that_allows_no_transaction_so_long_says_what_to_set(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of capture's writer and of a derived stream's."""
+    make = kafka.producer
+    longer = {"transaction.timeout.ms": 1_000_000}  # than this broker allows
+    monkeypatch.setattr(kafka, "producer", lambda settings, **more: make(settings, **more | longer))
+    for opening in (Log(settings).writer().open, partial(TransactionWriter, settings, settings.source)):
+        with pytest.raises(Misconfigured, match=r"timeout\.ms=900000") as refused:
+            opening()
+        assert refused.value.code == "transaction-timeout"
 
 
 MURMUR2 = {

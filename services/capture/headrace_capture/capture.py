@@ -154,9 +154,12 @@ class Capture:
                 )
                 self._progress.phase("waiting", busy)
                 said = True
-            if self._stopped():
-                raise Stopped
+            self._check_stopped()
             time.sleep(0.2)
+
+    def _check_stopped(self) -> None:
+        if self._stopped():
+            raise Stopped
 
     def _resume(self, writer: CutWriter, here: Here, slot: Slot | None) -> Checkpoint | None:
         """Read the newest checkpoint and hold it against source, slot and log (S3, I12)."""
@@ -169,9 +172,9 @@ class Capture:
         for altered in self._log.configure(checkpoint):
             self._say(f"settings have changed: topic {altered}")
         if checkpoint is None:
-            writer.resume(None)
+            writer.resume(None, self._check_stopped)
             return None
-        writer.resume(checkpoint)
+        writer.resume(checkpoint, self._check_stopped)
         if checkpoint.snapshot == "running":
             return checkpoint  # names the server on which that snapshot began
         if checkpoint.source != here.source:
@@ -237,8 +240,7 @@ class Capture:
 
     def _tick(self, replication: Replication) -> Callable[[], None]:
         def tick() -> None:
-            if self._stopped():
-                raise Stopped
+            self._check_stopped()
             self._progress.beat()
             replication.alive()
 

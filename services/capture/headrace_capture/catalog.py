@@ -316,6 +316,21 @@ SELECT c.oid, n.nspname, c.relname, c.relkind::text, c.relreplident::text, row_s
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%(oids)s) ORDER BY 2, 3
 """
 
+
+def operator_schemas(connection: Connection, types: Sequence[str]) -> list[str]:
+    """Return where the operators of each type's own default order are: our search_path has none of an extension's, or those of text."""
+    return [schema for (schema,) in connection.execute(_OPERATORS, [list(types)])]
+
+
+# A type without an order of its own (an enum, an array) has that of its kind, built in; '???' is one that is gone.
+_OPERATORS = """
+SELECT coalesce(n.nspname, 'pg_catalog') FROM unnest(%s::text[]) WITH ORDINALITY u(type, place)
+LEFT JOIN pg_opclass c ON c.opcmethod = (SELECT oid FROM pg_am WHERE amname = 'btree') AND c.opcdefault
+                      AND c.opcintype = to_regtype(nullif(type, '???'))
+LEFT JOIN pg_amop a ON a.amopfamily = c.opcfamily AND a.amopstrategy = 5 AND (a.amoplefttype, a.amoprighttype) = (c.opcintype, c.opcintype)
+LEFT JOIN pg_operator o ON o.oid = a.amopopr LEFT JOIN pg_namespace n ON n.oid = o.oprnamespace ORDER BY u.place
+"""
+
 BASE_AND_ELEMENT = """
   coalesce(CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN t.typname ELSE format_type(t.oid, NULL) END, ''),
   coalesce(CASE WHEN et.typnamespace = 'pg_catalog'::regnamespace THEN et.typname ELSE format_type(et.oid, NULL) END, '')

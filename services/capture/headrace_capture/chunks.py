@@ -262,14 +262,14 @@ def _compared(connection: catalog.Connection, table: catalog.Table, texts: Seque
     A bare one of an extension's type is looked for where our search_path has none: it would be that of text (citext), or missing.
     """
     bases = {column.name: column.base for column in table.columns}
-    schemas = connection.execute(_SCHEMAS, [[bases[name] for name in table.key]]).fetchall()
-    if all(schema == "pg_catalog" for (schema,) in schemas):
+    schemas = catalog.operator_schemas(connection, [bases[name] for name in table.key])
+    if all(schema == "pg_catalog" for schema in schemas):
         keys = sql.SQL(", ").join(map(sql.Identifier, table.key))
         return sql.SQL("({}) {} ({})").format(keys, sql.SQL(how), sql.SQL(", ").join(_values(table, texts)))
     columns = list(zip(table.key, _values(table, texts), schemas, strict=True))
 
     def one(place: int, sign: str) -> sql.Composed:
-        name, value, (schema,) = columns[place]
+        name, value, schema = columns[place]
         operator = sql.SQL("OPERATOR({}.{})").format(sql.Identifier(schema), sql.SQL(sign))
         return sql.SQL("{} {} {}").format(sql.Identifier(name), operator, value)
 
@@ -311,12 +311,3 @@ def _wanted(connection: catalog.Connection, table: catalog.Table, key: dict[str,
     with connection.cursor().copy(query) as copy:
         (line,) = list(copy)
     return copy_fields(bytes(line)[:-1])
-
-
-# Where the operators of a type's own default order are; a type without one (an enum, an array) has those of its kind, built in.
-_SCHEMAS = """
-SELECT coalesce(n.nspname, 'pg_catalog') FROM unnest(%s::text[]) WITH ORDINALITY u(base, place)
-LEFT JOIN pg_opclass c ON c.opcmethod = (SELECT oid FROM pg_am WHERE amname = 'btree') AND c.opcdefault AND c.opcintype = base::regtype
-LEFT JOIN pg_amop a ON a.amopfamily = c.opcfamily AND a.amopstrategy = 5 AND (a.amoplefttype, a.amoprighttype) = (c.opcintype, c.opcintype)
-LEFT JOIN pg_operator o ON o.oid = a.amopopr LEFT JOIN pg_namespace n ON n.oid = o.oprnamespace ORDER BY u.place
-"""

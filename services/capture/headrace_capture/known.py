@@ -10,19 +10,14 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from headrace.change import LSN_BITS, Version
-from headrace.errors import HeadraceError
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, Tail, check_heard, end_of_partition, head
-from headrace_capture.replication import Stopped
-from headrace_capture.spool import room
+from headrace_capture.spool import found, room
 
 _BUNCH = 5_000
-_STEPS = 1_000_000
-"""Steps of SQLite's machine between two signs of life."""
 _Call = Callable[[], None]
 
 
@@ -106,24 +101,14 @@ class KnownKeys:
     def _live(self, which: str, bound: Version, seal: _Call, tick: _Call) -> Iterator[tuple[bytes, Newest]]:
         query = f"SELECT key, version, xid FROM known WHERE key > ? AND {which} AND live ORDER BY key LIMIT ?"
         after = b""
-        self._db.set_progress_handler(lambda: _stopped(tick), _STEPS)
-        try:
-            while True:
-                seal()  # where few keys are such, all may have to be looked at
-                with room():
-                    try:
-                        rows = self._db.execute(query, (after, bound.packed(), _BUNCH)).fetchall()
-                    except sqlite3.OperationalError:
-                        tick()  # which raises, if that is what ended the look
-                        raise
-                for key, packed, xid in rows:
-                    yield key, Newest(Version.unpacked(packed), xid, live=True)
-                if len(rows) < _BUNCH:
-                    return
-                after = rows[-1][0]
-        finally:
-            with suppress(sqlite3.ProgrammingError):  # whoever stopped half way may have closed it
-                self._db.set_progress_handler(None, 0)
+        while True:
+            seal()  # where few keys are such, all may have to be looked at
+            rows = found(self._db, query, (after, bound.packed(), _BUNCH), tick)
+            for key, packed, xid in rows:
+                yield key, Newest(Version.unpacked(packed), xid, live=True)
+            if len(rows) < _BUNCH:
+                return
+            after = rows[-1][0]
 
     def close(self) -> None:
         """Remove the file."""
@@ -145,13 +130,3 @@ class KnownKeys:
             self._db.execute("BEGIN")
             self._db.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?)", rows)
             self._db.execute("COMMIT")
-
-
-def _stopped(tick: _Call) -> bool:
-    """Say that capture lives; whoever does not answer is asked again soon. Return whether it is asked to stop."""
-    try:
-        with suppress(HeadraceError):
-            tick()
-    except Stopped:
-        return True
-    return False

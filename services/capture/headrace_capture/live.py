@@ -16,7 +16,7 @@ from typing import Self
 from headrace.change import Version
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, Record, read_to_end
-from headrace_capture.spool import room
+from headrace_capture.spool import found, room
 
 _BUNCH = 2_000
 
@@ -64,19 +64,19 @@ class LiveKeys:
                 tick()
         self._take(bunch)
 
-    def each(self, below: Version | None = None, seal: Callable[[], None] = lambda: None) -> Iterator[bytes]:
+    def each(
+        self, tick: Callable[[], None], below: Version | None = None, seal: Callable[[], None] = lambda: None
+    ) -> Iterator[bytes]:
         """Yield the live keys in their order; only those whose newest record is older than `below`, if given.
 
-        `seal` is called before each look for some: where few keys are so old, all may have to be looked at.
+        `seal` is called before each look for some, and `tick` amid it: where few keys are so old, all may have to be looked at.
         """
+        query = "SELECT key FROM live WHERE key > ? AND version < ? ORDER BY key LIMIT ?"
         bound = (1 << 63) - 1 if below is None else below.packed()
         after = b""
         while True:
             seal()
-            with room():
-                rows = self._db.execute(
-                    "SELECT key FROM live WHERE key > ? AND version < ? ORDER BY key LIMIT ?", (after, bound, _BUNCH)
-                ).fetchall()
+            rows = found(self._db, query, (after, bound, _BUNCH), tick)
             for (key,) in rows:
                 yield key
             if len(rows) < _BUNCH:

@@ -45,6 +45,7 @@ class Memory:
         append_only: Tables without a key that somebody named (see `append_only`).
         published: What was in the publication, by oid and name, each name that setup saw: a table that is there and no longer in it
             was taken out by somebody.
+        partitions: Those of which something was changed, in the same way.
         database: Whose oids these are: a dump takes them to another server or database, where they mean other tables.
     """
 
@@ -52,6 +53,7 @@ class Memory:
     identities: list[Changed] = field(default_factory=list)
     append_only: list[str] = field(default_factory=list)
     published: set[tuple[int, str]] = field(default_factory=set)
+    partitions: set[tuple[int, str]] = field(default_factory=set)
     database: str = ""
 
     def changed(self, schema: str, name: str, was: str, now: str) -> None:
@@ -68,7 +70,7 @@ class Memory:
         facts: dict[str, object] = {"by": _BY, "grants": [*map(list, self.grants)]}
         facts["identities"] = [*map(list, self.identities)]
         facts["append_only"] = self.append_only
-        facts |= {"database": self.database, "captured": sorted(self.published)}
+        facts |= {"database": self.database, "captured": sorted(self.published), "partitions": sorted(self.partitions)}
         text = orjson.dumps(facts).decode()
         return sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(sql.Identifier(publication), sql.Literal(text))
 
@@ -85,12 +87,17 @@ def recall(connection: Connection, publication: str) -> Memory | None:
         return None
     identities = [Changed(*changed) for changed in said["identities"]]
     grants = [Grant(*grant) for grant in said["grants"]]
-    published, of = {(oid, name) for oid, name in said.get("captured", [])}, said.get("database", "")
-    # From a dump only the names still tell which they are; 0 is of one that was not there by then, and may be now.
-    unknown = published if of != database(connection) else {entry for entry in published if not entry[0]}
-    found = connection.execute(_BY_NAMES, [[name for _, name in unknown]]).fetchall()
-    published = (published - unknown) | set(found)
-    return Memory(grants, identities, said.get("append_only", []), published, of)
+    of = said.get("database", "")
+    same = of == database(connection)
+    published, partitions = (_found(connection, said.get(name, []), same) for name in ("captured", "partitions"))
+    return Memory(grants, identities, said.get("append_only", []), published, partitions, of)
+
+
+def _found(connection: Connection, noted: list[tuple[int, str]], same: bool) -> set[tuple[int, str]]:
+    """Return tables by oid and name. From a dump only the names still tell which they are; 0 is of one that was not there by then."""
+    known = {(oid, name) for oid, name in noted if same and oid}
+    unknown = [name for oid, name in noted if not (same and oid)]
+    return known | set(connection.execute(_BY_NAMES, [unknown]).fetchall())
 
 
 def database(connection: Connection) -> str:

@@ -46,7 +46,12 @@ class Progress:
         self._rate = _Rate()
 
     def start(self) -> None:
-        """Report, before anything shows that capture runs but for one that does already, and go on with it every second."""
+        """Report, before anything shows that capture runs but for one that does already, and go on with it every second.
+
+        What is reported first is where the last one stood: a log that begins anew is to be above that (see `beginnings.new_epoch`).
+        """
+        for report in self._reported():
+            self._report = replace(self._report, version=report.version)
         if not self._another():
             self._send()
             self._flush()
@@ -79,7 +84,7 @@ class Progress:
     def sealed(self, checkpoint: Checkpoint) -> None:
         """A checkpoint was committed."""
         self._report = replace(self._report, version=checkpoint.version)
-        self._written.captured(checkpoint.version.lsn, checkpoint.commit_ts)
+        self._written.captured(checkpoint.version.lsn, checkpoint.commit_ts, self.now_ms())
         self._facts["inexact"] = list(checkpoint.inexact)
         self._facts["approximate"] = ", ".join(sorted(checkpoint.approximate))
 
@@ -151,9 +156,12 @@ class Progress:
         return self._report.code == "slot-active" and self._another()
 
     def _another(self) -> bool:
+        return any(not each.gone and each.code != "slot-active" for each in self._reported())
+
+    def _reported(self) -> list[Report]:
         with suppress(HeadraceError):
-            return any(not each.gone and each.code != "slot-active" for each in self._control.reports().get(NAME, []))
-        return False
+            return self._control.reports().get(NAME, [])
+        return []
 
     def _flush(self) -> None:
         with suppress(HeadraceError):
@@ -169,10 +177,13 @@ class Written:
         self._end = 0
         self._seen = 0
 
-    def captured(self, lsn: int, commit_ts: int) -> None:
-        """A checkpoint at `lsn` was committed; its last transaction was at `commit_ts`, ms."""
+    def captured(self, lsn: int, commit_ts: int, now: int) -> None:
+        """A checkpoint at `lsn` was committed by `now`, ms; its last transaction was at `commit_ts`, by the source's clock.
+
+        That may have been ahead for a while: nothing is up to date beyond now, or no lag would be seen until then.
+        """
         self._captured = lsn
-        self._current = max(self._current, commit_ts)
+        self._current = max(self._current, min(commit_ts, now))
 
     def seen(self, end: int, now: int) -> None:
         """WAL ends at `end` at `now`, ms."""

@@ -29,6 +29,7 @@ from headrace_capture.identity import Here, Slot
 from headrace_capture.progress import Progress
 from headrace_capture.replication import Replication
 from headrace_capture.tables import newest
+from headrace_capture.teardown import check_unused
 
 
 def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
@@ -40,6 +41,7 @@ def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
     """
     log = Log(settings)
     log.ensure_spine()
+    check_unused(log)  # by another DSN or slot nothing of it shows in Postgres, and it would be fenced
     with closing(catalog.connect(settings.dsn, name="headrace resnapshot", timeout_s=0)) as connection:
         here = identity.look(connection, settings.slot, settings.publication, settings.dsn)
         slot = identity.slot_of(connection, settings.slot)

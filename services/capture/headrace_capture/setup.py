@@ -256,6 +256,9 @@ def _fill(
     narrowed = identities.narrowed_elsewhere(connection, settings.publication)
     for table in [table for table in made.tables if table.key]:
         _identities(made, table, after, statements, narrowed=table.oid in narrowed)
+    touched = {(c.schema, c.name) for c in after.identities} | {(grant.schema, grant.name) for grant in after.grants}
+    leaves = {(leaf.oid, leaf.schema, leaf.name) for table in made.tables if table.kind == "p" for leaf in table.leaves}
+    after.partitions |= {(oid, f"{schema}.{name}") for oid, schema, name in leaves if (schema, name) in touched}
     statements += _publication(connection, settings.publication, made, present, exists=memory is not None)
     if after.statement(settings.publication).as_string() != before:
         statements.append(after.statement(settings.publication))

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import sqlite3
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from headrace.errors import Misconfigured
+from headrace.errors import HeadraceError, Misconfigured
+from headrace_capture.replication import Stopped
 from headrace_capture.tables import copy_fields
+
+_STEPS = 1_000_000
+"""Steps of SQLite's machine between two signs of life."""
 
 
 class Spool:
@@ -63,6 +67,34 @@ def room() -> Iterator[None]:
             f"The folder for temporary files does not take a table's keys: {error}.",
             "Make room in TMPDIR (/var/tmp where it is not set), or set it to a folder with more and start capture again.",
         ) from error
+
+
+def found(db: sqlite3.Connection, query: str, values: Sequence[Any], tick: Callable[[], None]) -> list[Any]:
+    """Return what a query finds, which may have to look at all keys of a table: `tick` is called meanwhile, and may end it by Stopped.
+
+    Raises:
+        Misconfigured: `spool-full`.
+    """
+    db.set_progress_handler(lambda: _stopped(tick), _STEPS)
+    try:
+        with room():
+            try:
+                return db.execute(query, values).fetchall()
+            except sqlite3.OperationalError:
+                tick()  # which raises, if that is what ended the look
+                raise
+    finally:
+        db.set_progress_handler(None, 0)
+
+
+def _stopped(tick: Callable[[], None]) -> bool:
+    """Say that capture lives; whoever does not answer is asked again soon. Return whether it is asked to stop."""
+    try:
+        with suppress(HeadraceError):
+            tick()
+    except Stopped:
+        return True
+    return False
 
 
 def _full(error: OSError) -> Misconfigured:

@@ -331,7 +331,7 @@ class Stream:
             ends = self._seal_partial()
             with LiveKeys(self._log, table.name) as live:
                 live.catch_up(ends.get(table.topic, []), self._tick)
-                for key in live.each():
+                for key in live.each(self._tick):
                     self._put_delete(table, key)
                     if self._cut.full:
                         self._seal_partial()

@@ -159,11 +159,11 @@ def _needed(connection: Connection, settings: Settings) -> dict[_Where, str]:
 def _restore(connection: Connection, memory: Memory) -> list[tuple[_Where, sql.Composed]]:
     """Return the statements for what still exists and is still as setup left it, each with what it is of.
 
-    A table is known by its oid, whatever it is called by now; a partition by its name.
+    A table or partition is known by its oid, whatever it is called by now; one of which none is noted by its name.
     """
     now = {oid: ((schema, name), identity) for oid, schema, name, identity in connection.execute(_IDENTITIES)}
     oids: dict[_Where, list[int]] = defaultdict(list)
-    for oid, full_name in sorted(memory.published):
+    for oid, full_name in sorted(memory.published | memory.partitions):
         schema, _, name = full_name.partition(".")
         oids[schema, name].append(oid)
     named = {where: [oid] for oid, (where, _) in now.items()} | oids

@@ -179,6 +179,7 @@ class Filler:
         self._tick = tick
         self._live: dict[str, LiveKeys] = {}
         self._locked_until: dict[str, float] = {}
+        self._operators: dict[str, str] = {}
 
     def fill(
         self,
@@ -255,7 +256,7 @@ class Filler:
         """Return what one statement sees, and the row of that key in it; None if the table is gone or has another shape. Raises Nowhere."""
         with postgres_errors(f"reading a row of {table.name} again"):
             try:
-                result = self._connection.execute(_reread_query(table, row)).pgresult
+                result = self._connection.execute(_reread_query(table, row, self._schemas(table))).pgresult
             except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction, errors.DataError):
                 self._check_undoubted(table)
                 return None  # the key's text may be none of its column's type by now
@@ -268,6 +269,15 @@ class Filler:
             return None
         found: list[Datum] = [result.get_value(0, at + 3) for at in range(len(row))]
         return _Read(snapshot, parse_lsn(lsn), found if same else None)
+
+    def _schemas(self, table: Table) -> list[str]:
+        """Return where the operators of the key's columns are."""
+        columns = [table.columns[at].column for at in table.key_at]
+        types = [column.base or column.type for column in columns]
+        new = [type_ for type_ in types if type_ not in self._operators]
+        if new:
+            self._operators |= zip(new, catalog.operator_schemas(self._connection, new), strict=True)
+        return [self._operators[type_] for type_ in types]
 
     def _check_undoubted(self, table: Table) -> None:
         """Refuse to take from the log what may be older than in Postgres, where the table has another shape. Raises Nowhere."""
@@ -303,11 +313,11 @@ def _not_visible(table: Table, xid: int) -> Transient:
     )
 
 
-def _reread_query(table: Table, row: list[Datum]) -> sql.Composed:
+def _reread_query(table: Table, row: list[Datum], operators: list[str]) -> sql.Composed:
     """Return the statement: a row, and whether its key and what is missing have the types that they had in the stream.
 
-    Rows of partitions are the table's own, those of other tables that inherit from it are not. Its values are literals: beside
-    parameters a % in a name would be one.
+    `operators`: the schemas of those that compare the key. Rows of partitions are the table's own, those of other tables that inherit from
+    it are not. Its values are literals: beside parameters a % in a name would be one.
     """
     schema, _, name = table.name.partition(".")
     columns = [sql.Identifier(plan.column.name) for plan in table.columns]
@@ -315,7 +325,9 @@ def _reread_query(table: Table, row: list[Datum]) -> sql.Composed:
     own = sql.SQL("(r.tableoid = {}::regclass OR (SELECT relispartition FROM pg_class WHERE oid = r.tableoid))").format(
         sql.Literal(sql.Identifier(schema, name).as_string())
     )
-    where = sql.SQL(" AND ").join([*(sql.SQL("{} = {}").format(*each) for each in key), own])
+    equal = [sql.SQL("OPERATOR({}.=)").format(sql.Identifier(schema)) for schema in operators]
+    same_key = [sql.SQL("{} {} {}").format(name, how, value) for (name, value), how in zip(key, equal, strict=True)]
+    where = sql.SQL(" AND ").join([*same_key, own])
     asked = {*table.key_at, *(at for at, value in enumerate(row) if value is UNCHANGED)}
     plans = [table.columns[at] for at in sorted(asked)]
     types = [sql.SQL("({}, {}, {})").format(plan.column.name, *plan.sent) for plan in plans]
