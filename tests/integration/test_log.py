@@ -12,13 +12,14 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from headrace import codec, parked
 from headrace.change import Checkpoint, Column, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
-from headrace.log import Log, Reader, kafka
+from headrace.log import Log, Reader, kafka, tail
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL, PARKED, checkpoints_topic, table_of, topic_of
 from headrace.settings import Settings
@@ -214,6 +215,44 @@ def test_a_reader_goes_on_from_its_position_and_neither_repeats_nor_skips(feed: 
     second = feed.cut((ITEMS, 2, 20))
     reader = feed.log.reader([ITEMS], position)
     assert rows(drain(reader, second.version)) == {(ITEMS, b'{"id":2}'): 20}
+    reader.close()
+
+
+class Told:
+    """A client of Kafka that keeps what it is told to commit."""
+
+    def __init__(self, client: Consumer) -> None:
+        self._client = client
+        self.told: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def commit(self, *, offsets: list[TopicPartition], **_: bool) -> None:
+        self.told.append(" ".join(table_of(place.topic) for place in offsets))
+        self._client.commit(offsets=offsets, asynchronous=False)
+
+
+def test_the_group_shows_the_position_and_is_told_only_what_moves(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few places at a time, since the broker takes no large commit; and all of it now and then."""
+    first = feed.cut((ITEMS, 1, 10), (TAGS, 1, 1))
+    reader = feed.log.reader([ITEMS, TAGS], None, "view.g1")
+    assert isinstance(reader, Reader)
+    client = Told(reader._tail._consumer)
+    monkeypatch.setattr(reader._tail, "_consumer", client)
+    monkeypatch.setattr(tail, "_MIRRORED", 1)
+    drain(reader, first.version)
+    reader.mirror()
+    assert sorted(client.told) == [ITEMS, TAGS]
+    drain(reader, feed.cut((ITEMS, 2, 20)).version)
+    for _ in range(2):
+        reader.mirror()
+    assert client.told[2:] == [ITEMS]
+    shown = client.committed([TopicPartition(topic, 0) for topic in reader.position.offsets], 10)
+    assert {place.topic: [place.offset] for place in shown} == reader.position.offsets
+    monkeypatch.setattr(tail, "_MIRROR_SECONDS", -1.0)
+    reader.mirror()
+    assert sorted(client.told[3:]) == [ITEMS, TAGS]
     reader.close()
 
 
