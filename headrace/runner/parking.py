@@ -81,20 +81,21 @@ class Parking:
 
     def open(self, consumer: Consumer, position: Position | None) -> None:
         """Read what is parked; of a view that begins from zero nothing is."""
-        entries = self._entries()
+        entries = self._shelf.entries(self._name, self._number, bodies=False)
         if position is None:
             self._shelf.remove(entries)
             entries = []
         self._version = (position or Position()).version
         self._held = {}
         # A promotion moves the position of effects, whatever they lack.
-        self._done = (
-            [] if isinstance(consumer, EffectConsumer) else [each for each in entries if self._is_done(each, position)]
-        )
+        moves = isinstance(consumer, EffectConsumer)
+        self._done = []
         for entry in entries:
-            if entry not in self._done:
+            if not moves and self._is_done(entry, position):
+                self._done.append(entry)
+            else:
                 self._note(entry)
-        there = {entry.collection for entry in entries}
+        there = _collections(self._held)
         self._lost = [collection for collection in (position or Position()).parked if collection not in there]
         self._lost_held = position.held if position else None
 
@@ -269,7 +270,8 @@ class Parking:
         return entries
 
     def _chosen(self, chosen: Callable[[Cursor], bool]) -> list[Entry]:
-        found = [entry for entry in self._entries() if entry.cursor in self._held and chosen(entry.cursor)]
+        there = self._shelf.entries(self._name, self._number)
+        found = [entry for entry in there if entry.cursor in self._held and chosen(entry.cursor)]
         if not found:
             said = f"Generation {self._number} of {self._name} has nothing parked by that key."
             raise Misconfigured("not-parked", said, f"See: headrace parked list {self._name}")
@@ -292,9 +294,6 @@ class Parking:
         self._shelf.remove(entries)
         for entry in entries:
             self._held.pop(entry.cursor, None)
-
-    def _entries(self) -> list[Entry]:
-        return self._shelf.entries(self._name, self._number)
 
 
 def _because(entry: Entry, error: HeadraceError) -> Entry:

@@ -110,10 +110,12 @@ def test_of_what_is_parked_only_the_bodies_of_the_wanted_generation_are_read(
 ) -> None:
     shelf, read = parked.Shelf(feed.log), list[int]()
     for generation in (1, 2):
-        shelf.put(parked.Entry("items", generation, ITEMS, '{"id":1}'))
+        shelf.put(parked.Entry("items", generation, ITEMS, '{"id":1}', body={"n": 1}))
     decode = parked._read
     monkeypatch.setattr(parked, "_read", lambda key, value: read.append(key["generation"]) or decode(key, value))
-    assert [entry.generation for entry in shelf.entries("items", 2)] == read == [2]
+    assert [entry.body for entry in shelf.entries("items", 2, bodies=False)] == [None]
+    assert [entry.body for entry in shelf.entries("items", 2)] == [{"n": 1}]
+    assert read == [2, 2]
 
 
 def config_of(settings: Settings, topic: str) -> dict[str, str]:

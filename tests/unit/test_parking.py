@@ -25,7 +25,8 @@ class Shelf:
     def __init__(self, _log: Log) -> None:
         self.kept: list[Entry] = []
 
-    def entries(self, *_: object) -> list[Entry]:
+    def entries(self, *_: object, bodies: bool = True) -> list[Entry]:
+        assert not bodies, "they are large, and only looked at"
         return list(self.there)
 
     def remove(self, entries: Sequence[Entry]) -> None:
@@ -82,3 +83,15 @@ def test_what_the_view_has_passed_and_does_not_lack_is_not_parked(
     made.open(view, position)  # type: ignore[arg-type]  what it needs of a consumer
     made.check(view)  # type: ignore[arg-type]
     assert (made.count, len(Shelf.there)) == (count, count)
+    assert bool(made._lost) == bool(named and not count), "a late one is not what the view lacks"
+
+
+def test_what_is_opened_is_not_compared_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HEADRACE_PARKED_LIMIT may be many thousands."""
+    late = [Entry("carts", 1, "public.carts", str(key), version=Version(1, 110)) for key in range(3)]
+    monkeypatch.setattr(parking, "Shelf", Shelf)
+    monkeypatch.setattr(Shelf, "there", late)
+    made = parking.Parking(Log(Settings()), Generation("carts", 1, "abc"))
+    monkeypatch.setattr(Entry, "__eq__", None)
+    made.open(Delays(None), Position({}, {}, Version(1, 110), None, 0))  # type: ignore[arg-type]  what it needs of a consumer
+    assert (made.count, len(made._done)) == (0, 3)
