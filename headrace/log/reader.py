@@ -353,8 +353,8 @@ class Reader:
         )
 
     def _now(self) -> float:
-        """Return the time, seconds: no earlier than the broker's word, for the clock of a machine that was paused may be hours behind."""
-        return max(time.time(), self._newest.appended / 1000 if self._newest else 0.0)
+        """Return the broker's time, seconds, as far as is known: no earlier than its word, for the clock here may be hours behind."""
+        return max(time.time() - self._log.ahead, self._newest.appended / 1000 if self._newest else 0.0)
 
     def _after_newest(self) -> int:
         return self._newest.offset + 1 if self._newest else BEGINNING

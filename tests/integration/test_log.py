@@ -393,6 +393,12 @@ def test_a_state_is_no_younger_because_the_clock_here_is_behind_the_brokers(
     away = replace(position, appended=newest.appended - settings.delete_retention_ms - 3_600_000)
     with pytest.raises(Refused, match="169 hours ago"):
         feed.log.reader([ITEMS], away)
+    monkeypatch.setattr("headrace.log.reader.time.time", lambda: now() + 3 * 3_600)
+    reader = feed.log.reader([ITEMS], position)
+    assert not reader._is_exact(newest)
+    feed.log.ahead = 3 * 3_600.0  # a runner compares the clocks
+    assert reader._is_exact(newest)
+    reader.close()
 
 
 def test_a_predecessor_is_fenced(feed: Feed) -> None:
