@@ -1308,7 +1308,7 @@ def test_effects_of_a_refused_generation_go_on_when_it_is_rolled_back_to(feed: F
         control.ask("calls", "promote")
         told = feed.cut((ITEMS, 1, 2))
         eventually("it is told", lambda: report(control, "calls", 2).version == told.version)
-    with sqlite3.connect(settings.path("calls-effects.sqlite")) as file:
+    with sqlite3.connect(settings.path(f"{settings.source}/calls-effects.sqlite")) as file:
         (kept,) = file.execute("SELECT position FROM generations WHERE number = 1").fetchone()
         long_ago = codec.encode_position(replace(codec.decode_position(kept), appended=1))
         file.execute("UPDATE generations SET position = ? WHERE number = 1", [long_ago])
