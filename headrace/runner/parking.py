@@ -14,7 +14,7 @@ its local rows that the document is touched, and shows its newest state when it 
 | the tombstone of a drop and its `apply`  | of documents: it is tried again, and parked again                          |
 
 A process that was replaced may write an entry late, of what its successor has done since: the position does not name that either. Tried
-again, an older row would come back. Only beside another entry of its table it is taken for one that the view lacks.
+again, an older row would come back. Only beside an older entry of its table it is taken for one that the view lacks.
 
 So a position of rows that says that something is parked is never without its entries: where they are missing, they are lost, and so is
 what the view lacks.
@@ -101,7 +101,10 @@ class Parking:
 
     def _is_done(self, entry: Entry, position: Position | None) -> bool:
         """Whether the view has passed an entry and does not lack it, as its position says."""
-        if position is None or entry.collection in position.parked:
+        if position is None:
+            return False
+        older = position.held is not None and entry.held < position.held  # than all that the view lacks
+        if entry.collection in position.parked and not older:
             return False
         if not entry.at:
             return entry.version <= position.version
