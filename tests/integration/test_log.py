@@ -526,6 +526,23 @@ def test_a_position_that_makes_no_sense_is_refused(feed: Feed, spoil: object, co
     assert caught.value.code == code
 
 
+def test_who_believes_that_the_topics_keep_more_than_they_do_goes_by_what_they_keep(feed: Feed) -> None:
+    """Capture has another environment, or has not begun yet with the new settings."""
+    first, topic = feed.cut((ITEMS, 1, 10)), feed.log.topic_of(ITEMS)
+    feed.log.topics.configure({topic: {"delete.retention.ms": "3600000", "min.compaction.lag.ms": "1000"}})
+    eventually("it is known", lambda: configured(feed.log, topic, "min.compaction.lag.ms") == "1000")
+    reader = feed.log.reader([ITEMS, TAGS], None)
+    position = drain(reader, first.version)[-1].position
+    assert position.retention == 3_600_000
+    reader.close()
+    feed.cut((ITEMS, 1, 11))
+    reader = feed.log.reader([ITEMS], position)
+    assert not reader._is_exact(replace(first, appended=position.appended - 10_000))
+    reader.close()
+    with pytest.raises(Refused, match="2 hours ago"):
+        feed.log.reader([ITEMS], replace(position, appended=position.appended - 7_200_000, retention=0))
+
+
 def of_another(topics: dict[str, Any]) -> dict[str, Any]:
     """Return what a view has of the topics of a source whose name begins as ours does, and goes on."""
     return {topic_of(f"{topic.rsplit('.', 2)[0]}.b", table_of(topic)): value for topic, value in topics.items()}
