@@ -1,7 +1,7 @@
 """Consumers that keep no view but do something for each change: call a webhook, purge a cache.
 
 What they do may be done again after a crash, so it must be harmless to repeat: a purge is; for a webhook there is `idempotency_key`. The
-position is the only thing that is kept, in a file of SQLite; where the file is lost the consumer begins anew.
+position is the only thing that is kept, in a file of SQLite, one a source; where the file is lost the consumer begins anew.
 
 The first generation begins with the first state that it meets: what was there before is history, and nobody is told of it. A generation
 that is promoted goes on where the one before has stopped, so that nothing is left out and nothing is told twice by a rebuild. Only where
@@ -18,13 +18,14 @@ import logging
 import sqlite3
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import ClassVar
 
 from headrace import codec
-from headrace.change import Change, Position
+from headrace.change import Change, Position, source_of
 from headrace.consumer import ALL, Batch, Cursor, Generation, ViewRow, no_progress
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
@@ -202,9 +203,11 @@ class EffectConsumer:
     @contextmanager
     def _file(self) -> Iterator[sqlite3.Connection]:
         """Give the file of the positions. Raises Transient: `local-state`."""
-        path = self.settings.path(f"{self.name}-effects.sqlite")
+        name = f"{self.name}-effects.sqlite"
+        path = self.settings.path(f"{self.settings.source}/{name}")
         try:
             if self._connection is None:
+                _take_over(self.settings.path(name), path, self.settings.source)
                 self._connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
                 self._connection.executescript(_TABLES)
             yield self._connection
@@ -212,3 +215,24 @@ class EffectConsumer:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.rollback()
             raise Transient("local-state", f"{path}: {error}.", "See the folder of HEADRACE_STATE.") from error
+
+
+def _take_over(old: Path, path: Path, source: str) -> None:
+    """Move the file that an earlier version kept beside those of other sources, unless its live generation is another's.
+
+    Begun anew, it would leave out what came since. Raises Transient: `local-state`, also while a process of that version has it open.
+    """
+    if path.exists() or not old.exists():
+        return
+    try:
+        with closing(sqlite3.connect(f"{old.absolute().as_uri()}?mode=rw", 1, isolation_level=None, uri=True)) as db:
+            db.executescript(_TABLES)
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            db.execute("BEGIN IMMEDIATE")  # the last to close it takes in what SQLite keeps beside it
+            query = "SELECT position FROM generations WHERE position IS NOT NULL ORDER BY live DESC, number DESC"
+            found = db.execute(query).fetchone()
+            db.rollback()
+        if not found or {*map(source_of, codec.decode_position(found[0]).topics)} <= {source}:
+            old.replace(path)
+    except (sqlite3.Error, OSError) as error:
+        raise Transient("local-state", f"{old}: {error}.", "See the folder of HEADRACE_STATE.") from error

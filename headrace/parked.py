@@ -101,8 +101,10 @@ class Shelf:
         self._log = log
         self._writer = PlainWriter(log.settings)
 
-    def entries(self, name: str | None = None, generation: int | None = None) -> list[Entry]:
+    def entries(self, name: str | None = None, generation: int | None = None, *, bodies: bool = True) -> list[Entry]:
         """Return what is parked of a view, of all when None: by view, generation and key, those of a key in the order of its changes.
+
+        Without `bodies` it is little, however large the records are.
 
         Raises:
             Transient: `kafka-away`.
@@ -114,7 +116,9 @@ class Shelf:
             key = codec.loads(record.key)
             of_it = name in {None, key["name"]} and generation in {None, key["generation"]}
             if key.pop("source") == self._log.settings.source and of_it:
-                found[record.key] = _read(key, record.value) if record.value is not None else None
+                entry = found[record.key] = _read(key, record.value) if record.value is not None else None
+                if entry is not None and not bodies:
+                    entry.body = None
         return sorted((entry for entry in found.values() if entry is not None), key=_order)
 
     def put(self, entry: Entry) -> None:
@@ -129,7 +133,7 @@ class Shelf:
 
     def clear(self, name: str, generation: Callable[[int], bool]) -> None:
         """Take away what is parked of some generations of a view: they are gone, or begin from zero."""
-        self.remove([entry for entry in self.entries(name) if generation(entry.generation)])
+        self.remove([entry for entry in self.entries(name, bodies=False) if generation(entry.generation)])
 
     def _key(self, entry: Entry) -> bytes:
         return codec.dumps({"source": self._log.settings.source} | {name: getattr(entry, name) for name in _IDENTITY})

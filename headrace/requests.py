@@ -41,6 +41,7 @@ class RequestBox:
 
     def __init__(self, log: Log, names: set[str]) -> None:
         """Begin at the beginning of control: a request may have come while nobody ran."""
+        self._log = log
         self._source = log.settings.source
         self._names = names
         self._tail = Tail(log.settings, {(CONTROL, 0): BEGINNING}, committed=False)
@@ -68,8 +69,9 @@ class RequestBox:
                 self._open[key["name"], key["id"]] = Request(key["id"], said["verb"], said["args"], at, timeout)
         if not self._caught_up:
             return []
-        ahead = self._late[0][1] if self._late else 0.0
-        ready = [(name, request._replace(ahead=ahead)) for (name, _), request in self._open.items()]
+        if self._late:
+            self._log.ahead = self._late[0][1]
+        ready = [(name, request._replace(ahead=self._log.ahead)) for (name, _), request in self._open.items()]
         self._open.clear()
         return ready
 

@@ -101,7 +101,7 @@ def _document(shown: list[ViewRow]) -> Facts | None:
 
 def _parked(log: Log, name: str, generation: int, table: str, key: str) -> Facts | None:
     """Return why the key is parked: of a row, what the first of its changes is parked for."""
-    for entry in Shelf(log).entries(name, generation):
+    for entry in Shelf(log).entries(name, generation, bodies=False):
         if entry.key == key and table in {"", entry.collection}:
             return {"code": entry.code, "reason": entry.reason}
     return None

@@ -237,13 +237,13 @@ class DocumentConsumer:
             local.continued_by(view.version, view.source) and local.topics.items() <= view.topics.items()
         ):
             return False
-        if local.loading:
-            # Tombstones that the load has not read yet may be gone (S19).
+        if local.loading:  # tombstones that it has not read yet may be gone (S19)
             return now() - local.appended <= local.tombstones_stay(self.settings.delete_retention_ms)
         if view is None or local.version > view.version or not _behind(local, view):
             return False
         # The view may show rows that the local rows never had; of those that are gone by now the log says so only for a while.
-        return local.version == view.version or now() - local.appended <= self.settings.min_compaction_lag_ms / 2
+        since = max(now(), view.appended) - local.appended  # the clock here may be behind the broker's
+        return local.version == view.version or since <= self.settings.min_compaction_lag_ms / 2
 
     def _check_reload(self, view: Position, state: Position) -> None:
         """Refuse to go on with a view's old documents from a state that does not continue them."""

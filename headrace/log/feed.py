@@ -45,6 +45,7 @@ class FeedReader:
                 `away-too-long`, `build-too-slow`.
         """
         self._log = log
+        self._settings = log.settings  # and how long the topics really keep tombstones
         self._all = tuple(tables) == ALL
         self._wanted = {topic_of(log.settings.source, table) for table in tables}
         self._source = Source("debezium", 0, log.settings.source, "", "")
@@ -143,7 +144,7 @@ class FeedReader:
 
     def _check_age(self) -> None:
         if self.position.offsets:
-            check_age(self._log.settings, self.position, self._fed, time.time())
+            check_age(self._settings, self.position, self._fed, time.time())
 
     def _batch(self, changes: list[Change], *, reached: bool) -> Batch:
         loading = self.position.loading
@@ -153,7 +154,7 @@ class FeedReader:
         self._whole = reached
         if checkpoint:
             self._told = time.monotonic()
-            kept = self._log.settings.delete_retention_ms
+            kept = self._settings.delete_retention_ms
             self.position = replace(
                 self.position, version=checkpoint.version, appended=checkpoint.appended, retention=kept
             )
@@ -181,8 +182,9 @@ class FeedReader:
         new = [topic for topic in sorted(described) if (topic, 0) not in self._read_to]
         if not new:
             return
+        self._settings = self._log.topics.in_force(new, self._settings)
         if not self.position.offsets:
-            self.position.retention = self._log.settings.delete_retention_ms
+            self.position.retention = self._settings.delete_retention_ms
             self.position.appended = int(
                 time.time() * 1000
             )  # a build begins: nothing that it reads was removed before now (S19)

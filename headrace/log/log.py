@@ -35,11 +35,16 @@ Schemas = dict[tuple[str, int], TableSchema]
 
 
 class Log:
-    """The topics of `settings.source`. Cheap to make: it connects when first asked."""
+    """The topics of `settings.source`. Cheap to make: it connects when first asked.
+
+    Attributes:
+        ahead: By how many seconds the clock here is ahead of the broker's, as far as is known: a runner compares them all the time.
+    """
 
     def __init__(self, settings: Settings) -> None:
         """Use the source and the servers that `settings` name."""
         self.settings = settings
+        self.ahead = 0.0
 
     @cached_property
     def topics(self) -> Topics:

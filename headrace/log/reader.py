@@ -73,6 +73,8 @@ class Reader:
         self._wanted = {topic_of(log.settings.source, table) for table in tables}
         self._until = until
         self._newest = log.newest_checkpoint(complete=True, until=until)
+        known = self._newest.ends if position and self._newest else ()
+        self._settings = log.topics.in_force(filter(self._reads, known), log.settings)
         self._spine = Spine(self._newest)
         self._target: Checkpoint | None = None
         self._behind_since: float | None = None
@@ -84,8 +86,7 @@ class Reader:
         self._paused: set[Place] = set()
         self._at_end: set[Place] = set()
         self._gone: dict[Place, Change | None] = {}
-        self._waiting = 0
-        self._waiting_bytes = 0
+        self._waiting = self._waiting_bytes = 0
         self.position = position or Position(source=self._newest.source if self._newest else None)
         self._check_position(self._newest)
         self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): self._after_newest()}, group)
@@ -195,8 +196,9 @@ class Reader:
             return
         if not self.position.offsets:
             # A build begins: nothing that it reads was removed before now (S19).
+            self._settings = self._log.topics.in_force(new, self._log.settings)
             self.position.appended = int(self._now() * 1000)
-            self.position.retention = self._log.settings.delete_retention_ms
+            self.position.retention = self._settings.delete_retention_ms
         described = self._log.topics.describe(new)
         starts: dict[Place, int] = {}
         for topic in new:
@@ -265,7 +267,7 @@ class Reader:
                 self._move(topic, ends)
         self.position = replace(
             self.position,
-            retention=self._log.settings.delete_retention_ms,
+            retention=self._settings.delete_retention_ms,
             version=target.version,
             source=target.source,
             appended=target.appended,
@@ -345,7 +347,7 @@ class Reader:
         self.position.offsets[topic] = [max(now, end) for now, end in zip(offsets, ends, strict=True)]
 
     def _is_exact(self, target: Checkpoint) -> bool:
-        if self._now() * 1000 - target.appended < self._log.settings.min_compaction_lag_ms:
+        if self._now() * 1000 - target.appended < self._settings.min_compaction_lag_ms:
             return True
         # Nothing follows the target anywhere, so nothing below its ends can have given way to something beyond them.
         return self._at_end >= self._read_to.keys() and not any(
@@ -353,8 +355,8 @@ class Reader:
         )
 
     def _now(self) -> float:
-        """Return the time, seconds: no earlier than the broker's word, for the clock of a machine that was paused may be hours behind."""
-        return max(time.time(), self._newest.appended / 1000 if self._newest else 0.0)
+        """Return the broker's time, seconds, as far as is known: no earlier than its word, for the clock here may be hours behind."""
+        return max(time.time() - self._log.ahead, self._newest.appended / 1000 if self._newest else 0.0)
 
     def _after_newest(self) -> int:
         return self._newest.offset + 1 if self._newest else BEGINNING
@@ -379,7 +381,7 @@ class Reader:
 
     def _check_age(self, target: Checkpoint) -> None:
         if lacks(self.position, target):
-            check_age(self._log.settings, self.position, self._fed, self._now())
+            check_age(self._settings, self.position, self._fed, self._now())
 
 
 def _end(place: Place, target: Checkpoint) -> int:

@@ -22,6 +22,9 @@ librdkafka for "the beginning" costs a look-up of half a second.)"""
 _BUNCH = 2_000
 """Messages that are taken at once: beside what it holds, each is a kilobyte or more here."""
 _SHORT_MS = 5
+_MIRRORED = 1_000
+_MIRROR_SECONDS = 600.0
+"""How often offsets that stand still are committed too: one commit may have failed, and Kafka forgets what is not for a week."""
 _NONE: Mapping[tuple[str, int], int] = {}
 
 
@@ -93,6 +96,8 @@ class Tail:
         with kafka.kafka_errors("assigning partitions"):
             self._consumer.assign([TopicPartition(topic, partition, at) for (topic, partition), at in starts.items()])
         self._starts = starts
+        self._mirrored: dict[tuple[str, int], int] = {}
+        self._mirrored_all = 0.0
 
     def add(self, starts: dict[tuple[str, int], int]) -> None:
         """Follow further partitions."""
@@ -169,11 +174,15 @@ class Tail:
                 return marks[1] if marks else 0
 
     def mirror(self, offsets: dict[tuple[str, int], int]) -> None:
-        """Commit offsets to the group, without waiting for it and without caring whether it worked."""
-        if offsets:
-            places = [TopicPartition(topic, partition, at) for (topic, partition), at in offsets.items()]
+        """Commit what has moved to the group, without waiting for it and without caring whether it worked."""
+        if time.monotonic() - self._mirrored_all > _MIRROR_SECONDS:
+            self._mirrored, self._mirrored_all = {}, time.monotonic()
+        moved = [TopicPartition(*place, at) for place, at in offsets.items() if self._mirrored.get(place) != at]
+        # The broker keeps a commit as one batch of records, of a megabyte at most.
+        for start in range(0, len(moved), _MIRRORED):
             with suppress(KafkaException):
-                self._consumer.commit(offsets=places, asynchronous=True)
+                self._consumer.commit(offsets=moved[start : start + _MIRRORED], asynchronous=True)
+        self._mirrored = offsets
 
     def close(self) -> None:
         """Leave."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import string
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
@@ -221,6 +223,21 @@ class Topics:
                 "altering the configuration of topic",
             )
         return [f"{name}: {key} is now {value}" for name, config in news.items() for key, value in config.items()]
+
+    def in_force(self, names: Iterable[str], settings: Settings) -> Settings:
+        """Return settings with how long these topics keep what compaction takes, where that is less; of one that is gone, or may not be
+        asked, they are believed."""
+        asked = [ConfigResource(ResourceType.TOPIC, name) for name in names]
+        futures = self._client.describe_configs(asked, request_timeout=TIMEOUT) if asked else {}
+        for resource, future in futures.items():
+            with suppress(Misconfigured), self._client.errors(f"reading the configuration of topic {resource.name}"):
+                has = future.result(TIMEOUT)
+                settings = replace(
+                    settings,
+                    delete_retention_ms=min(settings.delete_retention_ms, int(has["delete.retention.ms"].value)),
+                    min_compaction_lag_ms=min(settings.min_compaction_lag_ms, int(has["min.compaction.lag.ms"].value)),
+                )
+        return settings
 
     def delete(self, names: Collection[str], *, wait: bool = False) -> None:
         """Delete topics; those that are gone already are no error. `wait` until brokers know, so that they can be made again."""

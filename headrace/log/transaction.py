@@ -17,6 +17,10 @@ from headrace.settings import Settings
 _COMMIT_SECONDS = 60.0
 _LONGEST_SECONDS = 900
 """The most that a broker allows by default: one large state is written in one transaction."""
+_RIVAL_SECONDS = 60.0
+
+_ended: dict[tuple[str, str], float] = {}
+"""When a writer was last found to be ended, by the brokers and its name."""
 
 
 class TransactionWriter:
@@ -28,7 +32,7 @@ class TransactionWriter:
         Raises:
             Transient: `kafka-away`. Misconfigured: `transaction-timeout`.
         """
-        self._name = name
+        self._name, self._key = name, (settings.kafka, name)
         self._began = 0.0
         options = {"transactional.id": name, "transaction.timeout.ms": 1000 * _LONGEST_SECONDS}
         self._producer: Producer = kafka.producer(settings, **options)
@@ -41,7 +45,7 @@ class TransactionWriter:
         """Add a record to the transaction, which begins with the first one.
 
         Raises:
-            Transient: `kafka-away`, `transaction-too-long`.
+            Transient: `kafka-away`, `transaction-too-long`, `fenced`.
             Misconfigured: `writer-taken-over`, `topic-missing`, `document-too-large`.
         """
         try:
@@ -77,7 +81,8 @@ class TransactionWriter:
         self._producer.purge()
 
     def _explained(self, said: KafkaError | None, doing: str) -> HeadraceError:
-        error = (kafka.broken(self._producer) if self._began else None) or said
+        why = kafka.broken(self._producer) if self._began and not (said and said.fatal()) else None
+        error = why or said
         if error is None:
             return Transient("kafka-away", f"Kafka failed while {doing}.", kafka.CHECK)
         if error.name() == "MSG_SIZE_TOO_LARGE":
@@ -87,17 +92,25 @@ class TransactionWriter:
                 "Render less, or raise HEADRACE_MESSAGE_MAX_BYTES and the topic's max.message.bytes.",
             )
         found = kafka.translate(error, doing)
-        if found.code != "fenced":
-            return found
-        if self._began and time.time() - self._began > _LONGEST_SECONDS:
+        if found.code == "fenced" and self._began and time.time() - self._began > _LONGEST_SECONDS:
             return Transient(
                 "transaction-too-long",
                 f"A state was not written within {_LONGEST_SECONDS} s, and Kafka has ended its transaction.",
                 "It is tried again. If it is too large for that: headrace rebuild NAME, which writes in pieces.",
             )
+        if found.code != "fenced" or not self._has_rival():
+            return found
         return Misconfigured(
             "writer-taken-over", f"Another process has opened {self._name} since.", "Stop one of the two."
         )
+
+    def _has_rival(self) -> bool:
+        """Note that the writer was ended; return whether another process has done it: then that has happened just before, too.
+
+        Once may be the broker's doing: a machine that was paused for longer than a transaction may last need not know that it was.
+        """
+        last, _ended[self._key] = _ended.get(self._key), time.monotonic()
+        return last is not None and time.monotonic() - last < _RIVAL_SECONDS
 
 
 def _cause(error: Exception) -> KafkaError | None:

@@ -199,10 +199,11 @@ class Generations:
         until = time.monotonic() + CALL_SECONDS / 2  # who asks is to hear it
         for number, worker in self.workers.items():
             try:
-                if number not in stood and worker.state.phase != "waiting":
+                if worker.follows or (number not in stood and worker.state.phase != "waiting"):
                     self.wait_for(worker, lambda _consumer: None, max(0.0, until - time.monotonic()))
             except HeadraceError as error:
-                errors.append(error)
+                if worker.follows or worker.state.phase != "waiting":  # it stands too
+                    errors.append(error)
             finally:
                 worker.release()
         if errors:

@@ -14,7 +14,7 @@ its local rows that the document is touched, and shows its newest state when it 
 | the tombstone of a drop and its `apply`  | of documents: it is tried again, and parked again                          |
 
 A process that was replaced may write an entry late, of what its successor has done since: the position does not name that either. Tried
-again, an older row would come back. Only beside another entry of its table it is taken for one that the view lacks.
+again, an older row would come back. Only beside an older entry of its table it is taken for one that the view lacks.
 
 So a position of rows that says that something is parked is never without its entries: where they are missing, they are lost, and so is
 what the view lacks.
@@ -81,26 +81,30 @@ class Parking:
 
     def open(self, consumer: Consumer, position: Position | None) -> None:
         """Read what is parked; of a view that begins from zero nothing is."""
-        entries = self._entries()
+        entries = self._shelf.entries(self._name, self._number, bodies=False)
         if position is None:
             self._shelf.remove(entries)
             entries = []
         self._version = (position or Position()).version
         self._held = {}
         # A promotion moves the position of effects, whatever they lack.
-        self._done = (
-            [] if isinstance(consumer, EffectConsumer) else [each for each in entries if self._is_done(each, position)]
-        )
+        moves = isinstance(consumer, EffectConsumer)
+        self._done = []
         for entry in entries:
-            if entry not in self._done:
+            if not moves and self._is_done(entry, position):
+                self._done.append(entry)
+            else:
                 self._note(entry)
-        there = {entry.collection for entry in entries}
+        there = _collections(self._held)
         self._lost = [collection for collection in (position or Position()).parked if collection not in there]
         self._lost_held = position.held if position else None
 
     def _is_done(self, entry: Entry, position: Position | None) -> bool:
         """Whether the view has passed an entry and does not lack it, as its position says."""
-        if position is None or entry.collection in position.parked:
+        if position is None:
+            return False
+        older = position.held is not None and entry.held < position.held  # than all that the view lacks
+        if entry.collection in position.parked and not older:
             return False
         if not entry.at:
             return entry.version <= position.version
@@ -269,7 +273,8 @@ class Parking:
         return entries
 
     def _chosen(self, chosen: Callable[[Cursor], bool]) -> list[Entry]:
-        found = [entry for entry in self._entries() if entry.cursor in self._held and chosen(entry.cursor)]
+        there = self._shelf.entries(self._name, self._number)
+        found = [entry for entry in there if entry.cursor in self._held and chosen(entry.cursor)]
         if not found:
             said = f"Generation {self._number} of {self._name} has nothing parked by that key."
             raise Misconfigured("not-parked", said, f"See: headrace parked list {self._name}")
@@ -292,9 +297,6 @@ class Parking:
         self._shelf.remove(entries)
         for entry in entries:
             self._held.pop(entry.cursor, None)
-
-    def _entries(self) -> list[Entry]:
-        return self._shelf.entries(self._name, self._number)
 
 
 def _because(entry: Entry, error: HeadraceError) -> Entry:

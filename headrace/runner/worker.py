@@ -93,6 +93,7 @@ class Worker(threading.Thread):
         paused: So it is for now, because somebody asked for it. Afterwards the view is opened anew, so that a position that has grown
             too old meanwhile is refused (S19).
         shown: Readers have seen it, as far as is known.
+        follows: It reads, and applies what comes, also while its phase is yet that of the wait before.
         opened: The position that readers saw the view at when it was opened; as it is while still.
     """
 
@@ -102,7 +103,7 @@ class Worker(threading.Thread):
         """Prepare; `start` begins. It reads no further than the checkpoint at `until`."""
         super().__init__(name=f"{generation.consumer}-g{generation.number}", daemon=True)
         self.generation = generation
-        self.still, self.paused, self.shown = still, False, False
+        self.still, self.paused, self.shown, self.follows = still, False, False, False
         self.state = State()
         self.opened: Position | None = None
         self._log = log
@@ -249,7 +250,7 @@ class Worker(threading.Thread):
                 consumer.drop()
                 raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
         finally:
-            self._whole = True  # pieces are gone
+            self._whole, self.follows = True, False  # pieces are gone
             consumer.close()
 
     def _read(self, consumer: Consumer, position: Position | None) -> None:
@@ -266,7 +267,7 @@ class Worker(threading.Thread):
     def _follow(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
         self._stood = _copy(reader.position) if _at_a_state(reader) else None
         self._whole = self._stood is not None or not self.state.delayed
-        mirrored = 0.0
+        self.follows, mirrored = True, 0.0
         while not self._stopping.is_set():
             self._answer(consumer)
             if self._resting or self._moved:

@@ -331,9 +331,13 @@ def test_capture_does_not_take_the_topics_of_a_feed_over(items: Settings) -> Non
 def test_s9_a_partition_that_is_added_is_refused(items: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in it is newer than what the others have of the same keys."""
     monkeypatch.setattr("headrace.log.feed._TOPICS_SECONDS", 0.0)
+    topics, topic = Log(items).topics, Log(items).topic_of("public.items")
+    topics.configure({topic: {"delete.retention.ms": "3600000"}})
+    eventually("it is known", lambda: topics.in_force([topic], items).delete_retention_ms == 3_600_000)
     with closing(Log(items).reader(["public.items"], None)) as reader:
         position = read(reader, 1)[-1].position
-        add_partition(items, Log(items).topic_of("public.items"))
+        assert position.retention == 3_600_000, "as it is told of the topic"
+        add_partition(items, topic)
         with pytest.raises(Misconfigured, match="has 2 partitions") as error:
             reader.poll(0.1)
     assert error.value.code == "partitions-changed"

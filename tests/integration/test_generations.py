@@ -556,21 +556,27 @@ def test_a_paused_view_is_readable_and_still_also_after_a_restart(feed: Feed, se
 
 
 class Stuck(Plain):
-    """Its first generation applies nothing while `may` is not set, and says by `waits` that something has come."""
+    """Its first generation applies nothing while `may` is not set, and says by `waits` that something has come. `late`: it waits first."""
 
     may: ClassVar[threading.Event] = threading.Event()
     waits: ClassVar[threading.Event] = threading.Event()
+    late: ClassVar[threading.Event] = threading.Event()
 
     def apply(self, batch: Batch) -> None:
+        if self._number == 1 and self.late.is_set() and batch.changes:
+            self.late.clear()
+            raise Transient("plain-away", "Its store is away.", "Wait.")
         if self._number == 1 and not self.may.is_set():
             self.waits.set()
             self.may.wait(60)
         super().apply(batch)
 
 
+@pytest.mark.parametrize("waited", [False, True])
 def test_all_generations_of_a_view_stand_when_one_was_too_busy_to_be_paused_at_once(
-    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch, waited: bool
 ) -> None:
+    """Also one that has waited until just now, and says so yet."""
     Stuck.may.set()
     Stuck.waits.clear()
     feed.cut((ITEMS, 1, 1))
@@ -579,6 +585,8 @@ def test_all_generations_of_a_view_stand_when_one_was_too_busy_to_be_paused_at_o
         assert control.ask("plain", "rebuild") == {"generation": 2}
         await_phase(control, "plain", 2, "following")
         Stuck.may.clear()
+        if waited:
+            Stuck.late.set()
         feed.cut((ITEMS, 1, 2))
         assert Stuck.waits.wait(30)
         monkeypatch.setattr(generations, "CALL_SECONDS", 1.0)
@@ -1316,7 +1324,7 @@ def test_effects_of_a_refused_generation_go_on_when_it_is_rolled_back_to(feed: F
         control.ask("calls", "promote")
         told = feed.cut((ITEMS, 1, 2))
         eventually("it is told", lambda: report(control, "calls", 2).version == told.version)
-    with sqlite3.connect(settings.path("calls-effects.sqlite")) as file:
+    with sqlite3.connect(settings.path(f"{settings.source}/calls-effects.sqlite")) as file:
         (kept,) = file.execute("SELECT position FROM generations WHERE number = 1").fetchone()
         long_ago = codec.encode_position(replace(codec.decode_position(kept), appended=1))
         file.execute("UPDATE generations SET position = ? WHERE number = 1", [long_ago])

@@ -12,13 +12,14 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from headrace import codec, parked
 from headrace.change import Checkpoint, Column, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
-from headrace.log import Log, Reader, kafka
+from headrace.log import Log, Reader, kafka, tail
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL, PARKED, checkpoints_topic, table_of, topic_of
 from headrace.settings import Settings
@@ -109,10 +110,12 @@ def test_of_what_is_parked_only_the_bodies_of_the_wanted_generation_are_read(
 ) -> None:
     shelf, read = parked.Shelf(feed.log), list[int]()
     for generation in (1, 2):
-        shelf.put(parked.Entry("items", generation, ITEMS, '{"id":1}'))
+        shelf.put(parked.Entry("items", generation, ITEMS, '{"id":1}', body={"n": 1}))
     decode = parked._read
     monkeypatch.setattr(parked, "_read", lambda key, value: read.append(key["generation"]) or decode(key, value))
-    assert [entry.generation for entry in shelf.entries("items", 2)] == read == [2]
+    assert [entry.body for entry in shelf.entries("items", 2, bodies=False)] == [None]
+    assert [entry.body for entry in shelf.entries("items", 2)] == [{"n": 1}]
+    assert read == [2, 2]
 
 
 def config_of(settings: Settings, topic: str) -> dict[str, str]:
@@ -214,6 +217,44 @@ def test_a_reader_goes_on_from_its_position_and_neither_repeats_nor_skips(feed: 
     second = feed.cut((ITEMS, 2, 20))
     reader = feed.log.reader([ITEMS], position)
     assert rows(drain(reader, second.version)) == {(ITEMS, b'{"id":2}'): 20}
+    reader.close()
+
+
+class Told:
+    """A client of Kafka that keeps what it is told to commit."""
+
+    def __init__(self, client: Consumer) -> None:
+        self._client = client
+        self.told: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def commit(self, *, offsets: list[TopicPartition], **_: bool) -> None:
+        self.told.append(" ".join(table_of(place.topic) for place in offsets))
+        self._client.commit(offsets=offsets, asynchronous=False)
+
+
+def test_the_group_shows_the_position_and_is_told_only_what_moves(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few places at a time, since the broker takes no large commit; and all of it now and then."""
+    first = feed.cut((ITEMS, 1, 10), (TAGS, 1, 1))
+    reader = feed.log.reader([ITEMS, TAGS], None, "view.g1")
+    assert isinstance(reader, Reader)
+    client = Told(reader._tail._consumer)
+    monkeypatch.setattr(reader._tail, "_consumer", client)
+    monkeypatch.setattr(tail, "_MIRRORED", 1)
+    drain(reader, first.version)
+    reader.mirror()
+    assert sorted(client.told) == [ITEMS, TAGS]
+    drain(reader, feed.cut((ITEMS, 2, 20)).version)
+    for _ in range(2):
+        reader.mirror()
+    assert client.told[2:] == [ITEMS]
+    shown = client.committed([TopicPartition(topic, 0) for topic in reader.position.offsets], 10)
+    assert {place.topic: [place.offset] for place in shown} == reader.position.offsets
+    monkeypatch.setattr(tail, "_MIRROR_SECONDS", -1.0)
+    reader.mirror()
+    assert sorted(client.told[3:]) == [ITEMS, TAGS]
     reader.close()
 
 
@@ -352,6 +393,12 @@ def test_a_state_is_no_younger_because_the_clock_here_is_behind_the_brokers(
     away = replace(position, appended=newest.appended - settings.delete_retention_ms - 3_600_000)
     with pytest.raises(Refused, match="169 hours ago"):
         feed.log.reader([ITEMS], away)
+    monkeypatch.setattr("headrace.log.reader.time.time", lambda: now() + 3 * 3_600)
+    reader = feed.log.reader([ITEMS], position)
+    assert not reader._is_exact(newest)
+    feed.log.ahead = 3 * 3_600.0  # a runner compares the clocks
+    assert reader._is_exact(newest)
+    reader.close()
 
 
 def test_a_predecessor_is_fenced(feed: Feed) -> None:
@@ -477,6 +524,23 @@ def test_a_position_that_makes_no_sense_is_refused(feed: Feed, spoil: object, co
     with pytest.raises(Refused) as caught:
         feed.log.reader([ITEMS], spoil(position))  # type: ignore[operator]
     assert caught.value.code == code
+
+
+def test_who_believes_that_the_topics_keep_more_than_they_do_goes_by_what_they_keep(feed: Feed) -> None:
+    """Capture has another environment, or has not begun yet with the new settings."""
+    first, topic = feed.cut((ITEMS, 1, 10)), feed.log.topic_of(ITEMS)
+    feed.log.topics.configure({topic: {"delete.retention.ms": "3600000", "min.compaction.lag.ms": "1000"}})
+    eventually("it is known", lambda: configured(feed.log, topic, "min.compaction.lag.ms") == "1000")
+    reader = feed.log.reader([ITEMS, TAGS], None)
+    position = drain(reader, first.version)[-1].position
+    assert position.retention == 3_600_000
+    reader.close()
+    feed.cut((ITEMS, 1, 11))
+    reader = feed.log.reader([ITEMS], position)
+    assert not reader._is_exact(replace(first, appended=position.appended - 10_000))
+    reader.close()
+    with pytest.raises(Refused, match="2 hours ago"):
+        feed.log.reader([ITEMS], replace(position, appended=position.appended - 7_200_000, retention=0))
 
 
 def of_another(topics: dict[str, Any]) -> dict[str, Any]:

@@ -319,6 +319,7 @@ def test_a_clock_that_was_set_right_is_believed_a_minute_later(
 
     try:
         eventually("it is known", lambda: any(abs(request.ahead - ahead) < 10 for request in heard()), 20)
+        assert abs(control._log.ahead - ahead) < 10
         clock.ahead, clock.passed = 0.0, 61.0
         eventually("it is believed", lambda: any(abs(request.ahead) < 10 for request in heard()), 20)
         assert not any(request.given_up for request in eventually("it is heard", heard))

@@ -19,6 +19,7 @@ from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.elasticsearch import ElasticsearchIndex, SearchReader
 from headrace.stores.elasticsearch import index as module
+from headrace.stores.elasticsearch.bulks import POSITION
 from headrace_ops import Stack
 from headrace_ops.elasticsearch import Elasticsearch
 
@@ -220,8 +221,10 @@ def test_a_bulk_that_is_late_never_reaches_the_next_attempt(
     assert client.count(index="products-g1")["count"] == 2, "its document and the position"
 
 
-def test_a_view_of_another_source_is_read_and_not_taken_over(open_store: Open, settings: Settings) -> None:
-    """Also while it loads."""
+def test_a_view_of_another_source_is_read_and_not_taken_over(
+    open_store: Open, settings: Settings, client: Client
+) -> None:
+    """Also while it loads, and before it has any position."""
     store, other = open_store(), ElasticsearchIndex("products", mappings=MAPPINGS)
     other.bind(replace(settings, source="crm"), "search")
     store.write([doc("1", 1)], None)
@@ -233,6 +236,11 @@ def test_a_view_of_another_source_is_read_and_not_taken_over(open_store: Open, s
     assert error.value.code == "view-of-another"
     store.write([doc("1", 4)], at(4))
     assert [row.version.lsn for row in other.scan(None, 10)] == [4, 2]
+    client.delete(index="products-g1", id=POSITION, refresh=True)
+    assert other.open(G1) is None
+    with pytest.raises(Misconfigured, match=f"of source {settings.source}"):
+        other.write([doc("1", 5)], at(5))
+    assert client.count(index="products-g1")["count"] == 2, "it is not made anew"
     other.close()
 
 

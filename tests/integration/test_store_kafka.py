@@ -96,6 +96,23 @@ def test_a_view_of_another_source_is_read_and_not_taken_over(stream: Stream) -> 
         assert [row.value for row in other.scan(None, 9)] == [{"name": "cup"}]
 
 
+def test_a_writer_that_was_ended_once_is_opened_again_and_one_that_has_a_rival_stops(stream: Stream) -> None:
+    """The broker ends one too, whose machine was paused for longer than a transaction may last and does not know it."""
+    stream.commit("kettle")
+    stream.catch_up(promote=True)
+    stream.commit("cup")
+    elsewhere = Stream(replace(stream.settings, state=f"{stream.settings.state}/elsewhere"))
+    for kind, code in ((Transient, "fenced"), (Misconfigured, "writer-taken-over")):
+        first, position = stream.open()
+        rival, _ = elsewhere.open()
+        (batch,) = stream.log.batches(position)
+        with closing(first), closing(rival), pytest.raises(kind) as error:
+            first.apply(batch)
+        assert error.value.code == code
+    stream.catch_up()
+    assert stream.read() == {"0": "cup"}
+
+
 def test_what_is_written_can_be_read_at_once(stream: Stream) -> None:
     stream.commit("kettle", "cup")
     stream.catch_up(promote=True)

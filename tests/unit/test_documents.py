@@ -128,8 +128,13 @@ def away(world: World, *, hours: int) -> None:
     db.close()
 
 
-def test_local_rows_that_another_process_has_left_behind_are_loaded_again(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("clock", ["right", "an hour behind"])
+def test_local_rows_that_another_process_has_left_behind_are_loaded_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: str
+) -> None:
     """It ran elsewhere, with local rows of its own: what came and went by then, these rows never heard of."""
+    if clock != "right":
+        monkeypatch.setattr("headrace.documents.consumer.now", lambda: int(time.time() * 1000) - 3_600_000)
     shop(world.log)
     world.run()
     here = world.settings

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,8 +163,34 @@ def test_a_dropped_generation_tells_nobody(world: World) -> None:
     assert world.statuses() == []
 
 
-def test_a_damaged_file_is_told_by_its_name(world: World) -> None:
-    (Path(world.settings.state) / "told-effects.sqlite").write_bytes(b"no database" * 100)
+def test_each_source_has_a_file_and_the_one_of_before_is_whose_generation_is_live(world: World) -> None:
+    """An upgrade leaves nothing out and tells nothing twice."""
+    world.settings = replace(world.settings, source="conformance")
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    world.commit("a")
+    world.catch_up()
+    consumer, at = world.open()
+    consumer.close()
+    old = world.settings.path("told-effects.sqlite")
+    world.settings.path("conformance/told-effects.sqlite").rename(old)
+    assert Told(replace(world.settings, source="crm"), "told").generations() == []
+    assert old.exists()
+    with closing(sqlite3.connect(old)) as running:
+        running.execute("SELECT * FROM generations").fetchall()
+        with pytest.raises(Transient, match="is locked"):
+            world.open()
+    assert Told(world.settings, "told").generations() == [Generation("told", 1, "abc", live=True)]
+    assert world.open()[1] == at
+    world.commit("b")
+    world.catch_up()
+    assert world.statuses() == ["a", "b"]
+
+
+@pytest.mark.parametrize("file", ["told-effects.sqlite", "main/told-effects.sqlite"])
+def test_a_damaged_file_is_told_by_its_name(world: World, file: str) -> None:
+    world.settings.path(file).write_bytes(b"no database" * 100)
     with pytest.raises(Transient, match=r"told-effects\.sqlite"):
         world.open()
 

@@ -25,7 +25,8 @@ class Shelf:
     def __init__(self, _log: Log) -> None:
         self.kept: list[Entry] = []
 
-    def entries(self, *_: object) -> list[Entry]:
+    def entries(self, *_: object, bodies: bool = True) -> list[Entry]:
+        assert not bodies, "they are large, and only looked at"
         return list(self.there)
 
     def remove(self, entries: Sequence[Entry]) -> None:
@@ -67,18 +68,44 @@ def test_a_delayed_document_that_is_parked_holds_back_from_its_oldest_change(
 
 @pytest.mark.parametrize("at", ["", "1:6"])
 @pytest.mark.parametrize(
-    ("lsn", "offset", "named", "count"), [(110, 7, (), 0), (110, 7, ("public.carts",), 1), (109, 6, (), 1)]
+    ("lsn", "offset", "named", "held", "count"),
+    [
+        (110, 7, (), None, 0),
+        (110, 7, ("public.carts",), 109, 1),
+        (110, 7, ("public.carts",), 110, 0),
+        (109, 6, (), None, 1),
+        (109, 6, ("public.carts",), 110, 1),
+    ],
 )
 def test_what_the_view_has_passed_and_does_not_lack_is_not_parked(
-    at: str, lsn: int, offset: int, named: tuple[str, ...], count: int, monkeypatch: pytest.MonkeyPatch
+    at: str,
+    lsn: int,
+    offset: int,
+    named: tuple[str, ...],
+    held: int | None,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Who was replaced has parked it late."""
+    """Who was replaced has parked it late; perhaps beside others of its table, of which the oldest holds tokens back."""
     log = Log(Settings())
-    late = Entry("carts", 1, "public.carts", "1", at, version=Version(1, 110))
+    late = Entry("carts", 1, "public.carts", "1", at, held=Version(1, 109), version=Version(1, 110))
     monkeypatch.setattr(parking, "Shelf", Shelf)
     monkeypatch.setattr(Shelf, "there", [late])
     made, view = parking.Parking(log, Generation("carts", 1, "abc")), Delays(None)
-    position = Position({log.topic_of("public.carts"): [9, offset]}, {}, Version(1, lsn), None, 0, parked=named)
+    position = Position({log.topic_of("public.carts"): [9, offset]}, {}, Version(1, lsn), parked=named)
+    position.held = Version(1, held) if held else None
     made.open(view, position)  # type: ignore[arg-type]  what it needs of a consumer
     made.check(view)  # type: ignore[arg-type]
     assert (made.count, len(Shelf.there)) == (count, count)
+    assert bool(made._lost) == bool(named and not count), "a late one is not what the view lacks"
+
+
+def test_what_is_opened_is_not_compared_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HEADRACE_PARKED_LIMIT may be many thousands."""
+    late = [Entry("carts", 1, "public.carts", str(key), version=Version(1, 110)) for key in range(3)]
+    monkeypatch.setattr(parking, "Shelf", Shelf)
+    monkeypatch.setattr(Shelf, "there", late)
+    made = parking.Parking(Log(Settings()), Generation("carts", 1, "abc"))
+    monkeypatch.setattr(Entry, "__eq__", None)
+    made.open(Delays(None), Position({}, {}, Version(1, 110), None, 0))  # type: ignore[arg-type]  what it needs of a consumer
+    assert (made.count, len(made._done)) == (0, 3)

@@ -89,8 +89,7 @@ class ElasticsearchIndex:
             self._index_settings.setdefault("auto_expand_replicas", "0-1")
         self._owner = self._other = ""
         self._index = ""
-        self._uuid = ""
-        self._one_shard = False
+        self._uuid, self._one_shard = "", False
         self._position: str | None = None
         self._written: dict[str, int] = {}
         self._unseen = False
@@ -212,6 +211,7 @@ class ElasticsearchIndex:
                 "Delete that index, or give the consumer's store another alias.",
             )
         self._know(facts)
+        self._other = source if (source := of.get("source", self._source)) != self._source else ""
         return True
 
     def _know(self, facts: Mapping[str, Any]) -> None:
@@ -255,11 +255,11 @@ class ElasticsearchIndex:
 
     def _make(self, generation: Generation) -> None:
         self._client.options(ignore_status=404).indices.delete(index=self._index)
-        meta = {"headrace": {"consumer": generation.consumer, "fingerprint": generation.fingerprint}}
+        of = {"consumer": generation.consumer, "fingerprint": generation.fingerprint, "source": self._source}
         properties = {**self._mappings.get("properties", {}), "headrace": OURS}
         self._client.indices.create(
             index=self._index,
-            mappings={**self._mappings, "properties": properties, "_meta": meta},
+            mappings={**self._mappings, "properties": properties, "_meta": {"headrace": of}},
             settings={**self._index_settings, "refresh_interval": -1, "translog.durability": "request"},
             aliases={self._target: {}},
         )
