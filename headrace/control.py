@@ -245,7 +245,8 @@ class Control:
         """
         self.running(name)
         request = uuid.uuid4().hex
-        tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)}, committed=False)
+        cuts = name == "capture"  # its answer is not heard before what it has written in its cut can be read
+        tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)}, committed=cuts)
         try:
             self._request(name, request, {"verb": verb, "args": args or {}, "timeout": timeout})
             key = self._key(name, "answer", request)

@@ -227,12 +227,13 @@ def _take_over(old: Path, path: Path, source: str) -> None:
     try:
         with closing(sqlite3.connect(f"{old.absolute().as_uri()}?mode=rw", 1, isolation_level=None, uri=True)) as db:
             db.executescript(_TABLES)
-            db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            db.execute("BEGIN IMMEDIATE")  # the last to close it takes in what SQLite keeps beside it
             query = "SELECT position FROM generations WHERE position IS NOT NULL ORDER BY live DESC, number DESC"
             found = db.execute(query).fetchone()
+            if found and not {*map(source_of, codec.decode_position(found[0]).topics)} <= {source}:
+                return
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            db.execute("BEGIN IMMEDIATE")  # the last to close it takes in what SQLite keeps beside it
             db.rollback()
-        if not found or {*map(source_of, codec.decode_position(found[0]).topics)} <= {source}:
-            old.replace(path)
+        old.replace(path)
     except (sqlite3.Error, OSError) as error:
         raise Transient("local-state", f"{old}: {error}.", "See the folder of HEADRACE_STATE.") from error

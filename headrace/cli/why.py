@@ -89,7 +89,7 @@ def _asked(log: Log, name: str, args: Facts) -> tuple[Facts, list[ViewRow]]:
         rows = list(sent)
     tables = answer.get("tables", [])
     known = {table for table, _ in log.schemas()} if tuple(tables) == ALL else set(tables)
-    if known and args["key"][0] not in known:
+    if not answer["found"] and known and args["key"][0] not in known:
         typer.echo(f"{name} has rows of {', '.join(sorted(known))}: name one by --table.", err=True)
         raise typer.Exit(USAGE)
     return answer, rows

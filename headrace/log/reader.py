@@ -89,7 +89,8 @@ class Reader:
         self._waiting = self._waiting_bytes = 0
         self.position = position or Position(source=self._newest.source if self._newest else None)
         self._check_position(self._newest)
-        self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): self._after_newest()}, group)
+        after = self._newest.offset + 1 if self._newest else BEGINNING
+        self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): after}, group)
         if self._newest:
             self._add_topics(self._newest)
             if self._newest.version != self.position.version:
@@ -358,9 +359,6 @@ class Reader:
         """Return the broker's time, seconds, as far as is known: no earlier than its word, for the clock here may be hours behind."""
         return max(time.time() - self._log.ahead, self._newest.appended / 1000 if self._newest else 0.0)
 
-    def _after_newest(self) -> int:
-        return self._newest.offset + 1 if self._newest else BEGINNING
-
     def _check_position(self, newest: Checkpoint | None) -> None:
         check_log(self._log.settings, self.position, newest)
         if newest is not None and newest.version != self.position.version and lacks(self.position, newest):
@@ -381,7 +379,9 @@ class Reader:
 
     def _check_age(self, target: Checkpoint) -> None:
         if lacks(self.position, target):
-            check_age(self._settings, self.position, self._fed, self._now())
+            now = self._now()  # what was noted before the two clocks were compared may be later
+            self._fed, self.position.appended = min(self._fed, now), min(self.position.appended, int(now * 1000))
+            check_age(self._settings, self.position, self._fed, now)
 
 
 def _end(place: Place, target: Checkpoint) -> int:

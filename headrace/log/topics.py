@@ -139,6 +139,18 @@ def _altered(name: str, config: Mapping[str, str]) -> ConfigResource:
     return ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
 
 
+def _less(settings: Settings, has: Mapping[str, str | None]) -> Settings:
+    """Return settings with what a topic has, where that is less; one that is not compacted takes nothing."""
+    if "compact" not in (has.get("cleanup.policy") or ""):
+        return settings
+    stays, lags = has.get("delete.retention.ms"), has.get("min.compaction.lag.ms")
+    return replace(
+        settings,
+        delete_retention_ms=min(settings.delete_retention_ms, int(stays or settings.delete_retention_ms)),
+        min_compaction_lag_ms=min(settings.min_compaction_lag_ms, int(lags or settings.min_compaction_lag_ms)),
+    )
+
+
 def _each(client: Admin, futures: Mapping[ConfigResource, Future[Any]], doing: str) -> dict[str, Any]:
     """Wait for what was asked of each topic; return the answers by name."""
     answers = {}
@@ -228,15 +240,14 @@ class Topics:
         """Return settings with how long these topics keep what compaction takes, where that is less; of one that is gone, or may not be
         asked, they are believed."""
         asked = [ConfigResource(ResourceType.TOPIC, name) for name in names]
-        futures = self._client.describe_configs(asked, request_timeout=TIMEOUT) if asked else {}
-        for resource, future in futures.items():
-            with suppress(Misconfigured), self._client.errors(f"reading the configuration of topic {resource.name}"):
-                has = future.result(TIMEOUT)
-                settings = replace(
-                    settings,
-                    delete_retention_ms=min(settings.delete_retention_ms, int(has["delete.retention.ms"].value)),
-                    min_compaction_lag_ms=min(settings.min_compaction_lag_ms, int(has["min.compaction.lag.ms"].value)),
-                )
+        for start in range(0, len(asked), _BUNCH):  # what is said of one topic is large
+            futures = self._client.describe_configs(asked[start : start + _BUNCH], request_timeout=TIMEOUT)
+            for resource, future in futures.items():
+                with (
+                    suppress(Misconfigured),
+                    self._client.errors(f"reading the configuration of topic {resource.name}"),
+                ):
+                    settings = _less(settings, {name: has.value for name, has in future.result(TIMEOUT).items()})
         return settings
 
     def delete(self, names: Collection[str], *, wait: bool = False) -> None:

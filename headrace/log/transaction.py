@@ -16,8 +16,7 @@ from headrace.settings import Settings
 
 _COMMIT_SECONDS = 60.0
 _LONGEST_SECONDS = 900
-"""The most that a broker allows by default: one large state is written in one transaction."""
-_RIVAL_SECONDS = 60.0
+"""The most that a broker allows by default: one large state is written in one transaction. Of one name it ends but one in that time."""
 
 _ended: dict[tuple[str, str], float] = {}
 """When a writer was last found to be ended, by the brokers and its name."""
@@ -110,7 +109,7 @@ class TransactionWriter:
         Once may be the broker's doing: a machine that was paused for longer than a transaction may last need not know that it was.
         """
         last, _ended[self._key] = _ended.get(self._key), time.monotonic()
-        return last is not None and time.monotonic() - last < _RIVAL_SECONDS
+        return last is not None and time.monotonic() - last < _LONGEST_SECONDS
 
 
 def _cause(error: Exception) -> KafkaError | None:

@@ -13,7 +13,7 @@ from headrace.control import Control
 from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import attention, catalog, setup
-from tests.fixtures.capture import capturing, eventually, execute, replay, selected
+from tests.fixtures.capture import capturing, changes, eventually, execute, replay, selected
 from tests.integration.test_resnapshot import ask
 from tests.integration.test_silent_changes import exact
 
@@ -121,3 +121,24 @@ def test_a_catalogue_that_cannot_be_read_is_told_in_the_status(settings: Setting
         eventually("it is told, by its name", lambda: (said := told()).startswith("failed") and role in said)
         execute(settings, f"ALTER ROLE {role} CONNECTION LIMIT -1")
         eventually("it is well again", lambda: told() == "ok")
+
+
+def test_a_row_is_read_again_by_a_key_whose_type_is_in_a_schema_that_the_role_may_not_look_into(
+    settings: Settings, theirs: Settings
+) -> None:
+    """Setup gives it the schemas of the tables only; the operators of an enum are built in."""
+    execute(settings, "CREATE SCHEMA kinds; CREATE TYPE kinds.mood AS ENUM ('sad', 'glad')")
+    prepare(
+        settings,
+        "CREATE TABLE docs (id kinds.mood PRIMARY KEY, n int, big text); ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL",
+        "INSERT INTO docs VALUES ('glad', 0, repeat('x', 5000))",
+    )
+    execute(settings, "ALTER TABLE docs REPLICA IDENTITY DEFAULT")
+    with capturing(theirs) as capture:
+        capture.hear("streaming")
+        execute(settings, "UPDATE docs SET n = 1")
+        capture.reach()
+    assert [(c.row, c.read) for c in changes(settings, "public.docs")][-1] == (
+        {"id": "glad", "n": 1, "big": "x" * 5000},
+        "reread",
+    )

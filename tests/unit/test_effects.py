@@ -179,6 +179,7 @@ def test_each_source_has_a_file_and_the_one_of_before_is_whose_generation_is_liv
     assert old.exists()
     with closing(sqlite3.connect(old)) as running:
         running.execute("SELECT * FROM generations").fetchall()
+        assert Told(replace(world.settings, source="crm"), "told").generations() == []
         with pytest.raises(Transient, match="is locked"):
             world.open()
     assert Told(world.settings, "told").generations() == [Generation("told", 1, "abc", live=True)]
