@@ -396,9 +396,13 @@ def test_a_state_is_no_younger_because_the_clock_here_is_behind_the_brokers(
     monkeypatch.setattr("headrace.log.reader.time.time", lambda: now() + 3 * 3_600)
     reader = feed.log.reader([ITEMS], position)
     assert not reader._is_exact(newest)
+    build = feed.log.reader([ITEMS], None)
     feed.log.ahead = 3 * 3_600.0  # a runner compares the clocks
     assert reader._is_exact(newest)
     reader.close()
+    drain(build, newest.version)
+    assert build._fed < now() + 60, "as noted before that, it would be refused three hours late"
+    build.close()
 
 
 def test_a_predecessor_is_fenced(feed: Feed) -> None:
