@@ -475,6 +475,9 @@ def test_a_view_that_no_heartbeat_reaches_is_wrong_by_its_own_check(settings: Se
         with capturing(settings) as capture:
             capture.reach()
             await_live(control, "plain")
+            capture.eventually(
+                "it says how often it beats", lambda: control.reports()["capture"][0].facts.get("heartbeat_ms")
+            )
             capture.eventually("all is well", lambda: status(settings, *asked).stdout == "ok\n")
         eventually("no heartbeat comes", lambda: status(settings, *asked).exit_code == 1, 15)
         assert status(settings, *asked).stdout.startswith("plain: ")
