@@ -87,9 +87,9 @@ def _asked(log: Log, name: str, args: Facts) -> tuple[Facts, list[ViewRow]]:
     """Return the answer and its rows; of a view of tables it must have been asked for a row of one that it has."""
     with Control(log).stream(name, "why", args, _TIMEOUT) as (answer, sent):
         rows = list(sent)
-    tables = answer.get("tables", [])
+    tables = answer.get("tables", []) if not answer["found"] else []
     known = {table for table, _ in log.schemas()} if tuple(tables) == ALL else set(tables)
-    if not answer["found"] and known and args["key"][0] not in known:
+    if known and args["key"][0] not in known:
         typer.echo(f"{name} has rows of {', '.join(sorted(known))}: name one by --table.", err=True)
         raise typer.Exit(USAGE)
     return answer, rows

@@ -137,13 +137,15 @@ class RedisPages:
         with errors():
             for doc in docs:
                 arguments = _arguments(doc)
-                self._check_size(doc)
+                length = sum(map(len, (doc.body or {}).values()))
+                if 4 * length > _ALWAYS_BYTES:  # of nearly all pages no text needs to be looked at
+                    self._check_size(doc)
                 if size > _WRITE_BYTES:
                     self._send_early(ids, held)
                     held, ids, size = [], set(), 0
                 held += arguments
                 ids.add(doc.id)
-                size += sum(map(len, (doc.body or {}).values()))
+                size += length
             if bulk and position is None:
                 self._send_early(ids, held)
             else:
