@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from headrace import codec
@@ -40,6 +41,7 @@ DEAD_SECONDS = 10.0
 _LOOK_SECONDS = 2.0
 _AGREE_SECONDS = 2.0
 _CLOCK_SECONDS = 60.0
+_CUT_ENDS_SECONDS = 90.0  # one that a killed capture has left: after a minute (`transaction.timeout.ms`), and ten seconds until Kafka looks
 PAGE_BYTES = 512 * 1024
 LEAVE = "leave"
 """The request that has no answer: who asked for a scan reads it no more."""
@@ -116,10 +118,15 @@ class Control:
         self._asked = 0.0
         self.ahead = 0.0
 
-    def kept(self, name: str, *kinds: str, committed: bool = True) -> list[dict[str, dict[str, Any]]]:
-        """Return the records of each of `kinds` that the service `name` keeps for itself, by id, oldest first; of cuts the `committed`."""
+    def kept(
+        self, name: str, *kinds: str, committed: bool = True, wait: Callable[[], None] | None = None
+    ) -> list[dict[str, dict[str, Any]]]:
+        """Return the records of each of `kinds` that the service `name` keeps for itself, by id, oldest first; of cuts the `committed`.
+
+        Behind the first record of an open cut, of any source, nothing is shown: who must know all waits for it, and calls `wait` meanwhile.
+        """
         found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
-        for (kind, who, id_), (_, value) in self._newest(*kinds, committed=committed).items():
+        for (kind, who, id_), (_, value) in self._newest(*kinds, committed=committed, wait=wait).items():
             if who == name:
                 found[kind][id_] = value
         return list(found.values())
@@ -321,15 +328,21 @@ class Control:
     def _key(self, name: str, kind: str, id_: str) -> bytes:
         return record_key(self._source, name, kind, id_)
 
-    def _end(self, topic: str) -> int:
+    def _end(self, topic: str, *, committed: bool = True) -> int:
         with shared():
-            return self._log.topics.ends({topic: 1})[topic][0]
+            return self._log.topics.ends({topic: 1}, committed=committed)[topic][0]
 
-    def _newest(self, *kinds: str, committed: bool = False) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
+    def _newest(
+        self, *kinds: str, committed: bool = False, wait: Callable[[], None] | None = None
+    ) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
         if CONTROL not in self._log.topics.names():
             return {}
         found: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = {}
-        for record in read_to_end(self._log.settings, {(CONTROL, 0): BEGINNING}, committed=committed):
+        read = partial(read_to_end, self._log.settings, {(CONTROL, 0): BEGINNING}, committed=committed)
+        if wait:
+            ends = {(CONTROL, 0): self._end(CONTROL, committed=False)}
+            read = partial(read, ends, timeout=_CUT_ENDS_SECONDS, idle=wait)
+        for record in read():
             key = codec.loads(record.key)
             if key["source"] != self._source or key["kind"] not in kinds:
                 continue

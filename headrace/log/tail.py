@@ -6,7 +6,7 @@ The end is the last stable offset: librdkafka reports the end of a partition the
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -131,11 +131,16 @@ class Tail:
             first = self._consumer.poll(timeout)
             return [first, *self._consumer.consume(most, 0)] if first is not None else []
 
-    def to_end(self, timeout: float = 60.0, ends: Mapping[tuple[str, int], int] = _NONE) -> Iterator[Record]:
+    def to_end(
+        self,
+        timeout: float = 60.0,
+        ends: Mapping[tuple[str, int], int] = _NONE,
+        idle: Callable[[], None] = lambda: None,
+    ) -> Iterator[Record]:
         """Yield records until every partition has been read to the end that it has now, and none beyond it, whatever comes meanwhile.
 
         An end is the end of a transaction: more could be half of the next one. At least to `ends`: a commit is answered before its
-        marker is written, and until then the broker names an older end.
+        marker is written, and until then the broker names an older end. `idle` is called while nothing comes.
 
         Raises:
             Transient: `kafka-away`, when nothing comes for `timeout` seconds.
@@ -149,6 +154,7 @@ class Tail:
                 heard = time.monotonic()
             else:
                 check_heard(heard, timeout)
+                idle()
             for message in messages:
                 place = (message.topic() or "", message.partition() or 0)
                 # The end may be a marker or a hole, which no message shows: then the partition's end is told instead.
@@ -202,13 +208,15 @@ def read_to_end(
     ends: Mapping[tuple[str, int], int] = _NONE,
     *,
     committed: bool = True,
+    timeout: float = 60.0,
+    idle: Callable[[], None] = lambda: None,
 ) -> Iterator[Record]:
-    """Yield every `committed` record from `starts` to the end that each partition has now, at least to `ends` (see `to_end`)."""
+    """Yield every `committed` record from `starts` to the end that each partition has now, at least to `ends` (see `Tail.to_end`)."""
     if not starts:
         return
     # After the last record comes a marker, which no message shows: the end is known only when the broker has nothing more to give.
     tail = Tail(settings, starts, wait_ms=_SHORT_MS, committed=committed)
     try:
-        yield from tail.to_end(ends=ends)
+        yield from tail.to_end(timeout, ends, idle)
     finally:
         tail.close()

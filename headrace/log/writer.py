@@ -106,7 +106,7 @@ class CutWriter:
         self._base = None
         # A key that was tombstoned is no longer to be trimmed; a later value of the same key moves it to the end.
         kept: dict[bytes, None] = {}
-        for record in read_to_end(self._settings, {(self._checkpoints, 0): BEGINNING}):
+        for record in read_to_end(self._settings, {(self._checkpoints, 0): BEGINNING}, idle=tick):
             tick()
             kept.pop(record.key, None)
             if record.value is not None:

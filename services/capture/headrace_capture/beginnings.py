@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from psycopg import sql
 
@@ -20,13 +21,13 @@ from headrace_capture import append_only, catalog, fingerprints
 from headrace_capture.jobs import Job, Jobs
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations, keyless
-from headrace_capture.replication import Replication, postgres_errors
+from headrace_capture.replication import Replication, Stopped, postgres_errors
 from headrace_capture.tables import newest
 
 
-def forget(log: Log, writer: CutWriter, connection: catalog.Connection) -> None:
+def forget(log: Log, writer: CutWriter, connection: catalog.Connection, tick: Callable[[], None]) -> None:
     """Write into the open cut that nothing is to be read again, and how the tables look now: before a snapshot of all of them."""
-    jobs = Jobs(log)
+    jobs = Jobs(log, tick)
     jobs.clear()
     _know(jobs, connection, log.settings.publication)
     jobs.write(writer)
@@ -66,7 +67,7 @@ def begin(
     """
     settings = log.settings
     source, epoch = where
-    jobs = Jobs(log)
+    jobs = Jobs(log, partial(_check, stopped))
     jobs.clear(list(jobs.prints))
     with postgres_errors("looking at the captured tables"):
         _know(jobs, connection, settings.publication)
@@ -89,6 +90,11 @@ def begin(
         inexact=() if initial else tuple(sorted(named)),
         snapshot="chunked" if initial and named else None,
     )
+
+
+def _check(stopped: Callable[[], bool]) -> None:
+    if stopped():
+        raise Stopped
 
 
 def _publish(

@@ -8,7 +8,7 @@ checkpoints topic: control is shared, and may remember a log that was deleted.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -87,12 +87,12 @@ class Job:
 class Jobs:
     """The jobs and fingerprints of a log: read once, then written with the cuts."""
 
-    def __init__(self, log: Log) -> None:
-        """Read what the log has. Every predecessor must be fenced by now."""
+    def __init__(self, log: Log, wait: Callable[[], None] | None = None) -> None:
+        """Read what the log has; capture, with every predecessor fenced by now, waits until all of it is shown (see `Control.kept`)."""
         self._source = log.settings.source
         spine = checkpoints_topic(self._source)
         self._log_id = log.topics.describe([spine])[spine][0]
-        jobs, prints = map(self._ours, Control(log).kept(NAME, JOB, CATALOGUE))
+        jobs, prints = map(self._ours, Control(log).kept(NAME, JOB, CATALOGUE, wait=wait))
         self.all: dict[str, Job] = {job.name: job for job in (Job(**said) for said in jobs.values())}
         self.prints: dict[str, Fingerprint] = {table: Fingerprint.of(said) for table, said in prints.items()}
         self._dirty: set[str] = set()

@@ -56,7 +56,7 @@ class LiveKeys:
         """
         bunch: list[Record] = []
         wanted = {(self._topic, partition): end for partition, end in enumerate(ends)}
-        for record in read_to_end(self._settings, dict(self._next), wanted):
+        for record in read_to_end(self._settings, dict(self._next), wanted, idle=tick):
             bunch.append(record)
             if len(bunch) >= _BUNCH:
                 self._take(bunch)

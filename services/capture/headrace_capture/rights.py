@@ -40,13 +40,19 @@ def role_of(connection: Connection, name: str) -> Role:
 
 
 def missing(connection: Connection, tables: list[Table], role: Role) -> list[Grant]:
-    """Return the rights that `role` lacks to capture `tables`; the initial snapshot reads each partition by its own name."""
+    """Return the rights that `role` lacks to capture `tables`.
+
+    The initial snapshot reads each partition by its own name; rows that are read again are named by their keys, as values of their types.
+    """
     oids = {oid for table in tables for oid in (table.oid, *(leaf.oid for leaf in table.leaves))}
+    keys = {column.oid for table in tables for column in table.columns if column.name in table.key}
+    types = connection.execute(_TYPES_LACK, {"role": role.name, "oids": list(keys)}).fetchall()
     lacks = connection.execute(_LACKS, {"role": role.name, "oids": list(oids)}).fetchall()
     found = [] if role.replicates else [Grant(role.name, "REPLICATION")]
     if not role.sees_all and any(hidden for *_, hidden in lacks):
         found.append(Grant(role.name, "BYPASSRLS"))
-    found += [Grant(role.name, "USAGE", schema) for schema in sorted({row[0] for row in lacks if row[2]})]
+    schemas = {row[0] for row in lacks if row[2]}.union(schema for (schema,) in types)
+    found += [Grant(role.name, "USAGE", schema) for schema in sorted(schemas)]
     return found + [Grant(role.name, "SELECT", row[0], row[1]) for row in lacks if row[3]]
 
 
@@ -79,4 +85,13 @@ _LACKS = """
 SELECT n.nspname, c.relname, NOT has_schema_privilege(%(role)s, n.oid, 'USAGE'), NOT has_table_privilege(%(role)s, c.oid, 'SELECT'),
        c.relrowsecurity AND (c.relforcerowsecurity OR NOT pg_has_role(%(role)s, c.relowner, 'USAGE'))
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%(oids)s) ORDER BY 1, 2
+"""
+
+# Also below domains: there the operators are.
+_TYPES_LACK = """
+WITH RECURSIVE type(oid) AS (
+  SELECT unnest(%(oids)s::oid[]) UNION SELECT t.typbasetype FROM type y JOIN pg_type t ON t.oid = y.oid WHERE t.typtype = 'd'
+)
+SELECT DISTINCT n.nspname FROM type y JOIN pg_type t ON t.oid = y.oid JOIN pg_namespace n ON n.oid = t.typnamespace
+WHERE NOT has_schema_privilege(%(role)s, n.oid, 'USAGE')
 """

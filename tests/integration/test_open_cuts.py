@@ -1,0 +1,38 @@
+"""Control is shared: what one source's capture has committed is not shown while another source's cut is open (S3)."""
+
+from __future__ import annotations
+
+import time
+
+from headrace.control import record_key
+from headrace.log import kafka
+from headrace.log.topics import CONTROL
+from headrace.settings import Settings
+from tests.fixtures.capture import capturing, execute, prepare, replay, selected
+
+T = "public.items"
+
+
+def test_capture_begins_with_all_that_it_has_committed_though_another_ones_cut_is_open(settings: Settings) -> None:
+    """It went by older fingerprints, and without its jobs: tables were read again in vain, and what was under way was forgotten."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, no int)", "INSERT INTO items VALUES (1, 1)")
+    other = kafka.producer(settings, **{"transactional.id": f"{settings.source}-other"})
+    other.init_transactions(30)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        other.begin_transaction()
+        other.produce(CONTROL, None, record_key("other", "capture", "resnapshot", "t"))
+        other.flush(30)
+        execute(settings, "ALTER TABLE items ALTER COLUMN no TYPE text USING 'was ' || no")
+        capture.hear("items was read again")
+        capture.reach()
+    with capturing(settings) as capture:  # and it hears that it is to stop
+        time.sleep(3)
+    assert not any("streaming" in line or "inexact" in line for line in capture.said)
+    other.abort_transaction(30)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "INSERT INTO items VALUES (2, 'two')")
+        capture.reach()
+    assert replay(settings, T) == selected(settings, T)
+    assert not any("inexact" in line for line in capture.said)
