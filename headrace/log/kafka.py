@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer
 from confluent_kafka.admin import AdminClient
 
 from headrace.errors import HeadraceError, Misconfigured, Transient
@@ -148,6 +148,8 @@ def producer(settings: Settings, **more: Any) -> Producer:
         | {
             "partitioner": "murmur2_random",
             "enable.idempotence": True,
+            # Of a partition that is not there yet the broker refused a first request and took the second: the first was lost (`lost`).
+            "max.in.flight.requests.per.connection": 1,
             "acks": "all",
             "compression.type": "lz4",
             "linger.ms": 5,
@@ -160,6 +162,14 @@ def producer(settings: Settings, **more: Any) -> Producer:
         }
         | more
     )
+
+
+def lost(message: Message) -> bool:
+    """Whether a record that is reported as taken is not in its partition: librdkafka says then that it was sent twice, and not where it is.
+
+    A broker that has nothing of a writer in a partition takes any sequence of it for the first one, and what comes before that for known.
+    """
+    return message.error() is None and message.offset() is None
 
 
 def broken(producer: Producer) -> KafkaError | None:

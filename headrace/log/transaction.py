@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from headrace.codec import Headers
 from headrace.errors import HeadraceError, Misconfigured, Transient
@@ -33,6 +33,7 @@ class TransactionWriter:
         """
         self._name, self._key = name, (settings.kafka, name)
         self._began = 0.0
+        self._lost = ""
         options = {"transactional.id": name, "transaction.timeout.ms": 1000 * _LONGEST_SECONDS}
         self._producer: Producer = kafka.producer(settings, **options)
         try:
@@ -53,10 +54,11 @@ class TransactionWriter:
                 self._began = time.time()
             while True:
                 try:
-                    self._producer.produce(topic, value, key, headers=list(headers or []))
+                    self._producer.produce(topic, value, key, on_delivery=self._delivered, headers=list(headers or []))
                 except BufferError:
                     self._producer.poll(0.1)
                 else:
+                    self._producer.poll(0)
                     return
         except (KafkaException, SystemError) as error:
             raise self._explained(_cause(error), f"writing {key.decode(errors='replace')[:200]} to {topic}") from error
@@ -70,10 +72,18 @@ class TransactionWriter:
         if not self._began:
             return
         try:
+            self._producer.flush(_COMMIT_SECONDS)
+            if self._lost:
+                said = f"Kafka takes records of {self._name} for {self._lost} for ones that it has, and has not."
+                raise Transient("records-lost", said, "They are written again.")
             self._producer.commit_transaction(_COMMIT_SECONDS)
         except (KafkaException, SystemError) as error:
             raise self._explained(_cause(error), "committing") from error
         self._began = 0.0
+
+    def _delivered(self, _error: KafkaError | None, message: Message) -> None:
+        if kafka.lost(message):
+            self._lost = message.topic() or ""
 
     def close(self) -> None:
         """Leave; a transaction that is open is ended by the next writer of this name."""

@@ -59,6 +59,7 @@ class CutWriter:
         self._ends: Ends = {}
         self._ids: dict[str, str] = {}
         self._last: dict[str, _Record | None] = {}
+        self._begun: set[str] = set()
         self._waiting: list[_Record] = []
         self._bunch_ends = _BUNCH_BYTES
         self._failed: HeadraceError | None = None
@@ -233,6 +234,7 @@ class CutWriter:
     def _closed(self) -> None:
         self.open_records = self.open_bytes = 0
         self.opened_at, self._largest, self._bunch_ends = 0.0, _NONE, _BUNCH_BYTES
+        self._begun.clear()
 
     def close(self) -> None:
         """Forget the producer. A cut that is open stays to be aborted by the next `open` or by the broker's timeout."""
@@ -255,9 +257,27 @@ class CutWriter:
         return self._producer
 
     def _hand_over(self) -> None:
-        """Hand what waits to librdkafka, but keep the last record of each topic with one partition (see `_send_last`)."""
+        """Hand what waits to librdkafka, but keep the last record of each topic with one partition (see `_send_last`).
+
+        The first one of a cut has a report too: if any is lost, that one is (`kafka.lost`).
+        """
         records, self._waiting = self._waiting, []
         self._bunch_ends = self.open_bytes + _BUNCH_BYTES
+        self._hold_back(records)
+        begun, single, produce, report = self._begun, self._last, self._client.produce, self._delivered
+        for topic, key, value, headers in records:
+            try:
+                # By position, and headers as a list of pairs of str and bytes: what librdkafka's binding reads fastest.
+                if topic in begun:
+                    produce(topic, value, key, 0, None, None, 0, headers)  # type: ignore[arg-type]
+                    continue
+                produce(topic, value, key, 0 if topic in single else -1, report, None, 0, headers)  # type: ignore[arg-type]
+                if topic in single:
+                    begun.add(topic)
+            except (BufferError, KafkaException):
+                self._send(topic, key, value, headers, 0 if topic in single else -1)
+
+    def _hold_back(self, records: list[_Record]) -> None:
         for at in sorted({record[0]: at for at, record in enumerate(records)}.values(), reverse=True):
             topic = records[at][0]
             if topic not in self._ends:
@@ -266,16 +286,6 @@ class CutWriter:
                 before, self._last[topic] = self._last[topic], records.pop(at)
                 if before:
                     self._send(*before, 0)
-        single, produce, report = self._last, self._client.produce, self._delivered
-        for topic, key, value, headers in records:
-            try:
-                # By position, and headers as a list of pairs of str and bytes: what librdkafka's binding reads fastest.
-                if topic in single:
-                    produce(topic, value, key, 0, None, None, 0, headers)  # type: ignore[arg-type]
-                else:
-                    produce(topic, value, key, -1, report, None, 0, headers)  # type: ignore[arg-type]
-            except (BufferError, KafkaException):
-                self._send(topic, key, value, headers, *((0,) if topic in single else (-1, report)))
 
     def _send_last(self) -> None:
         """Hand over the last record of each topic with one partition: where it lands is where the cut ends there.
@@ -286,22 +296,13 @@ class CutWriter:
         for topic, last in self._last.items():
             if last is not None:
                 self._last[topic] = None
-                self._send(*last, 0, self._delivered)
+                self._send(*last, 0)
 
-    def _send(
-        self,
-        topic: str,
-        key: bytes,
-        value: bytes | None,
-        headers: Headers,
-        partition: int,
-        report: Callable[[KafkaError | None, Message], None] | None = None,
-    ) -> None:
-        """Hand one record to librdkafka; partition -1 leaves the choice to the partitioner."""
+    def _send(self, topic: str, key: bytes, value: bytes | None, headers: Headers, partition: int) -> None:
+        """Hand one record to librdkafka, with a report; partition -1 leaves the choice to the partitioner."""
         while True:
             try:
-                # Headers as a list of pairs of str and bytes: what librdkafka's binding reads fastest.
-                self._client.produce(topic, value, key, partition, report, headers=headers)  # type: ignore[arg-type]
+                self._client.produce(topic, value, key, partition, self._delivered, None, 0, headers)  # type: ignore[arg-type]
             except BufferError:
                 self._serve(lambda client: client.poll(0.1))
                 self._raise_broken()
@@ -317,11 +318,18 @@ class CutWriter:
             if error.name() != "_PURGE_QUEUE":
                 self._failed = self._failed or self._explain(error, "delivering the records of a cut")
             return
-        ends, partition, offset = self._ends[message.topic() or ""], message.partition() or 0, message.offset() or 0
+        if kafka.lost(message):
+            said = f"Kafka takes records of a cut for {message.topic()} for ones that it has, and has not."
+            self._failed = self._failed or Transient("cut-lost", said, "capture writes it again.")
+            return
+        topic, partition, offset = message.topic() or "", message.partition() or 0, message.offset() or 0
+        ends = self._ends.get(topic)
+        if ends is None:
+            return  # no table's
         if partition < len(ends):
             ends[partition] = max(ends[partition], offset + 1)
         else:
-            self._failed = self._failed or partitions_changed(message.topic() or "", partition + 1, len(ends))
+            self._failed = self._failed or partitions_changed(topic, partition + 1, len(ends))
 
     def _explain(self, error: KafkaError, doing: str) -> HeadraceError:
         if error.name() != "MSG_SIZE_TOO_LARGE":
