@@ -6,6 +6,7 @@ Its name fences: whoever opens a writer of the same name ends every earlier one,
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -33,7 +34,9 @@ class TransactionWriter:
         """
         self._name, self._key = name, (settings.kafka, name)
         self._began = 0.0
-        self._lost = ""
+        self._lost: set[str] = set()
+        # Not a method: of records that nobody asks for any more librdkafka's binding would hold the writer, and that holds them.
+        self._report = partial(_note, self._lost)
         options = {"transactional.id": name, "transaction.timeout.ms": 1000 * _LONGEST_SECONDS}
         self._producer: Producer = kafka.producer(settings, **options)
         try:
@@ -54,7 +57,7 @@ class TransactionWriter:
                 self._began = time.time()
             while True:
                 try:
-                    self._producer.produce(topic, value, key, on_delivery=self._delivered, headers=list(headers or []))
+                    self._producer.produce(topic, value, key, on_delivery=self._report, headers=list(headers or []))
                 except BufferError:
                     self._producer.poll(0.1)
                 else:
@@ -72,18 +75,15 @@ class TransactionWriter:
         if not self._began:
             return
         try:
-            self._producer.flush(_COMMIT_SECONDS)
+            if self._producer.flush(_COMMIT_SECONDS):
+                raise Transient("kafka-away", f"Kafka does not take the records of {self._name}.", kafka.CHECK)
             if self._lost:
-                said = f"Kafka takes records of {self._name} for {self._lost} for ones that it has, and has not."
+                said = f"Kafka takes records for {', '.join(self._lost)} for ones that it has, and has not."
                 raise Transient("records-lost", said, "They are written again.")
             self._producer.commit_transaction(_COMMIT_SECONDS)
         except (KafkaException, SystemError) as error:
             raise self._explained(_cause(error), "committing") from error
         self._began = 0.0
-
-    def _delivered(self, _error: KafkaError | None, message: Message) -> None:
-        if kafka.lost(message):
-            self._lost = message.topic() or ""
 
     def close(self) -> None:
         """Leave; a transaction that is open is ended by the next writer of this name."""
@@ -120,6 +120,11 @@ class TransactionWriter:
         """
         last, _ended[self._key] = _ended.get(self._key), time.monotonic()
         return last is not None and time.monotonic() - last < _LONGEST_SECONDS
+
+
+def _note(topics: set[str], _error: KafkaError | None, message: Message) -> None:
+    if kafka.lost(message):
+        topics.add(message.topic() or "")
 
 
 def _cause(error: Exception) -> KafkaError | None:

@@ -200,6 +200,7 @@ class CutWriter:
         key = codec.encode_checkpoint_key(checkpoint)
         self._send(self._checkpoints, key, codec.encode_checkpoint(checkpoint, named), [], 0)
         self._trim(key)
+        self._flush()  # a report that speaks against it must not come after the commit
         self._commit()
         self.records += self.open_records
         self._closed()
@@ -323,13 +324,11 @@ class CutWriter:
             self._failed = self._failed or Transient("cut-lost", said, "capture writes it again.")
             return
         topic, partition, offset = message.topic() or "", message.partition() or 0, message.offset() or 0
-        ends = self._ends.get(topic)
-        if ends is None:
-            return  # no table's
-        if partition < len(ends):
-            ends[partition] = max(ends[partition], offset + 1)
-        else:
+        ends = self._ends.get(topic)  # None: no table's
+        if ends is not None and partition >= len(ends):
             self._failed = self._failed or partitions_changed(topic, partition + 1, len(ends))
+        elif ends is not None:
+            ends[partition] = max(ends[partition], offset + 1)
 
     def _explain(self, error: KafkaError, doing: str) -> HeadraceError:
         if error.name() != "MSG_SIZE_TOO_LARGE":

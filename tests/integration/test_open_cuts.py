@@ -16,7 +16,9 @@ T = "public.items"
 def test_capture_begins_with_all_that_it_has_committed_though_another_ones_cut_is_open(settings: Settings) -> None:
     """It went by older fingerprints, and without its jobs: tables were read again in vain, and what was under way was forgotten."""
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, no int)", "INSERT INTO items VALUES (1, 1)")
-    other = kafka.producer(settings, **{"transactional.id": f"{settings.source}-other"})
+    other = kafka.producer(
+        settings, **{"transactional.id": f"{settings.source}-other", "transaction.timeout.ms": 600_000}
+    )
     other.init_transactions(30)
     with capturing(settings) as capture:
         capture.hear("streaming")
