@@ -21,8 +21,10 @@ from headrace.settings import Settings, kafka_options
 
 TIMEOUT = 15.0
 """Seconds that one request to Kafka may take."""
-LEADER_IS_LATE = frozenset({"NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "UNKNOWN_TOPIC_OR_PART"})
-"""Errors of a topic that was just made; librdkafka's `retriable()` speaks of transactions only."""
+LEADER_IS_LATE = frozenset(
+    {"NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "UNKNOWN_TOPIC_OR_PART", "OFFSET_NOT_AVAILABLE"}
+)
+"""Errors of a topic that was just made, or whose leader was just elected; librdkafka's `retriable()` speaks of transactions only."""
 CHECK = "Check HEADRACE_KAFKA, HEADRACE_KAFKA_OPTIONS (TLS, SASL) and the broker."
 _REFUSAL = re.compile("SASL authentication error: |: Broker: |certificate| alert ")
 """What a broker, or its certificate, is refused with; not what a connection says that broke meanwhile."""
@@ -122,6 +124,7 @@ def consumer(settings: Settings, group: str = "", *, wait_ms: int = 100, committ
             "queued.max.messages.kbytes": 4 * 1024,
             "queued.min.messages": 10_000,
             "fetch.queue.backoff.ms": 20,
+            "check.crcs": True,  # as Java's client does: a bit that fell over on a disk would be another value in each view
             "receive.message.max.bytes": max(100_000_000, settings.message_max_bytes + 1024 * 1024),
         }
     )

@@ -13,7 +13,7 @@ from headrace.log import kafka
 from headrace.log.feed import FeedReader
 from headrace.log.reader import Reader
 from headrace.log.spine import Spine
-from headrace.log.tail import BEGINNING, Record, read_to_end
+from headrace.log.tail import BEGINNING, Record, read_to_end, records_lost
 from headrace.log.topics import (
     ANSWERS,
     CONTROL,
@@ -232,10 +232,8 @@ class Log:
         for topic, ends in checkpoint.ends.items():
             for partition, (end, is_now) in enumerate(zip(ends, actual[topic], strict=True)):
                 if is_now < end:
-                    raise Misconfigured(
-                        "log-lost-records",
-                        f"{topic} partition {partition} ends at {is_now}; the newest checkpoint says {end}: Kafka lost records.",
-                        "Run: headrace resnapshot --recover. It makes the topic anew; then rebuild the views that read it.",
+                    raise records_lost(
+                        f"{topic} partition {partition} ends at {is_now}; the newest checkpoint says {end}."
                     )
         shaped = {self.topic_of(table) for table, _ in self.schemas()}
         unread = sorted(topic for topic, ends in checkpoint.ends.items() if any(ends) and topic not in shaped)

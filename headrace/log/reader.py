@@ -162,7 +162,7 @@ class Reader:
         self._at_end -= came
 
     def _take_other(self, message: Message, place: Place) -> None:
-        if not end_of_partition(message):
+        if not end_of_partition(message, self._check_topics):
             self._take_checkpoint(message)
         elif place in self._read_to:
             self._read_to[place] = max(self._read_to[place], message.offset() or 0)
@@ -179,12 +179,12 @@ class Reader:
             if checkpoint.version != self.position.version:  # capture writes of its jobs where the view stands, too
                 self._behind_since = self._behind_since or time.time()
             if before is not None and before.version.epoch != checkpoint.version.epoch:
-                self._check_topics([topic for topic in checkpoint.ends if topic in self.position.topics])
+                self._check_topics(list(checkpoint.ends))
             self._add_topics(checkpoint)
 
     def _check_topics(self, topics: list[str]) -> None:
         """Refuse to go on in topics that a recovery has made anew meanwhile (S2): what was read of them says nothing of what they have."""
-        for topic, (identity, _) in self._log.topics.describe(topics).items():
+        for topic, (identity, _) in self._log.topics.describe(self.position.topics.keys() & topics).items():
             self._check_topic(topic, identity)
 
     def _check_topic(self, topic: str, identity: str) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from headrace.errors import Transient
+from headrace.errors import Misconfigured, Transient
 from headrace.log import kafka
 from headrace.settings import Settings
 
@@ -69,14 +69,27 @@ def head(message: Message) -> Head:
     return Head(message.partition() or 0, message.offset() or 0, message.key() or b"", headers, len(message) > 0)
 
 
-def end_of_partition(message: Message) -> bool:
-    """Whether `message` says that its partition has no more; raise for every other error."""
+def end_of_partition(message: Message, still_those: Callable[[list[str]], None] | None = None) -> bool:
+    """Whether `message` says that its partition has no more; raise for every other error.
+
+    Where a record that is not there is nothing to be tried again, `still_those` refuses topics that are others by now.
+    """
     error = message.error()
     if error is None:
         return False
     if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  the binding's public name of the code
         return True
-    raise kafka.translate(error, f"reading {message.topic()}")
+    topic = message.topic() or ""
+    if still_those is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001
+        still_those([topic])
+        raise records_lost(f"{topic} partition {message.partition()} has no record {message.offset()}: {error.str()}.")
+    raise kafka.translate(error, f"reading {topic}")
+
+
+def records_lost(seen: str) -> Misconfigured:
+    """Return the refusal of a log that is not as it was."""
+    remedy = "Run: headrace resnapshot --recover. It makes the topic anew; then rebuild the views that read it."
+    return Misconfigured("log-lost-records", f"{seen} Kafka lost records, or somebody removed some.", remedy)
 
 
 class Tail:
@@ -160,7 +173,7 @@ class Tail:
                 # The end may be a marker or a hole, which no message shows: then the partition's end is told instead.
                 at_end = end_of_partition(message)
                 there = message.offset() or 0
-                if (at_end and there >= ends.get(place, 0)) or (not at_end and there + 1 >= known[place]):
+                if (at_end and there >= known[place]) or (not at_end and there + 1 >= known[place]):
                     missing.pop(place, None)
                 if not at_end and there < known[place]:
                     yield record(message)

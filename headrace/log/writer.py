@@ -19,7 +19,7 @@ from headrace.change import Checkpoint, Source, TableSchema, Version
 from headrace.codec import Headers
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import kafka
-from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.tail import BEGINNING, read_to_end, records_lost
 from headrace.log.topics import Ends, Topics, checkpoints_topic, partitions_changed, schemas_topic, topic_replaced
 from headrace.settings import Settings
 
@@ -258,10 +258,7 @@ class CutWriter:
         return self._producer
 
     def _hand_over(self) -> None:
-        """Hand what waits to librdkafka, but keep the last record of each topic with one partition (see `_send_last`).
-
-        The first one of a cut has a report too: if any is lost, that one is (`kafka.lost`).
-        """
+        """Hand what waits to librdkafka, but keep a topic's last record (`_send_last`). The first has a report: any loss is of it too."""
         records, self._waiting = self._waiting, []
         self._bunch_ends = self.open_bytes + _BUNCH_BYTES
         self._hold_back(records)
@@ -328,7 +325,11 @@ class CutWriter:
         if ends is not None and partition >= len(ends):
             self._failed = self._failed or partitions_changed(topic, partition + 1, len(ends))
         elif ends is not None:
-            ends[partition] = max(ends[partition], offset + 1)
+            if offset < (end := ends[partition]):  # readers that are at the end would never read it
+                self._failed = records_lost(
+                    f"{topic} partition {partition} goes on at {offset}; it had an end at {end}."
+                )
+            ends[partition] = offset + 1
 
     def _explain(self, error: KafkaError, doing: str) -> HeadraceError:
         if error.name() != "MSG_SIZE_TOO_LARGE":

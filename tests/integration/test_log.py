@@ -661,6 +661,60 @@ def test_a_topic_that_a_recovery_makes_anew_under_a_running_view_is_noticed(feed
     reader.close()
 
 
+def test_a_view_whose_next_record_is_not_there_any_more_stops(feed: Feed, settings: Settings) -> None:
+    """It was tried again: once the log had grown past the view's offset it would have gone on, without what it had missed."""
+    first = feed.cut((ITEMS, 1, 1))
+    position = drain(feed.log.reader([ITEMS], None), first.version)[-1].position  # type: ignore[arg-type]
+    feed.cut((ITEMS, 2, 2))
+    last = feed.cut((ITEMS, 3, 3))
+    topic = feed.log.topic_of(ITEMS)
+    admin = AdminClient({"bootstrap.servers": settings.kafka})
+    for policy in ("delete", "compact"):  # Kafka deletes no records of a topic that is compacted only
+        resource = ConfigResource(ResourceType.TOPIC, topic, {"cleanup.policy": policy})
+        admin.alter_configs([resource])[resource].result(30)
+        if policy == "delete":
+            eventually("it is seen", lambda: feed.log.ends(ITEMS) == [6])
+            ((_, future),) = admin.delete_records([TopicPartition(topic, 0, 5)]).items()
+            future.result(30)
+    with pytest.raises(Misconfigured, match=topic) as told:
+        drain(feed.log.reader([ITEMS], position), last.version)  # type: ignore[arg-type]
+    assert told.value.code == "log-lost-records"
+
+
+def test_a_log_that_goes_on_below_its_end_is_not_written(feed: Feed) -> None:
+    """Kafka lost the end: readers that are there already would never read what is written now."""
+    sealed = feed.cut((ITEMS, 1, 1))
+    feed.writer.resume(replace(sealed, ends={topic: [end + 10 for end in ends] for topic, ends in sealed.ends.items()}))
+    feed.put(ITEMS, 2, 2)
+    with pytest.raises(Misconfigured, match="goes on at 2; it had an end at 11") as told:
+        feed.seal()
+    assert told.value.code == "log-lost-records"
+
+
+def test_an_end_of_a_partition_that_comes_too_early_is_not_believed(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a leader shows it that was just elected and does not know yet how far its predecessor was."""
+    feed.cut((ITEMS, 1, 1))
+    early = tail.end_of_partition
+    told: list[int] = []
+
+    def too_early(message: Any, *more: Any) -> bool:
+        if not told and (message.topic(), message.offset()) == (place[0], 0):
+            told.append(message.offset())
+            return True
+        return early(message, *more)  # type: ignore[no-any-return]
+
+    place = feed.log.topic_of(ITEMS), 0
+    monkeypatch.setattr(tail, "end_of_partition", too_early)
+    feed.put(ITEMS, 2, 2)
+    feed.put(ITEMS, 3, 3)
+    feed.seal()
+    found = [record.offset for record in read_to_end(settings, {place: BEGINNING})]
+    assert told == [0]
+    assert found == [2, 3]
+
+
 def test_a_table_nobody_captures_is_named(feed: Feed) -> None:
     feed.cut((ITEMS, 1, 10))
     reader = feed.log.reader(["public.nothing"], None)
