@@ -162,7 +162,7 @@ class Reader:
         self._at_end -= came
 
     def _take_other(self, message: Message, place: Place) -> None:
-        if not end_of_partition(message, self._check_topics):
+        if not end_of_partition(message, self._check_topics if place in self._read_to else None):
             self._take_checkpoint(message)
         elif place in self._read_to:
             self._read_to[place] = max(self._read_to[place], message.offset() or 0)

@@ -326,9 +326,7 @@ class CutWriter:
             self._failed = self._failed or partitions_changed(topic, partition + 1, len(ends))
         elif ends is not None:
             if offset < (end := ends[partition]):  # readers that are at the end would never read it
-                self._failed = records_lost(
-                    f"{topic} partition {partition} goes on at {offset}; it had an end at {end}."
-                )
+                self._failed = records_lost(f"{topic} partition {partition} goes on at {offset}, not at {end}.")
             ends[partition] = offset + 1
 
     def _explain(self, error: KafkaError, doing: str) -> HeadraceError:
@@ -367,6 +365,8 @@ class CutWriter:
 
     def _raise_failed(self) -> None:
         if self._failed is not None:  # until the cut is thrown away
+            if self._failed.code == "log-lost-records":
+                self.check_topics()  # one that was made anew is told as that
             raise self._failed
 
     def _trim(self, key: bytes) -> None:
