@@ -173,7 +173,7 @@ class Tail:
                 # The end may be a marker or a hole, which no message shows: then the partition's end is told instead.
                 at_end = end_of_partition(message)
                 there = message.offset() or 0
-                if (at_end and there >= known[place]) or (not at_end and there + 1 >= known[place]):
+                if (there if at_end else there + 1) >= known[place]:
                     missing.pop(place, None)
                 if not at_end and there < known[place]:
                     yield record(message)
