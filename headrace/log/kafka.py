@@ -22,7 +22,14 @@ from headrace.settings import Settings, kafka_options
 TIMEOUT = 15.0
 """Seconds that one request to Kafka may take."""
 LEADER_IS_LATE = frozenset(
-    {"NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "UNKNOWN_TOPIC_OR_PART", "OFFSET_NOT_AVAILABLE"}
+    {
+        "NOT_LEADER_FOR_PARTITION",
+        "LEADER_NOT_AVAILABLE",
+        "UNKNOWN_TOPIC_OR_PART",
+        "OFFSET_NOT_AVAILABLE",
+        "FENCED_LEADER_EPOCH",
+        "UNKNOWN_LEADER_EPOCH",
+    }
 )
 """Errors of a topic that was just made, or whose leader was just elected; librdkafka's `retriable()` speaks of transactions only."""
 CHECK = "Check HEADRACE_KAFKA, HEADRACE_KAFKA_OPTIONS (TLS, SASL) and the broker."

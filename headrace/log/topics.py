@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -24,7 +24,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
-from headrace.errors import Misconfigured
+from headrace.errors import Misconfigured, Transient
 from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, Admin
 from headrace.settings import Settings
 
@@ -34,6 +34,7 @@ PARKED = "headrace.parked"
 
 _BUNCH = 500
 """Partitions that are made by one request: a broker makes none of 10,000, and is to answer in time."""
+_MARKER_SECONDS = 5.0
 _PLAIN = frozenset(string.ascii_letters + string.digits + "-_")
 _ESCAPE = re.compile(r"_u([0-9A-F]{4,6})_")
 Ends = dict[str, list[int]]
@@ -284,6 +285,39 @@ class Topics:
         """
         level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
         return self._offsets(counts, OffsetSpec.latest(), level)  # type: ignore[no-untyped-call]
+
+    def unshown(self, ends: Ends, idle: Callable[[], None] = lambda: None) -> dict[tuple[str, int], int]:
+        """Return the partitions that have records up to `ends` and do not show them for some seconds, and where they are shown to.
+
+        Markers come a moment after a commit is answered: one that does not come by then is lost (docs/decisions/a-killed-kafka.md), or
+        somebody's transaction is open. Topics that are missing, or have other partitions, are left out. `idle` is called meanwhile.
+        """
+        deadline = time.monotonic() + _MARKER_SECONDS
+        there = self.describe(self.names() & ends.keys())
+        ends = {topic: of for topic, of in ends.items() if there.get(topic, ("", 0))[1] == len(of)}
+        counts = {topic: len(of) for topic, of in ends.items()}
+        while True:
+            shown, has = self.ends(counts), self.ends(counts, committed=False)
+            found = {
+                (topic, partition): at
+                for topic, of in ends.items()
+                for partition, (at, end, last) in enumerate(zip(shown[topic], of, has[topic], strict=True))
+                if at < end <= last
+            }
+            if not found or time.monotonic() > deadline:
+                return found
+            idle()
+            time.sleep(0.05)
+
+    def check_shown(self, ends: Ends) -> None:
+        """Raise Transient (`marker-missing`) where a partition does not show its records up to `ends`: see `unshown`."""
+        if places := self.unshown(ends):
+            named = ", ".join(f"{topic} partition {partition}" for topic, partition in sorted(places))
+            raise Transient(
+                "marker-missing",
+                f"A committed transaction has no marker in {named}: its readers stand still there.",
+                "capture writes there again, which ends it; see docs/decisions/a-killed-kafka.md.",
+            )
 
     def begins(self, counts: Mapping[str, int]) -> Ends:
         """Return the first offset of each partition: above 0 where records were deleted, which compaction never does."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -19,15 +19,20 @@ from headrace.change import Checkpoint, Source, TableSchema, Version
 from headrace.codec import Headers
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import kafka
-from headrace.log.tail import BEGINNING, read_to_end, records_lost
-from headrace.log.topics import Ends, Topics, checkpoints_topic, partitions_changed, schemas_topic, topic_replaced
+from headrace.log.spine import Named, kept
+from headrace.log.tail import Record, records_lost
+from headrace.log.topics import (
+    Ends,
+    Topics,
+    checkpoints_topic,
+    partitions_changed,
+    schemas_topic,
+    topic_replaced,
+)
 from headrace.settings import Settings
 
 KEPT_CHECKPOINTS = 2_000
 """Checkpoints that stay in their topic; older ones are tombstoned in bunches of as many (S16)."""
-WHOLE_PARTITIONS = 256
-"""Up to so many partitions every checkpoint names the ends of all of them; above, one in WHOLE_EVERY does (S16)."""
-WHOLE_EVERY = 100
 _COMMIT_SECONDS = 60
 _MARKERS_SECONDS = 0.003
 """A commit is answered before its markers are written. A transaction that begins meanwhile is refused, and librdkafka asks again after
@@ -61,12 +66,12 @@ class CutWriter:
         self._last: dict[str, _Record | None] = {}
         self._begun: set[str] = set()
         self._waiting: list[_Record] = []
+        self._breaks: deque[KafkaError] = deque(maxlen=1)
         self._bunch_ends = _BUNCH_BYTES
         self._failed: HeadraceError | None = None
         self._largest = _NONE
         self._kept: deque[bytes] = deque()
-        self._base: Checkpoint | None = None
-        self._since_base = 0
+        self._named = Named()
         self._committed_at = 0.0
         self.records = self.open_records = self.open_bytes = 0
         self.opened_at = 0.0
@@ -83,6 +88,7 @@ class CutWriter:
             **{
                 "transactional.id": f"headrace-{self._settings.source}",
                 "transaction.timeout.ms": 60_000,
+                "error_cb": self._breaks.append,
             },
         )
         with kafka.kafka_errors("opening the transactional writer"):
@@ -104,15 +110,8 @@ class CutWriter:
                 raise partitions_changed(topic, described[topic][1], len(offsets))
         self._ends = {topic: list(offsets) for topic, offsets in ends.items()}
         self._last = {topic: None for topic, offsets in ends.items() if len(offsets) == 1}
-        self._base = None
-        # A key that was tombstoned is no longer to be trimmed; a later value of the same key moves it to the end.
-        kept: dict[bytes, None] = {}
-        for record in read_to_end(self._settings, {(self._checkpoints, 0): BEGINNING}, idle=tick):
-            tick()
-            kept.pop(record.key, None)
-            if record.value is not None:
-                kept[record.key] = None
-        self._kept = deque(kept)
+        self._named = Named()
+        self._kept = kept(self._settings, tick)
 
     def add_topic(self, *topics: str) -> None:
         """Name topics in every checkpoint from now on, also before they have records: an empty table is a state too."""
@@ -196,7 +195,7 @@ class CutWriter:
         ends = {topic: list(offsets) for topic, offsets in self._ends.items()}
         checkpoint = Checkpoint(version, commit_ts, xid, ends, source, partial, inexact, snapshot, version.lsn)
         checkpoint = replace(checkpoint, approximate=dict(approximate or {}))
-        checkpoint, named = self._named(checkpoint)
+        checkpoint, named = self._named.choose(checkpoint)
         key = codec.encode_checkpoint_key(checkpoint)
         self._send(self._checkpoints, key, codec.encode_checkpoint(checkpoint, named), [], 0)
         self._trim(key)
@@ -204,23 +203,23 @@ class CutWriter:
         self._commit()
         self.records += self.open_records
         self._closed()
+        if self._breaks:  # connections broke: a Kafka that was killed may have left a commit without a marker
+            self._breaks.clear()
+            self._topics.check_shown(ends)
         return checkpoint
 
-    def _named(self, checkpoint: Checkpoint) -> tuple[Checkpoint, set[str] | None]:
-        """Choose which ends its record names: with many partitions only those touched since its base (S16).
+    def again(self, records: Iterable[Record]) -> None:
+        """Commit records once more, in their partitions and without a checkpoint: its markers end what none has ended there before.
 
-        A base is complete, for the key of half a transaction or half a snapshot is written again and again. A cut at the version of the
-        base replaces its record, and so is the base from then on.
+        Raises:
+            Transient: as `seal`.
         """
-        if not checkpoint.complete or sum(map(len, self._ends.values())) <= WHOLE_PARTITIONS:
-            return checkpoint, None
-        base = self._base
-        self._since_base += 1
-        if base is None or base.version == checkpoint.version or self._since_base >= WHOLE_EVERY:
-            self._base, self._since_base = checkpoint, 0
-            return checkpoint, None
-        touched = {topic for topic, ends in checkpoint.ends.items() if base.ends.get(topic) != ends}
-        return replace(checkpoint, base=base.version.lsn), touched
+        self._begin()
+        for topic, partition, _, _, key, value, headers in records:
+            self._send(topic, key, value, headers, partition)
+        self._flush()
+        self._commit()
+        self._closed()
 
     def abort(self) -> None:
         """Throw the open cut away. The caller starts again from the newest checkpoint: `ends` are no longer known."""

@@ -440,8 +440,8 @@ def test_with_many_partitions_a_checkpoint_names_what_was_touched_and_readers_kn
     feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S16: the hundredth names every topic; here the fourth."""
-    monkeypatch.setattr("headrace.log.writer.WHOLE_PARTITIONS", 1)
-    monkeypatch.setattr("headrace.log.writer.WHOLE_EVERY", 4)
+    monkeypatch.setattr("headrace.log.spine.WHOLE_PARTITIONS", 1)
+    monkeypatch.setattr("headrace.log.spine.WHOLE_EVERY", 4)
     reader = feed.log.reader([ITEMS, TAGS], None)
     sealed = []
     for n in range(10):
@@ -470,7 +470,7 @@ def test_the_newest_checkpoint_is_not_half_a_transaction_of_long_ago_because_its
     feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S3, S16: halves name every topic, so they are found where the states after them are not."""
-    monkeypatch.setattr("headrace.log.writer.WHOLE_PARTITIONS", 1)
+    monkeypatch.setattr("headrace.log.spine.WHOLE_PARTITIONS", 1)
     for n in range(61):
         feed.cut((ITEMS, n, n))
     for ordinal in range(10):
@@ -489,7 +489,7 @@ def test_with_many_partitions_a_cut_that_moves_no_lsn_names_what_its_predecessor
     feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S16: such a cut replaces the base of those that follow: a resnapshot writes rows while Postgres stands still."""
-    monkeypatch.setattr("headrace.log.writer.WHOLE_PARTITIONS", 1)
+    monkeypatch.setattr("headrace.log.spine.WHOLE_PARTITIONS", 1)
     base = feed.cut((ITEMS, 1, 1), (TAGS, 1, 1))
     feed.put(ITEMS, 2, 2)
     feed.lsn -= 10

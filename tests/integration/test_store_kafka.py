@@ -15,12 +15,14 @@ from headrace.consumer import Generation
 from headrace.documents import Document, DocumentConsumer, Node
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.log import Log, transaction
+from headrace.log.kafka import partition_of
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.settings import Settings
 from headrace.stores.kafka import KafkaTopic, live_topic, topic
 from headrace.testing import History, shape
 from headrace_ops.kafka import Kafka
+from tests.fixtures.unmarked import unmark
 
 PRODUCTS = shape("public.products", id="integer", name="text")
 
@@ -154,6 +156,22 @@ def test_scans_that_take_turns_read_the_topic_once_each(
         assert seen[1] == [(str(number), name) for number, name in enumerate("ABCDEF")]
         assert [(key, name.upper()) for key, name in seen[0]] == seen[1]
         assert len(reads) == 2
+
+
+@pytest.mark.parametrize("also", [[], ["titles.generations-0"]])
+def test_a_state_without_its_markers_is_shown_when_the_view_is_opened(
+    stream: Stream, kafka: Kafka, also: list[str]
+) -> None:
+    """A broker that was killed may leave it so; a view that does not change would hang there for ever."""
+    stream.commit("kettle", "lamp", "chair")
+    stream.catch_up(promote=True)
+    stream.commit("teapot")
+    stream.catch_up()
+    shown = stream.read()
+    unmark(kafka, f"titles.g1-{partition_of(b'0', 3)}", *also)
+    assert stream.read() != shown
+    stream.catch_up()
+    assert stream.read() == shown == {"0": "teapot", "1": "lamp", "2": "chair"}
 
 
 def test_a_single_document_is_read_from_its_partition(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:

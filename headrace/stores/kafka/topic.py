@@ -36,6 +36,7 @@ from headrace.log.kafka import partition_of
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
+from headrace.log.unmarked import newest_hidden
 from headrace.settings import Settings
 from headrace.stores import Doc, check_alone, of_another_source, source_held
 from headrace.stores.scans import Scans
@@ -116,6 +117,8 @@ class KafkaTopic:
         self._writer = TransactionWriter(
             self._settings, f"headrace-view-{self.name}-g{number}{self._other and '-other'}"
         )
+        if not self._other:
+            self._show(number)
         facts = self._check(ours, number)
         topic_id, self._count = self._topics.describe([topic])[topic]
         self._facts = ours | {
@@ -131,6 +134,15 @@ class KafkaTopic:
         if not self._other:
             self._clear()
         return None
+
+    def _show(self, number: int) -> None:
+        """End a commit of an earlier writer that lacks its marker somewhere: without that none of ours is ever shown."""
+        for record in newest_hidden(self._settings, self._topics, {self._pointers, self._topic_of(number)}):
+            if record.topic == self._pointers:  # what is hidden there may be another generation's
+                self._opened.write(self._pointers, b"", None)
+            else:
+                self._opened.write(record.topic, record.key, record.value, record.headers)
+        self._opened.commit()
 
     def _other_of(self, facts: dict[str, Any]) -> str:
         """Return the source of a generation if that is another's."""

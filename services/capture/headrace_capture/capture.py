@@ -19,7 +19,7 @@ from headrace.control import Control
 from headrace.errors import HeadraceError, Transient
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
-from headrace_capture import beginnings, catalog, identity
+from headrace_capture import beginnings, catalog, identity, unmarked
 from headrace_capture.cut import Cut
 from headrace_capture.identity import Here, Slot, slot_of
 from headrace_capture.progress import Progress
@@ -108,9 +108,11 @@ class Capture:
             slot = self._free_slot(connection, here.source.database)
             writer = self._log.writer()
             try:
+                unmarked.order(self._log, self._say, self._check_stopped)
                 writer.open()  # fences every predecessor: only now is the newest checkpoint the newest (S3)
                 here = self._look(connection)
                 self._answered = True
+                unmarked.end(self._log, writer, self._check_stopped)
                 checkpoint = self._resume(writer, here, slot)
                 if checkpoint is None or checkpoint.snapshot == "running":
                     self._snapshot(writer, checkpoint, here, slot, connection)

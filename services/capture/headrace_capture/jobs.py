@@ -84,14 +84,24 @@ class Job:
         return ", ".join([told["phase"], told["rows"], *removed, *filter(None, [told["why"], told["reason"]])])
 
 
+def order(log: Log, table: str, why: str) -> None:
+    """Let a table be read again from its beginning by the capture that starts next; at once in the log, in no cut."""
+    job = Job(table, why=why, floor=JOINED)
+    Control(log).keep(NAME, JOB, asdict(job) | {"log": _log_id(log)}, job.name)
+
+
+def _log_id(log: Log) -> str:
+    spine = checkpoints_topic(log.settings.source)
+    return log.topics.describe([spine])[spine][0]
+
+
 class Jobs:
     """The jobs and fingerprints of a log: read once, then written with the cuts."""
 
     def __init__(self, log: Log, wait: Callable[[], None] | None = None) -> None:
         """Read what the log has; capture, with every predecessor fenced by now, waits until all of it is shown (see `Control.kept`)."""
         self._source = log.settings.source
-        spine = checkpoints_topic(self._source)
-        self._log_id = log.topics.describe([spine])[spine][0]
+        self._log_id = _log_id(log)
         jobs, prints = map(self._ours, Control(log).kept(NAME, JOB, CATALOGUE, wait=wait))
         self.all: dict[str, Job] = {job.name: job for job in (Job(**said) for said in jobs.values())}
         self.prints: dict[str, Fingerprint] = {table: Fingerprint.of(said) for table, said in prints.items()}

@@ -1,0 +1,93 @@
+"""A committed transaction that has no marker in a partition is shown to readers again, and none of its rows is lost."""
+
+from __future__ import annotations
+
+from headrace.log import Log
+from headrace.log.topics import checkpoints_topic, schemas_topic
+from headrace.settings import Settings
+from headrace_ops.kafka import Kafka
+from tests.fixtures.capture import capturing, execute, prepare, replay, selected
+from tests.fixtures.unmarked import unmark
+
+T = "public.items"
+
+
+def _shown(settings: Settings, *topics: str) -> bool:
+    log = Log(settings)
+    counts = log.partitions(topics)
+    return log.topics.ends(counts) == log.topics.ends(counts, committed=False)
+
+
+def test_a_table_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafka) -> None:
+    """Nothing else changes it: without capture's help its readers would stand there for ever."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "INSERT INTO items VALUES (1), (2)")
+        capture.reach()
+    topic = Log(settings).topic_of(T)
+    unmark(kafka, f"{topic}-0")
+    assert not _shown(settings, topic)
+    with capturing(settings) as capture:
+        capture.hear("streaming from")
+        assert _shown(settings, topic)
+    assert replay(settings, T) == selected(settings, "items")
+
+
+def test_a_capture_that_runs_meanwhile_finds_it(settings: Settings, kafka: Kafka) -> None:
+    """Its connections broke: with its next cut it looks."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.hear("streaming from")
+        execute(settings, "INSERT INTO items VALUES (1), (2)")
+        capture.reach()
+        topic = Log(settings).topic_of(T)
+        unmark(kafka, f"{topic}-0")
+        capture.eventually("it is shown", lambda: _shown(settings, topic))
+        assert capture.hear("marker-missing")
+    assert replay(settings, T) == selected(settings, "items")
+
+
+def test_everything_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafka) -> None:
+    """Also a checkpoint, without which the log would be behind its slot, and the job that the same cut notes."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.hear("streaming from")
+        execute(settings, "CREATE TABLE others (id int PRIMARY KEY)", "INSERT INTO others VALUES (1)")
+        execute(settings, f"ALTER PUBLICATION {settings.publication} ADD TABLE others", "INSERT INTO others VALUES (2)")
+        capture.reach()
+    newest = Log(settings).newest_checkpoint()
+    everything = [
+        checkpoints_topic(settings.source),
+        schemas_topic(settings.source),
+        Log(settings).topic_of("public.others"),
+    ]
+    unmark(kafka, *(f"{topic}-0" for topic in everything))
+    assert not any(_shown(settings, topic) for topic in everything)
+    assert Log(settings).newest_checkpoint() != newest
+    with capturing(settings) as capture:
+        for topic in everything:
+            capture.eventually(f"{topic} is shown", lambda topic=topic: _shown(settings, topic))
+        # Its first row was there before it joined: that one is read beside the stream.
+        capture.eventually("it is exact", lambda: replay(settings, "public.others") == selected(settings, "others"))
+
+
+def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(settings: Settings, kafka: Kafka) -> None:
+    """A predecessor was killed amid its next cut: to fence it takes the acknowledged rows away."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "INSERT INTO items VALUES (1), (2)")
+        capture.reach()
+    log = Log(settings)
+    topic = log.topic_of(T)
+    unmark(kafka, f"{topic}-0")
+    killed = log.writer()
+    killed.open()
+    killed._client.begin_transaction()
+    killed._send(topic, b'{"id":3}', b"{}", [], 0)
+    killed._flush()
+    with capturing(settings) as capture:
+        capture.hear("the newest rows of public.items lack a commit marker")
+        capture.eventually("the table is read again", lambda: replay(settings, T) == selected(settings, "items"))
+    assert _shown(settings, topic)
