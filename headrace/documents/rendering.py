@@ -58,7 +58,7 @@ def rendered(consumer: Renders, touched: Touched, node: Node | None, id_: str, v
 
 def _said(error: Exception) -> str:
     if isinstance(error, AttributeError) and isinstance(error.obj, Node):
-        return f"a row of {error.obj.table} has no join {error.name!r}; its columns are row[{error.name!r}]"
+        return f"a row of {error.obj.table} has no join and no column {error.name!r}"
     return described(error)
 
 

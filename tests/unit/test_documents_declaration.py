@@ -1,5 +1,6 @@
 """Declarations of documents and the rows that render gets."""
 
+import copy
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -39,11 +40,20 @@ def test_a_declaration_names_its_tables_the_root_first() -> None:
     assert PRODUCT.tables == ("public.products", "public.categories", "public.reviews")
 
 
-def test_columns_are_items_and_joins_are_attributes() -> None:
+def test_columns_are_items_and_attributes_and_joins_are_attributes() -> None:
     node = _node()
-    assert (node["name"], node.table, node.category) == ("kettle", "public.products", None)
-    with pytest.raises(AttributeError):
-        _ = node.name
+    assert (node["name"], node.name, node.table, node.category) == ("kettle", "kettle", "public.products", None)
+    assert dict(node) == {"id": 1, "name": "kettle"}
+    with pytest.raises(KeyError):
+        _ = node["category"]
+
+
+def test_joins_methods_of_a_mapping_and_the_table_come_before_columns_of_their_names() -> None:
+    row = {"id": 1, "items": "three", "category": "old", "table": "oak", "_joins": 2}
+    node = Node("t", row, {"category": None})
+    assert (node.id, node.category, node.table, node["table"]) == (1, None, "t", "oak")
+    assert dict(node.items()) == row
+    assert copy.deepcopy(node).id == 1
 
 
 def test_columns_and_joins_may_have_the_names_that_only_a_dictionary_has() -> None:
@@ -56,14 +66,14 @@ def test_columns_and_joins_may_have_the_names_that_only_a_dictionary_has() -> No
     assert template.render(row=node) == "text 1"
 
 
-def test_who_reads_a_column_as_a_join_is_told_how() -> None:
+def test_who_reads_what_is_neither_join_nor_column_is_told_of_which_row() -> None:
     class Wrong:
         name = "wrong"
 
         def render(self, row: Node) -> dict[str, Any]:
-            return {"name": row.name}
+            return {"name": row.title}
 
-    with pytest.raises(Poison, match=r"public.products has no join 'name'; its columns are row\['name'\]"):
+    with pytest.raises(Poison, match=r"public.products has no join and no column 'title'"):
         rendered(Wrong(), Touched(PRODUCT, {"id": 1}, None), _node(), "1", Version(1, 1))
 
 
