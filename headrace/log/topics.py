@@ -24,7 +24,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
-from headrace.errors import Misconfigured, Transient
+from headrace.errors import Misconfigured
 from headrace.log.kafka import LEADER_IS_LATE, TIMEOUT, Admin
 from headrace.settings import Settings
 
@@ -308,16 +308,6 @@ class Topics:
                 return found
             idle()
             time.sleep(0.05)
-
-    def check_shown(self, ends: Ends) -> None:
-        """Raise Transient (`marker-missing`) where a partition does not show its records up to `ends`: see `unshown`."""
-        if places := self.unshown(ends):
-            named = ", ".join(f"{topic} partition {partition}" for topic, partition in sorted(places))
-            raise Transient(
-                "marker-missing",
-                f"A committed transaction has no marker in {named}: its readers stand still there.",
-                "capture writes there again, which ends it; see docs/decisions/a-killed-kafka.md.",
-            )
 
     def begins(self, counts: Mapping[str, int]) -> Ends:
         """Return the first offset of each partition: above 0 where records were deleted, which compaction never does."""

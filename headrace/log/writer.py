@@ -29,6 +29,7 @@ from headrace.log.topics import (
     schemas_topic,
     topic_replaced,
 )
+from headrace.log.unmarked import check_shown
 from headrace.settings import Settings
 
 KEPT_CHECKPOINTS = 2_000
@@ -203,13 +204,13 @@ class CutWriter:
         self._commit()
         self.records += self.open_records
         self._closed()
-        if self._breaks:  # connections broke: a Kafka that was killed may have left a commit without a marker
+        if self._breaks and snapshot != "running":  # a Kafka that was killed may have left a commit without a marker
             self._breaks.clear()
-            self._topics.check_shown(ends)
+            check_shown(self._topics, self._schemas, ends)
         return checkpoint
 
-    def again(self, records: Iterable[Record]) -> None:
-        """Commit records once more, in their partitions and without a checkpoint: its markers end what none has ended there before.
+    def again(self, records: Iterable[Record], *, commit: bool) -> None:
+        """Write records once more, in their partitions and without a checkpoint: its markers end what none has ended there before.
 
         Raises:
             Transient: as `seal`.
@@ -218,7 +219,7 @@ class CutWriter:
         for topic, partition, _, _, key, value, headers in records:
             self._send(topic, key, value, headers, partition)
         self._flush()
-        self._commit()
+        (self._commit if commit else self.abort)()
         self._closed()
 
     def abort(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from headrace.control import Control
 from headrace.log import Log
 from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.settings import Settings
+from headrace_capture import jobs
 from headrace_ops.kafka import Kafka
-from tests.fixtures.capture import capturing, execute, prepare, replay, selected
+from tests.fixtures.capture import capturing, execute, now, prepare, refused, replay, selected
 from tests.fixtures.unmarked import unmark
 
 T = "public.items"
@@ -91,3 +93,40 @@ def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(settings:
         capture.hear("the newest rows of public.items lack a commit marker")
         capture.eventually("the table is read again", lambda: replay(settings, T) == selected(settings, "items"))
     assert _shown(settings, topic)
+    assert any(T in checkpoint.inexact for checkpoint in log.checkpoints())
+    newest = log.newest_checkpoint()
+    assert newest is not None
+    assert not newest.inexact
+    assert Control(log).kept("capture", jobs.DOUBTED) == [{}]
+
+
+def test_a_checkpoint_that_was_not_confirmed_is_not_taken_for_committed(settings: Settings, kafka: Kafka) -> None:
+    """Of a cut that was aborted it may be all that is left: what it says is in the log is not."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "INSERT INTO items VALUES (1), (2)")
+        sealed = capture.reach()
+    execute(settings, "INSERT INTO items VALUES (3)")
+    log = Log(settings)
+    killed = log.writer()
+    killed.open()
+    killed.resume(sealed)
+    version = sealed.version._replace(lsn=now(settings))
+    killed.seal(version=version, commit_ts=sealed.commit_ts, xid=0, source=sealed.source)
+    killed.close()
+    unmark(kafka, f"{checkpoints_topic(settings.source)}-0")
+    with capturing(settings) as capture:
+        capture.eventually("it is exact", lambda: replay(settings, T) == selected(settings, "items"))
+
+
+def test_a_log_that_lost_its_end_is_refused_though_a_marker_is_missing_too(settings: Settings, kafka: Kafka) -> None:
+    """What is written to show the rest must not fill the place of what was lost."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, words text)")
+    with capturing(settings) as capture:
+        capture.reach()
+        # Two batches: one row fills the first.
+        execute(settings, "INSERT INTO items SELECT i, repeat(md5(i::text), 25000) FROM generate_series(1, 2) i")
+        capture.reach()
+    unmark(kafka, f"{Log(settings).topic_of(T)}-0", lost=1)
+    assert refused(settings).code == "log-lost-records"

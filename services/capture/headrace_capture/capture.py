@@ -108,11 +108,11 @@ class Capture:
             slot = self._free_slot(connection, here.source.database)
             writer = self._log.writer()
             try:
-                unmarked.order(self._log, self._say, self._check_stopped)
+                unmarked.note_tables(self._log, self._say, self._check_stopped)
                 writer.open()  # fences every predecessor: only now is the newest checkpoint the newest (S3)
                 here = self._look(connection)
                 self._answered = True
-                unmarked.end(self._log, writer, self._check_stopped)
+                unmarked.show_spine(self._log, writer, slot.confirmed if slot else 0, self._check_stopped)
                 checkpoint = self._resume(writer, here, slot)
                 if checkpoint is None or checkpoint.snapshot == "running":
                     self._snapshot(writer, checkpoint, here, slot, connection)
@@ -177,6 +177,7 @@ class Capture:
             writer.resume(None, self._check_stopped)
             return None
         writer.resume(checkpoint, self._check_stopped)
+        unmarked.show_tables(self._log, writer, checkpoint, self._say, self._check_stopped)
         if checkpoint.snapshot == "running":
             return checkpoint  # names the server on which that snapshot began
         if checkpoint.source != here.source:

@@ -2,8 +2,9 @@
 
 The records stand in `headrace.control` (kind ``resnapshot``) and are written inside the cut whose rows they speak of, so that they are
 exactly as durable as those: whoever takes over after a kill goes on where the log ends. Beside them are the fingerprints of the tables
-(kind ``catalogue``), by which DDL is noticed that happened while nobody ran. Both name the log they belong to, by the id of its
-checkpoints topic: control is shared, and may remember a log that was deleted.
+(kind ``catalogue``), by which DDL is noticed that happened while nobody ran, and the tables of which Kafka may have lost rows
+(``doubted``). All name the log they belong to, by the id of its checkpoints topic: control is shared, and may remember a log that was
+deleted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from headrace.log.topics import CONTROL, checkpoints_topic
 from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.progress import NAME
 
-JOB, CATALOGUE = "resnapshot", "catalogue"
+JOB, CATALOGUE, DOUBTED = "resnapshot", "catalogue", "doubted"
 WAITING, READING, PAUSED, FAILED, CANCELLED, DONE = "waiting", "reading", "paused", "failed", "cancelled", "done"
 WRITING, REMOVING = "writing", "removing"
 """An append-only table, half of which is in the log: only within a high watermark's transaction (see `writing`)."""
@@ -84,10 +85,9 @@ class Job:
         return ", ".join([told["phase"], told["rows"], *removed, *filter(None, [told["why"], told["reason"]])])
 
 
-def order(log: Log, table: str, why: str) -> None:
-    """Let a table be read again from its beginning by the capture that starts next; at once in the log, in no cut."""
-    job = Job(table, why=why, floor=JOINED)
-    Control(log).keep(NAME, JOB, asdict(job) | {"log": _log_id(log)}, job.name)
+def doubt(log: Log, table: str) -> None:
+    """Note, at once and in no cut, that rows of a table may be gone from the log: capture reads it again when it goes on."""
+    Control(log).keep(NAME, DOUBTED, {"log": _log_id(log)}, table)
 
 
 def _log_id(log: Log) -> str:
@@ -102,10 +102,12 @@ class Jobs:
         """Read what the log has; capture, with every predecessor fenced by now, waits until all of it is shown (see `Control.kept`)."""
         self._source = log.settings.source
         self._log_id = _log_id(log)
-        jobs, prints = map(self._ours, Control(log).kept(NAME, JOB, CATALOGUE, wait=wait))
+        jobs, prints, doubted = map(self._ours, Control(log).kept(NAME, JOB, CATALOGUE, DOUBTED, wait=wait))
         self.all: dict[str, Job] = {job.name: job for job in (Job(**said) for said in jobs.values())}
         self.prints: dict[str, Fingerprint] = {table: Fingerprint.of(said) for table, said in prints.items()}
+        self.doubted = set(doubted)
         self._dirty: set[str] = set()
+        self._believed: set[str] = set()
         self._dirty_prints: set[str] = set()
 
     def _ours(self, kept: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -118,7 +120,7 @@ class Jobs:
     @property
     def dirty(self) -> bool:
         """Whether anything is to be written."""
-        return bool(self._dirty or self._dirty_prints)
+        return bool(self._dirty or self._dirty_prints or self._believed)
 
     def next(self) -> Job | None:
         """Return the job to go on with: what is being read before what waits, and last what could not go on just now, in turn."""
@@ -144,6 +146,11 @@ class Jobs:
         if self.all.pop(name, None):
             self._dirty.add(name)
 
+    def believe(self, table: str) -> None:
+        """Forget that a table was doubted (`doubt`)."""
+        self.doubted.discard(table)
+        self._believed.add(table)
+
     def know(self, table: str, print_: Fingerprint) -> None:
         """Take a table's fingerprint for what it should be from now on."""
         if self.prints.get(table) != print_:
@@ -160,6 +167,8 @@ class Jobs:
         """Forget all jobs, and the fingerprints of `tables`."""
         for name in list(self.all):
             self.drop(name)
+        for table in list(self.doubted):
+            self.believe(table)
         for table in tables:
             if self.prints.pop(table, None):
                 self._dirty_prints.add(table)
@@ -172,8 +181,11 @@ class Jobs:
         for table in self._dirty_prints:
             print_ = self.prints.get(table)
             self._write(writer, CATALOGUE, table, print_.plain() if print_ else None)
+        for table in self._believed:
+            self._write(writer, DOUBTED, table, None)
         self._dirty.clear()
         self._dirty_prints.clear()
+        self._believed.clear()
 
     def _write(self, writer: CutWriter, kind: str, id_: str, said: dict[str, Any] | None) -> None:
         value = codec.dumps(said | {"log": self._log_id}) if said is not None else None

@@ -115,10 +115,19 @@ class Resnapshot:
             job = self._jobs.all.get(table)
             if job is None or job.phase == DONE:
                 self.mark(table, "its checkpoints say so", JOINED)
+        self._read_doubted()
         self._go_on()
         if self._jobs.dirty:
             self._jobs.write(self._cut.writer)
             self._tell()
+
+    def _read_doubted(self) -> None:
+        for table in list(self._jobs.doubted):
+            phase = self._jobs.all[table].phase if table in self._jobs.all else DONE
+            if phase not in {WRITING, REMOVING}:  # half of it is in the log: that is mended first
+                self._jobs.believe(table)
+                if phase != LEFT:
+                    self.mark(table, "Kafka did not show its newest rows", JOINED)
 
     def mark(self, table: str, why: str, floor: str = "") -> None:
         """Rows of `table` may have changed, or have been there, without an event: read it again (S12)."""
