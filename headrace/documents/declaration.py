@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from headrace.change import Row
 from headrace.documents.aggregates import Function, Min
@@ -46,13 +46,34 @@ class Node(dict[str, Any]):
     __slots__ = ("__dict__", "_joins", "table")
 
     def __init__(self, table: str, columns: Row, joins: Mapping[str, Node | list[Node] | None] | None = None) -> None:
-        """Take a row, in the codec's form, which nobody changes from then on, and what is joined to it."""
+        """Take a row, in the codec's form, and what is joined to it."""
         super().__init__(columns)
         self.table = table
         self._joins = joins or {}
-        if not _OF_MAPPING.isdisjoint(columns):
-            columns = {name: value for name, value in columns.items() if name not in _OF_MAPPING}
-        self.__dict__ = {**columns, **joins} if joins else columns
+        if _OF_MAPPING.isdisjoint(columns):
+            self.__dict__ = {**columns, **self._joins}
+        else:
+            self._name()
+
+    def _name(self) -> None:
+        """Give columns and joins their names as attributes."""
+        vars(self).update((name, value) for name, value in self.items() if name not in _OF_MAPPING)
+        vars(self).update(getattr(self, "_joins", ()))  # none yet, where a copy is made
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Change a column, for a template."""
+        super().__setitem__(name, value)
+        self._name()
+
+    def update(self, *args: Any, **more: Any) -> None:
+        """Change columns, for a template."""
+        super().update(*args, **more)
+        self._name()
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+        """Do as `update`."""
+        Node.update(self, other)
+        return self
 
     if TYPE_CHECKING:
 

@@ -85,6 +85,15 @@ class TransactionWriter:
             raise self._explained(_cause(error), "committing") from error
         self._began = 0.0
 
+    def abort(self) -> None:
+        """Throw the transaction away, once all its records are in their partitions. Raises Transient."""
+        try:
+            self._producer.flush(_COMMIT_SECONDS)
+            self._producer.abort_transaction(_COMMIT_SECONDS)
+        except (KafkaException, SystemError) as error:
+            raise self._explained(_cause(error), "aborting") from error
+        self._began = 0.0
+
     def close(self) -> None:
         """Leave; a transaction that is open is ended by the next writer of this name."""
         self._producer.purge()

@@ -1,47 +1,92 @@
-"""Committed transactions that lack their marker in a partition: what KAFKA-20734 leaves where a single node was killed.
+"""Transactions that lack their marker in a partition: what KAFKA-20734 leaves where a single node was killed.
 
-Nobody is shown such a partition any further. The next transaction of the same writer that touches it ends both: by its commit readers are
-shown what was hidden; by its abort what was acknowledged is gone (docs/decisions/a-killed-kafka.md). So a writer that has just fenced its
-predecessors, and has nothing open itself, commits the newest record of what is hidden once more: the topic holds it of its key anyhow.
+Nobody is shown such a partition any further. The next transaction of the same writer that touches it ends both, as it ends itself: a commit
+shows what was hidden, an abort takes it away (docs/decisions/a-killed-kafka.md). So a writer that has just fenced its predecessors, and
+has nothing open itself, writes the newest record of what is hidden once more, and commits that or aborts it, as the transaction did that
+it is of.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
+
+from confluent_kafka import KafkaError
 
 from headrace.errors import Transient
 from headrace.log.tail import Record, read_to_end
 from headrace.log.topics import Ends, Topics
 from headrace.settings import Settings
 
+_AGAIN_SECONDS = 60.0
+
+
+class Hidden(NamedTuple):
+    """What a partition does not show: its first record, and the newest."""
+
+    first: Record
+    newest: Record
+
+
+def hidden_records(
+    settings: Settings, topics: Topics, names: Collection[str], idle: Callable[[], None] = lambda: None
+) -> Iterator[Hidden]:
+    """Yield what each partition of `names` has and does not show for some seconds."""
+    counts = {name: count for name, (_, count) in topics.describe(topics.names() & set(names)).items()}
+    ends = topics.ends(counts, committed=False)
+    for place, start in topics.unshown(ends, idle).items():
+        until = {place: ends[place[0]][place[1]]}
+        first = newest = None
+        for record in read_to_end(settings, {place: start}, until, committed=False, idle=idle):
+            first, newest = first or record, record
+        if first and newest:
+            yield Hidden(first, newest)
+
 
 def check_shown(topics: Topics, of_one: str, ends: Ends) -> None:
-    """Raise Transient (`marker-missing`) where a partition does not show what it has: up to `ends`, and all of the topic `of_one`.
+    """Refuse partitions that do not show what they have: up to `ends`, and all of the topic `of_one`.
 
-    It is asked of what was committed, which is not given up where Kafka has no answer.
+    Raises:
+        Transient: `marker-missing`; `kafka-away`.
     """
-    try:
-        hidden = topics.unshown(ends | topics.ends({of_one: 1}, committed=False))
-    except Transient:
-        return
+    hidden = topics.unshown(ends | topics.ends({of_one: 1}, committed=False))
     if hidden:
         named = ", ".join(f"{topic} partition {partition}" for topic, partition in sorted(hidden))
         raise Transient(
             "marker-missing",
-            f"A committed transaction has no marker in {named}: its readers stand still there.",
+            f"A transaction has no marker in {named}: its readers stand still there.",
             "capture writes there again, which ends it; see docs/decisions/a-killed-kafka.md.",
         )
 
 
-def newest_hidden(
-    settings: Settings, topics: Topics, names: Collection[str], idle: Callable[[], None] = lambda: None
-) -> Iterator[Record]:
-    """Yield the newest record of each partition of `names` that does not show all that it has for some seconds; no tombstone, if it can."""
-    counts = {name: count for name, (_, count) in topics.describe(topics.names() & set(names)).items()}
-    ends = topics.ends(counts, committed=False)
-    for place, start in topics.unshown(ends, idle).items():
-        newest: dict[bool, Record] = {}
-        until = {place: ends[place[0]][place[1]]}
-        for record in read_to_end(settings, {place: start}, until, committed=False, idle=idle):
-            newest[record.value is not None] = record
-        yield newest.get(True) or newest[False]
+class Breaks:
+    """Whether connections of a writer broke since it was looked last: a Kafka that was killed may have left a commit without a marker."""
+
+    def __init__(self) -> None:
+        """None broke."""
+        self._said: deque[KafkaError] = deque(maxlen=1)
+        self._next = 0.0
+        self.note: Callable[[KafkaError], None] = self._said.append
+
+    def __bool__(self) -> bool:
+        """Whether one did."""
+        return bool(self._said)
+
+    def look(self, topics: Topics, of_one: str, ends: Ends) -> None:
+        """Do as `check_shown`, if there is reason to. What was committed is not given up where Kafka does not answer: it is asked later.
+
+        Raises:
+            Transient: `marker-missing`.
+        """
+        if not self._said or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _AGAIN_SECONDS
+        try:
+            check_shown(topics, of_one, ends)
+        except Transient as error:
+            if error.code != "marker-missing":
+                return
+            raise
+        self._said.clear()

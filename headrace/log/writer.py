@@ -21,15 +21,8 @@ from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import kafka
 from headrace.log.spine import Named, kept
 from headrace.log.tail import Record, records_lost
-from headrace.log.topics import (
-    Ends,
-    Topics,
-    checkpoints_topic,
-    partitions_changed,
-    schemas_topic,
-    topic_replaced,
-)
-from headrace.log.unmarked import check_shown
+from headrace.log.topics import Ends, Topics, checkpoints_topic, partitions_changed, schemas_topic, topic_replaced
+from headrace.log.unmarked import Breaks
 from headrace.settings import Settings
 
 KEPT_CHECKPOINTS = 2_000
@@ -53,6 +46,8 @@ class CutWriter:
         records: Records in the cuts that were committed.
         open_records: Records in the open cut; `open_bytes` of keys and values.
         opened_at: `time.monotonic()` when the open cut began; 0.0 when none is open.
+        sealed: Ends of the newest cut that was committed.
+        breaks: Whether connections broke since.
     """
 
     def __init__(self, settings: Settings, topics: Topics) -> None:
@@ -67,7 +62,8 @@ class CutWriter:
         self._last: dict[str, _Record | None] = {}
         self._begun: set[str] = set()
         self._waiting: list[_Record] = []
-        self._breaks: deque[KafkaError] = deque(maxlen=1)
+        self.sealed: Ends = {}
+        self.breaks = Breaks()
         self._bunch_ends = _BUNCH_BYTES
         self._failed: HeadraceError | None = None
         self._largest = _NONE
@@ -89,7 +85,7 @@ class CutWriter:
             **{
                 "transactional.id": f"headrace-{self._settings.source}",
                 "transaction.timeout.ms": 60_000,
-                "error_cb": self._breaks.append,
+                "error_cb": self.breaks.note,
             },
         )
         with kafka.kafka_errors("opening the transactional writer"):
@@ -109,7 +105,7 @@ class CutWriter:
         for topic, offsets in ends.items():
             if described[topic][1] != len(offsets):
                 raise partitions_changed(topic, described[topic][1], len(offsets))
-        self._ends = {topic: list(offsets) for topic, offsets in ends.items()}
+        self.sealed, self._ends = ends, {topic: list(offsets) for topic, offsets in ends.items()}
         self._last = {topic: None for topic, offsets in ends.items() if len(offsets) == 1}
         self._named = Named()
         self._kept = kept(self._settings, tick)
@@ -203,10 +199,10 @@ class CutWriter:
         self._flush()  # a report that speaks against it must not come after the commit
         self._commit()
         self.records += self.open_records
+        self.sealed = ends
         self._closed()
-        if self._breaks and snapshot != "running":  # a Kafka that was killed may have left a commit without a marker
-            self._breaks.clear()
-            check_shown(self._topics, self._schemas, ends)
+        if snapshot != "running":
+            self.breaks.look(self._topics, self._schemas, ends)
         return checkpoint
 
     def again(self, records: Iterable[Record], *, commit: bool) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
+
+from headrace.codec import encode_headers
 from headrace.control import Control
-from headrace.log import Log
+from headrace.errors import Transient
+from headrace.log import CutWriter, Log
+from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import checkpoints_topic, schemas_topic
+from headrace.log.unmarked import Breaks
 from headrace.settings import Settings
 from headrace_capture import jobs
 from headrace_ops.kafka import Kafka
-from tests.fixtures.capture import capturing, execute, now, prepare, refused, replay, selected
+from tests.fixtures.capture import capturing, changes, execute, now, prepare, refused, replay, selected
 from tests.fixtures.unmarked import unmark
 
 T = "public.items"
@@ -74,7 +82,10 @@ def test_everything_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafk
         capture.eventually("it is exact", lambda: replay(settings, "public.others") == selected(settings, "others"))
 
 
-def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(settings: Settings, kafka: Kafka) -> None:
+@pytest.mark.parametrize("checkpoint_too", [False, True])
+def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(
+    settings: Settings, kafka: Kafka, checkpoint_too: bool
+) -> None:
     """A predecessor was killed amid its next cut: to fence it takes the acknowledged rows away."""
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
     with capturing(settings) as capture:
@@ -83,7 +94,8 @@ def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(settings:
         capture.reach()
     log = Log(settings)
     topic = log.topic_of(T)
-    unmark(kafka, f"{topic}-0")
+    places = [topic, checkpoints_topic(settings.source)] if checkpoint_too else [topic]
+    unmark(kafka, *(f"{place}-0" for place in places))
     killed = log.writer()
     killed.open()
     killed._client.begin_transaction()
@@ -100,8 +112,11 @@ def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(settings:
     assert Control(log).kept("capture", jobs.DOUBTED) == [{}]
 
 
-def test_a_checkpoint_that_was_not_confirmed_is_not_taken_for_committed(settings: Settings, kafka: Kafka) -> None:
-    """Of a cut that was aborted it may be all that is left: what it says is in the log is not."""
+@pytest.mark.parametrize("rows_too", [False, True])
+def test_a_checkpoint_that_was_not_confirmed_is_not_taken_for_committed(
+    settings: Settings, kafka: Kafka, rows_too: bool
+) -> None:
+    """Of a cut that was aborted it may be all that is left: what it says is in the log is not. Nor are rows of it shown, as its third."""
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
     with capturing(settings) as capture:
         capture.reach()
@@ -112,11 +127,60 @@ def test_a_checkpoint_that_was_not_confirmed_is_not_taken_for_committed(settings
     killed = log.writer()
     killed.open()
     killed.resume(sealed)
+    topic = log.topic_of(T)
+    if rows_too:
+        headers = changes(settings, T)[-1]
+        killed.produce(
+            topic, b'{"id":4}', b'{"op":"c","after":{"id":4}}', encode_headers(headers.version, 9, 9, headers.schema)
+        )
     version = sealed.version._replace(lsn=now(settings))
     killed.seal(version=version, commit_ts=sealed.commit_ts, xid=0, source=sealed.source)
     killed.close()
-    unmark(kafka, f"{checkpoints_topic(settings.source)}-0")
+    places = [topic, checkpoints_topic(settings.source)] if rows_too else [checkpoints_topic(settings.source)]
+    unmark(kafka, *(f"{place}-0" for place in places))
     with capturing(settings) as capture:
+        capture.eventually("it is exact", lambda: replay(settings, T) == selected(settings, "items"))
+
+
+def test_a_delete_that_lacks_a_marker_ends_with_its_tombstone(settings: Settings, kafka: Kafka) -> None:
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)", "INSERT INTO items VALUES (1), (2)")
+    with capturing(settings) as capture:
+        capture.hear("streaming from")
+        execute(settings, "DELETE FROM items WHERE id = 2")
+        capture.reach()
+    topic = Log(settings).topic_of(T)
+    unmark(kafka, f"{topic}-0")
+    with capturing(settings) as capture:
+        capture.hear("streaming from")
+    assert [*read_to_end(settings, {(topic, 0): BEGINNING})][-1].value is None
+    assert replay(settings, T) == selected(settings, "items")
+
+
+def test_a_capture_that_stops_amid_a_cut_after_its_connections_broke_looks_before_it_aborts(
+    settings: Settings, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cut had begun before anybody could look, and touches the table that is hidden."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.hear("streaming from")
+        execute(settings, "INSERT INTO items VALUES (1), (2)")
+        capture.reach()
+        flush, look, given_up = CutWriter._flush, Breaks.look, threading.Event()
+
+        def breaking(writer: CutWriter) -> None:
+            flush(writer)
+            if not given_up.is_set() and writer.open_records:
+                assert writer.breaks
+                given_up.set()
+                raise Transient("postgres-away", "It goes away amid the cut.")
+
+        monkeypatch.setattr(CutWriter, "_flush", breaking)
+        # No empty cut may look before.
+        monkeypatch.setattr(Breaks, "look", lambda *args: look(*args) if given_up.is_set() else None)
+        unmark(kafka, f"{Log(settings).topic_of(T)}-0")
+        execute(settings, "INSERT INTO items VALUES (3)")
+        assert given_up.wait(60)
+        capture.hear("the newest rows of public.items lack a commit marker")
         capture.eventually("it is exact", lambda: replay(settings, T) == selected(settings, "items"))
 
 

@@ -1,6 +1,7 @@
 """Declarations of documents and the rows that render gets."""
 
 import copy
+import pickle
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -53,7 +54,19 @@ def test_joins_methods_of_a_mapping_and_the_table_come_before_columns_of_their_n
     node = Node("t", row, {"category": None})
     assert (node.id, node.category, node.table, node["table"]) == (1, None, "t", "oak")
     assert dict(node.items()) == row
-    assert copy.deepcopy(node).id == 1
+    assert copy.deepcopy(node).id == pickle.loads(pickle.dumps(node)).id == 1  # noqa: S301  its own
+
+
+def test_what_render_changes_of_a_row_is_what_a_template_finds() -> None:
+    row = {"id": 1, "name": "kettle", "copy": "text"}
+    node = Node("t", row, {"category": None})
+    node["name"] = "KETTLE"
+    node.update(id=2)
+    node |= {"copy": "other"}
+    node.extra = 5
+    template = jinja2.Environment(autoescape=True).from_string("{{ r.name }} {{ r.id }} {{ r.copy }} {{ r.extra }}")
+    assert template.render(r=node) == "KETTLE 2 other 5"
+    assert (node.category, row) == (None, {"id": 1, "name": "kettle", "copy": "text"})
 
 
 def test_columns_and_joins_may_have_the_names_that_only_a_dictionary_has() -> None:

@@ -36,7 +36,7 @@ from headrace.log.kafka import partition_of
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
-from headrace.log.unmarked import newest_hidden
+from headrace.log.unmarked import hidden_records
 from headrace.settings import Settings
 from headrace.stores import Doc, check_alone, of_another_source, source_held
 from headrace.stores.scans import Scans
@@ -136,13 +136,22 @@ class KafkaTopic:
         return None
 
     def _show(self, number: int) -> None:
-        """End a commit of an earlier writer that lacks its marker somewhere: without that none of ours is ever shown."""
-        for record in newest_hidden(self._settings, self._topics, {self._pointers, self._topic_of(number)}):
-            if record.topic == self._pointers:  # what is hidden there may be another generation's
+        """End what an earlier writer's transaction has left without a marker as that was to end: its position is its last record."""
+        position = self._known.read().get(_key(number), {}).get("position")
+        version = codec.decode_position(position).version if position else NOWHERE
+        counts = {
+            self._pointers: 1,
+            self._topic_of(number): self._topics.describe([self._topic_of(number)])[self._topic_of(number)][1],
+        }
+        for first, last in hidden_records(self._settings, self._topics, counts):
+            if first.topic == self._pointers:  # another generation's may be hidden there
                 self._opened.write(self._pointers, b"", None)
             else:
-                self._opened.write(record.topic, record.key, record.value, record.headers)
-        self._opened.commit()
+                self._opened.write(last.topic, last.key, last.value, last.headers)
+            if first.topic != self._pointers and NOWHERE < _version_of(first.headers) <= version:
+                self._commit(counts)
+            else:
+                self._opened.abort()
 
     def _other_of(self, facts: dict[str, Any]) -> str:
         """Return the source of a generation if that is another's."""
@@ -316,8 +325,7 @@ class KafkaTopic:
             range(self._count) if partitions is None else partitions,
         )
         for record in read_to_end(self._settings, {(topic, partition): BEGINNING for partition in read}):
-            headers = dict(record.headers)
-            yield record.key.decode(), record.value, Version(int(headers["epoch"]), int(headers["lsn"])).packed()
+            yield record.key.decode(), record.value, _version_of(record.headers).packed()
 
 
 class _Rows:
@@ -375,6 +383,11 @@ def _key(number: int) -> bytes:
 
 def _headers(version: Version) -> list[tuple[str, bytes]]:
     return [("epoch", str(version.epoch).encode()), ("lsn", str(version.lsn).encode())]
+
+
+def _version_of(headers: Sequence[tuple[str, bytes]]) -> Version:
+    named = dict(headers)
+    return Version(int(named["epoch"]), int(named["lsn"]))
 
 
 def _row(found: tuple[str, bytes, int]) -> ViewRow:

@@ -108,9 +108,10 @@ class Capture:
             slot = self._free_slot(connection, here.source.database)
             writer = self._log.writer()
             try:
-                unmarked.note_tables(self._log, self._say, self._check_stopped)
+                newest = unmarked.newest_committed(self._log, slot.confirmed if slot else 0)
+                unmarked.note_tables(self._log, newest.ends if newest else {}, self._say, self._check_stopped)
                 writer.open()  # fences every predecessor: only now is the newest checkpoint the newest (S3)
-                here = self._look(connection)
+                here, slot = self._look(connection), slot_of(connection, self._settings.slot)
                 self._answered = True
                 unmarked.show_spine(self._log, writer, slot.confirmed if slot else 0, self._check_stopped)
                 checkpoint = self._resume(writer, here, slot)
@@ -121,6 +122,10 @@ class Capture:
                 self._stream(writer, checkpoint, connection)
             finally:
                 with suppress(HeadraceError):
+                    if (
+                        writer.breaks and writer.opened_at
+                    ):  # what is left to the next session is looked at before it is fenced
+                        unmarked.note_tables(self._log, writer.sealed, self._say, lambda: None)
                     writer.abort()
                 writer.close()
 

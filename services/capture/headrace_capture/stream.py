@@ -116,9 +116,7 @@ class Stream:
         self._stopped = stopped
         with suppress(Stopped):  # amid a TRUNCATE, or a table that is read again: its cuts so far are in the log
             self._read_on()
-        if not self._between_transactions:
-            self._writer.abort()
-        elif self._cut.open:
+        if self._between_transactions and self._cut.open:
             self._seal()
 
     def _read_on(self) -> None:
