@@ -50,28 +50,38 @@ class Node(dict[str, Any]):
         super().__init__(columns)
         self.table = table
         self._joins = joins or {}
-        if _OF_MAPPING.isdisjoint(columns):
-            self.__dict__ = {**columns, **self._joins}
-        else:
-            self._name()
+        if not _OF_MAPPING.isdisjoint(columns):
+            columns = {name: value for name, value in columns.items() if name not in _OF_MAPPING}
+        self.__dict__ = {**columns, **self._joins}
 
-    def _name(self) -> None:
-        """Give columns and joins their names as attributes."""
-        vars(self).update((name, value) for name, value in self.items() if name not in _OF_MAPPING)
-        vars(self).update(getattr(self, "_joins", ()))  # none yet, where a copy is made
+    # What render changes of a row is what a template finds.
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Change a column, for a template."""
+        """Change a column."""
         super().__setitem__(name, value)
-        self._name()
+        if name not in _OF_MAPPING and name not in getattr(self, "_joins", ()):  # none yet, where a copy is made
+            vars(self)[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        """Take a column away."""
+        super().__delitem__(name)
+        if name not in self._joins:
+            vars(self).pop(name, None)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Take a column away."""
+        value = self.get(name, *default) if default else self[name]
+        if name in self:
+            del self[name]
+        return value
 
     def update(self, *args: Any, **more: Any) -> None:
-        """Change columns, for a template."""
-        super().update(*args, **more)
-        self._name()
+        """Change columns."""
+        for name, value in dict(*args, **more).items():
+            self[name] = value
 
     def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
-        """Do as `update`."""
+        """Change columns."""
         Node.update(self, other)
         return self
 

@@ -290,20 +290,20 @@ class Topics:
         """Return the partitions that have records up to `ends` and do not show them for some seconds, and where they are shown to.
 
         Markers come a moment after a commit is answered: one that does not come by then is lost (docs/decisions/a-killed-kafka.md), or
-        somebody's transaction is open. Topics that are missing, or have other partitions, are left out. `idle` is called meanwhile.
+        somebody's transaction is open. What is not there any more is left out. `idle` is called meanwhile.
         """
         deadline = time.monotonic() + _MARKER_SECONDS
-        there = self.describe(self.names() & ends.keys())
-        ends = {topic: of for topic, of in ends.items() if there.get(topic, ("", 0))[1] == len(of)}
         counts = {topic: len(of) for topic, of in ends.items()}
         while True:
-            shown, has = self.ends(counts), self.ends(counts, committed=False)
             found = {
                 (topic, partition): at
-                for topic, of in ends.items()
-                for partition, (at, end, last) in enumerate(zip(shown[topic], of, has[topic], strict=True))
-                if at < end <= last
+                for topic, ats in self.ends(counts).items()
+                for partition, at in enumerate(ats)
+                if at < ends[topic][partition]
             }
+            if found:
+                has = self.ends(counts, committed=False)
+                found = {(t, p): at for (t, p), at in found.items() if ends[t][p] <= has[t][p]}
             if not found or time.monotonic() > deadline:
                 return found
             idle()

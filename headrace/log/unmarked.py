@@ -86,7 +86,8 @@ class Breaks:
         try:
             check_shown(topics, of_one, ends)
         except Transient as error:
-            if error.code != "marker-missing":
-                return
-            raise
-        self._said.clear()
+            if error.code == "marker-missing":
+                raise
+            self._next += 10 * _AGAIN_SECONDS  # a partition without a leader takes half a minute to say so
+        else:
+            self._said.clear()

@@ -58,15 +58,21 @@ def test_joins_methods_of_a_mapping_and_the_table_come_before_columns_of_their_n
 
 
 def test_what_render_changes_of_a_row_is_what_a_template_finds() -> None:
-    row = {"id": 1, "name": "kettle", "copy": "text"}
+    row = {"id": 1, "name": "kettle", "copy": "text", "secret": "x", "hidden": "y"}
     node = Node("t", row, {"category": None})
+    node.category, node.extra = "changed", 5
     node["name"] = "KETTLE"
     node.update(id=2)
     node |= {"copy": "other"}
-    node.extra = 5
-    template = jinja2.Environment(autoescape=True).from_string("{{ r.name }} {{ r.id }} {{ r.copy }} {{ r.extra }}")
-    assert template.render(r=node) == "KETTLE 2 other 5"
-    assert (node.category, row) == (None, {"id": 1, "name": "kettle", "copy": "text"})
+    del node["secret"]
+    assert (node.pop("hidden"), node.pop("hidden", 7)) == ("y", 7)
+    with pytest.raises(KeyError):
+        node.pop("hidden")
+    template = jinja2.Environment(autoescape=True).from_string(
+        "{{ r.name }} {{ r.id }} {{ r.copy }} {{ r.extra }} {{ r.category }} {{ r.secret }}{{ r.hidden }}"
+    )
+    assert template.render(r=node) == "KETTLE 2 other 5 changed "
+    assert row["name"] == "kettle"
 
 
 def test_columns_and_joins_may_have_the_names_that_only_a_dictionary_has() -> None:

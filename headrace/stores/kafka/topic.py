@@ -29,6 +29,7 @@ from typing import Any
 
 from headrace import codec
 from headrace.change import NOWHERE, Position, Version
+from headrace.codec import Headers
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.log import Log
@@ -139,19 +140,18 @@ class KafkaTopic:
         """End what an earlier writer's transaction has left without a marker as that was to end: its position is its last record."""
         position = self._known.read().get(_key(number), {}).get("position")
         version = codec.decode_position(position).version if position else NOWHERE
-        counts = {
-            self._pointers: 1,
-            self._topic_of(number): self._topics.describe([self._topic_of(number)])[self._topic_of(number)][1],
-        }
-        for first, last in hidden_records(self._settings, self._topics, counts):
-            if first.topic == self._pointers:  # another generation's may be hidden there
-                self._opened.write(self._pointers, b"", None)
+        ended: dict[bool, list[tuple[str, bytes, bytes | None, Headers]]] = {True: [], False: []}
+        for first, last in hidden_records(self._settings, self._topics, {self._pointers, self._topic_of(number)}):
+            if first.topic == self._pointers:  # a position that nobody was told of; or another generation's
+                ended[False].append((self._pointers, b"", None, []))
             else:
-                self._opened.write(last.topic, last.key, last.value, last.headers)
-            if first.topic != self._pointers and NOWHERE < _version_of(first.headers) <= version:
-                self._commit(counts)
-            else:
-                self._opened.abort()
+                committed = NOWHERE < _version_of(first.headers) <= version
+                ended[committed].append((last.topic, last.key, last.value, last.headers))
+        for committed, records in ended.items():
+            for record in records:
+                self._opened.write(*record)
+            if records:
+                (self._opened.commit if committed else self._opened.abort)()
 
     def _other_of(self, facts: dict[str, Any]) -> str:
         """Return the source of a generation if that is another's."""

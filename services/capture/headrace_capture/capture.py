@@ -121,13 +121,19 @@ class Capture:
                     return
                 self._stream(writer, checkpoint, connection)
             finally:
-                with suppress(HeadraceError):
-                    if (
-                        writer.breaks and writer.opened_at
-                    ):  # what is left to the next session is looked at before it is fenced
-                        unmarked.note_tables(self._log, writer.sealed, self._say, lambda: None)
-                    writer.abort()
-                writer.close()
+                self._give_up(writer)
+
+    def _give_up(self, writer: CutWriter) -> None:
+        """Throw away what is open. What that may take away is noted before, here or by the next session, which looks before it fences."""
+        with suppress(HeadraceError):
+            try:
+                if writer.breaks and writer.opened_at:
+                    unmarked.note_tables(self._log, writer.sealed, self._say, lambda: None)
+            except HeadraceError:
+                if not self._stopped():
+                    raise
+            writer.abort()
+        writer.close()
 
     def _check_source(self, here: Here) -> None:
         """Refuse the log of another source before its own capture is fenced: that would lose its cut each time this one starts."""

@@ -116,7 +116,10 @@ class Stream:
         self._stopped = stopped
         with suppress(Stopped):  # amid a TRUNCATE, or a table that is read again: its cuts so far are in the log
             self._read_on()
-        if self._between_transactions and self._cut.open:
+        if not self._between_transactions:
+            if not self._writer.breaks:  # else the session looks first what that takes away
+                self._writer.abort()
+        elif self._cut.open:
             self._seal()
 
     def _read_on(self) -> None:

@@ -24,6 +24,10 @@ def note_tables(log: Log, ends: Ends, say: Callable[[str], None], idle: Callable
 
     It is in the log before that, for a kill may follow.
     """
+    there = log.topics.describe(
+        log.topics.names() & ends.keys()
+    )  # what is wrong with others is said where they are checked
+    ends = {topic: of for topic, of in ends.items() if topic in there and there[topic][1] == len(of)}
     for table in sorted({table_of(topic) for topic, _ in log.topics.unshown(ends, idle)}):
         jobs.doubt(log, table)
         say(
