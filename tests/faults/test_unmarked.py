@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from headrace.change import Checkpoint
 from headrace.codec import encode_headers
 from headrace.control import Control
 from headrace.errors import Transient
@@ -28,13 +29,18 @@ def _shown(settings: Settings, *topics: str) -> bool:
     return log.topics.ends(counts) == log.topics.ends(counts, committed=False)
 
 
-def test_a_table_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafka) -> None:
-    """Nothing else changes it: without capture's help its readers would stand there for ever."""
+def _two_rows(settings: Settings) -> Checkpoint:
+    """Capture two rows; return the checkpoint of their cut, the newest."""
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
     with capturing(settings) as capture:
         capture.reach()
         execute(settings, "INSERT INTO items VALUES (1), (2)")
-        capture.reach()
+        return capture.reach()
+
+
+def test_a_table_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafka) -> None:
+    """Nothing else changes it: without capture's help its readers would stand there for ever."""
+    _two_rows(settings)
     topic = Log(settings).topic_of(T)
     unmark(kafka, f"{topic}-0")
     assert not _shown(settings, topic)
@@ -87,11 +93,7 @@ def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(
     settings: Settings, kafka: Kafka, checkpoint_too: bool
 ) -> None:
     """A predecessor was killed amid its next cut: to fence it takes the acknowledged rows away."""
-    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
-    with capturing(settings) as capture:
-        capture.reach()
-        execute(settings, "INSERT INTO items VALUES (1), (2)")
-        capture.reach()
+    _two_rows(settings)
     log = Log(settings)
     topic = log.topic_of(T)
     places = [topic, checkpoints_topic(settings.source)] if checkpoint_too else [topic]
@@ -117,11 +119,7 @@ def test_a_checkpoint_that_was_not_confirmed_is_not_taken_for_committed(
     settings: Settings, kafka: Kafka, rows_too: bool
 ) -> None:
     """Of a cut that was aborted it may be all that is left: what it says is in the log is not. Nor are rows of it shown, as its third."""
-    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
-    with capturing(settings) as capture:
-        capture.reach()
-        execute(settings, "INSERT INTO items VALUES (1), (2)")
-        sealed = capture.reach()
+    sealed = _two_rows(settings)
     execute(settings, "INSERT INTO items VALUES (3)")
     log = Log(settings)
     killed = log.writer()
