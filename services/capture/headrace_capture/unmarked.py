@@ -1,7 +1,7 @@
 """What capture does about its transactions that lack a marker (`headrace.log.unmarked`): each is ended as it was to end.
 
 Whether it was committed is told by its checkpoint, the last record of every cut: one that is shown, or that the slot has confirmed, for
-capture confirms only what was committed. Any other cut is aborted, (again), and what Postgres sends of it is written again.
+capture confirms only what was committed. Any other cut is aborted (again), and what Postgres sends of it is written again.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ def note_tables(log: Log, ends: Ends, say: Callable[[str], None], idle: Callable
 
     It is in the log before that, for a kill may follow.
     """
-    there = log.topics.describe(
-        log.topics.names() & ends.keys()
-    )  # what is wrong with others is said where they are checked
+    # What is wrong with topics that are missing, or have other partitions, is said where they are checked.
+    there = log.topics.describe(log.topics.names() & ends.keys())
     ends = {topic: of for topic, of in ends.items() if topic in there and there[topic][1] == len(of)}
     for table in sorted({table_of(topic) for topic, _ in log.topics.unshown(ends, idle)}):
         jobs.doubt(log, table)
