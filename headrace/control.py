@@ -252,8 +252,8 @@ class Control:
         """
         self.running(name)
         request = uuid.uuid4().hex
-        cuts = name == "capture"  # its answer is not heard before what it has written in its cut can be read
-        tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)}, committed=cuts)
+        # An answer of capture is not heard before what it has written in its cut can be read.
+        tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)}, committed=name == "capture")
         try:
             self._request(name, request, {"verb": verb, "args": args or {}, "timeout": timeout})
             key = self._key(name, "answer", request)
@@ -264,7 +264,8 @@ class Control:
             raise
         finally:
             tail.close()
-        self._writer.write(CONTROL, key, None)
+        with suppress(Transient):  # only tidied up: what was answered is known
+            self._writer.write(CONTROL, key, None)
         return _answer(value)
 
     def scan(self, name: str, generation: int | None = None, timeout: float = 60.0) -> Iterator[ViewRow]:
@@ -318,9 +319,8 @@ class Control:
         self._writer.flush(seconds)
 
     def _request(self, name: str, request: str, said: dict[str, Any] | None) -> None:
-        self._writer.write(
-            CONTROL, self._key(name, "request", request), codec.dumps(said) if said is not None else None
-        )
+        value = None if said is None else codec.dumps(said)
+        self._writer.write(CONTROL, self._key(name, "request", request), value)
 
     def _put(self, key: bytes, value: dict[str, Any] | None) -> None:
         self._writer.send(CONTROL, key, codec.dumps(value) if value is not None else None)
