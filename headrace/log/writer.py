@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -47,7 +48,6 @@ class CutWriter:
         open_records: Records in the open cut; `open_bytes` of keys and values.
         opened_at: `time.monotonic()` when the open cut began; 0.0 when none is open.
         sealed: Ends of the newest cut that was committed.
-        breaks: Whether connections broke since.
     """
 
     def __init__(self, settings: Settings, topics: Topics) -> None:
@@ -63,7 +63,7 @@ class CutWriter:
         self._begun: set[str] = set()
         self._waiting: list[_Record] = []
         self.sealed: Ends = {}
-        self.breaks = Breaks()
+        self._breaks = Breaks()
         self._bunch_ends = _BUNCH_BYTES
         self._failed: HeadraceError | None = None
         self._largest = _NONE
@@ -85,7 +85,7 @@ class CutWriter:
             **{
                 "transactional.id": f"headrace-{self._settings.source}",
                 "transaction.timeout.ms": 60_000,
-                "error_cb": self.breaks.note,
+                "error_cb": self._breaks.note,
             },
         )
         with kafka.kafka_errors("opening the transactional writer"):
@@ -202,8 +202,14 @@ class CutWriter:
         self.sealed = ends
         self._closed()
         if snapshot != "running":
-            self.breaks.look(self._topics, self._schemas, ends)
+            self._breaks.look(self._topics, self._schemas, ends)
         return checkpoint
+
+    def broke(self) -> bool:
+        """Whether connections broke since the newest cut was committed; librdkafka says so only when it is asked."""
+        with suppress(HeadraceError):
+            self._serve(lambda client: client.poll(0))
+        return bool(self._breaks)
 
     def again(self, records: Iterable[Record], *, commit: bool) -> None:
         """Write records once more, in their partitions and without a checkpoint: its markers end what none has ended there before.
@@ -240,9 +246,7 @@ class CutWriter:
         self._producer = None
 
     def _begin(self) -> None:
-        wait = self._committed_at + _MARKERS_SECONDS - time.monotonic()
-        if wait > 0:
-            time.sleep(wait)
+        time.sleep(max(0.0, self._committed_at + _MARKERS_SECONDS - time.monotonic()))
         with kafka.kafka_errors("beginning a cut"):
             self._client.begin_transaction()
         self.opened_at = time.monotonic()

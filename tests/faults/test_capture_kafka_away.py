@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from headrace.errors import Transient
+from headrace.errors import HeadraceError
 from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture.known import KnownKeys
@@ -83,7 +83,7 @@ def test_a_kafka_that_is_paused_while_keys_are_read_back_does_not_hold_postgres(
         catch_up(known, *args)
 
     def asking() -> None:
-        with suppress(Transient):  # it is carried out, and Kafka paused, perhaps before the answer is heard
+        with suppress(HeadraceError):  # it is carried out, and Kafka paused, perhaps before the answer is heard
             ask(settings, tables=[T])
 
     monkeypatch.setattr(KnownKeys, "catch_up", pausing)

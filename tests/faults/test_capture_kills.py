@@ -149,7 +149,7 @@ def test_killed_snapshots_leave_no_ghosts(settings: Settings) -> None:
     writing = partial(repeating, settings, *load, every=0.01)
     with writing():
         for kill in range(2):
-            process = spawn(replace(settings, cut_records=500))  # it takes its time, so that it is caught
+            process = spawn(replace(settings, cut_records=100))  # it takes its time, so that it is caught
             try:
                 eventually("rows of the snapshot are published", lambda: published() > before + 10_000)  # noqa: B023
             finally:

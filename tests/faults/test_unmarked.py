@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
 from headrace.change import Checkpoint
-from headrace.codec import encode_headers
+from headrace.codec import encode_checkpoint, encode_checkpoint_key, encode_headers
 from headrace.control import Control
 from headrace.errors import Transient
-from headrace.log import CutWriter, Log
+from headrace.log import CutWriter, Log, spine
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.log.unmarked import Breaks
 from headrace.settings import Settings
 from headrace_capture import jobs
+from headrace_capture.recovery import recover
 from headrace_ops.kafka import Kafka
 from tests.fixtures.capture import capturing, changes, execute, now, prepare, refused, replay, selected
 from tests.fixtures.unmarked import unmark
@@ -88,21 +90,33 @@ def test_everything_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafk
         capture.eventually("it is exact", lambda: replay(settings, "public.others") == selected(settings, "others"))
 
 
-@pytest.mark.parametrize("checkpoint_too", [False, True])
+@pytest.mark.parametrize(
+    ("of_checkpoints", "timed_out"), [("shown", False), ("hidden", False), ("aborted", False), ("shown", True)]
+)
 def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(
-    settings: Settings, kafka: Kafka, checkpoint_too: bool
+    settings: Settings, kafka: Kafka, of_checkpoints: str, timed_out: bool
 ) -> None:
-    """A predecessor was killed amid its next cut: to fence it takes the acknowledged rows away."""
-    _two_rows(settings)
+    """A predecessor was killed amid its next cut: to fence it takes the acknowledged rows away, or Kafka has, for it was long ago.
+
+    So the checkpoint, if its marker is missing too and the cut had come as far as its own.
+    """
+    sealed = _two_rows(settings)
     log = Log(settings)
     topic = log.topic_of(T)
-    places = [topic, checkpoints_topic(settings.source)] if checkpoint_too else [topic]
+    places = [topic] if of_checkpoints == "shown" else [topic, checkpoints_topic(settings.source)]
     unmark(kafka, *(f"{place}-0" for place in places))
     killed = log.writer()
     killed.open()
     killed._client.begin_transaction()
+    killed.opened_at = 1.0
     killed._send(topic, b'{"id":3}', b"{}", [], 0)
+    if of_checkpoints == "aborted":
+        later = replace(sealed, version=sealed.version._replace(lsn=now(settings) + 1))
+        key, value = encode_checkpoint_key(later), encode_checkpoint(later)
+        killed._send(checkpoints_topic(settings.source), key, value, [], 0)
     killed._flush()
+    if timed_out:
+        killed.abort()
     with capturing(settings) as capture:
         capture.hear("the newest rows of public.items lack a commit marker")
         capture.eventually("the table is read again", lambda: replay(settings, T) == selected(settings, "items"))
@@ -167,7 +181,7 @@ def test_a_capture_that_stops_amid_a_cut_after_its_connections_broke_looks_befor
 
         def breaking(writer: CutWriter) -> None:
             flush(writer)
-            if not given_up.is_set() and writer.open_records and writer.breaks:
+            if not given_up.is_set() and writer.open_records and writer.broke():
                 given_up.set()
                 raise Transient("postgres-away", "It goes away amid the cut.")
 
@@ -178,6 +192,40 @@ def test_a_capture_that_stops_amid_a_cut_after_its_connections_broke_looks_befor
         execute(settings, "INSERT INTO items VALUES (3)")
         assert given_up.wait(60)
         capture.hear("the newest rows of public.items lack a commit marker")
+        capture.eventually("it is exact", lambda: replay(settings, T) == selected(settings, "items"))
+
+
+def test_a_checkpoint_that_ends_a_large_transaction_is_known_though_it_names_few_topics(
+    settings: Settings, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It adds up from the last one that is complete, which is not the last that is shown: that is half of the transaction."""
+    monkeypatch.setattr(spine, "WHOLE_PARTITIONS", 0)
+    monkeypatch.setattr(spine, "WHOLE_EVERY", 1_000_000)
+    settings = replace(settings, cut_records=10)
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "INSERT INTO items VALUES (0)")
+        capture.reach()
+        execute(settings, "INSERT INTO items SELECT generate_series(1, 25)")
+        capture.reach()
+    unmark(kafka, f"{checkpoints_topic(settings.source)}-0")
+    shown = Log(settings).newest_checkpoint()
+    assert shown is not None
+    assert shown.partial
+    with capturing(settings) as capture:
+        capture.reach()
+    assert replay(settings, T) == selected(settings, "items")
+
+
+def test_recovery_ends_what_is_hidden(settings: Settings, kafka: Kafka) -> None:
+    """Where capture refuses before it could."""
+    _two_rows(settings)
+    everything = [checkpoints_topic(settings.source), schemas_topic(settings.source)]
+    unmark(kafka, *(f"{topic}-0" for topic in everything))
+    recover(settings, print)
+    assert _shown(settings, *everything)
+    with capturing(settings) as capture:
         capture.eventually("it is exact", lambda: replay(settings, T) == selected(settings, "items"))
 
 

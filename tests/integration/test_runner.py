@@ -407,7 +407,7 @@ class Steady(Plain):
 
 
 def test_a_build_says_how_long_it_still_takes(feed: Feed, settings: Settings) -> None:
-    feed.cut(*((ITEMS, n, n) for n in range(250)))
+    feed.cut(*((ITEMS, n, n) for n in range(500)))
     served = Served(replace(settings, batch_records=10), Steady, "steady")
     told: list[float] = []
 
@@ -417,7 +417,7 @@ def test_a_build_says_how_long_it_still_takes(feed: Feed, settings: Settings) ->
         return report.phase == "live"
 
     try:
-        wait_for(ended, 20)
+        wait_for(ended, 60)
     finally:
         served.stop()
     estimates = [eta for eta in told if eta >= 0]

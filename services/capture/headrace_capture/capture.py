@@ -108,12 +108,12 @@ class Capture:
             slot = self._free_slot(connection, here.source.database)
             writer = self._log.writer()
             try:
-                newest = unmarked.newest_committed(self._log, slot.confirmed if slot else 0)
-                unmarked.note_tables(self._log, newest.ends if newest else {}, self._say, self._check_stopped)
+                before = unmarked.newest_committed(self._log, slot.confirmed if slot else 0)
+                unmarked.note_tables(self._log, before.ends if before else {}, self._say, self._check_stopped)
                 writer.open()  # fences every predecessor: only now is the newest checkpoint the newest (S3)
                 here, slot = self._look(connection), slot_of(connection, self._settings.slot)
                 self._answered = True
-                unmarked.show_spine(self._log, writer, slot.confirmed if slot else 0, self._check_stopped)
+                unmarked.show_spine(self._log, writer, before, slot.confirmed if slot else 0, self._check_stopped)
                 checkpoint = self._resume(writer, here, slot)
                 if checkpoint is None or checkpoint.snapshot == "running":
                     self._snapshot(writer, checkpoint, here, slot, connection)
@@ -126,12 +126,8 @@ class Capture:
     def _give_up(self, writer: CutWriter) -> None:
         """Throw away what is open. What that may take away is noted before, here or by the next session, which looks before it fences."""
         with suppress(HeadraceError):
-            try:
-                if writer.breaks and writer.opened_at:
-                    unmarked.note_tables(self._log, writer.sealed, self._say, lambda: None)
-            except HeadraceError:
-                if not self._stopped():
-                    raise
+            if writer.opened_at and writer.broke():
+                unmarked.note_tables(self._log, writer.sealed, self._say, lambda: None)
             writer.abort()
         writer.close()
 

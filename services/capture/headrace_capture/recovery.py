@@ -24,7 +24,7 @@ from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
-from headrace_capture import append_only, beginnings, catalog, identity
+from headrace_capture import append_only, beginnings, catalog, identity, unmarked
 from headrace_capture.identity import Here, Slot
 from headrace_capture.progress import Progress
 from headrace_capture.replication import Replication
@@ -48,7 +48,10 @@ def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
         _check_free(slot, here.source)
         writer = log.writer()
         try:
+            confirmed = slot.confirmed if slot else 0
+            known = unmarked.newest_committed(log, confirmed)
             writer.open()
+            unmarked.show_spine(log, writer, known, confirmed, lambda: None)
             before = log.newest_checkpoint()
             if before is None:
                 begun = _begin_with_snapshot(log, writer, connection, here, say)

@@ -89,6 +89,7 @@ class Resnapshot:
         self._names: Findings | None = None
         self._printed_at: dict[str, float] = {}
         self._not_before = 0.0
+        self._read_doubted()  # before a cut is sealed that would call them exact
 
     def close(self) -> None:
         """End everything that runs beside the stream."""

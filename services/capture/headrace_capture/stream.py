@@ -117,7 +117,7 @@ class Stream:
         with suppress(Stopped):  # amid a TRUNCATE, or a table that is read again: its cuts so far are in the log
             self._read_on()
         if not self._between_transactions:
-            if not self._writer.breaks:  # else the session looks first what that takes away
+            if not self._writer.broke():  # else the session looks first what that takes away
                 self._writer.abort()
         elif self._cut.open:
             self._seal()

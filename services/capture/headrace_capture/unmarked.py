@@ -6,9 +6,11 @@ capture confirms only what was committed. Any other cut is aborted (again), and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 
 from headrace.change import Checkpoint
+from headrace.codec import encode_checkpoint, encode_checkpoint_key
 from headrace.control import record_key
 from headrace.log import CutWriter, Log
 from headrace.log.spine import Spine
@@ -22,16 +24,34 @@ from headrace_capture.progress import NAME
 def note_tables(log: Log, ends: Ends, say: Callable[[str], None], idle: Callable[[], None]) -> None:
     """Note tables that do not show what was committed, up to `ends`, to be read again, before a cut is aborted that may touch them.
 
-    It is in the log before that, for a kill may follow.
+    It is in the log before that, for a kill may follow. Kafka itself aborts a cut whose capture has gone for longer than a transaction may
+    last: then something lies beyond the ends, and the record before an end is not shown.
     """
     # What is wrong with topics that are missing, or have other partitions, is said where they are checked.
     there = log.topics.describe(log.topics.names() & ends.keys())
     ends = {topic: of for topic, of in ends.items() if topic in there and there[topic][1] == len(of)}
-    for table in sorted({table_of(topic) for topic, _ in log.topics.unshown(ends, idle)}):
+    hidden = log.topics.unshown(ends, idle)
+    for table in sorted({table_of(topic) for topic, _ in hidden.keys() | _taken_away(log, ends, hidden, idle)}):
         jobs.doubt(log, table)
         say(
             f"warning: the newest rows of {table} lack a commit marker: Kafka was killed. The table is read again beside the stream"
         )
+
+
+def _taken_away(
+    log: Log, ends: Ends, hidden: Container[tuple[str, int]], idle: Callable[[], None]
+) -> set[tuple[str, int]]:
+    """Return which partitions show what they have, but not the record before their end in `ends`, its newest one that was committed."""
+    has = log.topics.ends({topic: len(of) for topic, of in ends.items()}, committed=False)
+    last = {
+        (topic, partition): end - 1
+        for topic, of in ends.items()
+        for partition, end in enumerate(of)
+        # Behind the end is its own marker.
+        if 0 < end < has[topic][partition] - 1 and (topic, partition) not in hidden
+    }
+    read = {(record.topic, record.partition, record.offset) for record in read_to_end(log.settings, last, idle=idle)}
+    return {place for place, offset in last.items() if (*place, offset) not in read}
 
 
 def newest_committed(log: Log, confirmed: int) -> Checkpoint | None:
@@ -39,28 +59,33 @@ def newest_committed(log: Log, confirmed: int) -> Checkpoint | None:
     shown, hidden = log.newest_checkpoint(), None
     if shown is None or shown.snapshot == "running":  # a new slot's LSN was confirmed by nobody
         return shown
-    spine = Spine(shown)
+    spine = Spine(shown if shown.complete else log.newest_checkpoint(complete=True))
     for record in read_to_end(
         log.settings, {(checkpoints_topic(log.settings.source), 0): shown.offset + 1}, committed=False
     ):
-        hidden = spine.take(record.value, record.offset, record.timestamp) or hidden
-    # Half a transaction is never confirmed: it begins again from what is shown.
-    if hidden is None or hidden.partial is not None or hidden.version.lsn > confirmed:
-        return shown
-    return hidden
+        taken = spine.take(record.value, record.offset, record.timestamp)
+        # Half a transaction is never confirmed: it begins again from what is shown.
+        if taken is not None and taken.partial is None and taken.version.lsn <= confirmed:
+            hidden = taken
+    return hidden or shown
 
 
-def show_spine(log: Log, writer: CutWriter, confirmed: int, idle: Callable[[], None]) -> None:
+def show_spine(
+    log: Log, writer: CutWriter, before: Checkpoint | None, confirmed: int, idle: Callable[[], None]
+) -> None:
     """End what is hidden of checkpoints, schemas and control, with every predecessor fenced.
+
+    `before` is the newest checkpoint of a cut that was committed, as it was before that: to fence may have taken it away.
 
     Raises:
         Transient: `marker-missing`, where that does not help.
     """
     checkpoints, schemas = checkpoints_topic(log.settings.source), schemas_topic(log.settings.source)
     hidden = [*hidden_records(log.settings, log.topics, {checkpoints, schemas, CONTROL}, idle)]
-    if not hidden:
+    newest = newest_committed(log, confirmed) if hidden else log.newest_checkpoint()
+    lost = before is not None and (newest is None or newest.version < before.version)
+    if not hidden and not lost:
         return
-    newest = newest_committed(log, confirmed)
     nothing = record_key(log.settings.source, NAME, jobs.JOB, "")
     ended: dict[bool, list[Record]] = {True: [], False: []}
     for first, last in hidden:
@@ -71,6 +96,10 @@ def show_spine(log: Log, writer: CutWriter, confirmed: int, idle: Callable[[], N
         # What is hidden in control may be another source's.
         ended[committed].append(last._replace(key=nothing, value=None, headers=[]) if first.topic == CONTROL else last)
     _end(writer, ended)
+    if before is not None and lost:
+        whole = replace(before, base=before.version.lsn)
+        key, value = encode_checkpoint_key(whole), encode_checkpoint(whole)
+        writer.again([Record(checkpoints, 0, 0, 0, key, value, [])], commit=True)
     check_shown(log.topics, schemas, log.topics.ends({checkpoints: 1}, committed=False))
 
 
@@ -79,8 +108,9 @@ def show_tables(
 ) -> None:
     """End what is hidden of tables, once the writer goes on after `checkpoint`: the next one has the ends of what this writes."""
     ended: dict[bool, list[Record]] = {True: [], False: []}
-    for first, last in hidden_records(log.settings, log.topics, checkpoint.ends, idle):
-        ended[first.offset < checkpoint.ends[first.topic][first.partition]].append(last)
+    for _, last in hidden_records(log.settings, log.topics, checkpoint.ends, idle):
+        # What lies beyond the end is of a cut that was not committed, and ends as that: what it takes away was noted (`note_tables`).
+        ended[last.offset < checkpoint.ends[last.topic][last.partition]].append(last)
     _end(writer, ended)
     if not any(ended.values()):
         return
