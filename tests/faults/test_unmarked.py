@@ -9,17 +9,28 @@ import pytest
 
 from headrace.change import Checkpoint
 from headrace.codec import encode_checkpoint, encode_checkpoint_key, encode_headers
-from headrace.control import Control
+from headrace.control import Control, record_key
 from headrace.errors import Transient
 from headrace.log import CutWriter, Log, spine
 from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import checkpoints_topic, schemas_topic
+from headrace.log.topics import CONTROL, checkpoints_topic, schemas_topic
 from headrace.log.unmarked import Breaks
 from headrace.settings import Settings
 from headrace_capture import jobs
 from headrace_capture.recovery import recover
 from headrace_ops.kafka import Kafka
-from tests.fixtures.capture import capturing, changes, execute, now, prepare, refused, replay, selected
+from tests.fixtures.capture import (
+    capturing,
+    changes,
+    eventually,
+    execute,
+    now,
+    prepare,
+    refused,
+    replay,
+    rows,
+    selected,
+)
 from tests.fixtures.unmarked import unmark
 
 T = "public.items"
@@ -38,6 +49,13 @@ def _two_rows(settings: Settings) -> Checkpoint:
         capture.reach()
         execute(settings, "INSERT INTO items VALUES (1), (2)")
         return capture.reach()
+
+
+def _writer(settings: Settings, newest: Checkpoint) -> CutWriter:
+    writer = Log(settings).writer()
+    writer.open()
+    writer.resume(newest)
+    return writer
 
 
 def test_a_table_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafka) -> None:
@@ -136,9 +154,7 @@ def test_a_checkpoint_that_was_not_confirmed_is_not_taken_for_committed(
     sealed = _two_rows(settings)
     execute(settings, "INSERT INTO items VALUES (3)")
     log = Log(settings)
-    killed = log.writer()
-    killed.open()
-    killed.resume(sealed)
+    killed = _writer(settings, sealed)
     topic = log.topic_of(T)
     if rows_too:
         headers = changes(settings, T)[-1]
@@ -208,7 +224,9 @@ def test_a_checkpoint_that_ends_a_large_transaction_is_known_though_it_names_few
         execute(settings, "INSERT INTO items VALUES (0)")
         capture.reach()
         execute(settings, "INSERT INTO items SELECT generate_series(1, 25)")
-        capture.reach()
+        whole = capture.reach().version.lsn
+        confirmed = f"SELECT confirmed_flush_lsn - '0/0' >= {whole} FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
+        eventually("Postgres knows", lambda: rows(settings, confirmed) == [(True,)])
     unmark(kafka, f"{checkpoints_topic(settings.source)}-0")
     shown = Log(settings).newest_checkpoint()
     assert shown is not None
@@ -219,14 +237,28 @@ def test_a_checkpoint_that_ends_a_large_transaction_is_known_though_it_names_few
 
 
 def test_recovery_ends_what_is_hidden(settings: Settings, kafka: Kafka) -> None:
-    """Where capture refuses before it could."""
-    _two_rows(settings)
-    everything = [checkpoints_topic(settings.source), schemas_topic(settings.source)]
+    """Where capture refuses before it could: also what it has noted in control, which recovery goes by."""
+    sealed = _two_rows(settings)
+    killed = _writer(settings, sealed)
+    killed.also(CONTROL, record_key(settings.source, "capture", jobs.JOB, ""), None)
+    killed.seal(version=sealed.version, commit_ts=sealed.commit_ts, xid=0, source=sealed.source)
+    killed.close()
+    everything = [checkpoints_topic(settings.source), schemas_topic(settings.source), CONTROL]
     unmark(kafka, *(f"{topic}-0" for topic in everything))
     recover(settings, print)
     assert _shown(settings, *everything)
     with capturing(settings) as capture:
         capture.eventually("it is exact", lambda: replay(settings, T) == selected(settings, "items"))
+
+
+def test_whether_connections_broke_is_known_though_nothing_was_sent_since(settings: Settings, kafka: Kafka) -> None:
+    """Who stops amid a cut asks before anything else of it has called librdkafka, which says it only to who does."""
+    writer = _writer(settings, _two_rows(settings))
+    assert not writer.broke()
+    kafka.stop()
+    kafka.start()
+    assert writer.broke()
+    writer.close()
 
 
 def test_a_log_that_lost_its_end_is_refused_though_a_marker_is_missing_too(settings: Settings, kafka: Kafka) -> None:
