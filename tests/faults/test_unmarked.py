@@ -48,7 +48,15 @@ def _two_rows(settings: Settings) -> Checkpoint:
     with capturing(settings) as capture:
         capture.reach()
         execute(settings, "INSERT INTO items VALUES (1), (2)")
-        return capture.reach()
+        return _confirmed(settings, capture.reach())
+
+
+def _confirmed(settings: Settings, sealed: Checkpoint) -> Checkpoint:
+    """Wait until Postgres knows that it is in the log."""
+    slot = f"FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
+    confirmed = f"SELECT confirmed_flush_lsn - '0/0' >= {sealed.version.lsn} {slot}"
+    eventually("it is confirmed", lambda: rows(settings, confirmed) == [(True,)])
+    return sealed
 
 
 def _writer(settings: Settings, newest: Checkpoint) -> CutWriter:
@@ -109,7 +117,8 @@ def test_everything_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafk
 
 
 @pytest.mark.parametrize(
-    ("of_checkpoints", "timed_out"), [("shown", False), ("hidden", False), ("aborted", False), ("shown", True)]
+    ("of_checkpoints", "timed_out"),
+    [("shown", False), ("hidden", False), ("aborted", False), ("shown", True), ("aborted, without marker", True)],
 )
 def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(
     settings: Settings, kafka: Kafka, of_checkpoints: str, timed_out: bool
@@ -128,13 +137,15 @@ def test_a_table_whose_rows_are_aborted_with_a_later_cut_is_read_again(
     killed._client.begin_transaction()
     killed.opened_at = 1.0
     killed._send(topic, b'{"id":3}', b"{}", [], 0)
-    if of_checkpoints == "aborted":
+    if of_checkpoints.startswith("aborted"):
         later = replace(sealed, version=sealed.version._replace(lsn=now(settings) + 1))
         key, value = encode_checkpoint_key(later), encode_checkpoint(later)
         killed._send(checkpoints_topic(settings.source), key, value, [], 0)
     killed._flush()
     if timed_out:
         killed.abort()
+    if of_checkpoints.endswith("without marker"):
+        unmark(kafka, f"{checkpoints_topic(settings.source)}-0")
     with capturing(settings) as capture:
         capture.hear("the newest rows of public.items lack a commit marker")
         capture.eventually("the table is read again", lambda: replay(settings, T) == selected(settings, "items"))
@@ -224,9 +235,7 @@ def test_a_checkpoint_that_ends_a_large_transaction_is_known_though_it_names_few
         execute(settings, "INSERT INTO items VALUES (0)")
         capture.reach()
         execute(settings, "INSERT INTO items SELECT generate_series(1, 25)")
-        whole = capture.reach().version.lsn
-        confirmed = f"SELECT confirmed_flush_lsn - '0/0' >= {whole} FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
-        eventually("Postgres knows", lambda: rows(settings, confirmed) == [(True,)])
+        _confirmed(settings, capture.reach())
     unmark(kafka, f"{checkpoints_topic(settings.source)}-0")
     shown = Log(settings).newest_checkpoint()
     assert shown is not None
@@ -234,6 +243,20 @@ def test_a_checkpoint_that_ends_a_large_transaction_is_known_though_it_names_few
     with capturing(settings) as capture:
         capture.reach()
     assert replay(settings, T) == selected(settings, "items")
+
+
+def test_a_recovery_that_was_not_committed_is_not_taken_up(settings: Settings) -> None:
+    """Its checkpoint is at the place that its new slot says is confirmed."""
+    sealed = _two_rows(settings)
+    killed = _writer(settings, sealed)
+    begun = replace(sealed, version=sealed.version._replace(epoch=sealed.version.epoch + 1))
+    killed._begin()
+    killed._send(checkpoints_topic(settings.source), encode_checkpoint_key(begun), encode_checkpoint(begun), [], 0)
+    killed._flush()
+    killed.abort()
+    with capturing(settings) as capture:
+        execute(settings, "INSERT INTO items VALUES (3)")
+        assert capture.reach().version.epoch == sealed.version.epoch
 
 
 def test_recovery_ends_what_is_hidden(settings: Settings, kafka: Kafka) -> None:

@@ -108,7 +108,7 @@ class Capture:
             slot = self._free_slot(connection, here.source.database)
             writer = self._log.writer()
             try:
-                before = unmarked.newest_committed(self._log, slot.confirmed if slot else 0)
+                before, _ = unmarked.newest_committed(self._log, slot.confirmed if slot else 0)
                 unmarked.note_tables(self._log, before.ends if before else {}, self._say, self._check_stopped)
                 writer.open()  # fences every predecessor: only now is the newest checkpoint the newest (S3)
                 here, slot = self._look(connection), slot_of(connection, self._settings.slot)

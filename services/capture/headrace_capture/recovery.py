@@ -49,7 +49,7 @@ def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
         writer = log.writer()
         try:
             confirmed = slot.confirmed if slot else 0
-            known = unmarked.newest_committed(log, confirmed)
+            known, _ = unmarked.newest_committed(log, confirmed)
             writer.open()
             unmarked.show_spine(log, writer, known, confirmed, lambda: None)
             before = log.newest_checkpoint()

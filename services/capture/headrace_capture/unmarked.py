@@ -50,24 +50,34 @@ def _taken_away(
         # Behind the end is its own marker.
         if 0 < end < has[topic][partition] - 1 and (topic, partition) not in hidden
     }
+    # Where somebody deleted records nothing can be told.
+    begins = log.topics.begins({topic: len(ends[topic]) for topic, _ in last})
+    last = {place: offset for place, offset in last.items() if offset >= begins[place[0]][place[1]]}
     read = {(record.topic, record.partition, record.offset) for record in read_to_end(log.settings, last, idle=idle)}
     return {place for place, offset in last.items() if (*place, offset) not in read}
 
 
-def newest_committed(log: Log, confirmed: int) -> Checkpoint | None:
-    """Return the newest checkpoint of a cut that was committed, shown or not; `confirmed` is the slot's LSN."""
-    shown, hidden = log.newest_checkpoint(), None
+def newest_committed(log: Log, confirmed: int) -> tuple[Checkpoint | None, bool]:
+    """Return the newest checkpoint of a cut that was committed, shown or not, and whether it is the last; `confirmed` is the slot's LSN."""
+    shown, hidden, is_last = log.newest_checkpoint(), None, True
     if shown is None or shown.snapshot == "running":  # a new slot's LSN was confirmed by nobody
-        return shown
+        return shown, shown is not None
     spine = Spine(shown if shown.complete else log.newest_checkpoint(complete=True))
     for record in read_to_end(
         log.settings, {(checkpoints_topic(log.settings.source), 0): shown.offset + 1}, committed=False
     ):
+        if record.value is None:
+            continue
         taken = spine.take(record.value, record.offset, record.timestamp)
-        # Half a transaction is never confirmed: it begins again from what is shown.
-        if taken is not None and taken.partial is None and taken.version.lsn <= confirmed:
-            hidden = taken
-    return hidden or shown
+        # Half a transaction is never confirmed: it begins again from what is shown. Nor is a new epoch, which has a new slot.
+        is_last = (
+            taken is not None
+            and taken.partial is None
+            and taken.version.epoch == shown.version.epoch
+            and taken.version.lsn <= confirmed
+        )
+        hidden = taken if is_last else hidden
+    return hidden or shown, is_last
 
 
 def show_spine(
@@ -82,24 +92,25 @@ def show_spine(
     """
     checkpoints, schemas = checkpoints_topic(log.settings.source), schemas_topic(log.settings.source)
     hidden = [*hidden_records(log.settings, log.topics, {checkpoints, schemas, CONTROL}, idle)]
-    newest = newest_committed(log, confirmed) if hidden else log.newest_checkpoint()
-    lost = before is not None and (newest is None or newest.version < before.version)
-    if not hidden and not lost:
-        return
+    shown = log.newest_checkpoint()
+    newest, is_last = newest_committed(log, confirmed) if hidden else (shown, True)
     nothing = record_key(log.settings.source, NAME, jobs.JOB, "")
     ended: dict[bool, list[Record]] = {True: [], False: []}
     for first, last in hidden:
         if first.topic == checkpoints:
-            committed = newest is not None and newest.offset >= first.offset
+            committed = newest is not None and newest.offset >= first.offset and is_last
+            shown = newest if committed else shown
         else:  # a cut's checkpoint comes after all else of it
             committed = newest is not None and newest.appended >= first.timestamp
         # What is hidden in control may be another source's.
         ended[committed].append(last._replace(key=nothing, value=None, headers=[]) if first.topic == CONTROL else last)
     _end(writer, ended)
-    if before is not None and lost:
+    if before is not None and (shown is None or shown.version < before.version):
         whole = replace(before, base=before.version.lsn)
         key, value = encode_checkpoint_key(whole), encode_checkpoint(whole)
         writer.again([Record(checkpoints, 0, 0, 0, key, value, [])], commit=True)
+    elif not hidden:
+        return
     check_shown(log.topics, schemas, log.topics.ends({checkpoints: 1}, committed=False))
 
 
