@@ -1,15 +1,16 @@
 """Consumers that keep no view but do something for each change: call a webhook, purge a cache.
 
 What they do may be done again after a crash, so it must be harmless to repeat: a purge is; for a webhook there is `idempotency_key`. The
-position is the only thing that is kept, in a file of SQLite, one a source; where the file is lost the consumer begins anew.
+position is the only thing that is kept, in a file of SQLite, one a source; where the file is lost the consumer waits (`effects-lost`).
 
 The first generation begins with the first state that it meets: what was there before is history, and nobody is told of it. A generation
 that is promoted goes on where the one before has stopped, so that nothing is left out and nothing is told twice by a rebuild. Only where
 that place makes no sense any more (I12), so that the one before was refused there, it goes on from its own: what came since is left out.
 
-A batch is done as a whole: where one effect fails, all of the batch comes again. A `Poison` whose `cursor` names a change is parked: the
-rest of the batch is done at once, later changes of its key wait, and no generation is promoted before it was tried again or dropped, since
-the next one would begin behind it.
+A batch is done in chunks, and what is done of it is kept until the position passes it: where an effect fails, its chunk and what follows
+come again, at first change by change. So a receiver that takes only so many a minute is told everything in the end. A `Poison` whose
+`cursor` names a change is parked: the rest is done at once, later changes of its key wait, and no generation is promoted before it was
+tried again or dropped, since the next one would begin behind it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _TABLES = """
 PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS generations (number INTEGER PRIMARY KEY, fingerprint TEXT, live INTEGER DEFAULT 0, owner TEXT, position BLOB);
 CREATE TABLE IF NOT EXISTS reads_all (number INTEGER PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS done (number INTEGER, change TEXT, PRIMARY KEY (number, change)) WITHOUT ROWID;
 """
+_CHUNK = 256
 
 
 def idempotency_key(change: Change) -> str:
@@ -48,6 +51,16 @@ def idempotency_key(change: Change) -> str:
     """
     row = blake2b(change.table.encode() + b"\0" + change.key, digest_size=8).hexdigest()
     return f"{change.version.epoch}-{change.version.lsn:X}-{change.ordinal}-{row}"
+
+
+def lost(name: str) -> Transient:
+    """Return what a consumer waits for of which nothing is there any more, though it has run: what came since would be told to nobody."""
+    return Transient(
+        "effects-lost",
+        f"{name} has run, and the file of its position is gone: what was committed since it stopped would be told to nobody.",
+        f"Put {name}-effects.sqlite back below HEADRACE_STATE, and start it again. To begin with what comes from now on instead: "
+        f"headrace drop {name} --all, then headrace rebuild {name}",
+    )
 
 
 class EffectConsumer:
@@ -73,12 +86,13 @@ class EffectConsumer:
         self._number = 0
         self._owner = uuid.uuid4().hex
         self._connection: sqlite3.Connection | None = None
+        self._chunk = _CHUNK
 
     def effect(self, changes: Sequence[Change]) -> None:
         """Do what is to be done for some changes, in their order; all of it is done when this returns.
 
         Raises:
-            Transient: try again later, the same changes and perhaps more.
+            Transient: try again later, the same changes, fewer or more at once.
             Poison: one of them cannot be done; `cursor` is its table and its key as text.
         """
         raise NotImplementedError
@@ -106,6 +120,19 @@ class EffectConsumer:
         Raises:
             Wiped: the generation is gone. Misconfigured: `view-taken-over`.
         """
+        if self._is_its_turn() and not batch.loading:
+            self._do(batch.changes)
+        position = (codec.encode_position(batch.position), self._number, self._owner)
+        with self._file() as db:
+            db.execute("BEGIN IMMEDIATE")
+            passed = db.execute("UPDATE generations SET position = ? WHERE number = ? AND owner = ?", position).rowcount
+            if passed:
+                db.execute("DELETE FROM done WHERE number = ?", (self._number,))
+            if tuple(self.tables) == ALL:
+                db.execute("INSERT OR IGNORE INTO reads_all VALUES (?)", (self._number,))
+            db.execute("COMMIT")
+
+    def _is_its_turn(self) -> bool:
         with self._file() as db:
             held = {
                 number: (live, owner)
@@ -119,13 +146,28 @@ class EffectConsumer:
             )
         if owner != self._owner:
             raise Misconfigured("view-taken-over", f"Another process runs {self.name}.", "Stop one of the two.")
-        if batch.changes and not batch.loading and (live or not any(live for live, _ in held.values())):
-            self.effect(batch.changes)
-        position = (codec.encode_position(batch.position), self._number, self._owner)
+        return live or not any(live for live, _ in held.values())
+
+    def _do(self, changes: Sequence[Change]) -> None:
+        """Do what has not been done of a batch, and note each chunk but the last, which the position covers."""
         with self._file() as db:
-            db.execute("UPDATE generations SET position = ? WHERE number = ? AND owner = ?", position)
-            if tuple(self.tables) == ALL:
-                db.execute("INSERT OR IGNORE INTO reads_all VALUES (?)", (self._number,))
+            done = {change for (change,) in db.execute("SELECT change FROM done WHERE number = ?", (self._number,))}
+        left = [change for change in changes if idempotency_key(change) not in done] if done else list(changes)
+        while left:
+            chunk, left = left[: self._chunk], left[self._chunk :]
+            try:
+                self.effect(chunk)
+            except Exception:
+                self._chunk = 1
+                raise
+            self._chunk = min(2 * self._chunk, _CHUNK)
+            if left:
+                noted = ((self._number, idempotency_key(change)) for change in chunk)
+                with self._file() as db:
+                    db.execute("BEGIN IMMEDIATE")
+                    db.executemany("INSERT OR IGNORE INTO done VALUES (?, ?)", noted)
+                    db.execute("COMMIT")
+                self._is_its_turn()  # a batch may take long: who was replaced meanwhile ends
 
     def promote(self) -> None:
         """Let this generation do it from now on, from where the one before has stopped; it is opened anew for that.
@@ -145,10 +187,12 @@ class EffectConsumer:
                     f"The live generation of {self.name} has something parked, which this one would never do.",
                     f"Run: headrace parked retry {self.name} --all",
                 )
-            db.execute("UPDATE generations SET live = (number = ?)", (self._number,))
             if before:
                 query = "UPDATE generations SET position = ?, owner = NULL WHERE number = ?"
                 db.execute(query, (codec.encode_position(before), self._number))
+                live = "SELECT number FROM generations WHERE live"
+                db.execute(f"UPDATE OR REPLACE done SET number = ? WHERE number IN ({live})", (self._number,))
+            db.execute("UPDATE generations SET live = (number = ?)", (self._number,))
             db.execute("COMMIT")
         self.moved = before is not None
 
@@ -187,8 +231,8 @@ class EffectConsumer:
     def drop(self) -> None:
         """Forget this generation."""
         with self._file() as db:
-            db.execute("DELETE FROM generations WHERE number = ?", (self._number,))
-            db.execute("DELETE FROM reads_all WHERE number = ?", (self._number,))
+            for table in ("generations", "reads_all", "done"):
+                db.execute(f"DELETE FROM {table} WHERE number = ?", (self._number,))
 
     def close(self) -> None:
         """Close the file."""

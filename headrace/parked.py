@@ -74,7 +74,8 @@ class Entry:
             "parked-body-cut",
             f"The change of {self.collection} {self.key} was too large to be kept whole.",
             f"Run: headrace parked drop {self.name} --generation {self.generation} --collection {shlex.quote(self.collection)} "
-            f"{pasted(self.key)}, then headrace resnapshot {shlex.quote(self.collection)}: it comes again.",
+            f"{pasted(self.key)}, then headrace resnapshot {shlex.quote(self.collection)}: it comes again. Where a delete of it waits too "
+            f"(headrace parked show), nothing does: headrace rebuild {self.name}",
         )
 
     def change(self) -> Change:

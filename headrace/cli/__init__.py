@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import signal
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
+from typing import Annotated
 
 import typer
 
 from headrace import errors
 from headrace.cli import parked, replay, run, scaffold, status, views, wait, why
-from headrace.cli.show import print_error
+from headrace.cli.show import out, print_error
 
 app = typer.Typer(
     name="headrace",
@@ -23,6 +24,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"headrace {version('headrace')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _asked: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take what stands before a command."""
+
 
 app.command("run")(run.run)
 app.command("plugins")(run.plugins)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from importlib.metadata import entry_points
 
@@ -16,7 +17,7 @@ from headrace import plugins
 from headrace.cli.show import err, out, seconds
 from headrace.control import DEAD_SECONDS, Control, Report
 from headrace.effects import EffectConsumer
-from headrace.errors import CHECK_FAILED, Misconfigured
+from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured
 
 _LOOK_SECONDS = 0.5
 
@@ -122,6 +123,8 @@ def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequ
             stands = "it is live already, for no other was" if live else "nothing was promoted"
             err.print(f"[red]generation {number} of {name} {why}; {stands}[/red]")
             if code == CHECK_FAILED and not live:
+                with suppress(HeadraceError):  # else it could become so by itself, should the live one be lost
+                    control.ask(name, "refuse", {"generation": number})
                 err.print(f"to build another: headrace drop {name} {number}, then: headrace rebuild {name}")
             raise typer.Exit(code)
 

@@ -17,6 +17,7 @@ from typing import Any
 from headrace.change import Version, source_of
 from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
+from headrace.effects import lost
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
@@ -59,6 +60,7 @@ class Generations:
         self._remembers = self._tidy = self._unrecorded = False
         self._shown: list[int] = []
         self._left: dict[int, int] = {}
+        self._refused: set[int] = set()
         self._first: Future[None] | None = None
         self.unpromoted: dict[int, HeadraceError] = {}
 
@@ -80,12 +82,15 @@ class Generations:
             self.standing = kept.get("", {}).get("phase", "")
             self._shown = shown.get("", {}).get("generations", [])
             self._left = dict(shown.get("", {}).get("left", []))
+            self._refused = set(shown.get("", {}).get("refused", []))
             self._unrecorded = not shown
             self._remembers = True
         self.reads = sorted(getattr(self._store, "tables", ()))
         held = {generation.number: generation for generation in self._store.generations()}
         if self._unrecorded:
             self._seed_shown(held)
+        if self.hands_on and self._shown and self.standing != DROPPED and not (held or self.workers):
+            raise lost(self.name)
         if not self._tidy and (held or self.standing == DROPPED):
             # What a drop that was cut short has left. A store with nothing in it may be another one: there it is all of what is parked.
             self._shelf.clear(self.name, lambda number: number not in held and number not in self.workers)
@@ -140,10 +145,16 @@ class Generations:
         self._keep_shown(sorted(number for number in held if number <= live), {})
         self._unrecorded = False
 
-    def _keep_shown(self, shown: list[int], left: dict[int, int]) -> None:
-        if (shown, left) != (self._shown, self._left):
-            self._control.keep(self.name, _SHOWN, {"generations": shown, "left": list(left.items())})
-            self._shown, self._left = shown, left
+    def refuse(self, number: int) -> None:
+        """Keep that its gate has refused a build: it does not go live by itself."""
+        self._keep_shown(self._shown, self._left, self._refused | {number})
+
+    def _keep_shown(self, shown: list[int], left: dict[int, int], refused: set[int] | None = None) -> None:
+        refused = (self._refused if refused is None else refused) & self.workers.keys() - set(shown)
+        if (shown, left, refused) != (self._shown, self._left, self._refused):
+            kept = {"generations": shown, "left": list(left.items()), "refused": sorted(refused)}
+            self._control.keep(self.name, _SHOWN, kept)
+            self._shown, self._left, self._refused = shown, left, refused
 
     def first_builds(self) -> list[int]:
         """Return the generations that show a state while, as of the last look, none is live."""
@@ -154,12 +165,18 @@ class Generations:
         return [worker for worker in shows if not lacking(worker)]
 
     def _promote_first(self) -> None:
-        """Promote the newest generation that shows a state, when none is live: the first build, or after a wipe."""
-        ready = self._ready()
-        if ready and (self._first is None or self._first.done()):
-            newest = max(ready, key=lambda worker: worker.generation.number)
-            self._first = newest.call(lambda consumer: newest.promote(consumer) if newest in self._ready() else None)
-            self._first.add_done_callback(partial(self._note_first, newest.generation.number))
+        """Promote a generation that shows a state, when none is live: the first build; or, where the pointer or the live one was lost,
+        what readers have seen last of those, else the newest; none that its gate refused or that a rollback left."""
+        ready = {worker.generation.number: worker for worker in self._ready()}
+        there = ready.keys() - self._left.keys() - self._refused
+        if there and (self._first is None or self._first.done()):
+            chosen = ready[next((each for each in reversed(self._shown) if each in there), max(there))]
+            self._first = chosen.call(lambda consumer: chosen.promote(consumer) if chosen in self._ready() else None)
+            self._first.add_done_callback(partial(self._note_first, chosen.generation.number))
+        elif ready and not there:
+            said = f"No generation of {self.name} is live; this one is not made so: its gate refused it, or a rollback left it."
+            remedy = f"Run: headrace promote {self.name} --generation {max(ready)}; or: headrace rebuild {self.name}"
+            self.unpromoted = {max(ready): Misconfigured("not-by-itself", said, remedy)}
 
     def _note_first(self, number: int, tried: Future[None]) -> None:
         """Keep what a person has to change; a Transient is why the worker waits."""
@@ -325,6 +342,7 @@ class Generations:
         for generation in sorted(self._store.generations(), key=lambda generation: generation.live):
             self._drop_unserved(generation)
             self.forget(generation.number)
+        self._keep_shown([], {})
 
     def _drop_unserved(self, generation: Generation) -> None:
         consumer = self.make()

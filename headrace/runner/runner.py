@@ -18,6 +18,7 @@ from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as
 from headrace.log import Log
 from headrace.requests import Request
 from headrace.runner.generations import DROPPED, Generations
+from headrace.runner.rate import seconds_left
 from headrace.runner.rows import Rows
 from headrace.runner.unparking import Unparking
 from headrace.runner.verbs import Verbs
@@ -166,7 +167,7 @@ class Runner:
             version=state.reached,
             lag=(state.lag.records, state.lag.wal, state.behind),
             rate=round(state.rate, 1),
-            eta=round(state.lag.records / state.rate, 1) if state.rate and state.lag.records else -1.0,
+            eta=seconds_left(state.lag.records, state.rate, state.progress, state.begun),
             progress=state.progress,
             reason=error.message if error else self._reason(state),
             code=error.code if error else "",

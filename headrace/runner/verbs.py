@@ -37,6 +37,7 @@ class Verbs:
         self._told = told
         self.verbs: dict[str, Callable[[Request], Answer]] = {
             "rebuild": self._rebuild,
+            "refuse": self._refuse,
             "hold": self._hold,
             "release": self._release,
             "promote": self._promote,
@@ -67,6 +68,7 @@ class Verbs:
         newest = max(made.workers, default=0)
         building = made.workers.get(newest)
         seen = live is not None and (newest < live.generation.number or made.was_shown(newest))
+        seen = seen or made.left_for(newest) is not None
         if building is None or building is live or building.still or seen:
             building = made.begin(Generation(self._name, made.next(), made.fingerprint))
         elif building.state.phase == "stopped":
@@ -76,6 +78,11 @@ class Verbs:
             building = made.begin(replace(building.generation, number=made.next() if refused else newest))
         self._told()
         return {"generation": building.generation.number}
+
+    def _refuse(self, request: Request) -> Answer:
+        """Keep that the gate of who asked has refused a build; to promote it is still his who wants it."""
+        self._generations.refuse(self._generations.worker(request.args["generation"]).generation.number)
+        return {}
 
     # Which one readers see
 

@@ -6,7 +6,9 @@ import threading
 from dataclasses import replace
 
 import pytest
+from confluent_kafka import Producer
 
+from headrace import control
 from headrace.change import Checkpoint
 from headrace.codec import encode_checkpoint, encode_checkpoint_key, encode_headers
 from headrace.control import Control, record_key
@@ -273,6 +275,31 @@ def test_recovery_ends_what_is_hidden(settings: Settings, kafka: Kafka) -> None:
     assert _shown(settings, *everything)
     with capturing(settings) as capture:
         capture.eventually("it is exact", lambda: replay(settings, T) == selected(settings, "items"))
+
+
+def test_whose_transaction_hides_what_capture_keeps_is_told(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a capture of another source, which shares `headrace.control` and does not come back to end it."""
+    _two_rows(settings)
+    monkeypatch.setattr(control, "_CUT_ENDS_SECONDS", 3.0)
+    monkeypatch.setattr(jobs, "_TELL_SECONDS", 1.0)
+    other = Producer({"bootstrap.servers": settings.kafka, "transactional.id": f"headrace-{settings.source}-other"})
+    other.init_transactions(30)
+    other.begin_transaction()
+    try:
+        other.produce(CONTROL, b"{}", record_key("other", "capture", jobs.JOB, ""))
+        other.flush(30)
+        said: list[str] = []
+        with pytest.raises(Transient) as refused:
+            jobs.Jobs(Log(settings), lambda: None, said.append)
+        assert refused.value.code == "marker-missing"
+        assert "another source" in refused.value.message
+        assert len(said) == 1
+        assert said[0].startswith(f"waiting for {CONTROL}")
+    finally:
+        other.abort_transaction(30)
+    assert jobs.Jobs(Log(settings), lambda: None, said.append).prints.keys() == {T}
 
 
 def test_whether_connections_broke_is_known_though_nothing_was_sent_since(settings: Settings, kafka: Kafka) -> None:

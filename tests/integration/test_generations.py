@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -844,6 +845,13 @@ def live_of(settings: Settings) -> list[int]:
     return [generation.number for generation in Plain(settings, "plain").generations() if generation.live]
 
 
+def lose_pointer(settings: Settings, *gone: int) -> None:
+    """Let the store forget which generation is live, and some generations."""
+    with closing(sqlite3.connect(settings.path("plain.sqlite"))) as db, db:
+        db.execute("UPDATE generations SET live = 0")
+        db.executemany("DELETE FROM generations WHERE number = ?", [(number,) for number in gone])
+
+
 def build_and_promote(control: Control, *numbers: int) -> None:
     for number in numbers:
         assert control.ask("plain", "rebuild") == {"generation": number}
@@ -937,9 +945,39 @@ def test_a_build_that_differs_is_refused_and_stays_beside_the_live_one(settings:
         assert "generation 2 of plain differs from Postgres" in ended.stderr
         assert "headrace drop plain 2, then: headrace rebuild plain" in ended.stderr
         assert [generation.live for generation in view.generations()] == [True, False]
+        lose_pointer(settings)
+        eventually("readers have theirs again", lambda: live_of(settings) == [1])
         ended = headrace(settings, "rebuild", "plain", "--wait", "--gate", "none", "--json")
         assert ended.returncode == 0, ended.stderr
         eventually("it is live", lambda: control.running("plain")[-1].live)
+
+
+def test_neither_what_a_gate_refused_nor_what_was_rolled_back_from_goes_live_by_itself(
+    feed: Feed, settings: Settings
+) -> None:
+    """Also after a restart, when nothing else is left; a person may still want it."""
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        build_and_promote(control, 2)
+        control.ask("plain", "rollback")
+        lose_pointer(settings)
+        assert control.ask("plain", "rebuild") == {"generation": 3}
+        await_phase(control, "plain", 3, "following")
+        control.ask("plain", "refuse", {"generation": 3})
+    lose_pointer(settings, 1)
+    with serving(settings, plain=Plain) as control:
+        for number in (2, 3):
+            await_phase(control, "plain", number, "following")
+        eventually("that is said", lambda: report(control, "plain", 3).code == "not-by-itself")
+        assert live_of(settings) == []
+        control.ask("plain", "promote", {"generation": 3})
+        assert live_of(settings) == [3]
+        eventually("it is live, and well", lambda: report(control, "plain", 3).code == "")
+    lose_pointer(settings)
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+    assert live_of(settings) == [3]
 
 
 def test_a_first_build_that_differs_is_said_to_be_live_already(settings: Settings) -> None:
@@ -1259,6 +1297,37 @@ def test_no_token_is_answered_after_a_promotion_before_the_effects_up_to_it_are_
             control.ask("calls", "resume")
         eventually("it is done", lambda: report(control, "calls", 2).version == last.version)
         assert Calls.told == [2]
+
+
+def test_effects_whose_file_is_lost_are_not_left_out_in_silence(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process waits, and says so, until the file is there again or somebody says that what came since does not matter."""
+    monkeypatch.setattr(Calls, "told", [])
+    folder = settings.path(f"{settings.source}/calls-effects.sqlite").parent
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, calls=Calls) as control:
+        await_live(control, "calls")
+    feed.cut((ITEMS, 1, 2))
+    kept = folder.rename(folder.with_name("kept"))
+    with serving(settings, calls=Calls) as control:
+        eventually("it says so", lambda: report(control, "calls", 0).code == "effects-lost")
+        assert report(control, "calls", 0).phase == "waiting"
+        assert "calls-effects.sqlite" in report(control, "calls", 0).remedy
+    shutil.rmtree(folder)
+    kept.rename(folder)
+    with serving(settings, calls=Calls) as control:
+        eventually("it goes on", lambda: Calls.told == [2])
+        await_live(control, "calls")
+    shutil.rmtree(folder)
+    feed.cut((ITEMS, 1, 3))
+    with serving(settings, calls=Calls) as control:
+        eventually("it says so", lambda: report(control, "calls", 0).code == "effects-lost")
+        control.ask("calls", "drop", {"all": True})
+        assert control.ask("calls", "rebuild") == {"generation": 1}
+        await_live(control, "calls")
+        feed.cut((ITEMS, 1, 4))
+        eventually("it begins anew", lambda: Calls.told == [2, 4])
 
 
 class Slow(Calls):

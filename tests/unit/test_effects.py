@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from headrace import codec
 from headrace.change import Change, Position, Version
-from headrace.consumer import ALL, Generation
+from headrace.consumer import ALL, Batch, Generation
 from headrace.effects import EffectConsumer, idempotency_key
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
@@ -20,6 +21,7 @@ from headrace.testing import History, shape
 from tests.fixtures.tables import SOURCE
 
 ORDERS = shape("public.orders", id="integer", status="text")
+MANY = 600
 CUSTOMERS = shape("public.customers", id="integer", status="text")
 
 
@@ -135,6 +137,99 @@ def test_what_fails_comes_again(world: World) -> None:
     consumer.close()
     world.catch_up()
     assert world.statuses() == ["a"]
+
+
+@pytest.fixture
+def busy(world: World) -> tuple[World, list[int]]:
+    """A cut of so many changes that they are done in several chunks, and their numbers; generation 1 is live."""
+    world.commit("old")
+    world.catch_up()
+    world.promote(1)
+    for number in range(MANY):
+        world.log.put("public.orders", {"id": number, "status": str(number)})
+    world.log.cut()
+    return world, list(range(MANY))
+
+
+class Limited(Told):
+    """Takes so many at a time, and then none for a while."""
+
+    most = 20
+    tries = 0
+
+    def effect(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            self.tries += 1
+            if self.tries % self.most == 0:
+                raise Transient("busy", "Come again later.")
+            super().effect([change])
+
+
+def _until_done(consumer: Told, batch: Batch) -> int:
+    for tried in range(MANY):
+        with suppress(Transient):
+            consumer.apply(batch)
+            return tried
+    raise AssertionError("it never ends")
+
+
+def test_a_receiver_that_takes_few_at_a_time_is_told_everything_in_the_end(busy: tuple[World, list[int]]) -> None:
+    world, numbers = busy
+    consumer = Limited(world.settings, "told")
+    consumer.told = world.told
+    (batch,) = world.log.batches(consumer.open(Generation("told", 1, "abc")))
+    assert _until_done(consumer, batch) > 5
+    told = [int(status or "") for status in world.statuses()]
+    assert sorted(set(told)) == numbers
+    assert [n for at, n in enumerate(told) if n not in told[:at]] == numbers
+    assert len(told) < 3 * len(numbers)
+    consumer.close()
+    with closing(sqlite3.connect(world.settings.path(f"{world.settings.source}/told-effects.sqlite"))) as db:
+        assert db.execute("SELECT count(*) FROM done").fetchone() == (0,)
+    world.told.clear()
+    world.commit("after")
+    world.catch_up()
+    assert world.statuses() == ["after"]
+
+
+@pytest.mark.parametrize("promoted", [False, True])
+def test_what_was_done_of_a_batch_is_not_done_again_by_who_goes_on(
+    busy: tuple[World, list[int]], *, promoted: bool
+) -> None:
+    """A process that starts again, or a generation that is promoted meanwhile: only of one chunk it is not known."""
+    world, numbers = busy
+    world.catch_up(2)
+    consumer = Limited(world.settings, "told")
+    consumer.most, consumer.told = MANY - 1, world.told
+    (batch,) = world.log.batches(consumer.open(Generation("told", 1, "abc")))
+    with pytest.raises(Transient):
+        consumer.apply(batch)
+    consumer.close()
+    assert len(world.told) == MANY - 2
+    if promoted:
+        world.promote(2)
+    world.catch_up(2 if promoted else 1)
+    told = [int(status or "") for status in world.statuses()]
+    assert sorted(set(told)) == numbers
+    assert len(told) < MANY + 256
+
+
+def test_who_is_replaced_amid_a_batch_ends(busy: tuple[World, list[int]]) -> None:
+    world, _ = busy
+    consumer, position = world.open()
+    (batch,) = world.log.batches(position)
+
+    class Replaced(list[tuple[int, str | None]]):
+        def __iadd__(self, told: Iterable[tuple[int, str | None]]) -> Self:
+            self.extend(told)
+            if len(self) < 300:
+                world.open()[0].close()
+            return self
+
+    consumer.told = Replaced()
+    with pytest.raises(Misconfigured, match="Another process"):
+        consumer.apply(batch)
+    assert len(consumer.told) < 300
 
 
 def test_a_process_that_was_replaced_tells_nobody(world: World) -> None:

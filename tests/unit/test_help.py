@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from headrace import cli, errors
 
@@ -40,6 +42,11 @@ def test_a_command_has_an_example_and_its_exit_codes(words: str) -> None:
     assert re.search(rf"Examples?:\s[^#]*\bheadrace {words}\b", said), said
     assert exit_codes(said)[:1] == [0], said
     assert exit_codes(said) == sorted(set(exit_codes(said)) & set(table())), said
+
+
+def test_it_says_which_version_it_is() -> None:
+    told = CliRunner().invoke(cli.app, ["--version"])
+    assert (told.exit_code, told.stdout) == (0, f"headrace {version('headrace')}\n")
 
 
 def test_the_commands_of_every_service_are_there() -> None:

@@ -25,9 +25,15 @@ from headrace_capture.replication import Replication, Stopped, postgres_errors
 from headrace_capture.tables import newest
 
 
-def forget(log: Log, writer: CutWriter, connection: catalog.Connection, tick: Callable[[], None]) -> None:
+def forget(
+    log: Log,
+    writer: CutWriter,
+    connection: catalog.Connection,
+    tick: Callable[[], None],
+    say: Callable[[str], None],
+) -> None:
     """Write into the open cut that nothing is to be read again, and how the tables look now: before a snapshot of all of them."""
-    jobs = Jobs(log, tick)
+    jobs = Jobs(log, tick, say)
     jobs.clear()
     _know(jobs, connection, log.settings.publication)
     jobs.write(writer)
@@ -67,7 +73,7 @@ def begin(
     """
     settings = log.settings
     source, epoch = where
-    jobs = Jobs(log, partial(_check, stopped))
+    jobs = Jobs(log, partial(_check, stopped), progress.say)
     jobs.clear(list(jobs.prints))
     with postgres_errors("looking at the captured tables"):
         _know(jobs, connection, settings.publication)

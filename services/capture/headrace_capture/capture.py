@@ -210,7 +210,7 @@ class Capture:
         if before and new:
             self._say(f"epoch {version.epoch} begins: the initial snapshot began on another server, or on newer data")
         with postgres_errors("looking at the captured tables"):
-            beginnings.forget(self._log, writer, connection, self._check_stopped)
+            beginnings.forget(self._log, writer, connection, self._check_stopped, self._say)
         intent = writer.seal(
             version=version, commit_ts=self._progress.now_ms(), xid=0, source=source, snapshot="running"
         )

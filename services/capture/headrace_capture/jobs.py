@@ -9,12 +9,14 @@ deleted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from headrace import codec
 from headrace.control import Control, record_key
+from headrace.errors import Transient
 from headrace.log import CutWriter, Log
 from headrace.log.topics import CONTROL, checkpoints_topic
 from headrace_capture.fingerprints import Fingerprint
@@ -28,6 +30,7 @@ LEFT = "left"
 """It was published and is not any more; its rows are still there. Whoever asks for it ends that."""
 JOINED = "joined"
 """A floor still to be taken: everything that runs when the table is first read must be over by then."""
+_TELL_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -90,6 +93,20 @@ def doubt(log: Log, table: str) -> None:
     Control(log).keep(NAME, DOUBTED, {"log": _log_id(log)}, table)
 
 
+def _telling(wait: Callable[[], None], say: Callable[[str], None]) -> Callable[[], None]:
+    """Return `wait`, which says once for what, when that takes long."""
+    until = time.monotonic() + _TELL_SECONDS
+
+    def waiting() -> None:
+        nonlocal until
+        if time.monotonic() > until:
+            until = float("inf")
+            say(f"waiting for {CONTROL}: it shows nothing behind a cut that is open, which Kafka ends after a minute")
+        wait()
+
+    return waiting
+
+
 def _log_id(log: Log) -> str:
     spine = checkpoints_topic(log.settings.source)
     return log.topics.describe([spine])[spine][0]
@@ -98,11 +115,28 @@ def _log_id(log: Log) -> str:
 class Jobs:
     """The jobs and fingerprints of a log: read once, then written with the cuts."""
 
-    def __init__(self, log: Log, wait: Callable[[], None] | None = None) -> None:
-        """Read what the log has; capture, with every predecessor fenced by now, waits until all of it is shown (see `Control.kept`)."""
+    def __init__(
+        self, log: Log, wait: Callable[[], None] | None = None, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Read what the log has; capture, with every predecessor fenced by now, waits until all of it is shown (see `Control.kept`).
+
+        Raises:
+            Transient: `marker-missing`, where that does not come; `kafka-away`.
+        """
         self._source = log.settings.source
         self._log_id = _log_id(log)
-        jobs, prints, doubted = map(self._ours, Control(log).kept(NAME, JOB, CATALOGUE, DOUBTED, wait=wait))
+        waiting = _telling(wait, say) if wait else None
+        try:
+            kept = Control(log).kept(NAME, JOB, CATALOGUE, DOUBTED, wait=waiting)
+        except Transient as error:
+            if wait is None or not log.topics.unshown(log.topics.ends({CONTROL: 1}, committed=False)):
+                raise
+            raise Transient(
+                "marker-missing",
+                f"{CONTROL} does not show what it has: a transaction of another source's capture is open there, and nobody ends it.",
+                "Start that capture, whose next cut ends it; where it runs no more, see marker-missing in the runbook.",
+            ) from error
+        jobs, prints, doubted = map(self._ours, kept)
         self.all: dict[str, Job] = {job.name: job for job in (Job(**said) for said in jobs.values())}
         self.prints: dict[str, Fingerprint] = {table: Fingerprint.of(said) for table, said in prints.items()}
         self.doubted = set(doubted)

@@ -76,7 +76,7 @@ class Resnapshot:
         self._tick = tick
         self._forget = filler.memory.forget_named
         filler.doubted = self._doubted
-        self._jobs = Jobs(log, tick)
+        self._jobs = Jobs(log, tick, progress.say)
         control = Control(log)
         self._requests = Requests(control)
         self._asked = Asked(control, self._jobs, relations, cut, self._disturb)
