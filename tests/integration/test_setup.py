@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from headrace.errors import Misconfigured, Transient
 from headrace.settings import Settings
-from headrace_capture import catalog, setup, teardown
+from headrace_capture import catalog, identities, setup, teardown
 from headrace_capture.cli import setup as setup_command
 from headrace_capture.slot import slot_facts
 from headrace_ops.postgres import Postgres
@@ -250,6 +250,54 @@ def test_s8_another_publication_that_leaves_columns_out_keeps_full_away(
     assert prepared(db, source).warnings
     assert identity(db, "public.t") == "d"
     db.execute("UPDATE public.t SET n = 2; DELETE FROM public.t")
+
+
+def test_s8_what_people_narrow_in_our_publication_is_told_and_mended(each_source: Settings) -> None:
+    """Postgres takes no column list beside FULL, and no row filter beyond the replica identity: UPDATE and DELETE fail."""
+    tables = ["listed", "filtered", "mixed", "keyless", "theirs", "parts"]
+    with catalog.connect(each_source.dsn) as db:
+        for table in tables:
+            big = "" if table in {"filtered", "keyless"} else ", big text"
+            parted = "PARTITION BY LIST (id)" * (table == "parts")
+            db.execute(f"CREATE TABLE public.{table} (id int PRIMARY KEY, n int{big}) {parted}".encode())
+        db.execute("CREATE TABLE public.part PARTITION OF public.parts DEFAULT")
+        prepared(db, each_source)
+        ours = psycopg.sql.Identifier(each_source.publication).as_string()
+        narrow = "listed (id, n, big), filtered WHERE (n > 0), mixed (id, n) WHERE (n > 0), keyless (n), theirs, parts (id, n)"
+        db.execute(f"SET search_path = public; ALTER PUBLICATION {ours} SET TABLE {narrow}".encode())
+        db.execute("CREATE PUBLICATION other FOR TABLE theirs (id)")
+        assert broken(db, tables) == tables
+        to = 'ALTER TABLE "public"."{}" REPLICA IDENTITY {}'.format
+        alters = [
+            to("filtered", "FULL"),
+            *(to(t, "DEFAULT") for t in ("listed", "mixed", "part", "theirs")),
+        ]
+        drops = [f'ALTER PUBLICATION {ours} DROP TABLE ONLY "public"."{table}"' for table in ("keyless", "mixed")]
+        mends = identities.failing(db, each_source.publication)
+        assert sorted(mend.partition(" /*")[0] for mend in mends) == sorted(alters + drops)
+        made = prepared(db, each_source)
+        assert [each for each in made.statements if each.startswith("ALTER TABLE")] == alters
+        assert [
+            w.partition(" /*")[0].partition("run: ")[2] for w in made.warnings if "as it is published" in w
+        ] == drops
+        assert broken(db, tables) == ["mixed", "keyless"], "no identity mends them"
+        left = identities.failing(db, each_source.publication)
+        for mend in left:
+            db.execute(mend.encode())
+        assert (broken(db, tables), identities.failing(db, each_source.publication)) == ([], [])
+        assert setup.plan(db, each_source, []).statements == []
+
+
+def broken(db: Connection, tables: list[str]) -> list[str]:
+    """Return those of which the application can neither update nor delete a row."""
+    found = set()
+    for table in tables:
+        for statement in ("UPDATE public.{} SET n = 1", "DELETE FROM public.{}"):
+            try:
+                db.execute(statement.format(table).encode())
+            except pg.InvalidColumnReference:
+                found.add(table)
+    return [table for table in tables if table in found]
 
 
 def test_a_partitioned_table_is_captured_under_its_root_and_its_partitions_get_full(

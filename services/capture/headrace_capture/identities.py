@@ -2,8 +2,9 @@
 
 FULL sends an out-of-line (TOAST) value that an update left alone; without it capture reads the value again (S7) and the
 table is only approximately right. But FULL makes UPDATE and DELETE fail as soon as any publication of the table leaves a
-column out: a generated column (18 refuses it, older servers do not, but an upgrade would) or a column list. And no identity
-at all makes them fail in any publication. What was seen on 15 and 18 is in tests/integration/test_setup.py (S8).
+generated column out (18 refuses it, older servers do not, but an upgrade would) or has a column list, be it of all columns: ours
+too, for people narrow it. Without FULL they fail where our row filter compares a column that is not in the key. And no identity
+at all makes them fail in any publication. What was seen on 15, 17 and 18 is in tests/integration/test_setup.py (S8).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Final, NamedTuple
 
 from psycopg import sql
 
-from headrace_capture.catalog import GENERATED, Connection, Table, TableColumn, published_tables
+from headrace_capture.catalog import GENERATED, Connection, Leaf, Table, TableColumn, published_tables
 from headrace_capture.published import published
 
 DEFAULT, FULL, NOTHING, INDEX = "d", "f", "n", "i"
@@ -29,32 +30,56 @@ class Change(NamedTuple):
     now: str
 
 
-def changes(table: Table, version: int, *, narrowed: bool) -> list[Change]:
-    """Return the replica identities to change before `table` is published.
+class Limits(NamedTuple):
+    """What the publications that send updates say of tables and partitions, by their oids.
 
-    Args:
-        table: A table with a usable key.
-        version: The server's.
-        narrowed: Whether another publication leaves columns of it out, see `narrowed_elsewhere`.
+    Attributes:
+        listed: Those of which one has a column list, ours or another: Postgres takes FULL beside none.
+        narrowed: The tables of which another than ours leaves columns out.
+        filters: The columns that the row filter of ours compares.
     """
-    wanted = [(leaf, _wanted(table, leaf.identity, version, narrowed)) for leaf in table.leaves]
+
+    listed: set[int]
+    narrowed: set[int]
+    filters: dict[int, set[str]]
+
+    def beyond_key(self, table: Table) -> bool:
+        """Whether our row filter compares what only FULL sends of an old row."""
+        return not self.filters.get(table.oid, set()) <= set(table.key)
+
+
+def limits(connection: Connection, publication: str) -> Limits:
+    """Read them; `publication` is ours."""
+    listed, narrowed, filters = (
+        connection.execute(query, {"ours": publication}).fetchall() for query in (_LISTED, _NARROWED, _FILTERS)
+    )
+    return Limits({row[0] for row in listed}, {row[0] for row in narrowed}, {oid: set(names) for oid, names in filters})
+
+
+def changes(table: Table, version: int, limited: Limits) -> list[Change]:
+    """Return the replica identities to change before `table`, which has a usable key, is published by a server of `version`."""
+    wanted = [(leaf, _wanted(table, leaf, version, limited)) for leaf in table.leaves]
     return [Change(leaf.schema, leaf.name, leaf.identity, want) for leaf, want in wanted if want != leaf.identity]
 
 
-def approximate(table: Table, version: int, *, narrowed: bool) -> bool:
+def approximate(table: Table, version: int, limited: Limits) -> bool:
     """Whether a value of `table` may have to be read again after setup, as FULL would break the application (S7, S8)."""
-    after = (_wanted(table, leaf.identity, version, narrowed) for leaf in table.leaves)
-    return _out_of_line(table) and any(identity != FULL for identity in after)
+    return _out_of_line(table) and not _all_full(table, version, limited)
 
 
-def _wanted(table: Table, identity: str, version: int, narrowed: bool) -> str:
-    if identity == INDEX and table.kind == "r":  # it is the key; a partition's is not the root's
+def _all_full(table: Table, version: int, limited: Limits) -> bool:
+    return all(_wanted(table, leaf, version, limited) == FULL for leaf in table.leaves)
+
+
+def _wanted(table: Table, leaf: Leaf, version: int, limited: Limits) -> str:
+    if leaf.identity == INDEX and table.kind == "r":  # it is the key; a partition's is not the root's
         return INDEX
-    if identity == FULL:
-        return DEFAULT if _refused(table, version) else FULL
-    if _out_of_line(table) and not narrowed and not _unsent(table, version):
-        return FULL
-    return DEFAULT
+    listed = not limited.listed.isdisjoint((table.oid, leaf.oid))
+    if leaf.identity == FULL:
+        return DEFAULT if listed or _refused(table, version) else FULL
+    if listed or table.oid in limited.narrowed or _unsent(table, version):
+        return DEFAULT
+    return FULL if _out_of_line(table) or limited.beyond_key(table) else DEFAULT
 
 
 def _refused(table: Table, version: int) -> bool:
@@ -69,39 +94,65 @@ def _unsent(table: Table, version: int) -> list[TableColumn]:
 
 
 def _out_of_line(table: Table) -> bool:
-    return any(column.out_of_line for column in table.columns)
+    return any(column.out_of_line for column in table.published)
 
 
 def failing(connection: Connection, publication: str) -> list[str]:
     """Return the statement that mends each table altered after setup whose UPDATE and DELETE fail, or come without its key [I1]."""
-    version, narrowed = connection.info.server_version, narrowed_elsewhere(connection, publication)
-    wrong = [
-        change
-        for table in published_tables(connection, publication)
-        if table.key
-        for change in changes(table, version, narrowed=table.oid in narrowed)
-        if change.was in {FULL, NOTHING, INDEX}
-    ]
-    return [
-        sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}")
-        .format(sql.Identifier(schema, name), sql.SQL(WORDS[now]))
-        .as_string()
-        for schema, name, _, now in wrong
-    ]
+    version, limited = connection.info.server_version, limits(connection, publication)
+    found = []
+    for table in [table for table in published_tables(connection, publication) if table.key]:
+        wrong = [
+            change
+            for change in changes(table, version, limited)
+            if change.was in {FULL, NOTHING, INDEX} or limited.beyond_key(table)
+        ]
+        found += [alter(change).as_string() for change in wrong] + past_mending(table, version, limited, publication)
+    return found
 
 
-def narrowed_elsewhere(connection: Connection, publication: str) -> set[int]:
-    """Return the oids of tables of which another publication that sends updates leaves columns out."""
-    return {row[0] for row in connection.execute(_NARROWED, {"ours": publication})}
+def alter(change: Change) -> sql.Composed:
+    """Return the statement that changes a replica identity."""
+    table, to = sql.Identifier(change.schema, change.name), sql.SQL(WORDS[change.now])
+    return sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(table, to)
 
+
+def past_mending(table: Table, version: int, limited: Limits, publication: str) -> list[str]:
+    """Return the statement that mends a table which fails under every identity that it may have, for what our publication says of it."""
+    keyless = table.oid in limited.listed and not {column.name for column in table.published}.issuperset(table.key)
+    if not keyless and (not limited.beyond_key(table) or _all_full(table, version, limited)):
+        return []
+    drop = (
+        "ALTER PUBLICATION {} DROP TABLE {} {}" if table.kind == "p" else "ALTER PUBLICATION {} DROP TABLE ONLY {} {}"
+    )
+    return [sql.SQL(drop).format(sql.Identifier(publication), table.identifier, sql.SQL(_ADD_AGAIN)).as_string()]
+
+
+_ADD_AGAIN: Final = "/* then ADD it with its key in the column list, and no other column in the row filter */"
+
+_SENDS: Final = "(p.pubname = %(ours)s OR p.pubupdate OR p.pubdelete)"
+
+# A list, and a filter, is that of the table under whose name the rows are sent.
+_LISTED: Final = f"""
+SELECT r.prrelid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid JOIN pg_class c ON c.oid = r.prrelid
+WHERE {_SENDS} AND r.prattrs IS NOT NULL AND (c.relkind = 'r' OR p.pubviaroot)
+"""
 
 _OTHERS: Final = "p.pubname <> %(ours)s AND (p.pubupdate OR p.pubdelete)"
 
-_NARROWED = f"""
+_NARROWED: Final = f"""
 WITH RECURSIVE {published(_OTHERS)}
 SELECT coalesce(pg_partition_root(r.prrelid), r.prrelid)::oid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
 WHERE {_OTHERS} AND r.prattrs IS NOT NULL
 UNION
 SELECT coalesce(pg_partition_root(oid), oid)::oid FROM published
 WHERE EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = oid AND a.attgenerated <> '')
+"""
+
+# Its text (`row_filters`) would wait for a locked table; what Postgres keeps of it names columns by their numbers.
+_FILTERS: Final = r"""
+SELECT r.prrelid, array_agg(a.attname) FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+CROSS JOIN LATERAL regexp_matches(r.prqual::text, ':varattno ([0-9]+)', 'g') AS found(number)
+JOIN pg_attribute a ON a.attrelid = r.prrelid AND a.attnum = found.number[1]::int
+WHERE p.pubname = %(ours)s GROUP BY r.prrelid
 """

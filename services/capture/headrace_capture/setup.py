@@ -105,7 +105,7 @@ def plan(
             reason = reason or _taken_out(table, settings)
         made.left_out += [reason] if reason else []
         wanted += [] if reason else [table]
-    made.tables = sorted({t.oid: t for t in [*present, *wanted]}.values(), key=lambda t: t.full_name)
+    made.tables = sorted({t.oid: t for t in [*wanted, *present]}.values(), key=lambda t: t.full_name)
     _fill(connection, settings, made, memory, there, role)
     return made
 
@@ -253,9 +253,13 @@ def _fill(
     given = rights.missing(connection, made.tables, rights.role_of(connection, role or made.server.role))
     after.grants += [grant for grant in given if grant not in after.grants]
     statements = [rights.give(grant) for grant in given]
-    narrowed = identities.narrowed_elsewhere(connection, settings.publication)
+    limited = identities.limits(connection, settings.publication)
     for table in [table for table in made.tables if table.key]:
-        _identities(made, table, after, statements, narrowed=table.oid in narrowed)
+        _identities(made, table, after, statements, limited)
+        made.warnings += [
+            f"UPDATE and DELETE of {table.full_name} fail as it is published (S8); run: {mend}"
+            for mend in identities.past_mending(table, made.server.version, limited, settings.publication)
+        ]
     touched = {(c.schema, c.name) for c in after.identities} | {(grant.schema, grant.name) for grant in after.grants}
     leaves = {(leaf.oid, leaf.schema, leaf.name) for table in made.tables if table.kind == "p" for leaf in table.leaves}
     after.partitions |= {(oid, f"{schema}.{name}") for oid, schema, name in leaves if (schema, name) in touched}
@@ -271,14 +275,15 @@ def _fill(
         raise Misconfigured("no-usable-key", said, remedy)
 
 
-def _identities(made: Plan, table: Table, memory: Memory, statements: list[sql.Composed], *, narrowed: bool) -> None:
+def _identities(
+    made: Plan, table: Table, memory: Memory, statements: list[sql.Composed], limited: identities.Limits
+) -> None:
     version = made.server.version
-    for schema, name, was, now in identities.changes(table, version, narrowed=narrowed):
-        to = sql.SQL(identities.WORDS[now])
-        statements.append(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(sql.Identifier(schema, name), to))
-        if was != identities.INDEX:  # which index is not kept: teardown leaves what is set here
-            memory.changed(schema, name, was, now)
-    if identities.approximate(table, version, narrowed=narrowed):
+    for change in identities.changes(table, version, limited):
+        statements.append(identities.alter(change))
+        if change.was != identities.INDEX:  # which index is not kept: teardown leaves what is set here
+            memory.changed(*change)
+    if identities.approximate(table, version, limited):
         made.warnings.append(
             f"{table.full_name} keeps its replica identity, as FULL could make UPDATE and DELETE fail (S8): a large "
             "value that an update leaves alone may have to be read again, and the table counts as approximate (S7)."
