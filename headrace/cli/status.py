@@ -322,6 +322,8 @@ def _troubles(facts: Facts) -> Iterator[str]:
     """Return what capture finds wrong in the source though the stream goes on."""
     if failing := facts.get("failing"):
         yield f"UPDATE and DELETE of a captured table fail in the source, or come without its key (S8); run: {failing}"
+    if standby := facts.get("standby"):
+        yield str(standby)
     if gone := facts.get("unpublished"):
         yield f"the log has {', '.join(gone)} as of before {_mend(gone)}"
     if (told := str(facts.get("heartbeat", ""))).startswith("failed") or _hangs(told):

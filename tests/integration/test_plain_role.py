@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import psycopg
 import pytest
+from typer.testing import CliRunner
 
+from headrace.cli import app
 from headrace.control import Control
 from headrace.log import Log
-from headrace.settings import Settings
+from headrace.settings import Settings, environment
 from headrace_capture import attention, catalog, setup
-from tests.fixtures.capture import capturing, changes, eventually, execute, replay, selected
+from tests.fixtures.capture import capturing, changes, eventually, execute, replay, rows, selected
 from tests.integration.test_resnapshot import ask
 from tests.integration.test_silent_changes import exact
 
@@ -57,6 +59,55 @@ def prepare(settings: Settings, *statements: str) -> None:
     with closing(catalog.connect(settings.dsn)) as connection:
         setup.apply(connection, setup.plan(connection, settings, [], role))
         assert setup.plan(connection, settings, [], role).statements == []
+
+
+NAMES = {
+    "*": True,
+    '"headrace", capture': False,
+    "ANY 1 (*)": True,
+    'FIRST 1 ("head""race capture", "any")': False,
+    '2 (other, "Headrace CAPTURE")': True,
+    "1 (_, captures)": False,
+    '"first", x1, "*"': True,
+}
+"""Whether it counts capture among the standbys."""
+
+
+def test_capture_that_is_a_synchronous_standby_is_told(settings: Settings, theirs: Settings) -> None:
+    """Each commit waits for Kafka then (I1). Its own role sees it, as Postgres decides it, and so does setup."""
+    prepare(settings, *PARTS)
+    query = (
+        "SELECT current_setting('synchronous_standby_names'), sync_priority > 0 FROM pg_stat_replication "
+        "WHERE application_name = 'headrace capture'"
+    )
+
+    def warned() -> bool:
+        with closing(catalog.connect(settings.dsn)) as connection:
+            return any("counts capture" in warning for warning in setup.plan(connection, settings, []).warnings)
+
+    def status() -> str:
+        return CliRunner().invoke(app, ["status", "--check", "capture"], env=environment(settings)).output
+
+    with (
+        psycopg.connect(settings.dsn, autocommit=True) as local,
+        capturing(replace(theirs, heartbeat_ms=100)) as capture,
+    ):
+        local.execute("SET synchronous_commit = local")
+        try:
+            capture.reach()
+            for names, counts in NAMES.items():
+                local.execute(psycopg.sql.SQL("ALTER SYSTEM SET synchronous_standby_names = {}").format(names))
+                local.execute("SELECT pg_reload_conf()")
+                decided = [(names, counts)]
+                capture.eventually(f"Postgres knows {names}", lambda decided=decided: rows(settings, query) == decided)
+                assert warned() is counts, names
+                if names == "*":
+                    assert "(*) counts capture" in capture.hear("warning: synchronous_standby_names")
+                    capture.eventually("status tells it", lambda: "counts capture" in status())
+        finally:
+            local.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            local.execute("SELECT pg_reload_conf()")
+        capture.eventually("status is content", lambda: status() == "ok\n")
 
 
 @pytest.mark.parametrize("secure", ["", "ALTER TABLE high ENABLE ROW LEVEL SECURITY"], ids=["rights", "row security"])

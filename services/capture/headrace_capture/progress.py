@@ -102,6 +102,12 @@ class Progress:
                 )
         self._facts["failing"] = "; ".join(statements)
 
+    def standby(self, told: str) -> None:
+        """Commits of the application wait for capture, as `told` says: say so once, and report it meanwhile [I1]; "" when they do not."""
+        if told and told != self._facts.get("standby"):
+            self.say(f"warning: {told}")
+        self._facts["standby"] = told
+
     def unpublished(self, tables: list[str]) -> None:
         """Tables that the log has are not published any more: say so once, and report it meanwhile."""
         known = self._facts.get("unpublished", [])

@@ -19,7 +19,7 @@ from psycopg import pq, sql
 
 from headrace.change import format_lsn, parse_lsn
 from headrace.errors import HeadraceError, Misconfigured, Transient
-from headrace_capture import catalog
+from headrace_capture import catalog, standby
 from headrace_capture.pgoutput import PROTOCOL, status
 
 _STATUS_SECONDS = 1.0
@@ -91,7 +91,7 @@ class Replication:
         drained: Whether the last `read` took all that had arrived.
     """
 
-    def __init__(self, dsn: str, name: str = "headrace capture") -> None:
+    def __init__(self, dsn: str, name: str = standby.NAME) -> None:
         """Connect. Raises what `catalog.connect_replication` raises, and Transient: `postgres-standby`.
 
         The DSN may lead to several servers, and each connection to another one: a standby would say that the slot is lost.

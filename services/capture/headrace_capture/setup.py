@@ -17,7 +17,7 @@ from psycopg import sql
 from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
 from headrace.settings import Settings
-from headrace_capture import append_only, catalog, identities, rights
+from headrace_capture import append_only, catalog, identities, rights, standby
 from headrace_capture.catalog import Connection, Server, Table
 from headrace_capture.memory import Memory, database, recall
 from headrace_capture.named import named_tables
@@ -322,10 +322,16 @@ def _options_hold(connection: Connection, name: str, version: int) -> bool:
 
 
 def _standby_warnings(connection: Connection, server: Server) -> list[str]:
-    """Say when a failover could promote a standby that lacks what was published (S2). Servers before 17 cannot help it."""
+    """Say when commits would wait for capture [I1], and when a failover could promote a standby that lacks what was published (S2).
+
+    Servers before 17 cannot help the latter.
+    """
     row = connection.execute(_STANDBYS).fetchone()
-    if not row or not row[0] or row[1]:
-        return []
+    assert row is not None
+    return [*filter(None, [standby.told(row[2], standby.NAME)]), *(_lacking(server) if row[0] and not row[1] else [])]
+
+
+def _lacking(server: Server) -> list[str]:
     if server.version < _FAILOVER_SLOTS:
         return ["There are standbys, and slots of this server do not survive a failover: use 17 or newer (S2)."]
     return [
@@ -346,5 +352,5 @@ SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_type = 'physical') OR
          SELECT FROM pg_stat_replication s WHERE NOT EXISTS (
            SELECT FROM pg_replication_slots r WHERE r.active_pid = s.pid AND r.slot_type = 'logical')
          AND s.application_name <> 'pg_basebackup'),
-       coalesce(current_setting('synchronized_standby_slots', true), '') <> ''
+       coalesce(current_setting('synchronized_standby_slots', true), '') <> '', current_setting('synchronous_standby_names')
 """

@@ -1,6 +1,6 @@
-"""What capture does in the source besides reading: the heartbeat (S17), and how much WAL the slot holds back.
+"""What capture does in the source besides reading: the heartbeat (S17), how much WAL the slot holds back, and whether commits wait for us.
 
-Both on a connection of their own, with timeouts, in a thread: a commit may hang for as long as a synchronous standby is away, and the
+All on a connection of their own, with timeouts, in a thread: a commit may hang for as long as a synchronous standby is away, and the
 stream must not wait for it. A heartbeat is a transactional message that nobody reads; what matters is that its commit moves the WAL,
 so that an idle source still tells every view that it is alive.
 """
@@ -16,7 +16,7 @@ import psycopg
 from headrace.change import parse_lsn
 from headrace.errors import HeadraceError
 from headrace.settings import Settings
-from headrace_capture import catalog
+from headrace_capture import catalog, standby
 from headrace_capture.progress import Progress
 
 _LOOK_SECONDS = 2.0
@@ -52,11 +52,13 @@ class Watch:
 
     def _watch(self, connection: catalog.Connection) -> None:
         every = self._settings.heartbeat_ms / 1000
-        beaten = 0.0
+        beaten, application = 0.0, standby.NAME
         while not self._ended.is_set():
             row = connection.execute(_HELD, [self._settings.slot]).fetchone()
             if row:
                 self._progress.wal(int(row[0] or 0), parse_lsn(row[1]))
+                application = row[3] or application  # while the stream is cut off, commits wait the more
+                self._progress.standby(standby.told(row[2], application))
             if every and time.monotonic() - beaten >= every:
                 since = datetime.now(UTC).isoformat(timespec="seconds")
                 self._progress.fact("heartbeat", f"waits since {since} for its commit")
@@ -68,6 +70,7 @@ class Watch:
 
 
 _HELD = """
-SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), pg_current_wal_lsn()::text
-FROM pg_replication_slots WHERE slot_name = %s
+SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), pg_current_wal_lsn()::text,
+       current_setting('synchronous_standby_names'), a.application_name
+FROM pg_replication_slots s LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE slot_name = %s
 """
