@@ -17,7 +17,18 @@ from headrace.errors import Misconfigured
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
 from headrace_capture import catalog, setup, teardown
-from tests.fixtures.capture import Running, capturing, changes, eventually, execute, prepare, refused, replay, rows
+from tests.fixtures.capture import (
+    Running,
+    capturing,
+    changes,
+    eventually,
+    execute,
+    loopback,
+    prepare,
+    refused,
+    replay,
+    rows,
+)
 
 T = "public.events"
 EVENTS = "CREATE TABLE events (what text, n int, big text)"
@@ -247,3 +258,28 @@ def test_partitions_without_a_key_are_one_table(settings: Settings) -> None:
         capture.reach()
     equal(settings)
     assert Log(settings).tables() == [T]
+
+
+def test_s10_changes_of_a_foreign_partition_are_not_in_the_wal_and_the_table_is_not_exact_until_it_is_detached(
+    settings: Settings,
+) -> None:
+    """Only a table without a key can have one."""
+    made = prepare_append_only(
+        settings,
+        *loopback(settings),
+        "CREATE TABLE behind (what text, n int)",
+        "CREATE TABLE events (what text, n int) PARTITION BY RANGE (n)",
+        "CREATE TABLE near PARTITION OF events FOR VALUES FROM (0) TO (10)",
+        "CREATE FOREIGN TABLE far PARTITION OF events FOR VALUES FROM (10) TO (20) SERVER here OPTIONS (table_name 'behind')",
+        "INSERT INTO events VALUES ('near', 1), ('far', 11)",
+    )
+    mend = "ALTER TABLE public.events DETACH PARTITION public.far"
+    assert [warning for warning in made.warnings if warning.endswith(f"until: {mend}")]
+    with capturing(settings) as capture:
+        assert capture.hear(f"{T} stays inexact").endswith(mend)
+        execute(settings, "INSERT INTO events VALUES ('near', 2), ('far', 12)")
+        assert capture.reach().inexact == (T,)
+        assert sorted(row["n"] for row in replay(settings, T).values()) == [1, 2, 11]
+        execute(settings, mend)
+        eventually("it is exact", lambda: capture.reach().inexact == ())
+    assert sorted(row["n"] for row in replay(settings, T).values()) == [1, 2]

@@ -16,7 +16,7 @@ import pytest
 from headrace.change import DELETE
 from headrace.log import Log
 from headrace.settings import Settings
-from tests.fixtures.capture import capturing, changes, execute, prepare, replay, rows, selected
+from tests.fixtures.capture import capturing, changes, execute, loopback, prepare, replay, rows, selected
 from tests.fixtures.versions import NEWEST
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int, name text)"
@@ -349,8 +349,14 @@ def compared(settings: Settings, tables: list[str], script: str) -> None:
 
 
 def test_unlogged_temporary_and_foreign_tables_are_ignored(settings: Settings) -> None:
+    """What is written through a foreign table of the same database is there under the name of the table behind it."""
     prepare(
-        settings, ITEMS, "CREATE UNLOGGED TABLE quick (id int PRIMARY KEY)", "CREATE VIEW seen AS SELECT * FROM items"
+        settings,
+        ITEMS,
+        "CREATE UNLOGGED TABLE quick (id int PRIMARY KEY)",
+        "CREATE VIEW seen AS SELECT * FROM items",
+        *loopback(settings),
+        "CREATE FOREIGN TABLE far (id int, n int, name text) SERVER here OPTIONS (schema_name 'public', table_name 'items')",
     )
     with capturing(settings) as capture:
         capture.hear("streaming")
@@ -361,6 +367,7 @@ def test_unlogged_temporary_and_foreign_tables_are_ignored(settings: Settings) -
             a INSERT INTO mine VALUES (1)
             a INSERT INTO quick VALUES (1)
             a INSERT INTO seen VALUES (1, 1, 'through the view')
+            a INSERT INTO far VALUES (2, 2, 'through the foreign table')
             """,
         )
         capture.reach()

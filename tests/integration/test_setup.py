@@ -312,6 +312,18 @@ def test_a_partitioned_table_is_captured_under_its_root_and_its_partitions_get_f
         setup.plan(db, source, ["public.p1"])
 
 
+def test_an_unlogged_partition_is_told_with_what_mends_it(db: Connection, source: Settings) -> None:
+    db.execute("CREATE TABLE public.parts (id int PRIMARY KEY) PARTITION BY RANGE (id)")
+    db.execute(PARTITION.format("low", 0, 10).encode())
+    db.execute(PARTITION.replace("TABLE", "UNLOGGED TABLE", 1).format('"High"', 10, 20).encode())
+    (warning,) = prepared(db, source).warnings
+    mend = 'ALTER TABLE public."High" SET LOGGED'
+    assert warning.startswith("Changes of public.High are not in the WAL: public.parts")
+    assert warning.endswith(mend)
+    db.execute(mend.encode())
+    assert setup.plan(db, source, []).warnings == []
+
+
 def test_a_table_without_a_key_is_left_out_with_what_to_do_and_refused_when_named(
     db: Connection, source: Settings
 ) -> None:

@@ -81,6 +81,69 @@ def test_partitions(settings: Settings, ddl: str) -> None:
         exact(settings, capture, "public.parts")
 
 
+UNLOGGED = "CREATE UNLOGGED TABLE more PARTITION OF parts FOR VALUES FROM (20) TO (30)"
+LOGGED = "ALTER TABLE public.more SET LOGGED"
+
+
+def stays_inexact(settings: Settings, capture: Running) -> None:
+    """Wait until it has said so of the table, and what mends it, and lets it rest."""
+    assert capture.hear("public.parts stays inexact").endswith(f"after: {LOGGED}")
+    eventually("it rests", lambda: jobs(settings)["public.parts"]["phase"] == "failed")
+    assert capture.reach().inexact == ("public.parts",)
+
+
+def logged(settings: Settings, capture: Running) -> None:
+    """Mend it, and wait until the table was read again and is equal."""
+    execute(settings, LOGGED)
+    eventually("it is exact", lambda: capture.reach().inexact == ())
+    execute(settings, "UPDATE parts SET n = n + 1")
+    capture.reach()
+    assert replay(settings, "public.parts") == selected(settings, "parts")
+
+
+def _status(settings: Settings, *options: str) -> str:
+    return " ".join(CliRunner().invoke(app, ["status", *options], env=environment(settings)).output.split())
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_snapshot_with_an_unlogged_partition_is_not_exact_until_it_is_logged(
+    settings: Settings, *, chunked: bool
+) -> None:
+    """The snapshot reads its rows, but no change of them is in the WAL."""
+    prepare(settings, PARTS, LOW, HIGH, UNLOGGED, ROWS, "INSERT INTO parts VALUES (25, 25)")
+    with capturing(settings, chunked=chunked) as capture:
+        stays_inexact(settings, capture)
+        assert replay(settings, "public.parts") == selected(settings, "parts"), "all the same it is as it was then"
+        execute(
+            settings, "UPDATE parts SET n = 0", "DELETE FROM parts WHERE id = 25", "INSERT INTO parts VALUES (26, 26)"
+        )
+        capture.reach()
+        assert replay(settings, "public.parts") != selected(settings, "parts")
+        logged(settings, capture)
+    complete = [c for c in Log(settings).checkpoints() if c.snapshot == "complete"]
+    assert [c.inexact for c in complete] == ([] if chunked else [("public.parts",)])
+
+
+def test_a_partition_that_becomes_unlogged_leaves_its_table_inexact_until_it_is_logged(settings: Settings) -> None:
+    """Also one that is empty: what it gets is not in the WAL. Neither a restart nor a person who asks for the table changes that."""
+    prepare(settings, PARTS, LOW, HIGH, ROWS)
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, UNLOGGED, "INSERT INTO parts VALUES (25, 25)")
+        stays_inexact(settings, capture)
+        eventually("status names it", lambda: "inexact (S12): public.parts" in _status(settings, "--check"))
+        eventually("with what mends it", lambda: LOGGED in _status(settings))
+    with capturing(settings) as capture:
+        ask(settings, tables=["public.parts"])
+        stays_inexact(settings, capture)
+        execute(settings, "DELETE FROM parts WHERE id = 25", "INSERT INTO parts VALUES (26, 26)")
+        logged(settings, capture)
+        capture.said.clear()
+        execute(settings, "ALTER TABLE more SET UNLOGGED", "INSERT INTO parts VALUES (27, 27)")
+        stays_inexact(settings, capture)
+        logged(settings, capture)
+
+
 def fingerprint(settings: Settings, table: str) -> str:
     """Return what the log has as the table's fingerprint, as JSON."""
     (found,) = Control(Log(settings)).kept("capture", "catalogue")
@@ -452,6 +515,9 @@ def test_a_print_of_before_that_does_not_say_all_is_not_suspected() -> None:
             Fingerprint.of({name: said for name, said in (plain | known).items() if name != lacking}), now
         )
     assert "options changed" in silent(Fingerprint.of(plain | known | {"altered": "811"}), now)
+    assert "unlogged" in silent(now, Fingerprint.of(plain | known | {"unlogged": [LOGGED]})), (
+        "it was not looked for before"
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from psycopg import sql
 from headrace.change import Column, TableSchema, parse_lsn
 from headrace.errors import Misconfigured
 from headrace_capture.connection import SESSION, Connection, connect, connect_replication
-from headrace_capture.published import LEAVES, published
+from headrace_capture.published import LEAVES, UNLOGGED, published
 
 __all__ = [
     "GENERATED",
@@ -92,12 +92,16 @@ class TableColumn:
 
 
 class Leaf(NamedTuple):
-    """A table that holds rows: the table itself, or one partition. Replica identities are theirs, not the root's."""
+    """A table that holds rows: the table itself, or one partition. Replica identities are theirs, not the root's.
+
+    `unlogged` is the statement that mends it if its changes are not in the WAL.
+    """
 
     oid: int
     schema: str
     name: str
     identity: str
+    unlogged: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +379,8 @@ ORDER BY i.indrelid, i.indisprimary DESC, c.relname
 
 _LEAVES = f"""
 WITH RECURSIVE {LEAVES}
-SELECT l.root, c.oid, n.nspname, c.relname, CASE WHEN l.root <> c.oid AND pk.indisreplident THEN 'd' ELSE c.relreplident::text END
+SELECT l.root, c.oid, n.nspname, c.relname, CASE WHEN l.root <> c.oid AND pk.indisreplident THEN 'd' ELSE c.relreplident::text END,
+       {UNLOGGED.format("c")}
 FROM leaf l JOIN pg_class c ON c.oid = l.oid LEFT JOIN pg_index pk ON pk.indrelid = c.oid AND pk.indisprimary
 JOIN pg_namespace n ON n.oid = c.relnamespace WHERE l.root = ANY(%(oids)s) ORDER BY l.root, n.nspname, c.relname
 """

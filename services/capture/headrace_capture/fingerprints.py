@@ -12,6 +12,7 @@ signs are chosen so that daily work is not taken for a change of rows:
   can be seen: it is suspected always;
 - a new partition that is empty changes nothing; one with rows may have brought them; so may one that was detached and attached again:
   another transaction has touched what links it to its root;
+- changes of an unlogged or foreign partition are not in the WAL: its table cannot be exact until it is mended (see `writing`);
 - a label of an enum has an oid of its own: another label at the same one is a rename, and rows show it. Added labels change no row;
 - a composite type that gains or loses an attribute is not written anew: rows show one value more or less at once;
 - so has the constraint (or, as a replica identity, the index) that is the key: while there was none, changes named no row, and two rows may
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 from psycopg import errors, sql
 
 from headrace_capture.catalog import Connection
-from headrace_capture.published import published
+from headrace_capture.published import UNLOGGED, published
 
 NO_KEY = "none"
 
@@ -60,6 +61,7 @@ class Fingerprint:
         labels: (oid, label) of each enum that is the type of a column, below arrays, domains, ranges and composites; of a composite that
             is, the numbers of its attributes.
         links: (oid, transactions that touched its links up to the root) of each partition.
+        unlogged: For each leaf whose changes are not in the WAL, the statement that mends it.
         empty: Leaves that were new to who asked, and empty. Not part of the print.
     """
 
@@ -72,6 +74,7 @@ class Fingerprint:
     key: str = ""
     labels: tuple[tuple[int, str], ...] = ()
     links: tuple[tuple[int, str], ...] = ()
+    unlogged: tuple[str, ...] = ()
     empty: frozenset[int] = field(default=frozenset(), compare=False)
 
     def plain(self) -> dict[str, Any]:
@@ -84,6 +87,7 @@ class Fingerprint:
             "key": self.key,
             "labels": [list(label) for label in self.labels],
             "links": [list(link) for link in self.links],
+            "unlogged": list(self.unlogged),
         }
         return {"kind": self.kind, "columns": columns, "leaves": leaves} | rest
 
@@ -94,7 +98,8 @@ class Fingerprint:
         leaves = tuple((oid, file) for oid, file in plain["leaves"])
         labels, links = (tuple((oid, text) for oid, text in plain.get(name, ())) for name in ("labels", "links"))
         sent, altered, key = (plain.get(name, "") for name in ("sent", "altered", "key"))
-        return cls(plain["kind"], columns, leaves, sent, altered, plain.get("width", 0), key, labels, links)
+        unlogged = tuple(plain.get("unlogged", ()))
+        return cls(plain["kind"], columns, leaves, sent, altered, plain.get("width", 0), key, labels, links, unlogged)
 
 
 def read(
@@ -102,19 +107,20 @@ def read(
 ) -> dict[str, Fingerprint]:
     """Return the fingerprints of the published tables, or of one; leaves that are not `known` are asked whether they are empty.
 
-    One that is locked cannot be asked, and counts as not there yet. Without any that are known nothing is asked.
+    One that is locked cannot be asked, and counts as not there yet. Without any that are known nothing is asked, nor is an unlogged one.
     """
     found: dict[str, Fingerprint] = {}
     for name, kind, columns, leaves, sent, altered, width, key, labels in connection.execute(
         _PRINTS, {"publication": publication, "table": table}
     ):
-        new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known]
-        is_empty = {oid: _is_empty(connection, oid, sql.Identifier(schema, leaf)) for oid, _, schema, leaf, _ in new}
+        new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known and not leaf[-1]]
+        is_empty = {oid: _is_empty(connection, oid, sql.Identifier(schema, leaf)) for oid, _, schema, leaf, *_ in new}
         files = tuple((oid, file) for oid, file, *_ in leaves if is_empty.get(oid, False) is not None)
-        links = tuple((oid, link) for oid, *_, link in leaves if link and is_empty.get(oid, False) is not None)
+        links = tuple((oid, link) for oid, *_, link, _ in leaves if link and is_empty.get(oid, False) is not None)
+        unlogged = tuple(leaf[-1] for leaf in leaves if leaf[-1])
         empty = frozenset(oid for oid, said in is_empty.items() if said)
         prints, told = tuple(ColumnPrint(*c) for c in columns), tuple((oid, label) for oid, label in labels)
-        found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, links, empty)
+        found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, links, unlogged, empty)
     return found
 
 
@@ -158,6 +164,8 @@ def _columns(before: Fingerprint, after: Fingerprint, names: Collection[str]) ->
 
 def _leaves(before: Fingerprint, after: Fingerprint) -> str:
     old, new = dict(before.leaves), dict(after.leaves)
+    if before.unlogged != after.unlogged:
+        return "a partition is unlogged or foreign, so that its changes are not in the WAL, or one is so no longer"
     if before.kind != "p" or after.kind != "p":
         rewritten = old != new and before.columns != after.columns
         return "it was written anew with other columns" if rewritten else ""
@@ -239,8 +247,8 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
        coalesce(labels.told, '[]')
 FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN (
-  SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname, coalesce(link.told, ''))
-                          ORDER BY l.oid) AS told
+  SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname, coalesce(link.told, ''),
+                                                    {UNLOGGED.format("l")}) ORDER BY l.oid) AS told
   FROM leaf x JOIN pg_class l ON l.oid = x.oid JOIN pg_namespace ln ON ln.oid = l.relnamespace LEFT JOIN link ON link.oid = l.oid
   GROUP BY x.root
 ) leaves ON leaves.root = c.oid

@@ -25,6 +25,13 @@ above(oid, ancestor) AS (
 )"""
 """Goes after WITH RECURSIVE: each partition with each of its ancestors; each table with each of those that hold rows of it."""
 
+UNLOGGED: Final = """
+CASE WHEN {0}.relkind = 'f' THEN (SELECT concat('ALTER TABLE ', inhparent::regclass, ' DETACH PARTITION ', {0}.oid::regclass)
+                                  FROM pg_inherits WHERE inhrelid = {0}.oid)
+     WHEN {0}.relpersistence <> 'p' THEN concat('ALTER TABLE ', {0}.oid::regclass, ' SET LOGGED') ELSE '' END"""
+"""Of an entry of pg_class that holds rows of a captured table, the statement that mends it if its changes are not in the WAL: it is
+unlogged, or foreign, which Postgres takes for a partition of what is published as well. Empty if they are."""
+
 _PUBLISHED: Final = """
 {leaves}, named(pub, via_root, oid) AS (
   SELECT p.oid, p.pubviaroot, c.oid

@@ -267,6 +267,12 @@ def _fill(
     if after.statement(settings.publication).as_string() != before:
         statements.append(after.statement(settings.publication))
     made.statements = [statement.as_string() for statement in statements]
+    made.warnings += [
+        f"Changes of {leaf.schema}.{leaf.name} are not in the WAL: {table.full_name} stays inexact (S12) until: {leaf.unlogged}"
+        for table in made.tables
+        for leaf in table.leaves
+        if leaf.unlogged
+    ]
     made.warnings += _standby_warnings(connection, made.server)
     if not made.tables and memory is None:  # a publication that has lost its tables may stay without
         reasons = "; ".join(f"{left.table}: {left.reason}" for left in made.left_out[:3])

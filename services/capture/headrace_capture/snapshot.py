@@ -96,6 +96,7 @@ class Snapshot:
         self._stopped = stopped
         self._schemas = newest(log.schemas().values())
         self._looked = 0.0
+        self._inexact: list[str] = []
 
     def take(self, exporter: Replication) -> Checkpoint:
         """Make the slot, read all tables, remove what an earlier attempt left; return the complete checkpoint.
@@ -150,6 +151,8 @@ class Snapshot:
             elif not published.key:
                 self._progress.say(keyless(published.full_name, published.keyless))
                 continue
+            if any(leaf.unlogged for leaf in published.leaves):
+                self._inexact.append(published.full_name)  # who streams says why
             rows = Rows(self._table(published), self._writer, stamp)
             found.append((rows, list(copies.pieces(connection, published, filters.get(published.oid)))))
         shapes = [rows.table.shape for rows, _ in found]
@@ -254,7 +257,12 @@ class Snapshot:
 
     def _seal(self, version: Version, state: str) -> Checkpoint:
         checkpoint = self._writer.seal(
-            version=version, commit_ts=self._progress.now_ms(), xid=0, source=self._intent.source, snapshot=state
+            version=version,
+            commit_ts=self._progress.now_ms(),
+            xid=0,
+            source=self._intent.source,
+            inexact=tuple(self._inexact),
+            snapshot=state,
         )
         self._progress.sealed(checkpoint)
         return checkpoint

@@ -12,7 +12,7 @@ table is gone with the process) and the table is read once more; if all are ther
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from headrace.change import TableSchema, Version
@@ -21,7 +21,7 @@ from headrace.log import Log
 from headrace_capture.chunks import Chunk
 from headrace_capture.cut import LONGEST_SECONDS, Cut
 from headrace_capture.fingerprints import Fingerprint
-from headrace_capture.jobs import DONE, LEFT, READING, REMOVING, WRITING, Job, Jobs
+from headrace_capture.jobs import DONE, FAILED, LEFT, READING, REMOVING, WRITING, Job, Jobs
 from headrace_capture.known import KnownKeys
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations, plans_of
@@ -203,14 +203,25 @@ class Writing:
         return Table(shape, self._log.topic_of(shape.table), plans, about)
 
     def _finish(self, job: Job) -> None:
-        if job.key is None:
+        self.forget_known()
+        self._progress.say(f"{job.name} was read again: {job.rows} rows, {job.removed} keys removed")
+        known = self._jobs.prints.get(job.table)
+        if job.key is not None:
+            self._jobs.drop(job.name)
+        elif known is not None and known.unlogged:
+            self._stay_inexact(job, known.unlogged)
+        else:
             job.phase = DONE
             self._cut.inexact.discard(job.table)
             self._jobs.put(job)
-        else:
-            self._jobs.drop(job.name)
-        self.forget_known()
-        self._progress.say(f"{job.name} was read again: {job.rows} rows, {job.removed} keys removed")
+
+    def _stay_inexact(self, job: Job, mends: Sequence[str]) -> None:
+        """Let a table rest whose partitions' changes are not all in the WAL; when these statements were run, its fingerprint is another."""
+        job.phase, job.initial = FAILED, False  # the others' snapshot is complete without it
+        job.reason = f"Changes of an unlogged or foreign partition are not in the WAL. It is read again by itself after: {'; '.join(mends)}"
+        self._cut.inexact.add(job.table)
+        self._jobs.put(job)
+        self._progress.say(f"warning: {job.table} stays inexact (rule S12). {job.reason}")
 
 
 def _key_missing(table: str, shape: TableSchema) -> Misconfigured:
