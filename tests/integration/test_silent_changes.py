@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 from typer.testing import CliRunner
 
 from headrace.cli import app
@@ -142,6 +143,18 @@ def test_a_partition_that_becomes_unlogged_leaves_its_table_inexact_until_it_is_
         execute(settings, "ALTER TABLE more SET UNLOGGED", "INSERT INTO parts VALUES (27, 27)")
         stays_inexact(settings, capture)
         logged(settings, capture)
+
+
+def test_a_partition_that_cannot_be_asked_in_time_whether_it_is_empty_counts_as_not_empty(settings: Settings) -> None:
+    """A scan of dead rows that takes too long: here a view, in place of a partition, that takes for ever."""
+    execute(settings, ITEMS, "CREATE VIEW slow AS SELECT FROM generate_series(1, 9) i WHERE pg_sleep(60 * i) IS NULL")
+    with catalog.connect(settings.dsn, name="test") as connection:
+        connection.execute("SET statement_timeout = 50")
+        assert fingerprints._is_empty(connection, 0, sql.Identifier("public", "slow")) is False
+        connection.execute("SET statement_timeout = 0")
+        assert fingerprints._is_empty(connection, 0, sql.Identifier("public", "items")) is True, (
+            "the connection goes on"
+        )
 
 
 def fingerprint(settings: Settings, table: str) -> str:

@@ -183,6 +183,7 @@ class ChunkReader:
         publication = self._settings.publication
         none = _nothing(connection, ask, exists=True)
         none = none._replace(print=fingerprints.read(connection, publication, ask.leaves, ask.table).get(ask.table))
+        self._check()  # what was cancelled may have been a question whether a partition is empty
         if not none.covered:
             return none
         table = next(iter(catalog.published_tables(connection, publication, only=ask.table)), None)

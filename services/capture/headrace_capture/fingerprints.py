@@ -195,13 +195,18 @@ def _length(text: str) -> int:
 
 
 def _is_empty(connection: Connection, oid: int, name: sql.Identifier) -> bool | None:
-    """Return whether a table has no rows, None while it is locked; of one that may not be read, whether it has no pages."""
+    """Return whether a table has no rows, None while it is locked; of one that may not be read, whether it has no pages.
+
+    One whose rows are mostly dead may take longer than a statement may: it counts as not empty.
+    """
     for query in (sql.SQL("SELECT NOT EXISTS (SELECT FROM {})").format(name), sql.SQL(_NO_PAGES).format(oid)):
         try:
             with connection.transaction():
                 row = connection.execute(query).fetchone()
         except errors.LockNotAvailable:
             return None
+        except errors.QueryCanceled:
+            return False
         except errors.InsufficientPrivilege:
             continue  # rows are read through the root: nobody has to let us read a new partition
         return row is not None and bool(row[0])
