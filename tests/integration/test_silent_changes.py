@@ -22,7 +22,7 @@ from headrace.settings import Settings, environment
 from headrace_capture import attention, catalog, fingerprints, identities, resnapshot
 from headrace_capture.fingerprints import ColumnPrint, Fingerprint, silent
 from headrace_capture.recovery import recover
-from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
+from tests.fixtures.capture import Running, capturing, changes, eventually, execute, prepare, replay, selected
 from tests.integration.test_resnapshot import ask, done, jobs
 
 T = "public.items"
@@ -155,6 +155,23 @@ def test_a_partition_that_cannot_be_asked_in_time_whether_it_is_empty_counts_as_
         assert fingerprints._is_empty(connection, 0, sql.Identifier("public", "items")) is True, (
             "the connection goes on"
         )
+
+
+def test_truncate_of_a_partitioned_table_is_a_delete_for_each_live_key(settings: Settings) -> None:
+    """The stream names the root; that its partitions have other files lets it be read again, which finds nothing to mend."""
+    prepare(settings, PARTS, LOW, HIGH, ROWS)
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(
+            settings, "DELETE FROM parts WHERE id = 3", "BEGIN; TRUNCATE parts; INSERT INTO parts VALUES (5, 0); COMMIT"
+        )
+        capture.hear("public.parts was read again")
+        eventually("it is exact", lambda: capture.reach().inexact == ())
+    assert replay(settings, "public.parts") == selected(settings, "parts") == {b'{"id":5}': {"id": 5, "n": 0}}
+    log = changes(settings, "public.parts")
+    (born,) = [change.version for change in log if change.op == "c"]
+    dead = [json.loads(change.key)["id"] for change in log if change.row is None and change.version == born]
+    assert sorted(dead) == sorted(2 * [id_ for id_ in range(20) if id_ != 3]), "each with its tombstone"
 
 
 def fingerprint(settings: Settings, table: str) -> str:
