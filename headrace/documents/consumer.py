@@ -121,7 +121,7 @@ class DocumentConsumer:
         raise NotImplementedError
 
     def id(self, table: str, key: Row) -> str:  # noqa: ARG002  a plugin with several documents needs the table
-        """Return the document's id: the values of the root's key, joined by commas."""
+        """Return the document's id, which no other root may have: the values of the root's key, joined by commas."""
         if len(key) == 1:
             return str(*key.values())
         return ",".join(str(value).translate(_ESCAPES) for value in key.values())

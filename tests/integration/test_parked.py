@@ -72,6 +72,12 @@ def await_parked(control: Control, name: str, count: int, generation: int = 1) -
 
 
 @pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Of three partitions a table the rows 1 and 3 are in the first, 2 is in the second."""
+    return replace(settings, partitions=3)
+
+
+@pytest.fixture
 def feed(settings: Settings) -> Feed:
     return Feed(settings)
 
@@ -341,7 +347,7 @@ def test_with_a_limit_of_0_the_first_one_stops_the_consumer(feed: Feed, settings
         eventually("it stops", lambda: report(control, "picky").phase == "stopped")
         said = report(control, "picky")
         assert (said.code, said.facts.keys()) == ("unlucky", {"reads", "written_ms"})
-        assert f"See {ITEMS} partition 0 offset" in said.reason
+        assert f"See {ITEMS} partition 1 offset" in said.reason
     assert parked(settings, "picky") == []
 
 
@@ -689,7 +695,7 @@ def test_the_commands_show_retry_and_say_what_to_run(feed: Feed, settings: Setti
     assert told(settings, "parked", "show", "picky", TWO)[0]["body"]["row"] == {"id": 2, "n": 13}
     shown = command(settings, "parked", "show", "picky", TWO).stdout
     assert "Change the row." in shown
-    assert f"{feed.log.topic_of(ITEMS)} partition 0 offset" in shown
+    assert f"{feed.log.topic_of(ITEMS)} partition 1 offset" in shown
     missing = command(settings, "parked", "show", "picky", "9")
     assert missing.exception.code == "not-parked"  # type: ignore[union-attr]
     assert "2 records are parked" in command(settings, "status", "picky").stdout
@@ -702,6 +708,51 @@ def test_the_commands_show_retry_and_say_what_to_run(feed: Feed, settings: Setti
     assert "done picky" in command(settings, "parked", "retry", "picky", "--all").stdout
     assert command(settings, "parked", "list").stdout == "nothing is parked\n"
     assert command(settings, "status", "--check", "picky").stdout == "ok\n"
+
+
+class Both(Picky):
+    """Of two tables, whose keys can be the same."""
+
+    tables = (ITEMS, TAGS)
+
+
+def test_of_two_tables_and_two_generations_the_flags_choose_one(feed: Feed, settings: Settings) -> None:
+    def left() -> set[tuple[int, str]]:
+        return {(entry.generation, entry.collection) for entry in Shelf(feed.log).entries("both")}
+
+    def shown(*flags: str) -> list[tuple[int, str]]:
+        found = told(settings, "parked", "show", "both", TWO, *flags)
+        return [(each["generation"], each["collection"]) for each in found]
+
+    feed.cut((ITEMS, 2, 20), (TAGS, 2, 20))
+    with serving(settings, both=Both) as control:
+        await_live(control, "both")
+        forbid(settings, 13)
+        feed.cut((ITEMS, 2, 13), (TAGS, 2, 13))
+        await_parked(control, "both", 2)
+        assert control.ask("both", "rebuild") == {"generation": 2}
+        await_parked(control, "both", 2, generation=2)
+        assert len(shown()) == 4
+        assert shown("--collection", TAGS) == [(1, TAGS), (2, TAGS)]
+        assert shown("--generation", "2") == [(2, ITEMS), (2, TAGS)]
+        documents = [
+            told(settings, "why", "both", TWO, "--table", ITEMS, *of)["document"] for of in (["--generation", "1"], [])
+        ]
+        assert [each["value"]["n"] for each in documents] == [20, 20], "without the flag it is the live one"
+        of_two = ("--collection", TAGS, "--generation", "2")
+        lost = command(settings, "parked", "drop", "both", TWO, *of_two)
+        assert (lost.exit_code, lost.stdout.count("lost: "), left()) == (2, 1, set(shown())), "nobody agreed"
+        forbid(settings)
+        assert told(settings, "parked", "retry", "both", TWO, *of_two)["done"] == [[TAGS, TWO]]
+        assert left() == {(1, ITEMS), (1, TAGS), (2, ITEMS)}
+        found = told(settings, "why", "both", TWO, "--table", TAGS, "--generation", "2")
+        assert (found["generation"], found["document"]["value"]["n"]) == (2, 13)
+        assert told(settings, "parked", "drop", "both", TWO, "--collection", ITEMS, "--yes")["dropped"] == [
+            [ITEMS, TWO]
+        ]
+        assert left() == {(1, TAGS), (2, ITEMS)}, "without the flag it is the live one"
+        assert told(settings, "parked", "drop", "both", "--all", "--generation", "2", "--yes")["records"] == 1
+        assert left() == {(1, TAGS)}
 
 
 def test_what_is_parked_is_shown_with_no_process_running(feed: Feed, settings: Settings) -> None:

@@ -458,3 +458,32 @@ def _joined(n: int, m: int) -> type[DocumentConsumer]:
             return plain(row)
 
     return Joined
+
+
+def test_roots_that_share_an_id_are_named(settings: Settings) -> None:
+    """One overwrites the other's document, and by rows alone nothing differs while both are alike."""
+
+    class Joint(DocumentConsumer):
+        documents = (Document("public.films"), Document("public.books"))
+        store = ElasticsearchIndex("verify-joint", mappings={"dynamic": False})
+
+        def id(self, table: str, key: Row) -> str:
+            return "same" if table == "public.books" else str(key["id"])
+
+        def render(self, row: Node) -> Row:
+            return {"title": row["title"]}
+
+    tables = [f"CREATE TABLE {name} (id text PRIMARY KEY, title text)" for name in ("films", "books")]
+    prepare(settings, *tables, *(f"INSERT INTO {name} VALUES ('same', 'Dune')" for name in ("films", "books")))
+    with kept(settings, Joint):
+        with pytest.raises(Misconfigured) as refused:
+            found(settings, Joint)
+        assert refused.value.code == "document-ids"
+        for root in ('public.films {"id":"same"}', 'public.books {"id":"same"}'):
+            assert root in refused.value.message
+        execute(settings, "INSERT INTO books VALUES ('another', 'Emma')", "DELETE FROM films")
+        with pytest.raises(Misconfigured) as refused:
+            found(settings, Joint)
+        assert 'public.books {"id":"another"}' in refused.value.message
+        execute(settings, "DELETE FROM books WHERE id = 'another'", "UPDATE books SET title = 'Dune II'")
+        assert found(settings, Joint).clean

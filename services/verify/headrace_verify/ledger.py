@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from headrace import codec
 from headrace.change import Row
+from headrace.errors import Misconfigured
 
 MISSING, EXTRA, DIFFERENT = KINDS = ("missing", "extra", "different")
 
@@ -71,12 +72,32 @@ class Ledger:
         self._db.close()
 
     def add(self, rows: Iterable[Expected], members: Iterable[Member]) -> None:
-        """Expect rows, and know which joined rows are in them, or were or will be."""
-        self._db.executemany(
-            "INSERT OR REPLACE INTO expected VALUES (?, ?, ?, ?, ?, 0)",
-            ((row.collection, row.key, *row.root, _packed(row.value)) for row in rows),
-        )
+        """Expect rows, and know which joined rows are in them, or were or will be.
+
+        Raises:
+            Misconfigured: `document-ids`, for a row that is expected of another root too.
+        """
+        rows = list(rows)
+        try:
+            self._db.executemany(
+                "INSERT INTO expected VALUES (?, ?, ?, ?, ?, 0)",
+                ((row.collection, row.key, *row.root, _packed(row.value)) for row in rows),
+            )
+        except sqlite3.IntegrityError as error:
+            raise self._doubled(rows) from error
         self._db.executemany("INSERT OR IGNORE INTO members VALUES (?, ?, ?, ?)", members)
+
+    def _doubled(self, rows: Iterable[Expected]) -> Misconfigured:
+        """Return what is wrong with the first of `rows` that is expected of another root."""
+        query = "SELECT tbl, root FROM expected WHERE collection = ? AND key = ?"
+        known = ((row, self._db.execute(query, (row.collection, row.key)).fetchone()) for row in rows)
+        key, *roots = next((row.key, other, row.root) for row, other in known if other not in {None, row.root})
+        said = " and ".join(" ".join(root) for root in roots)
+        return Misconfigured(
+            "document-ids",
+            f"Two roots have one document, {key}: {said}. Either overwrites it, and whichever goes first takes it away.",
+            "Ids must be unique: let id(table, key) give each root its own, then run: headrace rebuild NAME",
+        )
 
     def count(self) -> int:
         """Return how many rows are expected."""
