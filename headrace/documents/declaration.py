@@ -187,7 +187,8 @@ class Many(_Referring):
     """The rows of `table` whose columns `by` hold the key of the row that they are joined to, in the order of that key.
 
     In `render` they are a list of `Node`, by `order` and then by their own keys; rows of an append-only table, which
-    have none, in an order that depends on nothing but what they hold.
+    have none, in an order that depends on nothing but what they hold. Without a `limit` all of them are in memory at once
+    when the row is rendered: where there is no bound to them, give one, or use an `Aggregate`.
 
     Many to many is a `Many` of the table between, with a `One` of the other:
     ``Many("public.product_tags", by="product_id", tag=One("public.tags", on="tag_id"))``.

@@ -7,11 +7,19 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from headrace import documents, testing
 from headrace.cli import scaffold
+from headrace.errors import Poison
+from headrace.settings import Settings
 from headrace_ops.elasticsearch import Elasticsearch
 from tests.conformance.test_new_consumer import CONFTEST
+from tests.fixtures.heard import Heard, plugin
 
 PAGE = Path(__file__).parents[2] / "docs/writing-a-consumer.md"
 SALES = """
@@ -34,10 +42,15 @@ class TestSales(ConsumerConformance):
 """
 
 
-def run(address: str, folder: Path, test: str, *options: str) -> None:
-    """Run a test beside the code of the page."""
+def written(folder: Path) -> None:
+    """Write the files of the page."""
     for name, code in re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL):
         (folder / name).write_text(code)
+
+
+def run(address: str, folder: Path, test: str, *options: str) -> None:
+    """Run a test beside the code of the page."""
+    written(folder)
     (folder / "conftest.py").write_text(CONFTEST)
     command = [
         sys.executable,
@@ -77,6 +90,29 @@ def test_the_windows_of_the_page_pass_where_rows_move(elasticsearch: Elasticsear
         "-k",
         "can_tell or twice or deletes or steps_of_apply or replay",
     )
+
+
+def test_what_is_no_file_of_its_own_on_the_page_runs_too(
+    heard: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joins, told, poison = map(textwrap.dedent, re.findall(r"```python\n( *[^# ].*?)```", PAGE.read_text(), re.DOTALL))
+    run: dict[str, Any] = (
+        vars(documents) | vars(testing) | {"Settings": Settings, "Webhook": plugin("webhook"), "Poison": Poison}
+    )
+    declared = eval(joins, run)  # noqa: S307  the page's
+    assert [table.partition(".")[2] for table in declared.tables] == [
+        *("products", "categories", "product_tags", "tags", "reviews", "comments")
+    ]
+    exec(told, run)  # noqa: S102
+    assert [body for *_, body in heard] == [b'{"key":{"id":1},"row":{"id":1,"status":"paid"}}']
+    (change,) = run["batch"].changes
+    with pytest.raises(Poison) as raised:
+        exec(poison, run | {"change": change})  # noqa: S102
+    assert raised.value.cursor == ("public.orders", '{"id":1}')
+    written(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    calm = importlib.import_module("calm_sales").CalmSales
+    assert (calm.debounce_seconds, calm.tables) == (5, ("public.orders",))
 
 
 def test_the_public_api_is_what_its_modules_say_and_all_that_strangers_are_told_to_import() -> None:

@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import tomllib
-from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
-from headrace import plugins
 from headrace.change import Version
-from headrace.consumer import Consumer
 from headrace.control import Control
 from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
@@ -26,9 +20,9 @@ from headrace.stores.redis import PageReader
 from headrace.testing import History, shape
 from headrace_ops.redis import Redis
 from tests.fixtures.capture import capturing, eventually, execute, prepare, rows
+from tests.fixtures.heard import FOLDER, Heard, plugin
 from tests.fixtures.serving import await_live, serving
 
-FOLDER = Path(__file__).parents[1] / "plugins"
 SHOP = (
     "CREATE TABLE categories (id int PRIMARY KEY, name text)",
     "CREATE TABLE products (id int PRIMARY KEY, category_id int, name text)",
@@ -43,56 +37,10 @@ SHOP = (
 )
 
 
-def plugin(name: str) -> type[Consumer]:
-    """Load it by what its package says, without installing it."""
-    project = tomllib.loads((FOLDER / f"headrace-{name}/pyproject.toml").read_text())["project"]
-    module, _, cls = project["entry-points"]["headrace.consumers"][name].partition(":")
-    return plugins.load_file(f"{FOLDER}/headrace-{name}/{module}/__init__.py:{cls}")[1]
-
-
 def test_each_is_a_package_of_less_than_forty_lines() -> None:
     found = sorted(FOLDER.glob("headrace-*/headrace_*/__init__.py"))
     assert len(found) == 4
     assert all(len(path.read_text().splitlines()) < 40 for path in found)
-
-
-Heard = list[tuple[str, str, str | None, bytes]]
-
-
-@pytest.fixture
-def answers() -> dict[str, int]:
-    """What is answered at which path, where it is not 204."""
-    return {}
-
-
-@pytest.fixture
-def heard(answers: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
-    """Somebody who is called: (method, path, Idempotency-Key, body) of each request."""
-    requests: Heard = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            requests.append((self.command, self.path, self.headers.get("Idempotency-Key"), body))
-            answer = answers.get(self.path, 204)
-            self.send_response(answer)
-            if answer == 301:
-                self.send_header("Location", "/elsewhere")
-            self.end_headers()
-
-        do_GET = do_PURGE = do_POST  # noqa: N815
-
-        def log_message(self, *_args: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("CACHE", address)
-    monkeypatch.setenv("WEBHOOK", f"{address}/orders")
-    yield requests
-    server.shutdown()
-    server.server_close()
 
 
 def effect(name: str, table: str) -> None:
