@@ -17,12 +17,14 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from headrace.change import format_lsn
 from headrace.parked import Shelf
+from headrace.settings import Settings
 from headrace_ops.kafka import Kafka
 from headrace_ops.stack import Stack
 from tests.faults.test_kills import Killed, check, newest, now_ms
@@ -49,6 +51,12 @@ COMPARED = 3
 """After so many steps the load rests, and all is compared."""
 
 Record = Callable[[str, object], None]
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Each table has three partitions: what a view reads of them comes in another order than it was written."""
+    return replace(settings, partitions=3)
 
 
 @pytest.mark.timeout(180 + 150 * STEPS)
