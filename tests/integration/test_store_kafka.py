@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from headrace import codec
-from headrace.change import Position, Row
+from headrace.change import NOWHERE, Position, Row
 from headrace.consumer import Generation
 from headrace.documents import Document, DocumentConsumer, Node
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.log import Log, transaction
-from headrace.log.kafka import partition_of
+from headrace.log.kafka import partition_of, producer
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.settings import Settings
 from headrace.stores.kafka import KafkaTopic, live_topic, topic
 from headrace.testing import History, shape
 from headrace_ops.kafka import Kafka
+from tests.fixtures.capture import eventually
 from tests.fixtures.unmarked import unmark
 
 PRODUCTS = shape("public.products", id="integer", name="text")
@@ -64,8 +67,10 @@ class Stream:
         topic = live_topic(self.settings, "titles")
         if topic is None:
             return None
-        newest = {r.key: r.value for r in read_to_end(self.settings, {(topic, p): BEGINNING for p in range(3)})}
-        return {key.decode(): codec.loads(value)["name"] for key, value in newest.items() if value is not None}
+        return {key.decode(): codec.loads(v)["name"] for key, v in self.newest(topic).items() if v is not None}
+
+    def newest(self, topic: str) -> dict[bytes, bytes | None]:
+        return {r.key: r.value for r in read_to_end(self.settings, {(topic, p): BEGINNING for p in range(3)})}
 
 
 @pytest.fixture
@@ -186,6 +191,69 @@ def test_a_single_document_is_read_from_its_partition(stream: Stream, monkeypatc
         assert [row for each in rows for row in consumer.get([("", each.key)])] == rows
         assert [len(starts) for _, starts in reads] == [1] * 6
         assert sorted(consumer.get([("", row.key) for row in rows])) == rows
+
+
+def test_what_somebody_writes_into_the_topic_is_shown_and_goes_when_the_view_begins_from_zero(
+    stream: Stream,
+) -> None:
+    stream.commit("kettle", "cup", "pot")
+    stream.catch_up(promote=True)
+    stranger = producer(stream.settings)
+    large = {"epoch": b"1", "lsn": str(1 << 60).encode()}
+    for key, value, headers in (
+        (b"0", None, {}),
+        (b"1", b"no JSON", large),
+        (b"\xff", b"{}", {"epoch": b"one"}),
+        (b"text", b'"text"', {"epoch": None, "lsn": None}),
+    ):
+        stranger.produce("titles.g1", key=key, value=value, headers=headers)
+    assert stranger.flush(30) == 0
+    consumer, _ = stream.open()
+    with closing(consumer):
+        assert [(row.key, row.value, row.version) for row in consumer.scan(None, 9)] == [
+            ("1", {"@error": "no JSON"}, NOWHERE),
+            ("2", {"name": "pot"}, stream.log.version),
+            ("text", {"@error": '"text"'}, NOWHERE),
+            ("\ufffd", {}, NOWHERE),
+        ]
+        assert consumer.get([("", "0")]) == []
+    stranger.produce("titles.generations", key=b"g1")  # its position is lost
+    assert stranger.flush(30) == 0
+    consumer, position = stream.open()
+    with closing(consumer):
+        assert position is None
+    assert set(stream.newest("titles.g1").values()) == {None}
+
+
+def test_a_topic_of_which_somebody_has_deleted_records_is_shown_from_where_it_begins(stream: Stream) -> None:
+    stream.commit("kettle")
+    stream.catch_up()
+    stream.commit("kettle", "cup", "pot")
+    stream.catch_up(promote=True)
+    topics, at = Log(stream.settings).topics, partition_of(b"0", 3)
+    (end,) = topics.ends({"titles.g1": 3})["titles.g1"][at : at + 1]
+    topics.configure({"titles.g1": {"cleanup.policy": "delete"}})  # else Kafka refuses to
+    delete_records(stream.settings, "titles.g1", at, end)
+    left = {str(id_): name for id_, name in enumerate(("kettle", "cup", "pot")) if partition_of(b"%d" % id_, 3) != at}
+    assert left
+    consumer, _ = stream.open()
+    with closing(consumer):
+        assert {row.key: row.value["name"] for row in consumer.scan(None, 9)} == left
+        assert consumer.get([("", "0")]) == []
+
+
+def delete_records(settings: Settings, topic: str, partition: int, end: int) -> None:
+    """Delete a partition's records below `end`, once the broker knows that it may."""
+    admin = AdminClient({"bootstrap.servers": settings.kafka})
+
+    def deleted() -> bool:
+        ((_, future),) = admin.delete_records([TopicPartition(topic, partition, end)]).items()
+        with suppress(KafkaException):
+            future.result(30)
+            return True
+        return False
+
+    eventually("they are deleted", deleted)
 
 
 def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -27,9 +27,11 @@ from headrace.control import Control
 from headrace.documents import Document, DocumentConsumer, Many, Node, One, count, mean
 from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
 from headrace.log import Log
+from headrace.log.kafka import producer
 from headrace.settings import Settings, environment
 from headrace.stores.duckdb import Database, DuckDBStore
 from headrace.stores.elasticsearch import ElasticsearchIndex
+from headrace.stores.kafka import KafkaTopic
 from headrace.stores.redis import RedisPages
 from headrace_verify.expected import everything, expectation
 from headrace_verify.film import Film
@@ -599,13 +601,24 @@ class Pages(DocumentConsumer):
         return {"html": f"<h1>{row['name']}</h1>{count(row.reviews)}"}
 
 
+class Streamed(Products):
+    """A record a product."""
+
+    store = KafkaTopic("verify-stream", partitions=2)
+
+
 class Warehouse(DuckDBStore):
     """The built-in one without its endpoint."""
 
 
 @pytest.mark.usefixtures("elasticsearch", "redis_server")
-def test_one_row_changed_removed_and_added_in_each_of_three_stores_are_nine_keys(shop: Settings) -> None:
-    views: dict[str, type[Any]] = {"products": Products, "pages": Pages, "warehouse": Warehouse}
+def test_one_row_changed_removed_and_added_in_each_of_four_stores_are_twelve_keys(shop: Settings) -> None:
+    views: dict[str, type[Any]] = {
+        "products": Products,
+        "pages": Pages,
+        "stream": Streamed,
+        "warehouse": Warehouse,
+    }
     with capturing(shop) as capture, serving(shop, **views) as control:
         capture.reach()
         await_live(control, *views)
@@ -618,6 +631,7 @@ def test_one_row_changed_removed_and_added_in_each_of_three_stores_are_nine_keys
     assert {name: {(d.kind, d.collection, d.key) for d in of.wrong} for name, of in seen.items()} == {
         "products": docs,
         "pages": docs,
+        "stream": docs,
         "warehouse": rows_,
     }
     assert not any(of.undecided for of in seen.values())
@@ -634,6 +648,7 @@ def _meddle_everywhere(settings: Settings) -> None:
         pages.hset("verify-pages:1:1", "html", "<h1>other</h1>")
         pages.delete("verify-pages:1:2")
         pages.hset("verify-pages:1:9999", "html", "<h1>new</h1>")
+    _produce(settings, "verify-stream.g1", {b"1": b"no JSON", b"2": None, b"9999": b"{}"})
     reviews = 'g1."public.reviews"'
     database = Database.opened(settings.warehouse, settings.warehouse_memory)
     try:
@@ -645,6 +660,14 @@ def _meddle_everywhere(settings: Settings) -> None:
             cursor.execute(f"INSERT INTO {reviews} FROM added")
     finally:
         database.release()
+
+
+def _produce(settings: Settings, topic: str, records: dict[bytes, bytes | None]) -> None:
+    """Write to a topic as a stranger does: without headers of ours."""
+    stranger = producer(settings)
+    for key, value in records.items():
+        stranger.produce(topic, key=key, value=value)
+    assert stranger.flush(30) == 0
 
 
 def test_the_command_names_keys_and_exits_1(settings: Settings, tmp_path: Path) -> None:

@@ -21,25 +21,26 @@ topic as a whole, of single documents their partitions: there is no index.
 
 from __future__ import annotations
 
-import sqlite3
+import itertools
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from headrace import codec
-from headrace.change import NOWHERE, Position, Version
+from headrace.change import NOWHERE, Position
 from headrace.codec import Headers
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.log import Log
 from headrace.log.kafka import partition_of
-from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.tail import BEGINNING, Record, read_to_end
 from headrace.log.topics import Topics
 from headrace.log.transaction import TransactionWriter
 from headrace.log.unmarked import hidden_records
 from headrace.settings import Settings
 from headrace.stores import Doc, check_alone, of_another_source, source_held
+from headrace.stores.kafka.rows import Rows, headers_of, id_of, version_of
 from headrace.stores.scans import Scans
 
 _LIVE = b"live"
@@ -66,7 +67,7 @@ class KafkaTopic:
         self._version = NOWHERE
         self._checked = 0.0
         self._count = partitions
-        self._scans = Scans[_Rows]()
+        self._scans = Scans[Rows]()
         self._tidy = False
 
     def bind(self, settings: Settings, consumer: str) -> None:
@@ -75,7 +76,7 @@ class KafkaTopic:
         self._consumer = consumer
         self.name = self.name or consumer
         self._topics = Log(settings).topics
-        self._scans = Scans[_Rows]()
+        self._scans = Scans[Rows]()
         self._known = _Known(settings, self._topics, self._pointers)
 
     def generations(self) -> list[Generation]:
@@ -145,7 +146,7 @@ class KafkaTopic:
             if first.topic == self._pointers:  # a position that nobody was told of; or another generation's
                 ended[False].append((self._pointers, b"", None, []))
             else:
-                committed = NOWHERE < _version_of(first.headers) <= version
+                committed = NOWHERE < version_of(first.headers) <= version
                 ended[committed].append((last.topic, last.key, last.value, last.headers))
         for committed, records in ended.items():
             for record in records:
@@ -188,7 +189,7 @@ class KafkaTopic:
         try:
             for doc, body in zip(docs, bodies, strict=True):
                 if doc.version >= self._version:
-                    self._opened.write(topic, doc.id.encode(), body, _headers(doc.version))
+                    self._opened.write(topic, doc.id.encode(), body, headers_of(doc.version))
             if position is not None and position.version >= self._version:
                 self._point(position)
                 self._version = position.version
@@ -223,19 +224,19 @@ class KafkaTopic:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._scans = Scans[_Rows]()
+        self._scans = Scans[Rows]()
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
         """Return some documents as readers see them. It reads their partitions as a whole: ask for many at once."""
         wanted = set(ids)
         found = self._documents({partition_of(id_.encode(), self._count) for id_ in wanted})
-        return _Rows(each for each in found if each[0] in wanted).named(ids)
+        return Rows(each for each in found if id_of(each.key) in wanted).named(ids)
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
         """Return documents as readers see them, by id. A scan reads the topic when it begins; a few at once go on in turns."""
         start = after[1] if after else None
         rows = self._scans.take(start)
-        rows = rows or _Rows(self._documents())
+        rows = rows or Rows(self._documents())
         found = rows.next(start, limit)
         if len(found) == limit:  # else it is at the end
             self._scans.put(found[-1].key, rows)
@@ -277,12 +278,11 @@ class KafkaTopic:
         ):  # somebody deleted the topic: readers see nothing before they see a half
             self._opened.write(self._pointers, _LIVE, None)
             self._opened.commit()
-        rows, after = _Rows(self._documents()), None
-        while found := rows.next(after, _CLEARED):
-            for row in found:
-                self._opened.write(self._topic_of(self._facts["generation"]), row.key.encode(), None, _headers(NOWHERE))
+        topic, kept = self._topic_of(self._facts["generation"]), Rows(self._documents()).keys()
+        while keys := list(itertools.islice(kept, _CLEARED)):
+            for key in keys:
+                self._opened.write(topic, key, None, headers_of(NOWHERE))
             self._opened.commit()
-            after = found[-1].key
         self._point(None)
 
     def _point(self, position: Position | None) -> None:
@@ -319,32 +319,12 @@ class KafkaTopic:
                     "kafka-away", f"Kafka does not finish a transaction of {self.name}.", "Look at the broker."
                 )
 
-    def _documents(self, partitions: Collection[int] | None = None) -> Iterator[tuple[str, bytes | None, int]]:
-        topic, read = (
-            self._topic_of(self._facts["generation"]),
-            range(self._count) if partitions is None else partitions,
-        )
-        for record in read_to_end(self._settings, {(topic, partition): BEGINNING for partition in read}):
-            yield record.key.decode(), record.value, _version_of(record.headers).packed()
-
-
-class _Rows:
-    """The newest document of each id at one moment, on disk in SQLite's temporary database [I10]."""
-
-    def __init__(self, documents: Iterable[tuple[str, bytes | None, int]]) -> None:
-        self.since = time.monotonic()
-        self._db = sqlite3.connect("", check_same_thread=False)
-        self._db.execute("CREATE TABLE docs (id TEXT PRIMARY KEY, body BLOB, version INT) WITHOUT ROWID")
-        self._db.executemany("INSERT OR REPLACE INTO docs VALUES (?, ?, ?)", documents)
-
-    def named(self, ids: Sequence[str]) -> list[ViewRow]:
-        query = "SELECT id, body, version FROM docs WHERE id = ? AND body IS NOT NULL"
-        return [_row(found) for id_ in ids for found in self._db.execute(query, (id_,))]
-
-    def next(self, after: str | None, limit: int) -> list[ViewRow]:
-        than = ">=" if after is None else ">"  # the empty text is an id too
-        query = f"SELECT id, body, version FROM docs WHERE id {than} ? AND body IS NOT NULL ORDER BY id LIMIT ?"
-        return [_row(found) for found in self._db.execute(query, (after or "", limit))]
+    def _documents(self, partitions: Collection[int] | None = None) -> Iterator[Record]:
+        """Yield what is there of some partitions, from where they begin: somebody may have deleted records."""
+        topic = self._topic_of(self._facts["generation"])
+        begins = self._topics.begins({topic: self._count})[topic]
+        read = range(self._count) if partitions is None else partitions
+        return read_to_end(self._settings, {(topic, partition): begins[partition] for partition in read})
 
 
 class _Known:
@@ -379,17 +359,3 @@ def live_topic(settings: Settings, name: str) -> str | None:
 
 def _key(number: int) -> bytes:
     return f"g{number}".encode()
-
-
-def _headers(version: Version) -> list[tuple[str, bytes]]:
-    return [("epoch", str(version.epoch).encode()), ("lsn", str(version.lsn).encode())]
-
-
-def _version_of(headers: Sequence[tuple[str, bytes]]) -> Version:
-    named = dict(headers)
-    return Version(int(named["epoch"]), int(named["lsn"]))
-
-
-def _row(found: tuple[str, bytes, int]) -> ViewRow:
-    id_, body, version = found
-    return ViewRow("", id_, codec.loads(body), Version.unpacked(version))

@@ -1,0 +1,74 @@
+"""Documents of a stream as they are read, whoever has written them: verify is to tell what somebody has done to the topic."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from headrace import codec
+from headrace.change import NOWHERE, Row, Version
+from headrace.codec import Headers
+from headrace.consumer import ViewRow
+from headrace.errors import Misconfigured
+from headrace.log.tail import Record
+
+
+class Rows:
+    """The newest document of each id at one moment, on disk in SQLite's temporary database [I10]."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        """Keep what they say in the end."""
+        self.since = time.monotonic()
+        self._db = sqlite3.connect("", check_same_thread=False)
+        self._db.execute("CREATE TABLE docs (id TEXT PRIMARY KEY, key BLOB, body BLOB, version INT) WITHOUT ROWID")
+        found = ((id_of(each.key), each.key, each.value, version_of(each.headers).packed()) for each in records)
+        self._db.executemany("INSERT OR REPLACE INTO docs VALUES (?, ?, ?, ?)", found)
+
+    def named(self, ids: Sequence[str]) -> list[ViewRow]:
+        """Return the documents of some ids."""
+        query = "SELECT id, body, version FROM docs WHERE id = ? AND body IS NOT NULL"
+        return [_row(found) for id_ in ids for found in self._db.execute(query, (id_,))]
+
+    def next(self, after: str | None, limit: int) -> list[ViewRow]:
+        """Return the documents that follow an id."""
+        than = ">=" if after is None else ">"  # the empty text is an id too
+        query = f"SELECT id, body, version FROM docs WHERE id {than} ? AND body IS NOT NULL ORDER BY id LIMIT ?"
+        return [_row(found) for found in self._db.execute(query, (after or "", limit))]
+
+    def keys(self) -> Iterator[bytes]:
+        """Yield the keys of all documents, as they are in the topic."""
+        return (key for (key,) in self._db.execute("SELECT key FROM docs WHERE body IS NOT NULL"))
+
+
+def id_of(key: bytes) -> str:
+    """Return the id that is a record's key; one that is not UTF-8 is nobody's, and shown as near as can be."""
+    return key.decode(errors="replace")
+
+
+def headers_of(version: Version) -> Headers:
+    """Return what a record says of the state that it shows."""
+    return [("epoch", str(version.epoch).encode()), ("lsn", str(version.lsn).encode())]
+
+
+def version_of(headers: Sequence[tuple[str, bytes]]) -> Version:
+    """Undo `headers_of`; NOWHERE for what is not such."""
+    named = dict(headers)
+    with suppress(KeyError, TypeError, ValueError, Misconfigured):  # not there, null, no number, or too large a one
+        return Version.unpacked(Version(int(named["epoch"]), int(named["lsn"])).packed())
+    return NOWHERE
+
+
+def _row(found: tuple[str, bytes, int]) -> ViewRow:
+    id_, body, version = found
+    return ViewRow("", id_, _body(body), Version.unpacked(version))
+
+
+def _body(value: bytes) -> Row:
+    with suppress(ValueError):
+        body: Any = codec.loads(value)
+        if isinstance(body, dict):
+            return body
+    return {"@error": value.decode(errors="replace")}
