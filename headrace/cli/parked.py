@@ -30,6 +30,7 @@ OneKey = Annotated[str | None, typer.Argument(metavar="[KEY]", help="A row's key
 Everything = Annotated[bool, typer.Option("--all", help="All that is parked of the generation.")]
 Collection = Annotated[str | None, typer.Option("--collection", help="The table, where one key is in several.")]
 Number = Annotated[int | None, typer.Option("--generation", help="Which; the live one when left out.")]
+AnyNumber = Annotated[int | None, typer.Option("--generation", help="Which; all when left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -64,7 +65,9 @@ def show_all(
 
 
 @app.command()
-def show(name: Name, key: Key, collection: Collection = None, generation: Number = None, json: AsJson = False) -> None:
+def show(
+    name: Name, key: Key, collection: Collection = None, generation: AnyNumber = None, json: AsJson = False
+) -> None:
     """Show what is parked under a key: what it is, why, where it stands in the log, and what to do.
 
     Exit codes: 0 shown; 3 nothing is parked under that key; 5 Kafka does not answer.

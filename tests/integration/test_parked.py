@@ -298,6 +298,10 @@ def test_a_build_that_lacks_something_is_not_promoted_over_a_live_view(
             picky.ask("picky", verb)
         assert refused.value.code == "records-parked"
         assert "headrace parked retry picky --all --generation 2" in refused.value.remedy
+    assert "all when left out" in command(settings, "parked", "show", "--help").stdout
+    for which, generations in (((), [1, 1, 2]), (("--generation", "2"), [2])):
+        shown = told(settings, "parked", "show", "picky", TWO, *which)
+        assert [each["generation"] for each in shown] == generations
     forbid(settings)
     picky.ask("picky", "retry", {"generation": 2})
     picky.ask("picky", "promote")
