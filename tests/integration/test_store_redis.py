@@ -20,6 +20,7 @@ from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.redis import Page, PageReader, RedisPages
+from headrace.stores.redis import pages as module
 from headrace_ops import Stack, artifacts, guard
 from headrace_ops.redis import Redis
 
@@ -305,14 +306,23 @@ def test_one_read_is_one_round_trip(open_store: Open, settings: Settings, client
     assert client.info("stats")["total_commands_processed"] - total <= 5
 
 
-def test_a_redis_that_may_evict_is_refused(open_store: Open, client: redis.Redis) -> None:
+def test_a_redis_that_may_evict_is_refused(
+    open_store: Open, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while it is written, some time later."""
+    store = open_store()
     client.config_set("maxmemory-policy", "allkeys-lru")
     try:
         with pytest.raises(Misconfigured) as error:
             open_store()
         assert error.value.code == "redis-may-evict"
+        store.write([doc("1", 1)], at(1))
+        monkeypatch.setattr(module, "_LOOK_SECONDS", 0.0)
+        with pytest.raises(Misconfigured) as error:
+            store.write([doc("2", 2)], at(2))
+        assert error.value.code == "redis-may-evict"
         client.config_set("maxmemory-policy", "volatile-lru")
-        open_store()
+        open_store().write([doc("2", 2)], at(2))
     finally:
         client.config_set("maxmemory-policy", "noeviction")
 

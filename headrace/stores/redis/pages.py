@@ -47,6 +47,7 @@ _ALWAYS_BYTES = 1024 * 1024
 """Of a text, that every Redis takes."""
 _SCAN = 1000
 _GRACE_SECONDS = 1.0
+_LOOK_SECONDS = 60.0
 
 
 class RedisPages:
@@ -65,6 +66,7 @@ class RedisPages:
         self._position = ""
         self._scans = Scans[_Ids]()
         self._tidy = False
+        self._looked = 0.0
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Redis of `settings`. Raises Misconfigured: `bad-setting`."""
@@ -128,13 +130,15 @@ class RedisPages:
         Raises:
             Transient: `redis-away`, `redis-busy`; Wiped: `view-wiped`, `view-moved`.
             Poison: `page-empty`, `page-not-text`, `document-too-large`.
-            Misconfigured: `redis-refused`, `view-taken-over`, `view-of-another`.
+            Misconfigured: `redis-refused`, `redis-may-evict`, `view-taken-over`, `view-of-another`.
         """
         after = codec.encode_position(position).decode() if position is not None else ""
         held: list[str | int] = []
         ids: set[str] = set()
         size = 0
         with errors():
+            if time.monotonic() - self._looked > _LOOK_SECONDS:
+                self._check_policy()
             for doc in docs:
                 arguments = _arguments(doc)
                 length = sum(map(len, (doc.body or {}).values()))
@@ -269,6 +273,7 @@ class RedisPages:
             raise Wiped(f"view-{said}", f"{self._state} in Redis is not what was last written: {said}.")
 
     def _check_policy(self) -> None:
+        """Refuse a Redis that drops pages; `write` looks again now and then: it can be told to while a view runs."""
         facts: Any = self._redis.info("memory")
         policy = str(facts["maxmemory_policy"])
         # What is volatile-* evicts only keys with a time to live; ours have none.
@@ -278,6 +283,7 @@ class RedisPages:
                 f"Redis has maxmemory-policy {policy}: it may drop pages on its own.",
                 "Run: redis-cli CONFIG SET maxmemory-policy noeviction, and in redis.conf; or use another Redis.",
             )
+        self._looked = time.monotonic()
 
     def _remove(self, number: int) -> None:
         """Remove a dropped generation after the grace time, unless somebody opens it meanwhile."""
