@@ -12,7 +12,7 @@ import pytest
 from elasticsearch import Elasticsearch as Client
 from elasticsearch import NotFoundError
 
-from headrace.change import Position, Source, Version
+from headrace.change import NOWHERE, Position, Source, Version
 from headrace.consumer import Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
@@ -208,8 +208,8 @@ def test_a_bulk_that_is_late_never_reaches_the_next_attempt(
 ) -> None:
     """The next one makes the index anew, and its log may not have the row any more: no version would refuse that document."""
     killed, may = open_store(), threading.Event()
-    post = killed._post
-    monkeypatch.setattr(killed, "_post", lambda *bulk: may.wait(60) and post(*bulk))
+    post = killed._client.bulk
+    monkeypatch.setattr(killed._client, "bulk", lambda **bulk: may.wait(60) and post(**bulk))
     killed.write([doc("ghost", 1)], None, bulk=True)
     store = open_store()
     may.set()
@@ -410,12 +410,14 @@ def test_a_number_of_replicas_is_not_overridden(settings: Settings, client: Clie
 
 
 def test_an_index_is_durable_whatever_a_template_says_and_refused_where_it_is_not(
-    open_store: Open, client: Client
+    open_store: Open, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also while it is written, some time later."""
     async_ = {"index.translog.durability": "async"}
     client.indices.put_index_template(name="lax", index_patterns=["products-g*"], template={"settings": async_})
     try:
-        open_store().write([doc("1", 1)], at(1))
+        store = open_store()
+        store.write([doc("1", 1)], at(1))
         made = client.indices.get_settings(index="products-g1")["products-g1"]["settings"]["index"]
         assert made["translog"] == {"durability": "request"}
     finally:
@@ -423,6 +425,11 @@ def test_an_index_is_durable_whatever_a_template_says_and_refused_where_it_is_no
     client.indices.put_settings(index="products-g1", settings=async_)
     with pytest.raises(Misconfigured) as error:
         open_store()
+    assert error.value.code == "index-not-durable"
+    store.write([], at(2))
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.0)
+    with pytest.raises(Misconfigured) as error:
+        store.write([], at(3))
     assert error.value.code == "index-not-durable"
     client.indices.put_settings(index="products-g1", settings={"index.translog.durability": "request"})
     assert open_store().get(["1"])
@@ -445,6 +452,32 @@ def test_a_reader_finds_highlights_and_says_when_nothing_is_live(open_store: Ope
     (hit,) = reader.search("kettle")
     assert (hit["id"], hit["name"]) == ("1", "the <big> kettle")
     assert hit["highlight"]["name"] == ["the &lt;big&gt; <em>kettle</em>"]
+
+
+def test_who_waits_until_his_write_is_applied_finds_it(open_store: Open, settings: Settings) -> None:
+    """S25: not as soon as the position is there, but as soon as what it covers is found; and no later than that."""
+    reader = SearchReader(settings, "products")
+    assert reader.applied() == NOWHERE
+    store = open_store()
+    store.write([doc("1", 1)], at(1))
+    assert reader.applied() == NOWHERE
+    store.promote()
+    assert reader.applied() == Version(1, 1)
+    store.write([doc("2", 2)], at(2), bulk=True)  # as it is amid a write: the position is there, and not refreshed
+    assert (reader.applied(), len(reader.search("kettle"))) == (Version(1, 1), 1)
+    store.write([], at(3))
+    assert (reader.applied(), len(reader.search("kettle"))) == (Version(1, 3), 2)
+    store.write([], at(4))  # refreshes nothing
+    assert reader.applied() == Version(1, 4)
+    store.write([doc("3", 5)], at(5), bulk=True)
+    assert (open_store().open(G1), reader.applied()) == (at(5), Version(1, 5))
+    assert len(reader.search("kettle")) == 3
+    reopened = open_store()
+    reopened.write([], replace(at(7), held=Version(1, 6)))
+    assert reader.applied() == Version(1, 6)
+    reopened.drop()
+    assert reader.applied() == NOWHERE
+    reader.close()
 
 
 def wait_for(true: Callable[[], bool]) -> None:

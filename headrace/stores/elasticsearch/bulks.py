@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from elasticsearch import Elasticsearch, NotFoundError
+
 from headrace import codec
+from headrace.change import Row
 from headrace.errors import Poison, Transient
 from headrace.stores import Doc
-from headrace.stores.elasticsearch.client import blocked, is_block, reason_of
+from headrace.stores.elasticsearch.client import blocked, is_block, reason_of, sequence_of
 
 BULK_DOCS = 1000
 _BULK_BYTES = 8 * 1024 * 1024
@@ -83,6 +86,28 @@ def never_fits(status: int, reason: str) -> bool:
     """Whether something is refused that is larger than a request may be, or than all of what operations may have of the heap."""
     share = _SHARE.search(reason)
     return status == _TOO_LARGE or (share is not None and int(share[1]) > int(share[2]))
+
+
+def state_of(server: Elasticsearch, index: str, **how: Any) -> tuple[Row, dict[str, int]] | None:
+    """Return what the position's document says, and its sequence; None where there is none."""
+    try:
+        found = server.get(index=index, id=POSITION, **how)
+    except NotFoundError:
+        return None
+    return found["_source"]["headrace"]["state"], sequence_of(found.body)
+
+
+def refused(server: Elasticsearch, target: str, bulk: bytes) -> list[dict[str, Any]]:
+    """Send a bulk; return the items that are not written."""
+
+    def post(answer: str) -> Any:
+        return server.bulk(index=target, require_alias=True, operations=[bulk], filter_path=answer)  # type: ignore[list-item]
+
+    if not post("errors")["errors"]:
+        return []
+    # Which ones, and why: sent again, it says so. What has been written is written again, equal.
+    found = [next(iter(item.values())) for item in post("items.*._id,items.*.status,items.*.error")["items"]]
+    return [item for item in found if item["status"] >= 300]
 
 
 def judge(item: Mapping[str, Any], index: str, consumer: str, moved: Callable[[], Exception]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,7 +126,21 @@ def body_of(hit: Mapping[str, Any]) -> Row:
     return {name: value for name, value in hit["_source"].items() if name != "headrace"}
 
 
-def row_of(hit: Mapping[str, Any]) -> ViewRow:
+def search(server: Elasticsearch, index: str, query: Mapping[str, Any], size: int, **how: Any) -> list[ViewRow]:
+    """Return what is found as rows of the view."""
+    found = server.search(
+        index=index,
+        query=query,
+        size=size,
+        version=True,
+        track_total_hits=False,
+        allow_partial_search_results=False,  # what a shard that is away has would look missing
+        **how,
+    )
+    return [_row_of(hit) for hit in found["hits"]["hits"]]
+
+
+def _row_of(hit: Mapping[str, Any]) -> ViewRow:
     """Return a hit as a row of the view."""
     return ViewRow("", hit["_id"], body_of(hit), Version.unpacked(hit["_version"]))
 
@@ -146,6 +160,24 @@ def held(server: Elasticsearch, alias: str) -> list[Generation]:
         if (of := about(facts)) and numbers[index].isdecimal()
     ]
     return sorted(made, key=lambda generation: generation.number)
+
+
+def drop_aliases(server: Elasticsearch, index: str, names: Sequence[str]) -> None:
+    """Take aliases away from an index."""
+    if names:  # in a body, of any size
+        server.indices.update_aliases(actions=[{"remove": {"index": index, "aliases": names}}])
+
+
+def settings_of(server: Elasticsearch, index: str) -> Mapping[str, Any]:
+    """Return the settings of an index."""
+    said: Mapping[str, Any] = server.indices.get_settings(index=index)[index]["settings"]["index"]
+    return said
+
+
+def live(server: Elasticsearch, alias: str) -> list[str]:
+    """Return the indices that an alias points at."""
+    found = server.options(ignore_status=404).indices.get_alias(name=alias)
+    return list(found) if found.meta.status == 200 else []
 
 
 def about(facts: Mapping[str, Any]) -> dict[str, str]:

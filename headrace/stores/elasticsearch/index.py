@@ -10,8 +10,9 @@ removed after a day.
 
 *Position.* A bulk is not atomic, so the position is a document of its own, written after every item succeeded, with
 `if_seq_no`: each write proves that it is still the one that this process wrote (S22). It names the index's UUID (an
-index that was restored or made again is another) and its *owner*, which `open` takes, so that a process that was
-replaced meanwhile finds out at once. It covers what is on disk: an index with `translog.durability` async is refused.
+index that was restored or made again is another), whether readers saw what it covers when it was written, and its *owner*, which `open`
+takes, so that a process that was replaced meanwhile finds out at once. It covers what is on disk: an index with `translog.durability`
+async is refused, when it is opened and, by the minute, when it is written.
 
 *Visibility.* Indices never refresh by themselves; the store does with each position. So readers see the states at
 positions, not what is half written, and what `write` has returned for can be read (S25). Only `open` shows, with the position
@@ -37,7 +38,7 @@ from typing import Any
 from elasticsearch import ApiError, ConflictError, NotFoundError
 
 from headrace import codec
-from headrace.change import Position
+from headrace.change import Position, Row
 from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
@@ -53,9 +54,23 @@ from headrace.stores.elasticsearch.bulks import (
     is_id,
     judge,
     never_fits,
+    refused,
+    state_of,
     written,
 )
-from headrace.stores.elasticsearch.client import about, check_durable, client, errors, held, row_of, sequence_of, wiped
+from headrace.stores.elasticsearch.client import (
+    about,
+    check_durable,
+    client,
+    drop_aliases,
+    errors,
+    held,
+    live,
+    search,
+    sequence_of,
+    settings_of,
+    wiped,
+)
 from headrace.stores.sending import MOST, Sending
 
 _INTERNAL = {"exists": {"field": "headrace.kind"}}
@@ -66,6 +81,7 @@ _PAUSES = (0.1, 0.5, 1.0, 2.0, 4.0)
 _MOMENTS = (0.0, 0.2, 0.5, 1.0)
 _DELETED_SECONDS = 24 * 3600
 _PURGE_SECONDS = 3600
+_LOOK_SECONDS = 60.0
 _FOREIGN = 1000
 
 
@@ -93,7 +109,7 @@ class ElasticsearchIndex:
         self._position: str | None = None
         self._written: dict[str, int] = {}
         self._unseen = False
-        self._purged = 0.0
+        self._purged = self._looked = 0.0
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Elasticsearch of `settings`. Raises Misconfigured: `bad-setting`."""
@@ -127,11 +143,12 @@ class ElasticsearchIndex:
         Raises:
             Transient: `elasticsearch-away`, `elasticsearch-busy`, `elasticsearch-blocked`; Wiped: `view-wiped`, `view-moved`.
             Poison: `document-refused`, with the id and Elasticsearch's reason; `document-too-large`.
-            Misconfigured: `elasticsearch-refused`, `view-taken-over`, `view-of-another`.
+            Misconfigured: `elasticsearch-refused`, `view-taken-over`, `view-of-another`, `index-not-durable`.
         """
         if self._other:
             raise of_another_source(f"The index {self._index}", self._other, self._source)
         with errors():
+            self._look()
             self._write_all((written(doc) for doc in docs if doc.body is not None or is_id(doc.id)), wait=not bulk)
             self._unseen = self._unseen or bool(docs)
             if position is not None:
@@ -148,7 +165,8 @@ class ElasticsearchIndex:
     def promote(self) -> None:
         """Swap the alias to this generation."""
         with errors():
-            away = [{"remove": {"index": index, "alias": self.alias}} for index in self._live() if index != self._index]
+            others = [index for index in live(self._client, self.alias) if index != self._index]
+            away = [{"remove": {"index": index, "alias": self.alias}} for index in others]
             add = {"add": {"index": self._index, "alias": self.alias, "filter": _VISIBLE}}
             self._client.indices.update_aliases(actions=[*away, add])
 
@@ -163,8 +181,9 @@ class ElasticsearchIndex:
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
         """Return some documents as readers see them."""
+        query = {"bool": {"must_not": [_INTERNAL], "filter": [{"ids": {"values": ids}}]}}
         with errors():
-            return self._search({"bool": {"must_not": [_INTERNAL], "filter": [{"ids": {"values": ids}}]}}, len(ids))
+            return search(self._client, self._index, query, len(ids))
 
     def count(self) -> dict[str, int]:
         """Return how many documents readers see."""
@@ -181,11 +200,10 @@ class ElasticsearchIndex:
         place.
         """
         start = after[1] if after else ""
+        query = {"bool": {"must_not": [_INTERNAL], "filter": [_NAMED]}}
         with errors():
-            ours = self._search(
-                {"bool": {"must_not": [_INTERNAL], "filter": [_NAMED]}}, limit, search_after=[start], sort=_BY_ID
-            )
-            foreign = self._search({"bool": {"must_not": [_INTERNAL, _NAMED]}}, _FOREIGN)
+            ours = search(self._client, self._index, query, limit, search_after=[start], sort=_BY_ID)
+            foreign = search(self._client, self._index, {"bool": {"must_not": [_INTERNAL, _NAMED]}}, _FOREIGN)
         last = ours[-1].key if len(ours) == limit else None
         placed = [row for row in foreign if row.key > start and (last is None or row.key < last)]
         return sorted([*ours, *placed], key=lambda row: row.key)[:limit]
@@ -217,15 +235,20 @@ class ElasticsearchIndex:
     def _know(self, facts: Mapping[str, Any]) -> None:
         index = facts["settings"]["index"]
         check_durable(self._index, index)
+        self._looked = time.monotonic()
         self._uuid, self._one_shard = index["uuid"], index["number_of_shards"] == "1"
+
+    def _look(self) -> None:
+        """Look now and then whether the index is as durable as it was when it was opened: settings change while a view runs."""
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            check_durable(self._index, settings_of(self._client, self._index))
+            self._looked = time.monotonic()
 
     def _take(self) -> Position | None:
         """Become the owner of the position, and take the aliases of others away; None when there is no position of this index."""
-        try:
-            found = self._client.get(index=self._index, id=POSITION)
-        except NotFoundError:
+        if (found := state_of(self._client, self._index)) is None:
             return None
-        state = found["_source"]["headrace"]["state"]
+        state, sequence = found
         position = codec.decode_position(state["position"]) if state["position"] else None
         source = source_held(state.get("source"), position, self._source)
         if state["uuid"] == self._uuid and source != self._source:
@@ -234,24 +257,18 @@ class ElasticsearchIndex:
         if state["uuid"] != self._uuid or position is None:
             return None
         self._client.indices.put_alias(index=self._index, name=self._target)
-        self._written = sequence_of(found.body)
+        self._written, self._unseen = sequence, True
         try:
             self._put_state(state["position"])
         except Exception:
-            self._drop_aliases([self._target])
+            drop_aliases(self._client, self._index, [self._target])
             raise
         # Only now: who finds his alias gone finds the new owner too.
         aliases = self._client.indices.get_alias(index=self._index)[self._index]["aliases"]
-        self._drop_aliases(
-            [name for name in aliases if name.startswith(f"{self._index}-write") and name != self._target]
-        )
-        self._unseen = True
+        others = [name for name in aliases if name.startswith(f"{self._index}-write") and name != self._target]
+        drop_aliases(self._client, self._index, others)
         self._show()
         return position
-
-    def _drop_aliases(self, names: Sequence[str]) -> None:
-        if names:  # in a body, of any size
-            self._client.indices.update_aliases(actions=[{"remove": {"index": self._index, "aliases": names}}])
 
     def _make(self, generation: Generation) -> None:
         self._client.options(ignore_status=404).indices.delete(index=self._index)
@@ -293,25 +310,13 @@ class ElasticsearchIndex:
     def _send_once(self, target: str, bulk: Sequence[Action]) -> None:
         with errors():
             try:
-                for item in self._refused(target, b"".join(action.lines for action in bulk)):
+                for item in refused(self._client, target, b"".join(action.lines for action in bulk)):
                     judge(item, self._index, self._consumer, self._moved)
             except (ApiError, TooLarge) as error:
                 if isinstance(error, ApiError) and not never_fits(error.status_code, str(error)):
                     raise
                 for half in halves(bulk, self._index, self._consumer):
                     self._send_once(target, half)
-
-    def _refused(self, target: str, bulk: bytes) -> list[dict[str, Any]]:
-        """Send a bulk; return the items that are not written."""
-        if not self._post(target, bulk, "errors")["errors"]:
-            return []
-        # Which ones, and why: sent again, it says so. What has been written is written again, equal.
-        items = self._post(target, bulk, "items.*._id,items.*.status,items.*.error")["items"]
-        found = [next(iter(item.values())) for item in items]
-        return [item for item in found if item["status"] >= 300]
-
-    def _post(self, target: str, bulk: bytes, answer: str) -> Any:
-        return self._client.bulk(index=target, require_alias=True, operations=[bulk], filter_path=answer)  # type: ignore[list-item]
 
     def _write_position(self, position: str, *, show: bool) -> None:
         """Write the position if it is another; with `show` what is unseen of an index of one shard is shown by the same request."""
@@ -325,7 +330,8 @@ class ElasticsearchIndex:
         self._unseen = self._unseen and not show
 
     def _put_state(self, position: str | None, *, refresh: bool = False) -> None:
-        state = {"uuid": self._uuid, "owner": self._owner, "source": self._source, "position": position}
+        state: Row = {"uuid": self._uuid, "owner": self._owner, "source": self._source, "position": position}
+        state["shown"] = not self._unseen  # whether readers see what it covers already; else it is refreshed after it
         how: dict[str, Any] = dict(self._written) or {"op_type": "create"}
         document = {"headrace": {"kind": "position", "state": state}}
         written = self._client.index(
@@ -340,11 +346,9 @@ class ElasticsearchIndex:
         for pause in _MOMENTS:
             time.sleep(pause)
             with suppress(NotFoundError):
-                state = self._client.get(index=self._index, id=POSITION)["_source"]["headrace"]["state"]
-                facts = self._client.indices.get_settings(index=self._index)[self._index]
-                # A copy that was restored names the owner of then.
-                if state["uuid"] == facts["settings"]["index"]["uuid"]:
-                    owner = state["owner"]
+                found, facts = state_of(self._client, self._index), settings_of(self._client, self._index)
+                if found and found[0]["uuid"] == facts["uuid"]:  # a copy that was restored names the owner of then
+                    owner = found[0]["owner"]
                     break
         if owner is None:
             return wiped(self._index)
@@ -380,21 +384,3 @@ class ElasticsearchIndex:
         self._unseen = self._unseen or bool(hits)
         if len(hits) < BULK_DOCS:
             self._purged = time.monotonic()
-
-    # Reading
-
-    def _live(self) -> list[str]:
-        found = self._client.options(ignore_status=404).indices.get_alias(name=self.alias)
-        return list(found) if found.meta.status == 200 else []
-
-    def _search(self, query: dict[str, Any], size: int, **how: Any) -> list[ViewRow]:
-        found = self._client.search(
-            index=self._index,
-            query=query,
-            size=size,
-            version=True,
-            track_total_hits=False,
-            allow_partial_search_results=False,  # what a shard that is away has would look missing
-            **how,
-        )
-        return [row_of(hit) for hit in found["hits"]["hits"]]
