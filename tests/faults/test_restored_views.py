@@ -16,9 +16,11 @@ from headrace import codec
 from headrace.change import Row
 from headrace.documents import DocumentConsumer, Node
 from headrace.errors import HeadraceError
+from headrace.log import Log
 from headrace.settings import Settings
 from headrace.stores.duckdb import DuckDBStore
 from headrace.stores.elasticsearch import ElasticsearchIndex
+from headrace.stores.kafka import KafkaTopic
 from headrace.stores.redis import RedisPages
 from tests.fixtures.capture import capturing, eventually, execute, prepare
 from tests.fixtures.serving import await_live, serving
@@ -48,6 +50,10 @@ AFTERWARDS = (
 
 class Searched(Products):
     store = ElasticsearchIndex("restored", mappings={"dynamic": False})
+
+
+class Streamed(Products):
+    store = KafkaTopic("restored")
 
 
 class Paged(DocumentConsumer):
@@ -107,6 +113,10 @@ def copy_file(settings: Settings) -> Callable[[], None]:
     return lambda: shutil.copy(kept, file)
 
 
+def no_topic(settings: Settings) -> Callable[[], None]:
+    return lambda: Log(settings).topics.delete(["restored.g1"], wait=True)
+
+
 def no_file(settings: Settings) -> Callable[[], None]:
     return Path(settings.warehouse).unlink
 
@@ -122,8 +132,14 @@ def shows(settings: Settings, view: type[Any]) -> None:
 
 @pytest.mark.parametrize(
     ("view", "copied"),
-    [(Searched, copy_index), (Paged, copy_keys), (DuckDBStore, copy_file), (DuckDBStore, no_file)],
-    ids=["Elasticsearch", "Redis", "DuckDB", "no file"],
+    [
+        (Searched, copy_index),
+        (Paged, copy_keys),
+        (DuckDBStore, copy_file),
+        (DuckDBStore, no_file),
+        (Streamed, no_topic),
+    ],
+    ids=["Elasticsearch", "Redis", "DuckDB", "no file", "no topic"],
 )
 def test_a_store_that_is_as_it_was_before_the_view_was_stopped(
     shop: Settings, view: type[Any], copied: Callable[[Settings], Callable[[], None]]

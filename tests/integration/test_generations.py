@@ -35,6 +35,7 @@ from headrace.runner.scratch import NUMBER, Scratch
 from headrace.runner.worker import Worker
 from headrace.settings import Settings, environment
 from headrace.stores.elasticsearch import SearchReader
+from headrace.stores.kafka import live_topic
 from headrace.stores.redis.reader import PageReader
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_warehouse import Warehouse
@@ -1070,10 +1071,15 @@ def test_the_same_code_changes_nothing_in_any_store_while_all_rows_change(
 ) -> None:
     """Both sides are compared at one LSN; the alias and the prefix of the live views are fixed in their classes."""
     prepare(settings, *ticks.MAKE)
-    views = {"found": ticks.TicksFound, "pages": ticks.TicksPages, "warehouse": Warehouse}
+    views = {
+        "found": ticks.TicksFound,
+        "pages": ticks.TicksPages,
+        "stream": ticks.TicksStream,
+        "warehouse": Warehouse,
+    }
     with captured(settings, **views) as control, ticks.repeating(settings, ticks.TICK):
-        for name, new in (("found", "TicksFound"), ("pages", "TicksPages"), ("warehouse", None)):
-            spec = ("--consumer", f"{ticks.FILE}:{new}") if new else ()
+        for name, code in views.items():
+            spec = ("--consumer", f"{ticks.FILE}:{code.__name__}") if code is not Warehouse else ()
             ended = headrace(settings, "replay", name, *spec, "--diff", "--json")
             assert ended.returncode == 0, ended.stdout + ended.stderr
             assert orjson.loads(ended.stdout)["same"] == ticks.ROWS
@@ -1117,7 +1123,12 @@ def test_a_view_is_dropped_whole_from_every_store_and_built_anew(
     settings: Settings, elasticsearch: Elasticsearch
 ) -> None:
     prepare(settings, *ticks.MAKE)
-    views = {"found": ticks.TicksFound, "pages": ticks.TicksPages, "warehouse": Warehouse}
+    views = {
+        "found": ticks.TicksFound,
+        "pages": ticks.TicksPages,
+        "stream": ticks.TicksStream,
+        "warehouse": Warehouse,
+    }
     with captured(settings, **views) as control:
         for name, consumer in views.items():
             assert command(settings, "drop", name, "--all").exit_code == 0
@@ -1127,9 +1138,10 @@ def test_a_view_is_dropped_whole_from_every_store_and_built_anew(
             PageReader(settings, "ticking").get("1")
         with pytest.raises(Transient, match="No generation of found is live"):
             SearchReader(settings, "found").search("1")
-        ended = headrace(settings, "rebuild", "found", "pages", "warehouse", "--wait", "--gate", "none", "--json")
+        assert live_topic(settings, "ticked") is None
+        ended = headrace(settings, "rebuild", *views, "--wait", "--gate", "none", "--json")
         assert ended.returncode == 0, ended.stderr
-        assert [each["generation"] for each in orjson.loads(ended.stdout)] == [1, 1, 1]
+        assert [each["generation"] for each in orjson.loads(ended.stdout)] == [1, 1, 1, 1]
         for name in views:
             rows = [row for row in control.scan(name) if row.collection in {"", "public.ticks"}]
             assert len(rows) == ticks.ROWS
