@@ -137,6 +137,23 @@ def test_read_again_by_a_key_of_an_extension_s_types(settings: Settings) -> None
 
 
 @pytest.mark.usefixtures("forgetful")
+@pytest.mark.usefixtures("forgetful")
+def test_of_a_composite_key(settings: Settings) -> None:
+    """Its text is compared with nothing: then the log says what the value was."""
+    prepare(
+        settings,
+        "CREATE TYPE pair AS (a int, b text)",
+        "CREATE TABLE docs (id pair PRIMARY KEY, n int, big text); ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL",
+        f"INSERT INTO docs VALUES ('(1,x)', 0, '{W}')",
+    )
+    by_key(settings)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "UPDATE docs SET n = 1")
+        capture.reach()
+    assert last(settings)[0] == {"id": "(1,x)", "n": 1, "big": W}
+
+
 def test_a_reread_is_believed_only_if_it_sees_the_change(settings: Settings) -> None:
     """(seen) T sets big, then n, and its commit waits for a standby: the stream has T, a plain re-read would show the older big."""
     prepare(settings, DOCS, f"INSERT INTO docs VALUES (1, 0, '{W}')")

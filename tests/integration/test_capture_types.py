@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
-from contextlib import closing
+from collections import Counter
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,12 @@ import psycopg
 import pytest
 
 from headrace.codec import members
+from headrace.control import Control
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
-from headrace_capture import catalog, copies
+from headrace_capture import catalog, chunks, copies
+from headrace_capture.chunks import Ask
 from headrace_capture.named import named_tables
 from tests.fixtures.capture import capturing, changes, execute, prepare, replay, rows
 from tests.fixtures.kinds import TEXT, Kind, both, drawn, every_kind
@@ -219,6 +222,109 @@ def filled(kind: Kind, row: int) -> str:
     """Return a value that is never null and fits into an index."""
     values = [value for value in kind.values if len(value) < 300]
     return "{}" if kind.array else values[row % len(values)]
+
+
+COLLATED = """
+CREATE COLLATION blind (PROVIDER = icu, LOCALE = 'und-u-ks-level2', DETERMINISTIC = false);
+CREATE DOMAIN spoken AS text COLLATE "und-x-icu"; CREATE DOMAIN fixed AS char(5); CREATE DOMAIN named AS text[] COLLATE "und-x-icu"
+"""
+WORDS = ["", "a", "B", "c", "Ä", "\\", "it's", "z\t", "ß", "10", "9"]
+FEW = 9
+"""Rows of a table that is read in chunks."""
+
+
+def test_a_key_of_any_type_is_where_the_next_chunk_begins(settings: Settings) -> None:
+    """One that does not come back would let rows fall between two chunks, and be taken for dead; here each row is a chunk."""
+    execute(settings, *COLLATED.split(";"))
+    with psycopg.connect(settings.dsn, autocommit=True, cursor_factory=psycopg.ClientCursor) as connection:
+        tables = keyed_by(connection, [*all_kinds(settings), *collated_kinds()])
+    assert len(tables) > 100
+    prepare(settings)
+    with closing(catalog.connect(settings.dsn)) as connection:
+        published = catalog.published_tables(connection, settings.publication)
+        found = {
+            tables[table.full_name].sql: [in_chunks(connection, settings, table, most) for most in (100, 1)]
+            for table in published
+        }
+    wrong = {kind: (read, again) for kind, (read, again) in found.items() if read != again or not read}
+    assert wrong == {}
+
+
+PAGED = {"float8", "numeric", "bytea", "timestamp", "inet", "integer[]", "pair", "public.hstore", "texts", "char(5)"}
+PAGED |= {"text COLLATE blind", 'spoken COLLATE "C"'}
+
+
+def test_no_row_is_lost_between_chunks_whatever_the_key_is(settings: Settings) -> None:
+    """By a snapshot in chunks and by a pass after it every row is written once, and none is deleted."""
+    settings = replace(settings, cut_records=4)
+    execute(settings, *COLLATED.split(";"))
+    kinds = [kind for kind in [*all_kinds(settings), *collated_kinds()] if {kind.name, kind.sql} & PAGED]
+    with psycopg.connect(settings.dsn, autocommit=True, cursor_factory=psycopg.ClientCursor) as connection:
+        tables = keyed_by(connection, kinds)
+    assert len(tables) == len(PAGED)
+    prepare(settings)
+    with capturing(settings, chunked=True) as capture:
+        capture.hear("the initial snapshot is complete")
+        capture.reach()
+        Control(Log(settings)).ask("capture", "resnapshot", {"tables": list(tables)})
+        capture.eventually(
+            "all are read again", lambda: sum("was read again" in line for line in capture.said) == 2 * len(tables)
+        )
+        capture.reach()
+    for table, kind in tables.items():
+        written = Counter((change.op, change.key) for change in changes(settings, table))
+        ((count,),) = rows(settings, f"SELECT count(*) FROM {table}")
+        assert (len(written), set(written.values()), {op for op, _ in written}) == (count, {2}, {"r"}), (
+            kind.sql,
+            written,
+        )
+
+
+def collated_kinds() -> list[Kind]:
+    """Return types that are more than their name, as keys may have them."""
+    texts = [
+        'text COLLATE "de-x-icu"',
+        "text COLLATE blind",
+        'spoken COLLATE "C"',
+        "spoken",
+        "fixed",
+        "char(5)",
+        "varchar(4)",
+    ]
+    found = [Kind(spelled, tuple(WORDS)) for spelled in texts]
+    found.append(Kind('named COLLATE "C"', tuple("{" + word + "}" for word in "aBcÄ")))
+    found.append(Kind("numeric(6,2)", ("NaN", "1", "1.10", "-0.5", "9999.99")))
+    return [*found, Kind("timestamp(0)", ("infinity", "0044-03-15 00:00:00.7 BC", "2024-02-29"))]
+
+
+def keyed_by(connection: psycopg.Connection[Any], kinds: list[Kind]) -> dict[str, Kind]:
+    """Make a table with a few rows for each kind that a primary key may hold; return the kinds by table."""
+    tables = {}
+    for number, kind in enumerate(kinds):
+        name, values = f"public.paged{number}", [value for value in kind.values if len(value) < 300]
+        literals = [kind.literal(row) for row in range(FEW)] if kind.array else values[:FEW]
+        with suppress(psycopg.errors.UndefinedObject, psycopg.errors.UndefinedFunction), connection.transaction():
+            connection.execute(f"CREATE TABLE {name} (k {kind.sql} PRIMARY KEY)".encode())
+            rows = ", ".join([f"(%s::{kind.sql})"] * len(literals))
+            query = f"INSERT INTO {name} SELECT * FROM (VALUES {rows}) v(k) WHERE k IS NOT NULL ON CONFLICT DO NOTHING"
+            connection.execute(query.encode(), literals)
+            tables[name] = kind
+    return tables
+
+
+def in_chunks(connection: catalog.Connection, settings: Settings, table: catalog.Table, most: int) -> list[str]:
+    """Return the keys of a table, read in chunks of so many rows; or what Postgres says to that."""
+    keys: list[str] = []
+    while len(keys) <= FEW:
+        ask = Ask("", table.full_name, keys[-1:], None, most, frozenset(), "", appended=False, again=False)
+        try:
+            rows, last = chunks._rows(connection, chunks._query(connection, settings.publication, table, ask), most)
+        except psycopg.Error as error:
+            return [*keys, str(error)]
+        keys += [key.decode() for (key,) in rows]
+        if last:
+            break
+    return keys
 
 
 IDENTIFIERS = [

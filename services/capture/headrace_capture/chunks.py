@@ -260,18 +260,23 @@ def _query(connection: catalog.Connection, publication: str, table: catalog.Tabl
 def _compared(connection: catalog.Connection, table: catalog.Table, texts: Sequence[str], how: str) -> sql.Composed:
     """Return the comparison of the key with these values, by the operators of the order that ORDER BY takes.
 
-    A bare one of an extension's type is looked for where our search_path has none: it would be that of text (citext), or missing.
+    A bare one of an extension's type is looked for where our search_path has none: it would be that of text (citext), or missing. The
+    values have no domain's type: its collation would be at odds with one that the column has of its own.
     """
-    bases = {column.name: column.base for column in table.columns}
-    schemas = catalog.operator_schemas(connection, [bases[name] for name in table.key])
-    if all(schema == "pg_catalog" for schema in schemas):
+    by_name = {column.name: column for column in table.columns}
+    key = [by_name[name] for name in table.key]
+    values = [
+        sql.SQL("{}::{}").format(sql.Literal(text), _plain(column)) for text, column in zip(texts, key, strict=True)
+    ]
+    signs = catalog.operators(connection, [column.base for column in key])
+    if all(schema == "pg_catalog" for each in signs for schema, _ in each.values()):
         keys = sql.SQL(", ").join(map(sql.Identifier, table.key))
-        return sql.SQL("({}) {} ({})").format(keys, sql.SQL(how), sql.SQL(", ").join(_values(table, texts)))
-    columns = list(zip(table.key, _values(table, texts), schemas, strict=True))
+        return sql.SQL("({}) {} ({})").format(keys, sql.SQL(how), sql.SQL(", ").join(values))
+    columns = list(zip(table.key, values, signs, strict=True))
 
     def one(place: int, sign: str) -> sql.Composed:
-        name, value, schema = columns[place]
-        operator = sql.SQL("OPERATOR({}.{})").format(sql.Identifier(schema), sql.SQL(sign))
+        name, value, named = columns[place]
+        operator = sql.SQL("OPERATOR({}.{})").format(sql.Identifier(named[sign][0]), sql.SQL(named[sign][1]))
         return sql.SQL("{} {} {}").format(sql.Identifier(name), operator, value)
 
     if how == "=":
@@ -290,13 +295,11 @@ def _select(connection: catalog.Connection, publication: str, table: catalog.Tab
     return sql.SQL("SELECT {} FROM {} WHERE ({})").format(columns, source, only)
 
 
-def _values(table: catalog.Table, texts: Sequence[str]) -> list[sql.Composed]:
-    """Return the values of the key's columns as literals of their types."""
-    types = {column.name: column.type for column in table.columns}
-    return [
-        sql.SQL("{}::{}").format(sql.Literal(text), sql.SQL(types[name]))
-        for name, text in zip(table.key, texts, strict=True)
-    ]
+def _plain(column: catalog.TableColumn) -> sql.Composable:
+    """Return a column's type, or what is below its domain."""
+    if not column.below:
+        return sql.SQL(column.type)
+    return sql.SQL(column.base) if "." in column.base else sql.Identifier("pg_catalog", column.base)
 
 
 def _wanted(connection: catalog.Connection, table: catalog.Table, key: dict[str, str]) -> list[bytes]:
@@ -307,8 +310,9 @@ def _wanted(connection: catalog.Connection, table: catalog.Table, key: dict[str,
             f"The key of {table.full_name} is ({', '.join(table.key)}), not ({', '.join(key)}).",
             "See --key.",
         )
-    values = sql.SQL(", ").join(_values(table, [key[name] for name in table.key]))
-    query = sql.SQL("COPY (SELECT {}) TO STDOUT").format(values)
+    types = {column.name: column.type for column in table.columns}
+    values = [sql.SQL("{}::{}").format(sql.Literal(key[name]), sql.SQL(types[name])) for name in table.key]
+    query = sql.SQL("COPY (SELECT {}) TO STDOUT").format(sql.SQL(", ").join(values))
     with connection.cursor().copy(query) as copy:
         (line,) = list(copy)
     return copy_fields(bytes(line)[:-1])

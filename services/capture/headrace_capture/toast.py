@@ -257,9 +257,9 @@ class Filler:
         with postgres_errors(f"reading a row of {table.name} again"):
             try:
                 result = self._connection.execute(_reread_query(table, row, self._schemas(table))).pgresult
-            except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction, errors.DataError):
+            except _INCOMPARABLE:
                 self._check_undoubted(table)
-                return None  # the key's text may be none of its column's type by now
+                return None
             except errors.LockNotAvailable as error:
                 raise _Locked from error
         assert result is not None
@@ -277,7 +277,7 @@ class Filler:
         new = [type_ for type_ in types if type_ not in self._operators]
         if new:
             try:
-                found = catalog.operator_schemas(self._connection, new)
+                found = [signs["="][0] for signs in catalog.operators(self._connection, new)]
             except errors.InsufficientPrivilege:
                 found = ["pg_catalog"] * len(new)
             self._operators |= zip(new, found, strict=True)
@@ -315,6 +315,16 @@ def _not_visible(table: Table, xid: int) -> Transient:
         f"A change of {table.name} by transaction {xid} is in the stream but not yet visible: its commit waits, for a standby perhaps.",
         "See synchronous_standby_names; capture tries again.",
     )
+
+
+_INCOMPARABLE = (
+    errors.UndefinedTable,
+    errors.UndefinedColumn,
+    errors.UndefinedFunction,
+    errors.DataError,
+    errors.FeatureNotSupported,
+)
+"""The key's text may be none of its column's type by now; one of a composite type is compared with nothing."""
 
 
 def _reread_query(table: Table, row: list[Datum], operators: list[str]) -> sql.Composed:
