@@ -1,12 +1,14 @@
 """SIGKILL of capture, the broker and Postgres, under load: nothing is lost and nothing comes twice; test_everything.py kills the views too.
 
 The workload numbers every change, in the row that it writes and in the ledger (`headrace shop work`). Kafka's own console
-consumer, which knows nothing of headrace, must see each committed number exactly once, and no other.
+consumer, which knows nothing of headrace, must see each committed number exactly once, and no other; each delete once, with its
+tombstone behind it; and of each key last what Postgres has.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import time
@@ -18,9 +20,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from headrace.change import format_lsn
+from headrace.codec import encode_key
 from headrace_ops.kafka import Kafka
 from headrace_ops.stack import Stack
-from tests.fixtures.capture import now
+from headrace_shop.database import KEYS
+from tests.fixtures.capture import now, rows
 from tests.fixtures.processes import SMALL, System, console
 
 LOG = ("capture", "kafka", "postgres")
@@ -114,8 +118,9 @@ def now_ms() -> int:
 
 
 def check(system: System, kafka: Kafka) -> list[dict[str, Any]]:
-    """Hold what a stranger reads against the ledger, and return it."""
-    records = console(kafka, f"{system.settings.source}\\.public\\..*")
+    """Hold what a stranger reads against the ledger and the tables, and return its records but for tombstones."""
+    read = console(kafka, f"{system.settings.source}\\.public\\..*")
+    records = [each for each in read if each["op"]]
     committed = system.numbers()
     assert len(committed) > 100
     in_ledger = [each["after"]["seq"] for each in records if _of_ledger(each)]
@@ -124,7 +129,24 @@ def check(system: System, kafka: Kafka) -> list[dict[str, Any]]:
     assert in_ledger == [number for number, _ in committed], "the ledger's topic is the ledger, in its order"
     in_rows = Counter(each["after"]["seq"] for each in records if _written(each))
     assert in_rows == Counter(number for number, what in committed if not what.startswith("delete"))
+    deleted = [each for each in records if each["op"] == "d"]
+    tables = Counter(f"delete {each['source']['table']}" for each in deleted)
+    assert tables == Counter(what for _, what in committed if what.startswith("delete"))
+    behind = Counter((each["key"], each["place"][0], each["place"][1] + 1) for each in deleted)
+    assert behind == Counter((each["key"], *each["place"]) for each in read if not each["op"]), "tombstones"
+    last = {(each["source"]["table"], each["key"]): each["after"] for each in records}
+    assert {key: row for key, row in last.items() if row is not None} == tables_of(system)
     return records
+
+
+def tables_of(system: System) -> dict[tuple[str, str], Any]:
+    """Return the rows of Postgres as the log has them, by table and key; a `numeric` is a string there."""
+    found = {}
+    for table, key in KEYS.items():
+        for (text,) in rows(system.settings, f"SELECT row_to_json(t)::text FROM {table} t"):
+            row = json.loads(text, parse_float=str)
+            found[table, encode_key({name: row[name] for name in key}).decode()] = row
+    return found
 
 
 def _of_ledger(record: dict[str, Any]) -> bool:
