@@ -159,6 +159,7 @@ def equal(settings: Settings, running: Running, view: Plain) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("pair", ["17", NEWEST], indirect=True)  # before, there are no failover slots
 def test_a_standby_with_the_slot_takes_over(pair: Pair) -> None:
     """A failover slot: capture goes on where the log ends, in the same epoch, and nothing is read again."""
     pair.copy(standby=True)

@@ -110,7 +110,7 @@ def _says_no_checkpoints(settings: Settings) -> None:
     said = orjson.loads(headrace(settings, "status", "--json").stdout)
     assert said["source"]["feed"] == "debezium"
     assert said["consumers"]["plain"][0]["checkpoints"] == "none"
-    for words in (("verify",), ("rebuild", "plain", "--wait")):
+    for words in (("verify",), ("wait", "plain"), ("wait", "plain", "--lsn", "0/1"), ("rebuild", "plain", "--wait")):
         asked = headrace(settings, *words)
         assert asked.returncode == Misconfigured.exit_code, asked
         assert "no-checkpoints" in asked.stderr + asked.stdout
