@@ -13,7 +13,7 @@ import pytest
 from headrace.errors import Misconfigured
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
-from headrace_capture import known, live, snapshot, spool, writing
+from headrace_capture import known, live, snapshot, spool, stream, writing
 from tests.fixtures.capture import capturing, execute, prepare, refused, replay, selected
 from tests.integration.test_resnapshot import T, ask, done, unseen
 
@@ -128,4 +128,21 @@ def test_an_old_cut_ends_while_a_chunk_is_written(settings: Settings, monkeypatc
         done(settings, capture)
     ends = [sum(c.ends[Log(settings).topic_of(T)]) for c in Log(settings).checkpoints() if c.partial]
     assert max(after - before for before, after in pairwise(ends)) <= 1024 + 1, "rows, and the mark of each cut"
+    assert replay(settings, T) == selected(settings, "items")
+
+
+def test_an_old_cut_ends_amid_a_truncate(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few deletes it has: where Kafka is slow, as many as fill a cut outlast its transaction, every time anew (S5)."""
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 50) i")
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        capture.reach()
+        monkeypatch.setattr(stream, "LONGEST_SECONDS", 0.0)
+        execute(settings, "TRUNCATE items", "INSERT INTO items VALUES (1, 2)")
+        capture.reach()
+    ends = [sum(c.ends[Log(settings).topic_of(T)]) for c in Log(settings).checkpoints() if c.partial]
+    assert len(ends) >= 50
+    assert max(after - before for before, after in pairwise(ends)) <= 2 + 1, (
+        "a delete with its tombstone, and the mark of each cut"
+    )
     assert replay(settings, T) == selected(settings, "items")

@@ -334,7 +334,7 @@ class Stream:
                 live.catch_up(ends.get(table.topic, []), self._tick)
                 for key in live.each(self._tick):
                     self._put_delete(table, key)
-                    if self._cut.full:
+                    if self._cut.full or self._cut.age >= LONGEST_SECONDS:
                         self._seal_partial()
                         self._tick()
 
