@@ -78,13 +78,9 @@ class Ledger:
             Misconfigured: `document-ids`, for a row that is expected of another root too.
         """
         rows = list(rows)
-        try:
-            self._db.executemany(
-                "INSERT INTO expected VALUES (?, ?, ?, ?, ?, 0)",
-                ((row.collection, row.key, *row.root, _packed(row.value)) for row in rows),
-            )
-        except sqlite3.IntegrityError as error:
-            raise self._doubled(rows) from error
+        packed = ((row.collection, row.key, *row.root, _packed(row.value)) for row in rows)
+        if rows and self._db.executemany(_EXPECT, packed).rowcount < len(rows):
+            raise self._doubled(rows)
         self._db.executemany("INSERT OR IGNORE INTO members VALUES (?, ?, ?, ?)", members)
 
     def _doubled(self, rows: Iterable[Expected]) -> Misconfigured:
@@ -185,6 +181,10 @@ def _packed(value: Row | None) -> Any:
     return codec.dumps(value) if value is not None else None
 
 
+_EXPECT = """
+INSERT INTO expected VALUES (?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET value = excluded.value
+WHERE (tbl, root) = (excluded.tbl, excluded.root)
+"""
 _SCHEMA = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
