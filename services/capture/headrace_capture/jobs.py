@@ -32,6 +32,9 @@ JOINED = "joined"
 """A floor still to be taken: everything that runs when the table is first read must be over by then."""
 _TELL_SECONDS = 5.0
 
+_MOST_DONE = 100
+"""So many keys that were found nowhere are remembered."""
+
 
 @dataclass(slots=True)
 class Job:
@@ -45,7 +48,7 @@ class Job:
         floor: A snapshot; what is read must see all that it sees (`JOINED`, empty for no such need).
         initial: Whether it is a part of the initial snapshot.
         phase: WAITING, READING, PAUSED, FAILED, CANCELLED, DONE or LEFT; for a moment WRITING or REMOVING.
-        reason: Why it failed, or what it waits for.
+        reason: Why it failed, or what it waits for; of a key that is done, that it was found nowhere.
         first: Commit LSN of the first low watermark of this pass, 0 before; of an append-only table, of the high one.
         seen: The snapshot of the first chunk of this pass.
         after: The key up to which it has been read, as texts.
@@ -179,6 +182,12 @@ class Jobs:
         """Forget a job."""
         if self.all.pop(name, None):
             self._dirty.add(name)
+
+    def forget_keys(self) -> None:
+        """Forget keys that were found nowhere, but for the last ones: whoever asked for them is told."""
+        done = [job.name for job in self.all.values() if job.key is not None and job.phase == DONE]
+        for name in done[:-_MOST_DONE]:
+            self.drop(name)
 
     def believe(self, table: str) -> None:
         """Forget that a table was doubted (`doubt`)."""

@@ -58,7 +58,7 @@ def resnapshot(
 
     The running capture does it, in chunks; rows that are gone get their deletes. An append-only table is written anew in one step, for
     which the stream stands still. The progress is in the log, so it survives capture's end. With --recover capture must be stopped: see
-    the runbook's entry of the code that it stopped with.
+    the runbook's entry of the code that it stopped with. A key that neither Postgres nor the log has is told by --wait and --status.
 
     Exit codes: 0 it will be done, or with --wait is; 2 no table was named; 3 capture does not run, or does not know the table, or could not
     read it, with --wait also: it is paused or cancelled; 5 a server does not answer.
@@ -181,6 +181,9 @@ def _wait(log: Log, names: list[str], *, forgotten: bool) -> None:
             said = f"{', '.join(cancelled)}: not read again: cancelled, or left out of the publication."
             raise Misconfigured("resnapshot-cancelled", said, "Ask again if it is still to be read.")
         if not any(job.open for job in waited):
+            for job in waited:
+                if job.reason:
+                    typer.echo(f"note: {job.name}: {job.reason}", err=True)
             return
         paused = [job.name for job in waited if job.phase == PAUSED]
         if paused:

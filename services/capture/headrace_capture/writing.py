@@ -203,17 +203,26 @@ class Writing:
         return Table(shape, self._log.topic_of(shape.table), plans, about)
 
     def _finish(self, job: Job) -> None:
-        self.forget_known()
-        self._progress.say(f"{job.name} was read again: {job.rows} rows, {job.removed} keys removed")
         known = self._jobs.prints.get(job.table)
         if job.key is not None:
-            self._jobs.drop(job.name)
+            self._finish_key(job)
         elif known is not None and known.unlogged:
             self._stay_inexact(job, known.unlogged)
         else:
             job.phase = DONE
             self._cut.inexact.discard(job.table)
             self._jobs.put(job)
+        self.forget_known()
+        self._progress.say(
+            f"{job.name} was read again: {job.rows} rows, {job.removed} keys removed{job.reason and '. '}{job.reason}"
+        )
+
+    def _finish_key(self, job: Job) -> None:
+        self._jobs.drop(job.name)
+        if not (job.rows or job.removed):
+            job.phase, job.reason = DONE, _nowhere(job.table)
+            self._jobs.put(job)  # it is the newest now
+            self._jobs.forget_keys()
 
     def _stay_inexact(self, job: Job, mends: Sequence[str]) -> None:
         """Let a table rest whose partitions' changes are not all in the WAL; when these statements were run, its fingerprint is another."""
@@ -228,6 +237,11 @@ def _key_missing(table: str, shape: TableSchema) -> Misconfigured:
     said = f"{table} has no primary key any more, or a deferrable one, which is none (rule S9): its changes are passed over."
     mend = f"Give it the primary key ({', '.join(shape.key)}) again, in place of a deferrable one: all of it is read again by itself then."
     return Misconfigured("key-missing", said, mend)
+
+
+def _nowhere(table: str) -> str:
+    said = "Postgres has no row of this key, and the log none that is alive and written so: nothing was removed."
+    return f"{said} One written otherwise (1.0, not 1.00) is removed by: headrace resnapshot {table}"
 
 
 def _key(table: Table, chunk: Chunk) -> bytes:
