@@ -203,6 +203,8 @@ class Writing:
         return Table(shape, self._log.topic_of(shape.table), plans, about)
 
     def _finish(self, job: Job) -> None:
+        self.forget_known()
+        self._progress.say(f"{job.name} was read again: {job.rows} rows, {job.removed} keys removed")
         known = self._jobs.prints.get(job.table)
         if job.key is not None:
             self._finish_key(job)
@@ -212,10 +214,6 @@ class Writing:
             job.phase = DONE
             self._cut.inexact.discard(job.table)
             self._jobs.put(job)
-        self.forget_known()
-        self._progress.say(
-            f"{job.name} was read again: {job.rows} rows, {job.removed} keys removed{job.reason and '. '}{job.reason}"
-        )
 
     def _finish_key(self, job: Job) -> None:
         self._jobs.drop(job.name)
@@ -223,6 +221,7 @@ class Writing:
             job.phase, job.reason = DONE, _nowhere(job.table)
             self._jobs.put(job)  # it is the newest now
             self._jobs.forget_keys()
+            self._progress.say(f"note: {job.name}: {job.reason}")
 
     def _stay_inexact(self, job: Job, mends: Sequence[str]) -> None:
         """Let a table rest whose partitions' changes are not all in the WAL; when these statements were run, its fingerprint is another."""
