@@ -137,7 +137,6 @@ def test_read_again_by_a_key_of_an_extension_s_types(settings: Settings) -> None
 
 
 @pytest.mark.usefixtures("forgetful")
-@pytest.mark.usefixtures("forgetful")
 def test_of_a_composite_key(settings: Settings) -> None:
     """Its text is compared with nothing: then the log says what the value was."""
     prepare(
@@ -154,6 +153,7 @@ def test_of_a_composite_key(settings: Settings) -> None:
     assert last(settings)[0] == {"id": "(1,x)", "n": 1, "big": W}
 
 
+@pytest.mark.usefixtures("forgetful")
 def test_a_reread_is_believed_only_if_it_sees_the_change(settings: Settings) -> None:
     """(seen) T sets big, then n, and its commit waits for a standby: the stream has T, a plain re-read would show the older big."""
     prepare(settings, DOCS, f"INSERT INTO docs VALUES (1, 0, '{W}')")

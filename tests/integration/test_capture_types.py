@@ -35,7 +35,7 @@ CREATE EXTENSION hstore; CREATE EXTENSION citext; CREATE EXTENSION ltree; CREATE
 CREATE TYPE mood AS ENUM ('sad', 'so so', 'a"b,c\\');
 CREATE TYPE pair AS (a int, b text, c mood[]); CREATE TYPE nest AS (p pair, l pair[], n numeric);
 CREATE DOMAIN positive AS int CHECK (VALUE > 0); CREATE DOMAIN more AS positive CHECK (VALUE > 1);
-CREATE DOMAIN amounts AS numeric[]; CREATE DOMAIN document AS json; CREATE DOMAIN two AS pair;
+CREATE DOMAIN amounts AS numeric[]; CREATE DOMAIN document AS json; CREATE DOMAIN two AS pair; CREATE DOMAIN moody AS mood;
 CREATE TYPE texts AS RANGE (SUBTYPE = text, MULTIRANGE_TYPE_NAME = manytexts);
 CREATE TYPE moods AS RANGE (SUBTYPE = mood); CREATE TYPE deep AS (m moods, p pair);
 CREATE SCHEMA other; CREATE TYPE other.date AS ENUM ('a "date"', 'b'); CREATE TYPE other.bool AS ENUM ('t', 'maybe');
@@ -63,6 +63,7 @@ def made_kinds() -> list[Kind]:
         "amounts": ["{}", "{1.50,NULL,NaN}", "{{1},{2.00}}"],
         "document": ['{"n": 123456789012345678901234567890.10}', '"x"'],
         "two": pairs,
+        "moody": ["sad", "so so"],
         "texts": ["empty", "[a,b)", '["a,\\"","b)"]', "(,)"],
         "moods": ["empty", '["so so",)', '[sad,"a\\"b,c\\\\"]'],
         "deep": ["(,)", '("[sad,""so so"")","(1,,{sad})")'],

@@ -229,6 +229,7 @@ def test_one_row_by_its_key(commands: Settings, capsys: pytest.CaptureFixture[st
         settings,
         ITEMS,
         "CREATE TABLE pairs (a text, b timestamptz, n int, PRIMARY KEY (b, a))",
+        "CREATE DOMAIN code AS varchar(3); CREATE TABLE codes (id code PRIMARY KEY, n int); INSERT INTO codes VALUES ('abc', 1)",
         "INSERT INTO items SELECT i, i FROM generate_series(1, 5) i",
         "INSERT INTO pairs VALUES ('it''s', '2026-01-02 03:04:05+00', 1)",
     )
@@ -241,12 +242,14 @@ def test_one_row_by_its_key(commands: Settings, capsys: pytest.CaptureFixture[st
                 "DELETE FROM items WHERE id < 3",
                 "UPDATE items SET no = 0 WHERE id > 3",
                 "UPDATE pairs SET n = 2",
+                "UPDATE codes SET n = 2",
             )
         reporting(settings)
         for table, key in (
             ("items", "1"),
             ("items", '{"id": 4}'),
             ("items", "77"),
+            ("codes", "abcd"),  # which its type takes for abc
             ("public.pairs", '{"a":"it\'s","b":"2026-01-02T03:04:05Z"}'),
         ):
             resnapshot([table], key=key, wait=True)
@@ -264,6 +267,7 @@ def test_one_row_by_its_key(commands: Settings, capsys: pytest.CaptureFixture[st
             resnapshot()
     assert replay(settings, T) == {b'{"id":%d}' % i: {"id": i, "no": no} for i, no in ((2, 2), (3, 3), (4, 0), (5, 5))}
     assert [row["n"] for row in replay(settings, "public.pairs").values()] == [2]
+    assert list(replay(settings, "public.codes").values()) == [{"id": "abc", "n": 2}]
     with pytest.raises(Misconfigured) as refusal:
         resnapshot(everything=True)
     assert (refusal.value.code, refusal.value.remedy) == ("capture-not-running", "Run: headrace capture")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from typing import Any
 
@@ -61,13 +62,14 @@ def test_the_parts_of_a_bulk_are_not_each_tried_again_and_again(monkeypatch: pyt
     store.bind(Settings(), "parts")
     posts: list[bytes] = []
 
-    def post(_target: str, bulk: bytes, _answer: str) -> Any:
+    def refused(_server: object, _target: str, bulk: bytes) -> Any:
         posts.append(bulk)
         status = 413 if bulk.count(b'"index"') > 1 else 503
         meta = ApiResponseMeta(status, "1.1", HttpHeaders(), 0.0, NodeConfig("http", "127.0.0.1", 9200))
         raise ApiError("busy", meta, {})
 
-    monkeypatch.setattr(store, "_post", post)
+    monkeypatch.setattr(index, "refused", refused)
+    monkeypatch.setattr(index, "_LOOK_SECONDS", math.inf)  # there is no server to look at
     monkeypatch.setattr(index, "_PAUSES", (0, 0))
     with pytest.raises(Transient, match="busy"):
         store.write([Doc(str(number), {"n": number}, Version(1, 1)) for number in range(8)], None)

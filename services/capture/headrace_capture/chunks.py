@@ -194,7 +194,7 @@ class ChunkReader:
         if ask.after and len(ask.after) != len(table.key):  # changed in the middle of the pass: the fingerprint tells
             return none._replace(covered=False)
         wanted = _wanted(connection, table, ask.key) if ask.key is not None else None
-        rows, last = _rows(connection, _query(connection, publication, table, ask), ask.most)
+        rows, last = _rows(connection, _query(connection, publication, table, ask, wanted), ask.most)
         return none._replace(table=table, rows=rows, last=last, wanted=wanted)
 
     def _spooled(self, connection: catalog.Connection, table: catalog.Table, ask: Ask) -> Spool:
@@ -244,11 +244,16 @@ def _rows(connection: catalog.Connection, query: sql.Composed, most: int) -> tup
     return rows, size <= MOST_BYTES and len(rows) < most
 
 
-def _query(connection: catalog.Connection, publication: str, table: catalog.Table, ask: Ask) -> sql.Composed:
-    """Return the COPY of the rows that are asked for, in the key's order."""
+def _query(
+    connection: catalog.Connection, publication: str, table: catalog.Table, ask: Ask, wanted: list[bytes] | None = None
+) -> sql.Composed:
+    """Return the COPY of the rows that are asked for, in the key's order; of one key by the values that are `wanted`.
+
+    What is not found is deleted from the log as that: a domain may have made other values of those that were given.
+    """
     keys = sql.SQL(", ").join(map(sql.Identifier, table.key))
-    if ask.key is not None:
-        where = _compared(connection, table, [ask.key[name] for name in table.key], "=")
+    if wanted is not None:
+        where = _compared(connection, table, [value.decode() for value in wanted], "=")
     elif ask.after:
         where = _compared(connection, table, ask.after, ">")
     else:
@@ -261,23 +266,30 @@ def _compared(connection: catalog.Connection, table: catalog.Table, texts: Seque
     """Return the comparison of the key with these values, by the operators of the order that ORDER BY takes.
 
     A bare one of an extension's type is looked for where our search_path has none: it would be that of text (citext), or missing. The
-    values have no domain's type: its collation would be at odds with one that the column has of its own.
+    values have no domain's type: its collation would be at odds with one that the column has of its own. Nor has the column: the
+    operators of enums take no domain.
     """
     by_name = {column.name: column for column in table.columns}
     key = [by_name[name] for name in table.key]
+    operands = [
+        sql.SQL("{}::{}").format(sql.Identifier(column.name), _plain(column))
+        if column.below
+        else sql.Identifier(column.name)
+        for column in key
+    ]
     values = [
         sql.SQL("{}::{}").format(sql.Literal(text), _plain(column)) for text, column in zip(texts, key, strict=True)
     ]
     signs = catalog.operators(connection, [column.base for column in key])
     if all(schema == "pg_catalog" for each in signs for schema, _ in each.values()):
-        keys = sql.SQL(", ").join(map(sql.Identifier, table.key))
+        keys = sql.SQL(", ").join(operands)
         return sql.SQL("({}) {} ({})").format(keys, sql.SQL(how), sql.SQL(", ").join(values))
-    columns = list(zip(table.key, values, signs, strict=True))
+    columns = list(zip(operands, values, signs, strict=True))
 
     def one(place: int, sign: str) -> sql.Composed:
-        name, value, named = columns[place]
+        operand, value, named = columns[place]
         operator = sql.SQL("OPERATOR({}.{})").format(sql.Identifier(named[sign][0]), sql.SQL(named[sign][1]))
-        return sql.SQL("{} {} {}").format(sql.Identifier(name), operator, value)
+        return sql.SQL("{} {} {}").format(operand, operator, value)
 
     if how == "=":
         return sql.SQL(" AND ").join(one(place, "=") for place in range(len(columns)))

@@ -56,6 +56,12 @@ def limits(connection: Connection, publication: str) -> Limits:
     return Limits({row[0] for row in listed}, {row[0] for row in narrowed}, {oid: set(names) for oid, names in filters})
 
 
+def listed_elsewhere(connection: Connection, publication: str) -> dict[tuple[str, str], str]:
+    """Return the tables and partitions of which another publication than ours has a column list, by schema and name, with its name."""
+    found = connection.execute(_LISTED_ELSEWHERE, {"ours": publication})
+    return {(schema, name): other for schema, name, other in found}
+
+
 def changes(table: Table, version: int, limited: Limits) -> list[Change]:
     """Return the replica identities to change before `table`, which has a usable key, is published by a server of `version`."""
     wanted = [(leaf, _wanted(table, leaf, version, limited)) for leaf in table.leaves]
@@ -139,6 +145,12 @@ WHERE {_SENDS} AND r.prattrs IS NOT NULL AND (c.relkind = 'r' OR p.pubviaroot)
 """
 
 _OTHERS: Final = "p.pubname <> %(ours)s AND (p.pubupdate OR p.pubdelete)"
+
+_LISTED_ELSEWHERE: Final = f"""
+SELECT n.nspname, c.relname, min(p.pubname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_publication_rel r ON r.prrelid IN (c.oid, pg_partition_root(c.oid)) JOIN pg_publication p ON p.oid = r.prpubid
+WHERE {_OTHERS} AND r.prattrs IS NOT NULL GROUP BY 1, 2
+"""
 
 _NARROWED: Final = f"""
 WITH RECURSIVE {published(_OTHERS)}

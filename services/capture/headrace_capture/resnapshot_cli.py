@@ -173,7 +173,7 @@ def _wait(log: Log, names: list[str], *, forgotten: bool) -> None:
         jobs = Jobs(log).all
         waited = [jobs[name] for name in names if name in jobs]
         failed = [job for job in waited if job.phase == FAILED]
-        if failed:
+        if failed and not any(job.open for job in waited):
             raise Misconfigured("resnapshot-failed", f"{failed[0].name}: {failed[0].reason}", "Mend that, ask again.")
         gone = [] if forgotten else [name for name in names if name not in jobs]
         cancelled = gone + [job.name for job in waited if job.phase in {CANCELLED, LEFT}]

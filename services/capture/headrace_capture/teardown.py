@@ -21,7 +21,7 @@ from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import catalog, rights
 from headrace_capture.catalog import Connection
-from headrace_capture.identities import WORDS
+from headrace_capture.identities import FULL, WORDS, listed_elsewhere
 from headrace_capture.identity import check_source, slot_of
 from headrace_capture.memory import Memory, recall
 from headrace_capture.progress import NAME
@@ -60,11 +60,16 @@ def plan(connection: Connection, settings: Settings) -> Removal:
     if memory is None:
         return Removal(slot is not None, (), (*kept, *_not_ours(connection, settings.publication)))
     statements = [sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(settings.publication))]
-    needed = _needed(connection, settings)
+    needed, listed = _needed(connection, settings), listed_elsewhere(connection, settings.publication)
     for where, statement in _restore(connection, memory):
         if where in needed:
             kept.append(
                 f"Stays, for {needed[where]} may need it; take it away when that is gone: {statement.as_string()}"
+            )
+        elif where in listed and statement.as_string().endswith(WORDS[FULL]):
+            kept.append(
+                f"Stays, or UPDATE and DELETE would fail: a column list of publication {listed[where]} stands against "
+                f"{statement.as_string()}"
             )
         else:
             statements.append(statement)

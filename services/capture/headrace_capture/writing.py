@@ -239,7 +239,7 @@ def _key_missing(table: str, shape: TableSchema) -> Misconfigured:
 
 
 def _nowhere(table: str) -> str:
-    said = "Postgres has no row of this key, and the log none that is alive and written so: nothing was removed."
+    said = "Postgres has no row of this key, and the log none that is alive, written so, and older than that look: nothing was removed."
     return f"{said} One written otherwise (1.0, not 1.00) is removed by: headrace resnapshot {table}"
 
 
