@@ -204,3 +204,20 @@ def test_what_another_source_of_the_same_database_relies_on_stays(role: tuple[Se
             db.execute(line.rpartition(": ")[2].encode())
     assert rows(shop, full) == []
     assert rows(shop, f"SELECT rolreplication FROM pg_roles WHERE rolname = '{name}'") == [(False,)]
+
+
+def test_no_identity_comes_back_that_a_column_list_of_others_stands_against(role: tuple[Settings, str]) -> None:
+    """Setup has taken it away for that: with it the application's UPDATE and DELETE would fail (S8)."""
+    shop, name = role
+    for table in ("docs", "free"):
+        execute(shop, f"CREATE TABLE {table} (id int PRIMARY KEY, n int)", f"ALTER TABLE {table} REPLICA IDENTITY FULL")
+    other = f"{shop.publication}_other"
+    execute(shop, f"CREATE PUBLICATION {other} FOR TABLE docs (id)", "INSERT INTO docs VALUES (1, 1)")
+    set_up(shop, name)
+    (kept,) = torn_down(shop)
+    assert "column list" in kept
+    assert other in kept
+    assert '"docs" REPLICA IDENTITY FULL' in kept
+    execute(shop, "UPDATE docs SET n = 2", "DELETE FROM docs")
+    identities = "SELECT relname, relreplident::text FROM pg_class WHERE relname IN ('docs', 'free') ORDER BY 1"
+    assert rows(shop, identities) == [("docs", "d"), ("free", "f")]
