@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS generations (number INTEGER PRIMARY KEY, fingerprint 
 CREATE TABLE IF NOT EXISTS reads_all (number INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS done (number INTEGER, change TEXT, PRIMARY KEY (number, change)) WITHOUT ROWID;
 """
-_CHUNK = 256
+_MOST = 256
 
 
 def idempotency_key(change: Change) -> str:
@@ -57,8 +57,8 @@ def lost(name: str) -> Transient:
     """Return what a consumer waits for of which nothing is there any more, though it has run: what came since would be told to nobody."""
     return Transient(
         "effects-lost",
-        f"{name} has run, and the file of its position is gone: what was committed since it stopped would be told to nobody.",
-        f"Put {name}-effects.sqlite back below HEADRACE_STATE, and start it again. To begin with what comes from now on instead: "
+        f"{name} has run, and has no file of its position: what was committed since it stopped would be told to nobody.",
+        f"Stop it, put {name}-effects.sqlite back below HEADRACE_STATE, start it. To begin with what comes from now on instead: "
         f"headrace drop {name} --all, then headrace rebuild {name}",
     )
 
@@ -86,7 +86,7 @@ class EffectConsumer:
         self._number = 0
         self._owner = uuid.uuid4().hex
         self._connection: sqlite3.Connection | None = None
-        self._chunk = _CHUNK
+        self._chunk = 1  # the worker makes a consumer anew after every error: then change by change
 
     def effect(self, changes: Sequence[Change]) -> None:
         """Do what is to be done for some changes, in their order; all of it is done when this returns.
@@ -98,7 +98,9 @@ class EffectConsumer:
         raise NotImplementedError
 
     def generations(self) -> list[Generation]:
-        """Return those that the file holds."""
+        """Return those that the file holds; one that is not there is not made, for somebody may put it back."""
+        if self._connection is None and not any(map(Path.exists, self._paths)):
+            return []
         with self._file() as db:
             found = db.execute("SELECT number, fingerprint, live FROM generations ORDER BY number").fetchall()
         return [Generation(self.name, number, fingerprint, bool(live)) for number, fingerprint, live in found]
@@ -110,9 +112,11 @@ class EffectConsumer:
             made = (generation.number, generation.fingerprint)
             db.execute("INSERT OR IGNORE INTO generations (number, fingerprint) VALUES (?, ?)", made)
             db.execute("UPDATE generations SET owner = ? WHERE number = ?", (self._owner, self._number))
-            query = "SELECT position FROM generations WHERE number = ?"
-            (position,) = db.execute(query, (self._number,)).fetchone()
-        return codec.decode_position(position) if position else None
+            return self._position(db)
+
+    def _position(self, db: sqlite3.Connection) -> Position | None:
+        found = db.execute("SELECT position FROM generations WHERE number = ?", (self._number,)).fetchone()
+        return codec.decode_position(found[0]) if found and found[0] else None
 
     def apply(self, batch: Batch) -> None:
         """Do it for each change, if it is this generation's turn: it is live, or none is yet. Then keep the position.
@@ -125,8 +129,9 @@ class EffectConsumer:
         position = (codec.encode_position(batch.position), self._number, self._owner)
         with self._file() as db:
             db.execute("BEGIN IMMEDIATE")
+            stood = self._position(db)
             passed = db.execute("UPDATE generations SET position = ? WHERE number = ? AND owner = ?", position).rowcount
-            if passed:
+            if passed and stood and stood.offsets != batch.position.offsets:  # not where what is parked was tried again
                 db.execute("DELETE FROM done WHERE number = ?", (self._number,))
             if tuple(self.tables) == ALL:
                 db.execute("INSERT OR IGNORE INTO reads_all VALUES (?)", (self._number,))
@@ -140,13 +145,14 @@ class EffectConsumer:
             }
         live, owner = held.get(self._number, (False, None))
         if owner is None:
-            raise Wiped(
-                "view-wiped",
-                f"Generation {self._number} of {self.name} is gone, or goes on elsewhere: it is opened anew.",
-            )
+            raise self._gone()
         if owner != self._owner:
             raise Misconfigured("view-taken-over", f"Another process runs {self.name}.", "Stop one of the two.")
         return live or not any(live for live, _ in held.values())
+
+    def _gone(self) -> Wiped:
+        said = f"Generation {self._number} of {self.name} is gone, or goes on elsewhere: it is opened anew."
+        return Wiped("view-wiped", said)
 
     def _do(self, changes: Sequence[Change]) -> None:
         """Do what has not been done of a batch, and note each chunk but the last, which the position covers."""
@@ -158,16 +164,17 @@ class EffectConsumer:
             try:
                 self.effect(chunk)
             except Exception:
-                self._chunk = 1
+                self._chunk = 1  # what a Poison names is taken out, and the rest tried by this one
                 raise
-            self._chunk = min(2 * self._chunk, _CHUNK)
+            self._chunk = min(2 * self._chunk, _MOST)
             if left:
                 noted = ((self._number, idempotency_key(change)) for change in chunk)
                 with self._file() as db:
                     db.execute("BEGIN IMMEDIATE")
                     db.executemany("INSERT OR IGNORE INTO done VALUES (?, ?)", noted)
                     db.execute("COMMIT")
-                self._is_its_turn()  # a batch may take long: who was replaced meanwhile ends
+                if not self._is_its_turn():  # a batch may take long: who was replaced meanwhile ends
+                    raise self._gone()
 
     def promote(self) -> None:
         """Let this generation do it from now on, from where the one before has stopped; it is opened anew for that.
@@ -244,14 +251,19 @@ class EffectConsumer:
         """See `Consumer.scan`: there is nothing to read."""
         return []
 
+    @property
+    def _paths(self) -> tuple[Path, Path]:
+        """Return where an earlier version kept the file, and where it is."""
+        name = f"{self.name}-effects.sqlite"
+        return self.settings.path(name), self.settings.path(f"{self.settings.source}/{name}")
+
     @contextmanager
     def _file(self) -> Iterator[sqlite3.Connection]:
         """Give the file of the positions. Raises Transient: `local-state`."""
-        name = f"{self.name}-effects.sqlite"
-        path = self.settings.path(f"{self.settings.source}/{name}")
+        old, path = self._paths
         try:
             if self._connection is None:
-                _take_over(self.settings.path(name), path, self.settings.source)
+                _take_over(old, path, self.settings.source)
                 self._connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
                 self._connection.executescript(_TABLES)
             yield self._connection

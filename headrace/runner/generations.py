@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
@@ -17,11 +17,12 @@ from typing import Any
 from headrace.change import Version, source_of
 from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
-from headrace.effects import lost
+from headrace.effects import EffectConsumer, lost
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.parked import Shelf
+from headrace.runner.parking import lacking
 from headrace.runner.worker import Worker
 
 PAUSED, DROPPED = "paused", "dropped"
@@ -89,8 +90,8 @@ class Generations:
         held = {generation.number: generation for generation in self._store.generations()}
         if self._unrecorded:
             self._seed_shown(held)
-        if self.hands_on and self._shown and self.standing != DROPPED and not (held or self.workers):
-            raise lost(self.name)
+        if self.standing != DROPPED:
+            self.check_not_lost(held)
         if not self._tidy and (held or self.standing == DROPPED):
             # What a drop that was cut short has left. A store with nothing in it may be another one: there it is all of what is parked.
             self._shelf.clear(self.name, lambda number: number not in held and number not in self.workers)
@@ -162,7 +163,7 @@ class Generations:
 
     def _ready(self) -> list[Worker]:
         shows = [worker for worker in list(self.workers.values()) if worker.state.exact and not worker.still]
-        return [worker for worker in shows if not lacking(worker)]
+        return [worker for worker in shows if not lacking(worker.state.error)]
 
     def _promote_first(self) -> None:
         """Promote a generation that shows a state, when none is live: the first build; or, where the pointer or the live one was lost,
@@ -280,6 +281,11 @@ class Generations:
                 return error
         return None
 
+    def check_not_lost(self, held: Collection[int] = ()) -> None:
+        """Raise Transient `effects-lost` where effects that were done before would begin anew: nothing is `held` of them any more."""
+        if self._shown and not held and not self.workers and issubclass(self._consumer, EffectConsumer):
+            raise lost(self.name)
+
     def check_not_of_another(self) -> None:
         """Refuse to build beside a view of another source whose process runs: its readers would see this one's rows.
 
@@ -392,9 +398,3 @@ def _made(consumer: type[Consumer], log: Log, name: str) -> Consumer:
     made = consumer(log.settings, name)
     made.progress = no_progress
     return made
-
-
-def lacking(worker: Worker) -> HeadraceError | None:
-    """Return why a generation lacks for ever what was parked of it, None when it does not."""
-    error = worker.state.error
-    return error if error is not None and error.code == "parked-lost" else None

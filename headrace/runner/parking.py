@@ -339,3 +339,8 @@ def _oldest(held: dict[Cursor, dict[str, Version]]) -> Version | None:
 
 def _collections(held: dict[Cursor, dict[str, Version]]) -> tuple[str, ...]:
     return tuple(sorted({collection for collection, _ in held}))
+
+
+def lacking(error: HeadraceError | None) -> HeadraceError | None:
+    """Return the error of a generation that lacks for ever what was parked of it, None of any other."""
+    return error if error is not None and error.code == "parked-lost" else None

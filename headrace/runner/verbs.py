@@ -16,7 +16,8 @@ from headrace.consumer import Generation
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.parked import records_parked
 from headrace.requests import Request
-from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, lacking, reach
+from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, reach
+from headrace.runner.parking import lacking
 from headrace.runner.worker import Worker
 
 _PATIENCE_SECONDS = 30.0
@@ -63,6 +64,7 @@ class Verbs:
             raise Misconfigured("view-paused", f"{self._name} is paused.", f"Run: headrace resume {self._name}")
         if made.standing == DROPPED:
             made.stay("")
+        made.check_not_lost()
         live = made.live()
         made.check_not_of_another()
         newest = max(made.workers, default=0)
@@ -304,7 +306,7 @@ def _check_whole(target: Worker, live: Worker | None) -> None:
 
     None goes live that lacks it for ever.
     """
-    error = lacking(target)
+    error = lacking(target.state.error)
     if error is not None:
         raise error
     if live is not None and target.state.parked:

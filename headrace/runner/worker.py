@@ -223,7 +223,7 @@ class Worker(threading.Thread):
 
     def _serve(self) -> None:
         consumer = self._make()
-        consumer.progress = self._progress
+        consumer.progress, self.state.progress = self._progress, (0, 0)
         try:
             position, resting = consumer.open(self.generation), self._resting
             self.opened = getattr(consumer, "shows", None) or position

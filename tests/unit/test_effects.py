@@ -13,7 +13,7 @@ import pytest
 
 from headrace import codec
 from headrace.change import Change, Position, Version
-from headrace.consumer import ALL, Batch, Generation
+from headrace.consumer import ALL, Generation
 from headrace.effects import EffectConsumer, idempotency_key
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
@@ -165,31 +165,53 @@ class Limited(Told):
             super().effect([change])
 
 
-def _until_done(consumer: Told, batch: Batch) -> int:
-    for tried in range(MANY):
-        with suppress(Transient):
-            consumer.apply(batch)
-            return tried
-    raise AssertionError("it never ends")
-
-
 def test_a_receiver_that_takes_few_at_a_time_is_told_everything_in_the_end(busy: tuple[World, list[int]]) -> None:
+    """By a consumer that is made anew after each error, as the worker does it."""
     world, numbers = busy
-    consumer = Limited(world.settings, "told")
-    consumer.told = world.told
-    (batch,) = world.log.batches(consumer.open(Generation("told", 1, "abc")))
-    assert _until_done(consumer, batch) > 5
+    tried, done = 0, False
+    while not done and tried < MANY:
+        consumer = Limited(world.settings, "told")
+        consumer.told = world.told
+        (batch,) = world.log.batches(consumer.open(Generation("told", 1, "abc")))
+        tried += 1
+        with closing(consumer), suppress(Transient):
+            consumer.apply(batch)
+            done = True
+    assert done
+    assert tried > 5
     told = [int(status or "") for status in world.statuses()]
     assert sorted(set(told)) == numbers
     assert [n for at, n in enumerate(told) if n not in told[:at]] == numbers
     assert len(told) < 3 * len(numbers)
-    consumer.close()
-    with closing(sqlite3.connect(world.settings.path(f"{world.settings.source}/told-effects.sqlite"))) as db:
-        assert db.execute("SELECT count(*) FROM done").fetchone() == (0,)
+    assert noted(world) == 0
     world.told.clear()
     world.commit("after")
     world.catch_up()
     assert world.statuses() == ["after"]
+
+
+def noted(world: World) -> int:
+    """Return how many changes are known to be done beyond the positions."""
+    with closing(sqlite3.connect(world.settings.path(f"{world.settings.source}/told-effects.sqlite"))) as db:
+        return int(db.execute("SELECT count(*) FROM done").fetchone()[0])
+
+
+def test_what_is_parked_is_tried_again_amid_a_batch_without_forgetting_what_is_done(
+    busy: tuple[World, list[int]],
+) -> None:
+    """It comes with the position that is there."""
+    world, _ = busy
+    consumer = Limited(world.settings, "told")
+    consumer.most, consumer.told = MANY - 1, world.told
+    position = consumer.open(Generation("told", 1, "abc"))
+    assert position is not None
+    (batch,) = world.log.batches(position)
+    with pytest.raises(Transient):
+        consumer.apply(batch)
+    before = noted(world)
+    assert before > 0
+    consumer.apply(replace(batch, changes=batch.changes[-1:], position=position))
+    assert noted(world) >= before
 
 
 @pytest.mark.parametrize("promoted", [False, True])
@@ -206,6 +228,7 @@ def test_what_was_done_of_a_batch_is_not_done_again_by_who_goes_on(
         consumer.apply(batch)
     consumer.close()
     assert len(world.told) == MANY - 2
+    assert noted(world) > 256
     if promoted:
         world.promote(2)
     world.catch_up(2 if promoted else 1)
