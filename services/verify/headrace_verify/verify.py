@@ -297,4 +297,7 @@ def _left(expected: Expectation, rows: Mapping[str, int]) -> list[str]:
 
 def _inexact(checkpoint: Checkpoint, expected: Expectation) -> list[str]:
     inexact = sorted(set(checkpoint.inexact) & {*expected.tables, *expected.keyless})
-    return [f"{table} is being read again by capture: its state in the log is not exact (S12)" for table in inexact]
+    return [
+        f"{table} is inexact: its state in the log may not be what Postgres has (S12); see headrace status capture"
+        for table in inexact
+    ]
