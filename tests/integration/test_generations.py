@@ -757,7 +757,7 @@ def test_a_rollback_goes_to_what_readers_saw_and_not_to_a_build_that_they_never_
         assert none.code == "nothing-to-roll-back-to"
 
 
-KEPT = {"": {"generations": [1, 2], "left": []}}
+KEPT = {"": {"generations": [1, 2], "left": [], "refused": []}}
 
 
 def test_after_an_upgrade_a_rollback_goes_to_what_is_older(feed: Feed, settings: Settings) -> None:
