@@ -21,7 +21,7 @@ from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import catalog, rights
 from headrace_capture.catalog import Connection
-from headrace_capture.identities import FULL, WORDS, listed_elsewhere
+from headrace_capture.identities import DEFAULT, FULL, Change, alter, listed_elsewhere
 from headrace_capture.identity import check_source, slot_of
 from headrace_capture.memory import Memory, recall
 from headrace_capture.progress import NAME
@@ -66,7 +66,7 @@ def plan(connection: Connection, settings: Settings) -> Removal:
             kept.append(
                 f"Stays, for {needed[where]} may need it; take it away when that is gone: {statement.as_string()}"
             )
-        elif where in listed and statement.as_string().endswith(WORDS[FULL]):
+        elif where in listed and statement == alter(Change(*where, DEFAULT, FULL)):
             kept.append(
                 f"Stays, or UPDATE and DELETE would fail: a column list of publication {listed[where]} stands against "
                 f"{statement.as_string()}"
@@ -180,9 +180,8 @@ def _restore(connection: Connection, memory: Memory) -> list[tuple[_Where, sql.C
 
     schemas = {schema for (schema,) in connection.execute("SELECT nspname FROM pg_namespace")}
     roles = {role for (role,) in connection.execute("SELECT rolname FROM pg_roles")}
-    restore = sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}")
     statements: list[tuple[_Where, sql.Composed]] = [
-        (where, restore.format(sql.Identifier(*where), sql.SQL(WORDS[c.was])))
+        (where, alter(Change(*where, c.now, c.was)))
         for c in memory.identities
         for where, identity in found(c.schema, c.name)
         if identity == c.now
