@@ -202,6 +202,10 @@ class Checkpoint:
     appended: int = 0
     approximate: dict[str, int] = field(default_factory=dict)
 
+    def end(self, topic: str, partition: int) -> int:
+        """Return where a partition ends; 0 in one that it does not name."""
+        return self.ends[topic][partition] if topic in self.ends else 0
+
     @property
     def complete(self) -> bool:
         """Whether `ends` is a state that Postgres had: no half transaction, no half snapshot."""

@@ -173,6 +173,21 @@ class Log:
                 return found[-1]
         return None
 
+    def states_since(self, version: Version) -> list[Checkpoint]:
+        """Return the complete checkpoints that are kept, in their order, from one before `version` on if there is one.
+
+        With many partitions one has only the ends that its record names.
+        """
+        topic = checkpoints_topic(self.settings.source)
+        found: list[Checkpoint] = []
+        for start in _back_from(self.topics.ends({topic: 1})[topic][0]):
+            records = (each for each in read_to_end(self.settings, {(topic, 0): start}) if each.value is not None)
+            read = (codec.decode_checkpoint(each.value, each.offset, each.timestamp) for each in records)  # type: ignore[arg-type]
+            found = [checkpoint for checkpoint in read if checkpoint.complete]
+            if found and found[0].version < version:
+                break
+        return found
+
     def remains(self, tables: Collection[str]) -> Ends:
         """Return the ends of topics that have records, of `tables` and of all that the schemas name: what a log without checkpoints has."""
         known = {table for table, _ in self.schemas()} | set(tables)

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from confluent_kafka import Message
 
 from headrace import codec
-from headrace.change import DELETE, Change, Checkpoint, Position, TableSchema, Version
+from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured
-from headrace.log.refusal import check_age, check_log, lacks, refused
+from headrace.log.refusal import check_age, check_log, check_state, lacks, refused
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, Tail, end_of_partition
 from headrace.log.topics import checkpoints_topic, partitions_changed, table_of, topic_of
@@ -93,6 +93,7 @@ class Reader:
         self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): after}, group)
         if self._newest:
             self._add_topics(self._newest)
+            self._check_state(self._newest)
             if self._newest.version != self.position.version:
                 self._behind_since = self._fed
 
@@ -180,6 +181,7 @@ class Reader:
                 self._behind_since = self._behind_since or time.time()
             if before is not None and before.version.epoch != checkpoint.version.epoch:
                 self._check_topics(list(checkpoint.ends))
+                self._check_state(checkpoint)
             self._add_topics(checkpoint)
 
     def _check_topics(self, topics: list[str]) -> None:
@@ -283,9 +285,7 @@ class Reader:
     def _piece(self, target: Checkpoint) -> Batch | None:
         self._check_age(target)
         changes = self._hand_out(target)
-        if not changes:
-            return None
-        return self._batch(changes, None, loading=self.position.loading)
+        return self._batch(changes, None, loading=self.position.loading) if changes else None
 
     def _batch(self, changes: list[Change], checkpoint: Checkpoint | None, *, loading: bool) -> Batch:
         if loading:
@@ -303,7 +303,7 @@ class Reader:
         envelope_of = self._log.values.envelope
         for place, kept in self._kept.items():
             topic, partition = place
-            end, table = _end(place, target), table_of(topic)
+            end, table = target.end(topic, partition), table_of(topic)
             before = gone = self._gone.get(place)  # a piece may end between the two records of a delete
             while kept and (offset := kept[0].offset() or 0) < end:
                 message = kept.popleft()
@@ -352,7 +352,7 @@ class Reader:
             return True
         # Nothing follows the target anywhere, so nothing below its ends can have given way to something beyond them.
         return self._at_end >= self._read_to.keys() and not any(
-            kept and (kept[-1].offset() or 0) >= _end(place, target) for place, kept in self._kept.items()
+            kept and (kept[-1].offset() or 0) >= target.end(*place) for place, kept in self._kept.items()
         )
 
     def _now(self) -> float:
@@ -364,6 +364,12 @@ class Reader:
         if newest is not None and newest.version != self.position.version and lacks(self.position, newest):
             self._fed = self.position.appended / 1000
             self._check_age(newest)
+
+    def _check_state(self, newest: Checkpoint) -> None:
+        version = self.position.version
+        check_state(
+            self.position, newest, () if version in (NOWHERE, newest.version) else self._log.states_since(version)
+        )
 
     def _note_fed(self) -> None:
         """Note that a view at the newest checkpoint lacks nothing: while capture is off, no other checkpoint says so."""
@@ -382,12 +388,6 @@ class Reader:
             now = self._now()  # what was noted before the two clocks were compared may be later
             self._fed, self.position.appended = min(self._fed, now), min(self.position.appended, int(now * 1000))
             check_age(self._settings, self.position, self._fed, now)
-
-
-def _end(place: Place, target: Checkpoint) -> int:
-    """Return where the target ends in a partition; 0 in one that it does not name."""
-    topic, partition = place
-    return target.ends[topic][partition] if topic in target.ends else 0
 
 
 def _says_nothing_new(change: Change, before: Change | None) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from headrace.change import Checkpoint, Position, source_of
+from collections.abc import Sequence
+
+from headrace.change import NOWHERE, Checkpoint, Position, source_of
 from headrace.errors import Refused
 from headrace.settings import Settings
 
@@ -20,6 +22,36 @@ def check_log(settings: Settings, position: Position, newest: Checkpoint | None)
         )
     if position.version > newest.version:
         raise refused("position-ahead", f"The view is at {position.version}, the log ends at {newest.version}.")
+
+
+def check_state(position: Position, newest: Checkpoint, kept: Sequence[Checkpoint]) -> None:
+    """Refuse a position that the log does not have: it lost its end (S3), and may have grown again since.
+
+    What then stands below the position's offsets is not what the view has read.
+
+    Args:
+        position: The view's.
+        newest: The log's newest complete checkpoint.
+        kept: Complete checkpoints, see `Log.states_since`; none where the position is at the newest.
+    """
+    said = ""
+    if _is_beyond(position, newest):
+        said = f"The view has read further than {newest.version}, the end of the log."
+    elif position.version != NOWHERE and any(each.version < position.version for each in kept):
+        same = [each for each in kept if each.version == position.version]
+        # Amid a cut a view is beyond the ends of its state; of another record at the same version, the state is of another log.
+        if not same or (same[-1].appended != position.appended and _is_beyond(position, same[-1])):
+            said = f"The log has lost the state {position.version} that the view is at."
+    if said:
+        raise refused("position-ahead", said)
+
+
+def _is_beyond(position: Position, checkpoint: Checkpoint) -> bool:
+    return any(
+        at > end
+        for topic, offsets in position.offsets.items()
+        for at, end in zip(offsets, checkpoint.ends.get(topic, offsets), strict=False)
+    )
 
 
 def lacks(position: Position, target: Checkpoint) -> bool:

@@ -513,6 +513,7 @@ def test_with_many_partitions_a_cut_that_moves_no_lsn_names_what_its_predecessor
         # The setting was raised since: tombstones that were gone by then are.
         (lambda p: replace(p, appended=p.appended - 7_200_000, retention=3_600_000), "away-too-long"),
         (lambda p: replace(p, topics=dict.fromkeys(p.topics, "other")), "topic-replaced"),
+        (lambda p: replace(p, offsets=further(p.offsets)), "position-ahead"),
         (
             lambda p: replace(p, offsets=of_another(p.offsets), topics=of_another(p.topics)),
             "position-of-another-source",
@@ -528,6 +529,47 @@ def test_a_position_that_makes_no_sense_is_refused(feed: Feed, spoil: object, co
     with pytest.raises(Refused) as caught:
         feed.log.reader([ITEMS], spoil(position))  # type: ignore[operator]
     assert caught.value.code == code
+
+
+def test_a_log_that_lost_its_end_and_has_grown_past_the_view_is_not_the_views(feed: Feed) -> None:
+    """Kafka lost the state that the view is at; what stands below the view's offsets by now it has never read."""
+    feed.cut((ITEMS, 1, 10))
+    second = feed.cut((ITEMS, 2, 20))
+    reader = feed.log.reader([ITEMS], None)
+    position = drain(reader, second.version)[-1].position
+    reader.close()
+    feed.cut((ITEMS, 3, 30))
+    feed.cut((ITEMS, 4, 40))
+    feed.log.reader([ITEMS], position).close()
+    beyond = replace(
+        position, offsets={topic: [at + 1 for at in offsets] for topic, offsets in position.offsets.items()}
+    )
+    feed.log.reader([ITEMS], beyond).close()  # amid the next cut
+    lost = replace(position, version=position.version._replace(lsn=second.version.lsn - 1))
+    written_again = replace(beyond, appended=position.appended - 1)
+    for spoilt in (lost, written_again):
+        with pytest.raises(Refused, match="has lost the state") as caught:
+            feed.log.reader([ITEMS], spoilt)
+        assert caught.value.code == "position-ahead"
+    feed.log.reader([ITEMS], replace(position, version=Version(1, 1))).close()  # older than all that is kept
+
+
+def test_a_recovery_under_a_running_view_whose_state_was_lost_is_noticed(feed: Feed) -> None:
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    drain(reader, first.version)
+    lost = first.version._replace(lsn=first.version.lsn + 5)
+    reader.position, reader._newest = replace(reader.position, version=lost), replace(first, version=lost)
+    feed.epoch = 2
+    feed.cut((ITEMS, 2, 20))
+    with pytest.raises(Refused, match="has lost the state"):
+        drain(reader, Version(2, feed.lsn))
+    reader.close()
+
+
+def further(offsets: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Return offsets beyond the log's end."""
+    return {topic: [at + 100 for at in each] for topic, each in offsets.items()}
 
 
 def test_who_believes_that_the_topics_keep_more_than_they_do_goes_by_what_they_keep(feed: Feed) -> None:
