@@ -115,7 +115,6 @@ class Table:
         unique: An index that could serve as replica identity if there is no key, empty if there is none.
         kind: ``r`` ordinary, ``p`` partitioned.
         identity: pg_class.relreplident: ``d f i n``; a partitioned table's own is without effect, see `leaves`.
-        filtered: Whether row level security would hide rows from the connected role.
     """
 
     oid: int
@@ -123,7 +122,6 @@ class Table:
     name: str
     kind: str
     identity: str
-    filtered: bool
     columns: tuple[TableColumn, ...] = ()
     key: tuple[str, ...] = ()
     key_index: str = ""
@@ -316,7 +314,7 @@ WHERE %(only)s IN ('', n.nspname || '.' || c.relname)
 """
 
 _TABLES = """
-SELECT c.oid, n.nspname, c.relname, c.relkind::text, c.relreplident::text, row_security_active(c.oid)
+SELECT c.oid, n.nspname, c.relname, c.relkind::text, c.relreplident::text
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%(oids)s) ORDER BY 2, 3
 """
 
