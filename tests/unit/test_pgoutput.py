@@ -59,11 +59,11 @@ EXAMPLES: list[tuple[bytes, p.Parsed]] = [
     ),
     (b"D" + struct.pack(">I", 7) + b"K" + row(b"1", None), p.Delete(7, [b"1", None], False)),
     (b"D" + struct.pack(">I", 7) + b"O" + row(b"1", b"x"), p.Delete(7, [b"1", b"x"], True)),
-    (b"T" + struct.pack(">IBII", 2, 3, 7, 8), p.Truncate((7, 8), True, True)),
+    (b"T" + struct.pack(">IBII", 2, 3, 7, 8), p.Truncate((7, 8))),
     (b"O" + struct.pack(">Q", 4) + cstring("elsewhere"), p.Origin(4, "elsewhere")),
     (
         b"M\1" + struct.pack(">Q", 4) + cstring("headrace") + struct.pack(">I", 2) + b"hi",
-        p.Message(True, 4, "headrace", b"hi"),
+        p.Message(4, "headrace", b"hi"),
     ),
 ]
 NAMES = [type(parsed).__name__ for _, parsed in EXAMPLES]

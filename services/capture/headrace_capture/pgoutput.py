@@ -116,8 +116,6 @@ class Truncate(NamedTuple):
     """Tables that are empty now."""
 
     oids: tuple[int, ...]
-    cascade: bool
-    restart_identity: bool
 
 
 class Origin(NamedTuple):
@@ -130,7 +128,6 @@ class Origin(NamedTuple):
 class Message(NamedTuple):
     """What `pg_logical_emit_message` wrote."""
 
-    transactional: bool
     lsn: int
     prefix: str
     content: bytes
@@ -162,9 +159,9 @@ class _Cursor:
 
     __slots__ = ("_at", "_buffer")
 
-    def __init__(self, buffer: bytes, at: int = HEADER + 1) -> None:
+    def __init__(self, buffer: bytes) -> None:
         self._buffer = buffer
-        self._at = at
+        self._at = HEADER + 1
 
     def _number(self, layout: Struct) -> int:
         (number,) = layout.unpack_from(self._buffer, self._at)
@@ -277,10 +274,10 @@ def _type(data: bytes) -> Type:
 
 def _truncate(data: bytes) -> Truncate:
     at = _Cursor(data)
-    count, flags = at.int32(), at.flag(3)
+    count, _ = at.int32(), at.flag(3)
     if count * 4 > len(data):
         raise DecodeError(f"{count} tables in {len(data) - HEADER} bytes")
-    found = Truncate(tuple(at.int32() for _ in range(count)), bool(flags & 1), bool(flags & 2))
+    found = Truncate(tuple(at.int32() for _ in range(count)))
     at.end()
     return found
 
@@ -294,8 +291,8 @@ def _origin(data: bytes) -> Origin:
 
 def _message(data: bytes) -> Message:
     at = _Cursor(data)
-    transactional, lsn, prefix = bool(at.flag()), at.int64(), at.text()
-    found = Message(transactional, lsn, prefix, at.take(at.int32()))
+    at.flag()
+    found = Message(at.int64(), at.text(), at.take(at.int32()))
     at.end()
     return found
 
