@@ -144,13 +144,10 @@ class Log:
         """Return how many partitions each topic has."""
         return {name: count for name, (_, count) in self.topics.describe(topics).items()}
 
-    def checkpoints(self, start: int = BEGINNING) -> Iterator[Checkpoint]:
-        """Yield the committed checkpoints that are in their topic now from offset `start` on, oldest first.
-
-        One whose ends are only to be had from a base before `start` is left out.
-        """
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """Yield the committed checkpoints that are in their topic now, oldest first."""
         self.require_checkpoints()
-        return self._checkpoints(Spine(), start)
+        return self._checkpoints(Spine(), BEGINNING)
 
     def _checkpoints(self, spine: Spine, start: int) -> Iterator[Checkpoint]:
         for record in read_to_end(self.settings, {(checkpoints_topic(self.settings.source), 0): start}):

@@ -39,7 +39,7 @@ def forget(
     jobs.write(writer)
 
 
-def new_epoch(log: Log, known: int = 0) -> int:
+def new_epoch(log: Log, known: int) -> int:
     """Return the epoch of a log that begins anew: above `known`, and above all that capture or a view of its source has reported.
 
     So what is built from it can take the place of a view of the log before.

@@ -70,10 +70,10 @@ class Request:
 class DualWrites:
     """Postgres, Elasticsearch, Redis and DuckDB, written one after the other."""
 
-    def __init__(self, settings: Settings, dsn: str, connections: int = 4) -> None:
+    def __init__(self, settings: Settings, dsn: str) -> None:
         """Open the stores, making them when they are missing. Raises what the stores raise."""
         own = own_settings(settings)
-        self._pool = pool(dsn, connections)
+        self._pool = pool(dsn, 4)
         self._views = {name: _opened(name, own) for name in _DOCUMENT_VIEWS}
         self._warehouse = _opened("warehouse", own)
         self._schemas: dict[tuple[str, int], TableSchema] = {}
