@@ -62,15 +62,14 @@ _FAR = 4 * (_XIDS // 2)
 class Snapshot(NamedTuple):
     """What one statement of Postgres sees: ids of transactions, as `pg_current_snapshot()` prints them."""
 
-    xmin: int
     xmax: int
     running: frozenset[int]
 
     @classmethod
     def parsed(cls, text: str) -> Snapshot:
         """Return the snapshot that Postgres prints so, e.g. ``100:110:100,105``."""
-        xmin, xmax, running = text.split(":")
-        return cls(int(xmin), int(xmax), frozenset(map(int, filter(None, running.split(",")))))
+        _, xmax, running = text.split(":")
+        return cls(int(xmax), frozenset(map(int, filter(None, running.split(",")))))
 
     def sees(self, xid: int, since: int = 0) -> bool:
         """Whether it sees the commit of `xid`, which the stream and the log name by its low 32 bits. 0 is no transaction.

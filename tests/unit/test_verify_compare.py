@@ -43,7 +43,7 @@ def test_a_column_that_a_row_was_written_without_is_null_but_a_document_lacks_a_
 
 
 def test_a_snapshot_sees_what_was_committed_before_it_and_nothing_else() -> None:
-    now = Moment(Snapshot(xmin=100, xmax=110, running=frozenset({100, 105})), lsn=5000)
+    now = Moment(Snapshot(xmax=110, running=frozenset({100, 105})), lsn=5000)
     assert [xid for xid in (1, 99, 100, 101, 105, 109, 110, 111) if not now.snapshot.sees(xid)] == [100, 105, 110, 111]
     assert now.snapshot.sees(0), "rows of the initial snapshot have no transaction"
     assert now.unseen(xid=99, lsn=5000), "at X or beyond: committed after the snapshot"
@@ -53,11 +53,11 @@ def test_a_snapshot_sees_what_was_committed_before_it_and_nothing_else() -> None
 
 def test_transaction_ids_wrap_around() -> None:
     turn = 1 << 32
-    young = Moment(Snapshot(xmin=turn + 3, xmax=turn + 3, running=frozenset()), lsn=1)
+    young = Moment(Snapshot(xmax=turn + 3, running=frozenset()), lsn=1)
     assert young.snapshot.sees(turn - 5), "the one before the turn is older"
     assert young.snapshot.sees(2)
     assert not young.snapshot.sees(3)
-    old = Moment(Snapshot(xmin=turn - 2, xmax=turn - 2, running=frozenset()), lsn=1)
+    old = Moment(Snapshot(xmax=turn - 2, running=frozenset()), lsn=1)
     assert not old.snapshot.sees(5), "the one after the turn is newer"
 
 

@@ -10,7 +10,7 @@ from headrace.log.topics import Ends
 from headrace_verify.counts import drift
 from headrace_verify.postgres import Moment
 
-NOW = Moment(Snapshot(xmin=10, xmax=10, running=frozenset()), 200)
+NOW = Moment(Snapshot(xmax=10, running=frozenset()), 200)
 
 
 class Records:

@@ -41,7 +41,7 @@ def take() -> Iterator[Take]:
         ledger.add(roots, [Member(table, f'{{"id":{key}}}', "", "products-1") for table, key in members])
         for root in roots:
             ledger.note(Difference(DIFFERENT, "", root.key, ("name",)))
-        yield Take(Moment(Snapshot(xmin=10, xmax=10, running=frozenset()), 200), ledger)
+        yield Take(Moment(Snapshot(xmax=10, running=frozenset()), 200), ledger)
 
 
 def change(table: str, key: int, row: Row | None, xid: int = UNSEEN, lsn: int = 150) -> Change:
