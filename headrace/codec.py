@@ -115,18 +115,6 @@ def decode_key(key: bytes) -> Row:
     return row
 
 
-def encode_headers(version: Version, ordinal: int, xid: int, schema: int, read: str | None = None) -> Headers:
-    """Return the headers that every record carries, tombstones too: decimal text."""
-    headers = [
-        ("epoch", b"%d" % version.epoch),
-        ("lsn", b"%d" % version.lsn),
-        ("ordinal", b"%d" % ordinal),
-        ("xid", b"%d" % xid),
-        ("schema", b"%d" % schema),
-    ]
-    return [*headers, ("read", read.encode())] if read else headers
-
-
 def decode_change(
     table: str,
     partition: int,

@@ -10,7 +10,7 @@ from confluent_kafka import Producer
 
 from headrace import control
 from headrace.change import Checkpoint
-from headrace.codec import encode_checkpoint, encode_checkpoint_key, encode_headers
+from headrace.codec import encode_checkpoint, encode_checkpoint_key
 from headrace.control import Control, record_key
 from headrace.errors import Transient
 from headrace.log import CutWriter, Log, spine
@@ -33,6 +33,7 @@ from tests.fixtures.capture import (
     rows,
     selected,
 )
+from tests.fixtures.feed import encode_headers
 from tests.fixtures.unmarked import unmark
 
 T = "public.items"

@@ -21,12 +21,13 @@ from headrace.change import (
 )
 from headrace.errors import Misconfigured, Poison
 from headrace.log.topics import table_of, topic_of
+from tests.fixtures.feed import encode_headers
 
 SOURCE = Source("7", 1, "shop", "slot", "publication")
 
 
 def test_a_change_carries_its_version_in_its_headers() -> None:
-    headers = codec.encode_headers(Version(2, 771), 3, 99, 4, "reread")
+    headers = encode_headers(Version(2, 771), 3, 99, 4, "reread")
     change = codec.decode_change("public.t", 1, 42, b'{"id":1}', b'{"op":"u","after":{"id":1,"n":null}}', headers)
     assert (change.version, change.ordinal, change.xid, change.schema, change.read) == (
         Version(2, 771),
@@ -39,21 +40,21 @@ def test_a_change_carries_its_version_in_its_headers() -> None:
 
 
 def test_a_tombstone_is_a_delete() -> None:
-    change = codec.decode_change("public.t", 0, 1, b'{"id":1}', None, codec.encode_headers(Version(1, 5), 0, 1, 1))
+    change = codec.decode_change("public.t", 0, 1, b'{"id":1}', None, encode_headers(Version(1, 5), 0, 1, 1))
     assert (change.op, change.row) == ("d", None)
 
 
 @pytest.mark.parametrize(
     ("value", "headers"),
     [
-        (b"not json", codec.encode_headers(Version(1, 5), 0, 1, 1)),
-        (b"{}", codec.encode_headers(Version(1, 5), 0, 1, 1)),
+        (b"not json", encode_headers(Version(1, 5), 0, 1, 1)),
+        (b"{}", encode_headers(Version(1, 5), 0, 1, 1)),
         (b'{"op":"c","after":{}}', []),
         (
             b'{"op":"c","after":{}}',
             [("epoch", b"x"), ("lsn", b"1"), ("ordinal", b"1"), ("xid", b"1"), ("schema", b"1")],
         ),
-        (b"3", codec.encode_headers(Version(1, 5), 0, 1, 1)),
+        (b"3", encode_headers(Version(1, 5), 0, 1, 1)),
     ],
 )
 def test_a_record_of_another_format_is_poison_with_its_place(value: bytes, headers: codec.Headers) -> None:
