@@ -150,7 +150,8 @@ class Change(NamedTuple):
     partition: int
     offset: int
     read: str | None = None
-    """How the row was read if not from the stream: ``snapshot``, or ``reread`` when a TOAST value was read again (S7)."""
+    """How the row was read if not from the stream: ``snapshot``; ``resnapshot``, with its table or key read again; ``reread``, a TOAST
+    value was (S7)."""
 
 
 @dataclass(frozen=True, slots=True)
