@@ -241,6 +241,11 @@ class Position:
     approximate: tuple[str, ...] = ()
     retention: int = 0
 
+    def copy(self) -> Position:
+        """Return one that the other's reader does not move."""
+        offsets = {topic: list(offsets) for topic, offsets in self.offsets.items()}
+        return replace(self, offsets=offsets, topics=dict(self.topics))
+
     def tombstones_stay(self, setting: int) -> int:
         """Return how long tombstones that it has not seen stay, ms: a setting that was raised since brings none back (S19)."""
         return min(self.retention or setting, setting)

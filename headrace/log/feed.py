@@ -162,9 +162,7 @@ class FeedReader:
             changes = list({(change.table, change.key): change for change in changes}.values())
         else:
             changes.sort(key=lambda change: change.version)
-        offsets = {topic: list(offsets) for topic, offsets in self.position.offsets.items()}
-        position = replace(self.position, offsets=offsets, topics=dict(self.position.topics))
-        return Batch(changes, position, checkpoint, loading, self._decoder.schemas)
+        return Batch(changes, self.position.copy(), checkpoint, loading, self._decoder.schemas)
 
     def _checkpoint(self) -> Checkpoint:
         """Return what stands for a checkpoint: everything that was read is shown."""

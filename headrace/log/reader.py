@@ -295,7 +295,7 @@ class Reader:
             changes = list(last.values())
         else:
             changes.sort(key=_ORDER)
-        return Batch(changes, _copy(self.position), checkpoint, loading, self._schemas)
+        return Batch(changes, self.position.copy(), checkpoint, loading, self._schemas)
 
     def _hand_out(self, target: Checkpoint) -> list[Change]:
         """Decode what is kept below the target's ends, and move the position past it."""
@@ -393,8 +393,3 @@ class Reader:
 def _says_nothing_new(change: Change, before: Change | None) -> bool:
     """Whether `change` is the tombstone of the `d` record just before it."""
     return before is not None and change.op == before.op == DELETE and before[2:7] == change[2:7]
-
-
-def _copy(position: Position) -> Position:
-    offsets = {topic: list(offsets) for topic, offsets in position.offsets.items()}
-    return replace(position, offsets=offsets, topics=dict(position.topics))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import takewhile
@@ -276,7 +275,7 @@ class Generations:
             return worker.state.error if worker.state.phase == "stopped" else None
         with suppress(Misconfigured):
             try:
-                self._log.reader(self._store.tables, deepcopy(worker.opened)).close()
+                self._log.reader(self._store.tables, worker.opened.copy()).close()
             except Refused as error:
                 return error
         return None

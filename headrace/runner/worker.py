@@ -16,7 +16,6 @@ from concurrent.futures import TimeoutError as NoAnswer
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from headrace import codec
 from headrace.change import NOWHERE, Position, Version, source_of
 from headrace.consumer import Batch, Consumer, Generation
 from headrace.errors import HeadraceError, Refused, Transient, Wiped, as_ours
@@ -182,7 +181,7 @@ class Worker(threading.Thread):
     def hurry(self, consumer: Consumer) -> None:
         """Show what is delayed, in this thread, if the view stands at a complete state and applies anything at all."""
         if self._stood is not None and self.state.delayed and not self._resting:
-            self._apply(consumer, standing(_copy(self._stood), hurry=True))
+            self._apply(consumer, standing(self._stood.copy(), hurry=True))
 
     def promote(self, consumer: Consumer) -> None:
         """Let readers see it, in this thread; where that has moved its position it is opened anew, and is at nothing until then (S25)."""
@@ -265,7 +264,7 @@ class Worker(threading.Thread):
             reader.close()
 
     def _follow(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
-        self._stood = _copy(reader.position) if _at_a_state(reader) else None
+        self._stood = reader.position.copy() if _at_a_state(reader) else None
         self._whole = self._stood is not None or not self.state.delayed
         self.follows, mirrored = True, 0.0
         while not self._stopping.is_set():
@@ -279,7 +278,7 @@ class Worker(threading.Thread):
                 continue
             batch = reader.poll(_POLL_SECONDS if self._calls.empty() else 0.0)
             if batch is None and self._stood is not None and _is_due(consumer):
-                batch = standing(_copy(self._stood))
+                batch = standing(self._stood.copy())
             if batch is not None:
                 self._apply(consumer, batch)
             self._tell(consumer, reader)
@@ -392,8 +391,3 @@ def _at_a_state(reader: Reader | FeedReader) -> bool:
 def _is_due(consumer: Consumer) -> bool:
     due = getattr(consumer, "due", None)
     return bool(due and due())
-
-
-def _copy(position: Position) -> Position:
-    """Return a position that its reader does not move."""
-    return codec.decode_position(codec.encode_position(position))
