@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from headrace.errors import HeadraceError
 from headrace.log import Log
 from headrace.settings import Settings
-from headrace_capture.known import KnownKeys
+from headrace_capture import known
 from headrace_ops import Stack
 from tests.fixtures.capture import capturing, changes, eventually, execute, now, prepare, replay, rows, selected
 from tests.fixtures.processes import System
@@ -72,21 +73,23 @@ def test_a_kafka_that_is_paused_while_keys_are_read_back_does_not_hold_postgres(
     """The stream stands still at a high watermark then, and reads what the log has of the table."""
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)", "INSERT INTO items VALUES (1), (2)")
     walsender = f"SELECT active FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
-    catch_up, paused = KnownKeys.catch_up, threading.Event()
+    catch_up, paused = known.KnownKeys.catch_up, threading.Event()
 
-    def pausing(known: KnownKeys, *args: Any) -> None:
+    def pausing(keys: known.KnownKeys, *args: Any) -> None:
         if threading.current_thread().name.startswith("resnapshot"):
             return  # all is left to the stream
         if not paused.is_set():
             stack.server("kafka").pause()
             paused.set()
-        catch_up(known, *args)
+        catch_up(keys, *args)
 
     def asking() -> None:
         with suppress(HeadraceError):  # it is carried out, and Kafka paused, perhaps before the answer is heard
             ask(settings, tables=[T])
 
-    monkeypatch.setattr(KnownKeys, "catch_up", pausing)
+    monkeypatch.setattr(known.KnownKeys, "catch_up", pausing)
+    # Longer than STALLED_SECONDS: the connection is closed before it is given up.
+    monkeypatch.setattr(known, "check_heard", partial(known.check_heard, timeout=15.0))
     with capturing(settings) as capture:
         capture.hear("streaming from")
         asker = threading.Thread(target=asking)
