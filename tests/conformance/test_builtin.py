@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from headrace.change import Row
-from headrace.documents import Document, DocumentConsumer, Node, One, local
+from headrace.documents import Document, DocumentConsumer, Node, One
 from headrace.settings import Settings
 from headrace.stores.duckdb import DuckDBStore
 from headrace.stores.kafka import KafkaTopic
-from headrace.stores.redis import pages
 from headrace.testing import ConsumerConformance, shape
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_ops.kafka import Kafka
@@ -73,12 +72,6 @@ STRIDE = 11
 """tests/faults/test_steps.py kills these before each of their steps."""
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A successor whom a process keeps out while it lives is kept out however long it waits; the dead hold no lock."""
-    monkeypatch.setattr(local, "LOCKED_SECONDS", 0.2)
-
-
 class TestSearch(ConsumerConformance):
     consumer = ProductSearch
     name = "search"
@@ -99,8 +92,7 @@ class TestPages(ConsumerConformance):
     stride = STRIDE
 
     @pytest.fixture
-    def settings(self, redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Settings:
-        monkeypatch.setattr(pages, "_GRACE_SECONDS", 0.05)  # here no reader has taken the pointer by itself
+    def settings(self, redis_server: Redis) -> Settings:
         return replace(Settings(), redis=redis_server.address())
 
 

@@ -18,7 +18,7 @@ from headrace.stores.redis import pages
 
 local.LOCKED_SECONDS, pages._GRACE_SECONDS = 0.2, 0.05
 """
-"""As in test_builtin: who is kept out is so however long it waits, and no reader has taken the pointer by itself."""
+"""As the fixture `impatient` in conftest.py."""
 
 
 @pytest.mark.parametrize("store", list(Store))
