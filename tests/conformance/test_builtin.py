@@ -126,6 +126,7 @@ class TestStream(ConsumerConformance):
     history = STREAMED
     lost = "description"
     test_every_lost_answer = None  # librdkafka sends in threads of its own, and asks again by itself
+    test_every_write_that_does_not_arrive = None  # only those of local rows could fail, which others have
     stride = 3  # it takes long, and no step is far from one that is tried
 
     @pytest.fixture
