@@ -14,7 +14,7 @@ from headrace_ops.redis import Redis
 from tests.integration.test_example_plugins import plugin
 
 STRIDE = 11
-"""What they share with those of test_builtin.py is killed before each of its steps there."""
+"""Their stores are killed oftener elsewhere: before each step in tests/faults/test_steps.py (Redis), before every third in TestStream."""
 
 
 class TestSitemap(ConsumerConformance):
@@ -49,6 +49,12 @@ class TestOrderDetails(ConsumerConformance):
     }
     test_a_column_less = None  # it can do without none
     test_every_lost_answer = test_every_write_that_does_not_arrive = None  # as of TestStream in test_builtin.py
+    # Generations are its store's, whatever is rendered: TestStream has all of these.
+    test_readers_are_pointed_at_one_generation = test_a_promotion_keeps_the_earlier_generation = None
+    test_a_kill_between_every_two_steps_of_a_promotion = test_every_promotion_that_fails = None
+    test_a_kill_between_every_two_steps_of_a_drop = test_every_drop_that_fails = None
+    test_what_is_dropped_is_gone_and_nothing_else = test_what_is_dropped_while_it_is_live_is_live_no_more = None
+    test_a_process_that_was_replaced_changes_nothing_any_more = None
     stride = STRIDE
 
     @pytest.fixture
