@@ -495,8 +495,9 @@ def test_a_row_that_cannot_be_written_stops_its_table_and_nothing_else(settings:
 
 def test_no_room_for_the_keys_stops_their_table_and_nothing_else(settings: Settings) -> None:
     """With room again the pass ends; a TRUNCATE, for which the stream itself must list the keys, stops capture with the reason."""
-    prepare(settings, ITEMS, "CREATE TABLE few (id int PRIMARY KEY)")
-    execute(settings, "INSERT INTO items SELECT i, i FROM generate_series(1, 200000) i")
+    prepare(settings, "CREATE TABLE items (id text PRIMARY KEY)", "CREATE TABLE few (id int PRIMARY KEY)")
+    # More keys than SQLite keeps in memory: what it writes of them is larger than there is room for.
+    execute(settings, "INSERT INTO items SELECT lpad(i::text, 800, '0') FROM generate_series(1, 8000) i")
     with capturing(settings) as capture:
         capture.hear("streaming")
         capture.reach()
