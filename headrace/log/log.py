@@ -161,12 +161,13 @@ class Log:
         topic = checkpoints_topic(self.settings.source)
         if topic not in self.topics.names():
             return None
-        for start in _back_from(self.topics.ends({topic: 1})[topic][0]):
+        begin, end = self.topics.begins({topic: 1})[topic][0], self.topics.ends({topic: 1})[topic][0]
+        for start in _back_from(end, begin):
             spine = Spine()
             within = (c for c in self._checkpoints(spine, start) if until is None or c.version <= until)
             found = [c for c in within if c.complete or not complete]
             # Half a transaction needs no base: it is found, though newer states are passed over, whose base lies before `start`.
-            if found and (found[-1].offset > spine.passed_over or start == BEGINNING):
+            if found and (found[-1].offset > spine.passed_over or start == begin):
                 return found[-1]
         return None
 
@@ -220,15 +221,16 @@ class Log:
 
     def _newest_records(self, ends: Ends) -> Iterator[Record]:
         """Yield the newest record of each partition below `ends` that has any."""
+        begins = self.topics.begins({topic: len(of) for topic, of in ends.items()})
         for (topic, partition), end in {(t, p): end for t, of in ends.items() for p, end in enumerate(of)}.items():
-            for start in _back_from(end):
+            for start in _back_from(end, begins[topic][partition]):
                 last = deque(read_to_end(self.settings, {(topic, partition): start}), maxlen=1)
                 if last:
                     yield last[0]
                     break
 
     def check_ends(self, checkpoint: Checkpoint) -> None:
-        """Refuse a log that ends below its newest checkpoint: Kafka lost acknowledged records (S3); or that nobody can read any more.
+        """Refuse a log that ends below its newest checkpoint: Kafka lost acknowledged records (S3); or that nobody can read from zero [I4].
 
         Raises:
             Misconfigured: `log-lost-records`, `topic-missing`, `schemas-missing`.
@@ -240,13 +242,15 @@ class Log:
                 f"The newest checkpoint names {', '.join(missing)}: Kafka has no such topic any more.",
                 "Run: headrace resnapshot --recover. It makes the topic anew; then rebuild the views that read it.",
             )
-        actual = self.topics.ends({topic: len(ends) for topic, ends in checkpoint.ends.items()}, committed=False)
+        counts = {topic: len(ends) for topic, ends in checkpoint.ends.items()}
+        begins, actual = self.topics.begins(counts), self.topics.ends(counts, committed=False)
         for topic, ends in checkpoint.ends.items():
             for partition, (end, is_now) in enumerate(zip(ends, actual[topic], strict=True)):
+                said = f"{topic} partition {partition}"
                 if is_now < end:
-                    raise records_lost(
-                        f"{topic} partition {partition} ends at {is_now}; the newest checkpoint says {end}."
-                    )
+                    raise records_lost(topic, f"{said} ends at {is_now}; the newest checkpoint says {end}.")
+                if begin := begins[topic][partition]:
+                    raise records_lost(topic, f"{said} has no records before {begin} any more.")
         shaped = {self.topic_of(table) for table, _ in self.schemas()}
         unread = sorted(topic for topic, ends in checkpoint.ends.items() if any(ends) and topic not in shaped)
         if unread:
@@ -302,9 +306,9 @@ class Log:
         return Reader(self, tables, position, group, until)
 
 
-def _back_from(end: int) -> Iterator[int]:
-    """Yield offsets to read from, ever further back: 200 before `end`, then ten times as many, at last the first."""
+def _back_from(end: int, begin: int) -> Iterator[int]:
+    """Yield offsets to read from, ever further back: 200 before `end`, then ten times as many, at last the first, `begin`."""
     start = end
-    while start > BEGINNING:
-        start = max(BEGINNING, start - 10 * max(20, end - start))
+    while start > begin:
+        start = max(begin, start - 10 * max(20, end - start))
         yield start

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from headrace import codec
 from headrace.change import Checkpoint
-from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import checkpoints_topic
+from headrace.log.tail import read_to_end
+from headrace.log.topics import Topics, checkpoints_topic
 from headrace.settings import Settings
 
 WHOLE_PARTITIONS = 256
@@ -22,13 +22,16 @@ WHOLE_PARTITIONS = 256
 WHOLE_EVERY = 100
 
 
-def kept(settings: Settings, tick: Callable[[], None]) -> deque[bytes]:
+def kept(settings: Settings, topics: Topics, tick: Callable[[], None]) -> deque[bytes]:
     """Return the keys of the checkpoints that are in their topic, oldest first; `tick` is called meanwhile.
 
     A key that was tombstoned is no longer to be trimmed; a later value of the same key moves it to the end.
     """
     keys: dict[bytes, None] = {}
-    for record in read_to_end(settings, {(checkpoints_topic(settings.source), 0): BEGINNING}, idle=tick):
+    topic = checkpoints_topic(settings.source)
+    # Somebody may have removed old ones: nobody needs them.
+    (start,) = topics.begins({topic: 1})[topic]
+    for record in read_to_end(settings, {(topic, 0): start}, idle=tick):
         tick()
         keys.pop(record.key, None)
         if record.value is not None:

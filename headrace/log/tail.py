@@ -72,7 +72,8 @@ def head(message: Message) -> Head:
 def end_of_partition(message: Message, still_those: Callable[[list[str]], None] | None = None) -> bool:
     """Whether `message` says that its partition has no more; raise for every other error.
 
-    Where a record that is not there is nothing to be tried again, `still_those` refuses topics that are others by now.
+    Where a record that is not there is nothing to be tried again, `still_those` refuses topics that are others by now. The first one
+    is there in every topic, also in one that was made anew, but where somebody removed it.
     """
     error = message.error()
     if error is None:
@@ -80,15 +81,19 @@ def end_of_partition(message: Message, still_those: Callable[[list[str]], None] 
     if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001  the binding's public name of the code
         return True
     topic = message.topic() or ""
-    if still_those is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001
-        still_those([topic])
-        raise records_lost(f"{topic} partition {message.partition()} has no record {message.offset()}: {error.str()}.")
+    if error.code() == KafkaError._AUTO_OFFSET_RESET and (still_those or message.offset() == BEGINNING):  # noqa: SLF001
+        if still_those:
+            still_those([topic])
+        seen = f"{topic} partition {message.partition()} has no record {message.offset()}: {error.str()}."
+        raise records_lost(topic, seen)
     raise kafka.translate(error, f"reading {topic}")
 
 
-def records_lost(seen: str) -> Misconfigured:
-    """Return the refusal of a log that is not as it was."""
+def records_lost(topic: str, seen: str) -> Misconfigured:
+    """Return the refusal of a topic that is not as it was."""
     remedy = "Run: headrace resnapshot --recover. It makes the topic anew; then rebuild the views that read it."
+    if topic.count(".") < 2:  # no table's
+        remedy = "Delete the topic, and start again: it is made anew. What goes with it says the runbook, at log-lost-records."
     return Misconfigured("log-lost-records", f"{seen} Kafka lost records, or somebody removed some.", remedy)
 
 

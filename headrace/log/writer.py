@@ -108,7 +108,7 @@ class CutWriter:
         self.sealed, self._ends = ends, {topic: list(offsets) for topic, offsets in ends.items()}
         self._last = {topic: None for topic, offsets in ends.items() if len(offsets) == 1}
         self._named = Named()
-        self._kept = kept(self._settings, tick)
+        self._kept = kept(self._settings, self._topics, tick)
 
     def add_topic(self, *topics: str) -> None:
         """Name topics in every checkpoint from now on, also before they have records: an empty table is a state too."""
@@ -326,7 +326,7 @@ class CutWriter:
             self._failed = self._failed or partitions_changed(topic, partition + 1, len(ends))
         elif ends is not None:
             if offset < (end := ends[partition]):  # readers that are at the end would never read it
-                self._failed = records_lost(f"{topic} partition {partition} goes on at {offset}, not at {end}.")
+                self._failed = records_lost(topic, f"{topic} partition {partition} goes on at {offset}, not at {end}.")
             ends[partition] = offset + 1
 
     def _explain(self, error: KafkaError, doing: str) -> HeadraceError:

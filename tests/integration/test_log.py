@@ -25,6 +25,7 @@ from headrace.log.topics import ANSWERS, CONTROL, PARKED, checkpoints_topic, tab
 from headrace.settings import Settings
 from tests.fixtures.capture import eventually
 from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed, add_partition
+from tests.fixtures.removed import delete_records
 
 
 def drain(reader: Reader, until: Version, seconds: float = 20.0) -> list[Batch]:
@@ -708,14 +709,8 @@ def test_a_view_whose_next_record_is_not_there_any_more_stops(feed: Feed, settin
     feed.cut((ITEMS, 2, 2))
     last = feed.cut((ITEMS, 3, 3))
     topic = feed.log.topic_of(ITEMS)
-    admin = AdminClient({"bootstrap.servers": settings.kafka})
-    for policy in ("delete", "compact"):  # Kafka deletes no records of a topic that is compacted only
-        resource = ConfigResource(ResourceType.TOPIC, topic, {"cleanup.policy": policy})
-        admin.alter_configs([resource])[resource].result(30)
-        if policy == "delete":
-            eventually("it is seen", lambda: feed.log.ends(ITEMS) == [6])
-            ((_, future),) = admin.delete_records([TopicPartition(topic, 0, 5)]).items()
-            future.result(30)
+    eventually("it is seen", lambda: feed.log.ends(ITEMS) == [6])
+    delete_records(settings, topic, 0, 5)
     with pytest.raises(Misconfigured, match=topic) as told:
         drain(feed.log.reader([ITEMS], position), last.version)  # type: ignore[arg-type]
     assert told.value.code == "log-lost-records"

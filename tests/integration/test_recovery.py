@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from headrace.change import Version
+from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import Log
 from headrace.log.topics import checkpoints_topic, schemas_topic
@@ -20,6 +21,7 @@ from headrace_capture import catalog, setup, teardown
 from headrace_capture.recovery import recover
 from headrace_capture.resnapshot_cli import resnapshot
 from tests.fixtures.capture import (
+    Running,
     capturing,
     changes,
     eventually,
@@ -31,6 +33,7 @@ from tests.fixtures.capture import (
     selected,
 )
 from tests.fixtures.plain import Plain
+from tests.fixtures.removed import delete_records
 from tests.fixtures.serving import await_live, serving
 from tests.fixtures.slots import await_free, drop_slot, lose_slot
 from tests.fixtures.versions import NEWEST, OLDER
@@ -133,6 +136,56 @@ def test_a_topic_that_was_deleted(captured: Settings, again: bool) -> None:
     mends(captured, "log-lost-records" if again else "topic-missing")
 
 
+def remove_records(settings: Settings, topic: str, left: int = 3) -> int:
+    """Remove what a topic of one partition has, but for its last offsets; return where it begins then."""
+    (end,) = Log(settings).topics.ends({topic: 1})[topic]
+    delete_records(settings, topic, 0, end - left)
+    return end - left
+
+
+def test_records_that_somebody_removed(captured: Settings) -> None:
+    """The topic ends where it did, and nobody can read it from zero: it is made anew, and a view that is built then shows all."""
+    old = Log(captured).topics.describe([Log(captured).topic_of(T)])
+    begin = remove_records(captured, *old)
+    execute(captured, "DELETE FROM items WHERE id = 3")
+    assert f"before {begin} " in mends(captured, "log-lost-records").message
+    assert Log(captured).topics.describe(old) != old
+    delete_checkpoints(captured)
+    remove_records(captured, *old)
+    assert refused(captured).code == "checkpoints-missing"
+    recover(captured, lambda _: None)
+    with capturing(captured) as capture:
+        assert capture.reach().inexact == ()
+    assert replay(captured, T) == selected(captured, T)
+
+
+def test_a_running_capture_that_needs_records_which_somebody_removed_says_so(settings: Settings) -> None:
+    """It took that for a Kafka that is away, and waited for ever, while the slot kept WAL."""
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, 'n' FROM generate_series(1, 30) i")
+    running = Running(settings)
+    try:
+        running.hear("streaming")
+        running.reach()
+        remove_records(settings, Log(settings).topic_of(T))
+        Control(Log(settings)).ask("capture", "resnapshot", {"tables": [T]}, timeout=60)
+        assert "headrace resnapshot --recover" in running.hear("public.items cannot be read again")
+        execute(settings, "TRUNCATE items", "INSERT INTO items VALUES (1, 'after')")
+        eventually("it stops", lambda: running.error)
+    finally:
+        running.stop()
+    assert isinstance(running.error, Misconfigured)
+    assert running.error.code == "log-lost-records"
+    mends(settings, "log-lost-records")
+
+
+def test_nobody_misses_old_checkpoints_that_somebody_removed(captured: Settings) -> None:
+    remove_records(captured, checkpoints_topic(captured.source))
+    execute(captured, "DELETE FROM items WHERE id = 3")
+    with capturing(captured) as capture:
+        assert capture.reach().version.epoch == 1
+    assert replay(captured, T) == selected(captured, T)
+
+
 def delete_checkpoints(settings: Settings) -> None:
     """Delete the topic, by a hand that took it for rubbish."""
     delete(settings, checkpoints_topic(settings.source))
@@ -145,8 +198,13 @@ def delete(settings: Settings, topic: str) -> None:
 
 
 def test_schemas_that_were_deleted(captured: Settings) -> None:
-    """Records of shapes that nobody knows any more cannot be read from zero: their topic is made anew, and versions begin again."""
+    """Records of shapes that nobody knows any more cannot be read from zero: their topic is made anew, and versions begin again.
+
+    Shapes of which some were removed are mended by that: their topic is to be deleted."""
     old = Log(captured).topics.describe([Log(captured).topic_of(T)])
+    remove_records(captured, schemas_topic(captured.source), left=0)
+    error = refused(captured)
+    assert (error.code, "Delete the topic" in error.remedy) == ("log-lost-records", True)
     delete(captured, schemas_topic(captured.source))
     execute(captured, "ALTER TABLE items ADD COLUMN more text", "DELETE FROM items WHERE id = 3")
     mends(captured, "schemas-missing")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
 
 from headrace import codec
 from headrace.change import NOWHERE, Position, Row
@@ -24,7 +22,7 @@ from headrace.settings import Settings
 from headrace.stores.kafka import KafkaTopic, live_topic, topic
 from headrace.testing import History, shape
 from headrace_ops.kafka import Kafka
-from tests.fixtures.capture import eventually
+from tests.fixtures.removed import delete_records
 from tests.fixtures.unmarked import unmark
 
 PRODUCTS = shape("public.products", id="integer", name="text")
@@ -232,7 +230,6 @@ def test_a_topic_of_which_somebody_has_deleted_records_is_shown_from_where_it_be
     stream.catch_up(promote=True)
     topics, at = Log(stream.settings).topics, partition_of(b"0", 3)
     (end,) = topics.ends({"titles.g1": 3})["titles.g1"][at : at + 1]
-    topics.configure({"titles.g1": {"cleanup.policy": "delete"}})  # else Kafka refuses to
     delete_records(stream.settings, "titles.g1", at, end)
     left = {str(id_): name for id_, name in enumerate(("kettle", "cup", "pot")) if partition_of(b"%d" % id_, 3) != at}
     assert left
@@ -240,20 +237,6 @@ def test_a_topic_of_which_somebody_has_deleted_records_is_shown_from_where_it_be
     with closing(consumer):
         assert {row.key: row.value["name"] for row in consumer.scan(None, 9)} == left
         assert consumer.get([("", "0")]) == []
-
-
-def delete_records(settings: Settings, topic: str, partition: int, end: int) -> None:
-    """Delete a partition's records below `end`, once the broker knows that it may."""
-    admin = AdminClient({"bootstrap.servers": settings.kafka})
-
-    def deleted() -> bool:
-        ((_, future),) = admin.delete_records([TopicPartition(topic, partition, end)]).items()
-        with suppress(KafkaException):
-            future.result(30)
-            return True
-        return False
-
-    eventually("they are deleted", deleted)
 
 
 def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -136,7 +136,7 @@ def _mend_topics(
     """Delete the topics that can no longer be believed; return the checkpoint without them and without those that are gone."""
     there = [topic for topic in before.ends if topic in log.topics.names()]
     counts = log.partitions(there)
-    actual = log.topics.ends(counts, committed=False)
+    begins, actual = log.topics.begins(counts), log.topics.ends(counts, committed=False)
     publication = log.settings.publication
     tables, appended = catalog.published_tables(connection, publication), append_only.named(connection, publication)
     keys = {table.full_name: table.key for table in tables if table.key or table.full_name in appended}
@@ -144,7 +144,7 @@ def _mend_topics(
     kept = {}
     for topic in there:
         table, shape = log.table_of(topic), shapes.get(log.table_of(topic))
-        whole = counts[topic] == len(before.ends[topic])
+        whole = counts[topic] == len(before.ends[topic]) and not any(begins[topic])
         whole = whole and all(is_now >= end for is_now, end in zip(actual[topic], before.ends[topic], strict=True))
         readable = shape.key == keys.get(table, shape.key) if shape else not any(before.ends[topic])
         if whole and readable:
