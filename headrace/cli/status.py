@@ -60,7 +60,7 @@ def status(
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
     Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked, not to be promoted, too
-    far behind or loads while no capture runs, a table that is read is captured no more, the heartbeat or the look at the catalogue
+    far behind or loads while no capture runs, a table could not be read or is captured no more, the heartbeat or the look at the catalogue
     fails, or Kafka does not answer; 2 --check and --json are given; 3 a setting is wrong; 5 without --check, and Kafka does not answer:
     with --watch at the start only.
 
@@ -324,6 +324,7 @@ def _troubles(facts: Facts) -> Iterator[str]:
         yield f"UPDATE and DELETE of a captured table fail in the source, or come without its key (S8); run: {failing}"
     if standby := facts.get("standby"):
         yield str(standby)
+    yield from facts.get("unread", [])
     if gone := facts.get("unpublished"):
         yield f"the log has {', '.join(gone)} as of before {_mend(gone)}"
     if (told := str(facts.get("heartbeat", ""))).startswith("failed") or _hangs(told):

@@ -257,7 +257,7 @@ class Reader:
                 raise Misconfigured(
                     "table-not-captured",
                     f"The log of source {self._log.settings.source} has no table {table_of(table)}.",
-                    f"Run: headrace setup --table {table_of(table)} --apply, and capture.",
+                    f"Run: headrace setup --table {table_of(table)} --apply, and capture. If both are done, see: headrace status",
                 )
         return newest
 

@@ -34,7 +34,7 @@ from headrace.settings import Settings, environment
 from headrace_capture import attention
 from headrace_ops import Stack
 from headrace_ops.postgres import Postgres
-from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows
+from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows
 from tests.fixtures.feed import ITEMS, TAGS, Feed
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
@@ -218,6 +218,41 @@ def test_a_table_that_is_captured_no_more_is_told_until_somebody_decides(
         control.ask("capture", "resnapshot", {"tables": ["public.items"]})
         capture.eventually("that is meant so", lambda: checks(0))
         assert Plain(settings, "plain").rows()
+
+
+def test_a_table_that_was_never_read_is_told_until_it_was(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the initial snapshot from its end, or the log has nothing of it; nothing else shows either, for it is not inexact."""
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
+    small = replace(settings, message_max_bytes=100_000)
+    prepare(
+        small, "CREATE TABLE items (id int PRIMARY KEY, a text)", "INSERT INTO items VALUES (1, repeat('x', 200000))"
+    )
+
+    def told(capture: Running, line: str, why: str) -> None:
+        capture.eventually(
+            "it is told", lambda: status(settings, "--check").stdout.startswith(f"capture: {line}: {why}")
+        )
+        shown = " ".join(status(settings).stdout.split())
+        assert (shown.count(line), shown.count(why)) == (1, 1)
+
+    def mended(capture: Running, table: str) -> None:
+        Control(Log(settings)).ask("capture", "resnapshot", {"tables": [table]})
+        capture.eventually("all is well", lambda: status(settings, "--check").stdout == "ok\n")
+
+    for chunked in (True, False):  # who starts again knows it too
+        with capturing(small, chunked=chunked) as capture:
+            said = "public.items could not be read, and the initial snapshot is not complete without it"
+            told(capture, said, "The row")
+    with capturing(settings) as capture:
+        mended(capture, "public.items")
+        assert capture.hear("the initial snapshot is complete")
+        publish = f"ALTER PUBLICATION {settings.publication} SET TABLE items, odd"
+        odd = "CREATE TABLE odd (id int PRIMARY KEY)", "INSERT INTO odd VALUES (0)"
+        execute(settings, *odd, f"{publish} WHERE (1 / id > 0)")
+        told(capture, "public.odd could not be read, and the log has nothing of it", "Postgres failed")
+        execute(settings, publish)
+        mended(capture, "public.odd")
+    assert replay(settings, "public.odd")
 
 
 def test_a_table_that_is_inexact_is_named_for_capture_and_for_the_views_that_read_it(settings: Settings) -> None:

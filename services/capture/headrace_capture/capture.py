@@ -246,6 +246,7 @@ class Capture:
                 relations.suspected, relations.moved = beside.suspect, beside.moved
                 self._say(f"streaming from {format_lsn(checkpoint.version.lsn)}")
                 self._progress.phase("streaming")
+                beside.tell()
                 Stream(self._log, cut, replication, relations, filler, beside, self._progress).run(self._stopped)
 
     def _tick(self, replication: Replication) -> Callable[[], None]:

@@ -9,6 +9,7 @@ deleted.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
@@ -89,6 +90,12 @@ class Job:
         told = {"phase": self.phase, "rows": f"{self.rows} rows read", "why": self.why, "reason": self.reason}
         removed = [f"{self.removed} removed"] if self.removed else []
         return ", ".join([told["phase"], told["rows"], *removed, *filter(None, [told["why"], told["reason"]])])
+
+    def missed(self) -> str:
+        """Return what people are told where it could not be read for the first time."""
+        lacks = "the initial snapshot is not complete without it" if self.initial else "the log has nothing of it"
+        mend = f"When that is mended: headrace resnapshot {shlex.quote(self.table)}"
+        return f"{self.table} could not be read, and {lacks}: {self.reason} {mend}"
 
 
 def doubt(log: Log, table: str) -> None:

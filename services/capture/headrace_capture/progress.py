@@ -88,7 +88,7 @@ class Progress:
         self._facts["inexact"] = list(checkpoint.inexact)
         self._facts["approximate"] = ", ".join(sorted(checkpoint.approximate))
 
-    def fact(self, name: str, value: int | str) -> None:
+    def fact(self, name: str, value: int | str | list[str]) -> None:
         """Add something to the report, `wal_held` for example: the bytes of WAL that the slot holds back."""
         self._facts[name] = value
 

@@ -120,7 +120,7 @@ class Resnapshot:
         self._go_on()
         if self._jobs.dirty:
             self._jobs.write(self._cut.writer)
-            self._tell()
+            self.tell()
 
     def _read_doubted(self) -> None:
         for table in list(self._jobs.doubted):
@@ -344,7 +344,7 @@ class Resnapshot:
             self._progress.phase("streaming")
             self._progress.say("the initial snapshot is complete")
         self._jobs.write(self._cut.writer)
-        self._tell()
+        self.tell()
 
     def _usable(self, job: Job, chunk: Chunk) -> bool:
         """Whether the chunk sees what it must, and is of the table that the chunks before it were of."""
@@ -372,11 +372,23 @@ class Resnapshot:
         self._came(table, print_)
         return False
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Report what is to be read again, and what the log lacks since it could not be read: nothing else ever shows that."""
         jobs = self._jobs.all.values()
-        told = [f"{job.name}: {job.told()}" for job in jobs if job.open or job.phase == FAILED]
-        more = [f"and {len(told) - _TOLD} more: headrace resnapshot --status"] if len(told) > _TOLD else []
-        self._progress.fact("resnapshot", "; ".join(told[:_TOLD] + more))
+        told = [
+            f"{job.name}: {job.told()}" for job in jobs if job.open or (job.phase == FAILED and not self._lacks(job))
+        ]
+        self._progress.fact("resnapshot", "; ".join(_few(told)))
+        self._progress.fact("unread", _few([job.missed() for job in jobs if self._lacks(job)]))
         if self._cut.snapshot:
             initial = [job.phase == DONE for job in jobs if job.initial]
             self._progress.phase("snapshot", progress=(sum(initial), len(initial)))
+
+    def _lacks(self, job: Job) -> bool:
+        """Whether its table could not be read, and is not in the log, or the initial snapshot is not complete without it."""
+        return job.phase == FAILED and (job.initial or job.table not in self._relations.shapes)
+
+
+def _few(told: list[str]) -> list[str]:
+    more = [f"and {len(told) - _TOLD} more: headrace resnapshot --status"] if len(told) > _TOLD else []
+    return told[:_TOLD] + more
