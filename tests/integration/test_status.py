@@ -34,10 +34,11 @@ from headrace.settings import Settings, environment
 from headrace_capture import attention
 from headrace_ops import Stack
 from headrace_ops.postgres import Postgres
-from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows
+from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, refused, replay, rows
 from tests.fixtures.feed import ITEMS, TAGS, Feed
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
+from tests.fixtures.slots import drop_slot
 from tests.integration.test_resnapshot_order import waiting
 
 
@@ -519,6 +520,22 @@ def test_a_view_that_no_heartbeat_reaches_is_wrong_by_its_own_check(settings: Se
         eventually("no heartbeat comes", lambda: status(settings, *asked).exit_code == 1, 15)
         assert status(settings, *asked).stdout.startswith("plain: ")
         assert "see: headrace status" in status(settings, *asked).stdout
+        drop_slot(settings)
+        assert refused(settings).code == "slot-missing"
+        assert "no heartbeat" in status(settings, *asked).stdout, (
+            "who was started again and refused has not beaten either"
+        )
+
+
+def test_what_a_view_shows_no_more_is_told_also_when_capture_is_started_again_and_refused(
+    settings: Settings, control: Control
+) -> None:
+    running = Report("plain", 1, live=True, phase="live", version=Version(1, 5), facts={"reads": [ITEMS]})
+    say(control, Report("capture", phase="streaming", facts={"unpublished": [ITEMS]}), running)
+    for _ in range(2):  # as compose does it
+        assert refused(settings).code == "publication-missing"
+    say(control, running)
+    assert status(settings, "--check", "plain").stdout.startswith(f"plain: shows {ITEMS} as of before")
 
 
 def test_a_standby_is_called_one(settings: Settings, control: Control, postgres: Postgres) -> None:

@@ -70,6 +70,8 @@ class Capture:
             Poison: see `Stream.run`.
         """
         self._log.ensure_spine()
+        # Views are judged by it (S17), and the more so while nothing beats: before the report of now takes the place of the last one.
+        self._progress.fact("heartbeat_ms", self._settings.heartbeat_ms)
         self._progress.start()
         error: HeadraceError | None = None
         try:
@@ -201,6 +203,7 @@ class Capture:
         slot: Slot | None,
         connection: catalog.Connection,
     ) -> Checkpoint:
+        self._progress.unpublished([])  # of a log before this one, perhaps
         # The intent goes into the log before the slot is made: a slot of ours without it would not be known as ours.
         source = here.source
         known = before.version.epoch if before else 0

@@ -38,6 +38,7 @@ class Progress:
         self._control = control
         self._report = Report(NAME, phase="starting", live=True)
         self._facts: dict[str, int | str | list[str]] = {}
+        self._warned: list[str] = []
         self._written = Written()
         self._beat_at = time.monotonic()
         self._cut_off: Callable[[], None] | None = None
@@ -49,9 +50,11 @@ class Progress:
         """Report, before anything shows that capture runs but for one that does already, and go on with it every second.
 
         What is reported first is where the last one stood: a log that begins anew is to be above that (see `beginnings.new_epoch`).
+        What it knew of tables that are captured no more holds until the catalogue was read: views show them as they were, whoever runs.
         """
         for report in self._reported():
             self._report = replace(self._report, version=report.version)
+            self._facts["unpublished"] = report.facts.get("unpublished", [])
         if not self._another():
             self._send()
             self._flush()
@@ -110,13 +113,12 @@ class Progress:
 
     def unpublished(self, tables: list[str]) -> None:
         """Tables that the log has are not published any more: say so once, and report it meanwhile."""
-        known = self._facts.get("unpublished", [])
         for table in tables:
-            if table not in known:  # type: ignore[operator]
+            if table not in self._warned:
                 self.say(
                     f"warning: {table} is captured no more: it was renamed, dropped or taken out. See: headrace status"
                 )
-        self._facts["unpublished"] = tables
+        self._facts["unpublished"] = self._warned = tables
 
     def wal(self, held: int, end: int) -> None:
         """The slot holds back so many bytes of WAL, which ends at `end` now."""

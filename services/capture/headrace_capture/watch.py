@@ -65,7 +65,6 @@ class Watch:
                 connection.execute("SELECT pg_logical_emit_message(true, 'headrace', '')")
                 beaten = time.monotonic()
             self._progress.fact("heartbeat", "ok" if every else "off")
-            self._progress.fact("heartbeat_ms", self._settings.heartbeat_ms)
             self._ended.wait(min(_LOOK_SECONDS, every or _LOOK_SECONDS))
 
 
