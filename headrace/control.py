@@ -61,7 +61,7 @@ class Report:
         rate: Changes applied a second, over the last seconds.
         eta: Seconds until it has caught up, -1 when unknown.
         progress: (done, total) of long work, (0, 0) when there is none.
-        reason, code, remedy: Why it is stopped or waiting; of one that follows, why it cannot be promoted though none is live.
+        reason, code, remedy: Why it stopped, or it or its snapshot waits; of one that follows, why it is not promoted though none is live.
         facts: What a service adds.
         ended: The process has ended by itself, and this is its last word.
         age: Seconds since it was written.

@@ -277,8 +277,10 @@ def _builds(found: list[Report]) -> list[Report]:
 def _check_one(name: str, report: Report, most: float) -> None:
     if report.dead or report.phase == "off":
         _wrong(f"{name}: no process reports (last {seconds(report.age)} ago); run: {command_of(name)}")
-    unpromoted = report.phase == "following" and report.code
-    if report.phase in {"stopped", "stale", "waiting", "paused", "dropped"} or unpromoted:
+    held_up = (
+        report.phase in {"following", "snapshot"} and report.code
+    )  # it is not to be promoted, or waits for the application
+    if report.phase in {"stopped", "stale", "waiting", "paused", "dropped"} or held_up:
         _wrong(f"{name}: {report.phase}: {report.reason} {report.remedy}")
     for trouble in _troubles(report.facts):
         _wrong(f"{name}: {trouble}")

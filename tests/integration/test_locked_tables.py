@@ -10,9 +10,13 @@ from typing import Any
 import psycopg
 import pytest
 
+from headrace.control import Control
+from headrace.errors import HeadraceError
+from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import attention, catalog, copies, fingerprints, snapshot
 from headrace_capture.named import named_tables
+from headrace_capture.progress import Progress
 from headrace_capture.published import row_filters
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows, selected
 from tests.integration.test_resnapshot import ask, jobs
@@ -256,11 +260,24 @@ def test_a_lock_that_waits_for_the_snapshot_does_not_stop_it(
         assert replay(settings, f"public.{table}") == selected(settings, table)
 
 
+def reported(settings: Settings) -> str:
+    """Return what capture says of itself that it waits for."""
+    return Control(Log(settings)).reports()["capture"][0].reason
+
+
 @pytest.mark.parametrize("stopped", [False, True], ids=["released", "stopped"])
 def test_a_table_that_is_locked_when_the_snapshot_comes_to_it_is_read_last(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, *, stopped: bool
 ) -> None:
-    """The others are read meanwhile, and capture can be stopped."""
+    """The others are read meanwhile, and capture can be stopped. What it waits for is reported until it has it."""
+    codes: list[str] = []
+    phase = Progress.phase
+
+    def seen(of: Progress, name: str, error: HeadraceError | None = None, **more: Any) -> None:
+        codes.extend([error.code if error else ""] * (name == "snapshot"))
+        phase(of, name, error, **more)
+
+    monkeypatch.setattr(Progress, "phase", seen)
     prepare(
         settings,
         "CREATE TABLE held (id int PRIMARY KEY, n int); INSERT INTO held VALUES (1, 1)",
@@ -271,6 +288,7 @@ def test_a_table_that_is_locked_when_the_snapshot_comes_to_it_is_read_last(
         try:
             running.hear("snapshot of public.items: 9000 rows")
             running.hear("snapshot of public.held waits")
+            running.eventually("it is reported", lambda: "waits for public.held: " in reported(settings))
             if not stopped:
                 release()
                 running.reach()
@@ -278,6 +296,7 @@ def test_a_table_that_is_locked_when_the_snapshot_comes_to_it_is_read_last(
             running.stop()
     assert running.error is None
     if not stopped:
+        assert codes[-1] == ""
         for table in ("held", "items"):
             assert replay(settings, f"public.{table}") == selected(settings, table)
 

@@ -221,6 +221,21 @@ def test_a_table_that_is_captured_no_more_is_told_until_somebody_decides(
         assert Plain(settings, "plain").rows()
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_first_snapshot_that_waits_says_for_what(settings: Settings, *, chunked: bool) -> None:
+    """A transaction that was left open, or prepared and forgotten, keeps it waiting for ever."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with psycopg.connect(settings.dsn) as application:
+        application.execute("SELECT pg_current_xact_id()")
+        with capturing(settings, chunked=chunked) as capture:
+            said = f"The initial snapshot has not begun: to make slot {settings.slot}, Postgres waits"
+            line = f"capture: snapshot: {said}"
+            capture.eventually("it waits", lambda: status(settings, "--check").stdout.startswith(line))
+            assert f"capture: {said}" in " ".join(status(settings).stdout.split())
+            application.commit()
+            capture.eventually("it goes on", lambda: status(settings, "--check").stdout == "ok\n")
+
+
 def test_a_table_that_was_never_read_is_told_until_it_was(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps the initial snapshot from its end, or the log has nothing of it; nothing else shows either, for it is not inexact."""
     monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)

@@ -16,6 +16,7 @@ from psycopg import sql
 
 from headrace.change import Checkpoint, Source, Version
 from headrace.control import Control
+from headrace.errors import Transient
 from headrace.log import CutWriter, Log
 from headrace_capture import append_only, catalog, fingerprints
 from headrace_capture.jobs import Job, Jobs
@@ -46,6 +47,18 @@ def new_epoch(log: Log, known: int) -> int:
     """
     reports = Control(log).reports().values()
     return 1 + max([known, *(report.version.epoch for of_one in reports for report in of_one)])
+
+
+def make_slot(exporter: Replication, slot: str, progress: Progress, stopped: Callable[[], bool]) -> tuple[int, str]:
+    """Make the slot; return what `Replication.create_slot` does. What Postgres waits for is told, for it may last for ever."""
+    running = "the transactions that are running now"
+    progress.say(f"making slot {slot}: Postgres waits for {running}")
+    remedy = "If that lasts, end what is left open: see pg_prepared_xacts, and pg_stat_activity by xact_start."
+    said = f"The initial snapshot has not begun: to make slot {slot}, Postgres waits for {running}, of any database."
+    progress.phase("snapshot", Transient("snapshot-waits", said, remedy))
+    made = exporter.create_slot(slot, stopped)
+    progress.phase("snapshot")
+    return made
 
 
 def begin(
@@ -79,8 +92,7 @@ def begin(
         _know(jobs, connection, settings.publication)
         tables = catalog.published_tables(connection, settings.publication)
         appended = append_only.named(connection, settings.publication)
-    progress.say(f"making slot {settings.slot}: Postgres waits for the transactions that are running now")
-    point, name = exporter.create_slot(settings.slot, stopped)
+    point, name = make_slot(exporter, settings.slot, progress, stopped)
     floor = _floor(settings.dsn, name)
     once = {table for table, _ in log.schemas()} & set(log.tables())  # of what is captured no longer: dead keys only
     named = once | _publish(log, writer, tables, appended, progress)

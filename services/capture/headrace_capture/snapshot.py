@@ -20,7 +20,7 @@ from psycopg import errors, sql
 from headrace.change import Checkpoint, TableSchema, Version
 from headrace.errors import Transient
 from headrace.log import CutWriter, Log
-from headrace_capture import append_only, catalog, copies
+from headrace_capture import append_only, beginnings, catalog, copies
 from headrace_capture.copies import Copy, Piece
 from headrace_capture.cut import FULL_BYTES, LONGEST_SECONDS
 from headrace_capture.live import LiveKeys
@@ -47,7 +47,7 @@ class Rows:
     Attributes:
         table: The table.
         count: Rows that were written.
-        waited: Whether the table was found locked.
+        waited: Whether the table was found locked; it is told once.
     """
 
     def __init__(self, table: Table, writer: CutWriter, stamp: Stamp) -> None:
@@ -97,6 +97,7 @@ class Snapshot:
         self._schemas = newest(log.schemas().values())
         self._looked = 0.0
         self._inexact: list[str] = []
+        self._locked: set[str] = set()
 
     def take(self, exporter: Replication) -> Checkpoint:
         """Make the slot, read all tables, remove what an earlier attempt left; return the complete checkpoint.
@@ -107,9 +108,7 @@ class Snapshot:
             Misconfigured: `postgres-rights`, `too-many-slots`, `row-too-large`, `key-changed`, `topic-replaced`, `topic-missing`.
         """
         settings = self._log.settings
-        self._progress.phase("snapshot")
-        self._progress.say(f"making slot {settings.slot}: Postgres waits for the transactions that are running now")
-        point, name = exporter.create_slot(settings.slot, self._stopped)
+        point, name = beginnings.make_slot(exporter, settings.slot, self._progress, self._stopped)
         version = Version(self._intent.version.epoch, point)
         stamp = Stamp(version, 0, (self._progress.now_ms(), self._progress.now_ms()), snapshot=True)
         with self._connections(name) as connections, postgres_errors("reading a snapshot"):
@@ -186,6 +185,7 @@ class Snapshot:
                     waiting.append((rows, copy.piece))
                     connections.append(connections.pop(connections.index(connection)))  # another one may hold the lock
                     continue
+                self._locked.discard(rows.table.name)
                 done += copy.piece.pages
                 self._told(rows, waiting, under_way)
             self._look_around(version, (done, pages))
@@ -193,7 +193,8 @@ class Snapshot:
                 _wait(copy.socket for _, copy in under_way.values())
 
     def _told_locked(self, rows: Rows) -> None:
-        """Say so, once, when a table cannot be read now."""
+        """Say so, once, when a table cannot be read now, and report it until it can."""
+        self._locked.add(rows.table.name)
         if not rows.waited:
             rows.waited = True
             self._progress.say(f"snapshot of {rows.table.name} waits: another transaction holds or wants its lock")
@@ -209,7 +210,7 @@ class Snapshot:
         self._beat()
         writer = self._writer
         self._progress.changes = writer.records + writer.open_records
-        self._progress.phase("snapshot", progress=progress)
+        self._progress.phase("snapshot", self._waits(), progress=progress)
         old = writer.opened_at and time.monotonic() - writer.opened_at > LONGEST_SECONDS
         if old or writer.open_records >= self._log.settings.cut_records or writer.open_bytes >= FULL_BYTES:
             self._seal(version, "running")
@@ -217,6 +218,14 @@ class Snapshot:
                 with suppress(Transient):  # once more before it is complete
                     self._writer.check_topics()
                 self._looked = time.monotonic()
+
+    def _waits(self) -> Transient | None:
+        if not self._locked:
+            return None
+        said = f"The initial snapshot waits for {', '.join(sorted(self._locked))}: another transaction holds or wants a lock."
+        return Transient(
+            "table-locked", said, "Others are read meanwhile; pg_blocking_pids() and pg_locks tell who holds it."
+        )
 
     def _beat(self) -> None:
         if self._stopped():
