@@ -68,7 +68,7 @@ def test_a_wrong_password(settings: Settings) -> None:
 def test_no_publication(settings: Settings) -> None:
     error = refused(settings)
     assert error.code == "publication-missing"
-    assert "headrace setup --apply" in error.remedy
+    assert "headrace setup … --apply" in error.remedy
 
 
 def test_a_row_that_is_too_large_stops_capture_and_loses_nothing(settings: Settings) -> None:

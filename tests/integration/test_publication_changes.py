@@ -183,7 +183,7 @@ def test_a_publication_that_is_dropped_stops_capture_and_nothing_is_lost(each_ve
     running.join()
     assert isinstance(error, Misconfigured)
     assert error.code == "publication-missing"
-    assert "headrace setup --apply" in error.remedy
+    assert "headrace setup … --apply" in error.remedy
     code, said = checked(settings)
     assert (code, "publication" in said) == (1, True)
     prepare(settings)
@@ -204,7 +204,7 @@ def test_a_publication_that_is_dropped_while_nothing_changes_stops_capture(setti
     execute(settings, f"DROP PUBLICATION {settings.publication}")
     error = eventually("capture stops", lambda: running.error)
     running.join()
-    assert (error.code, "headrace setup --apply" in error.remedy) == ("publication-missing", True)
+    assert (error.code, "headrace setup … --apply" in error.remedy) == ("publication-missing", True)
 
 
 def test_a_publication_that_is_made_anew_between_two_looks(settings: Settings, discovered: threading.Event) -> None:

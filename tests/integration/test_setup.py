@@ -428,6 +428,36 @@ def test_a_plain_role_gets_what_it_lacks_and_loses_it_again(db: Connection, sour
         db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
+def test_without_a_role_rights_go_to_whom_setup_gave_them_last(db: Connection, source: Settings) -> None:
+    """A remedy names a table and no role: the owner who runs it must not get the rights, and capture's role lack them.
+
+    It is enough to name one captured table for the rights to all of them.
+    """
+    owner, role = (f"{source.source}_{name}" for name in ("owner", "role"))
+    db.execute(f"CREATE ROLE {owner} LOGIN PASSWORD 'pw'; CREATE ROLE {role} REPLICATION".encode())
+    db.execute(f"GRANT ALL ON SCHEMA public TO {owner}; GRANT ALL ON DATABASE {source.source} TO {owner}".encode())
+    try:
+        with catalog.connect(psycopg.conninfo.make_conninfo(source.dsn, user=owner, password="pw")) as theirs:
+            for table in ("a", "b", "c"):
+                theirs.execute(f"CREATE TABLE public.{table} (id int PRIMARY KEY)".encode())
+            setup.apply(theirs, setup.plan(theirs, source, ["a"], role))
+            setup.apply(theirs, setup.plan(theirs, source, ["b"]))
+            assert readable(db, role) == ["public.a", "public.b"] == sorted(published(db, source))
+            theirs.execute(f"REVOKE ALL ON public.a, public.b FROM {role}".encode())
+            setup.apply(theirs, setup.plan(theirs, source, ["b"], role))
+            assert readable(db, role) == ["public.a", "public.b"] == sorted(published(db, source))
+            db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+            assert setup.plan(db, source, ["b"]).statements == [], "of those that setup gave rights nobody is left"
+    finally:
+        db.execute(f"DROP OWNED BY {owner}; DROP ROLE {owner}; DROP ROLE IF EXISTS {role}".encode())
+
+
+def readable(db: Connection, role: str) -> list[str]:
+    """Return the tables that a role may read."""
+    query = "SELECT format('%%s.%%s', schemaname, relname) FROM pg_stat_user_tables WHERE has_table_privilege(%s, relid, 'SELECT')"
+    return sorted(name for (name,) in db.execute(query, [role]))
+
+
 def test_a_locked_table_stops_setup_soon_and_whole(db: Connection, source: Settings) -> None:
     db.execute("CREATE TABLE public.a (id int PRIMARY KEY, big text)")
     made = setup.plan(db, source, [])

@@ -73,3 +73,16 @@ def _put_together(code: str, text: str) -> bool:
 def test_every_entry_says_something() -> None:
     entries = re.split(r"^## ", (ROOT / "ops/runbook.md").read_text(), flags=re.MULTILINE)[1:]
     assert [entry.splitlines()[0] for entry in entries if len(entry.split("\n", 1)[1].split()) < 8] == []
+
+
+def test_no_remedy_captures_every_table() -> None:
+    """Without --table setup captures all with a key: where somebody chose a few, the others went into Kafka and every warehouse."""
+    command = re.compile(r"headrace setup[^`;.\n]*?--(?:apply|append-only)")
+    texts = [*_sources(), ROOT / "ops/runbook.md"]
+    found = {ran[0] for path in texts for ran in command.finditer(_without_docstrings(path))}
+    assert {ran for ran in found if not re.search(r"--table|\{flags\}|…", ran)} == set()
+
+
+def _without_docstrings(path: Path) -> str:
+    text = path.read_text()
+    return re.sub(r'""".*?"""', "", text, flags=re.DOTALL) if path.suffix == ".py" else text

@@ -14,7 +14,7 @@ from psycopg import sql
 
 from headrace.change import Column, TableSchema, parse_lsn
 from headrace.errors import Misconfigured
-from headrace_capture.connection import SESSION, Connection, connect, connect_replication
+from headrace_capture.connection import SESSION, SETUP, Connection, connect, connect_replication
 from headrace_capture.published import LEAVES, UNLOGGED, published
 
 __all__ = [
@@ -187,9 +187,7 @@ def published_tables(connection: Connection, publication: str, only: str = "", h
         Misconfigured: `publication-missing`.
     """
     if connection.execute("SELECT FROM pg_publication WHERE pubname = %s", [publication]).fetchone() is None:
-        raise Misconfigured(
-            "publication-missing", f"There is no publication {publication}.", "Run `headrace setup --apply`."
-        )
+        raise Misconfigured("publication-missing", f"There is no publication {publication}.", SETUP)
     asked = {"publication": publication, "only": only, "holding": holding}
     sent = {row[0]: set(row[1]) for row in connection.execute(_PUBLISHED, asked)}
     return [_published(table, sent[table.oid]) for table in _read(connection, list(sent))]

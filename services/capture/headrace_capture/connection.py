@@ -104,6 +104,14 @@ def _explain(error: psycopg.OperationalError, given: dict[str, Any], setting: st
     )
 
 
+SETUP = (
+    "Run `headrace setup … --apply` as an administrator, with the same --table, --append-only, --role and --dsn as before: what setup "
+    "remembered went with the publication, and with no --table it captures every table with a key."
+)
+RIGHTS = (
+    "Run `headrace setup --role ROLE --table TABLE --apply` as an administrator: ROLE is the one that connects, TABLE any that is "
+    "captured (with no --table setup captures every table with a key)."
+)
 _REFUSALS = (
     ("password authentication failed", "postgres-refused", "Change user or password in {}."),
     ("no password supplied", "postgres-refused", "Add the password to {}."),
@@ -116,7 +124,7 @@ _REFUSALS = (
     (
         "permission denied",
         "postgres-refused",
-        "Run `headrace setup --role ROLE --apply` as an administrator, or change {}.",
+        f"{RIGHTS} Or change {{}}.",
     ),
     ("does not exist", "postgres-refused", "Create it, or change {}."),
     ("is not permitted to log in", "postgres-refused", "ALTER ROLE … LOGIN, or change {}."),

@@ -20,6 +20,7 @@ from psycopg import pq, sql
 from headrace.change import format_lsn, parse_lsn
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace_capture import catalog, standby
+from headrace_capture.connection import RIGHTS, SETUP
 from headrace_capture.pgoutput import PROTOCOL, status
 
 _STATUS_SECONDS = 1.0
@@ -67,17 +68,13 @@ def explain(sqlstate: str | None, said: str, doing: str) -> HeadraceError:
 _BUSY = frozenset({"55006"})  # object_in_use
 _LOCKED = "55P03"  # lock_not_available
 _PASSING = frozenset({"08", "53", "57", "40", "58", "25"})
-_SETUP = "Run `headrace setup --apply` as an administrator."
 MEND = "Run: headrace resnapshot --recover, then capture. It makes a new slot and reads all tables again beside the stream."
 """What to do when log and source have parted (see `recovery`)."""
 _CODES = {
-    "42501": (
-        "postgres-rights",
-        "Run `headrace setup --role ROLE --apply` as an administrator: HEADRACE_DSN names the role.",
-    ),
+    "42501": ("postgres-rights", RIGHTS),
     "42704": (
         "publication-missing",
-        f"{_SETUP} Where changes came while it was gone the slot cannot be read past them; then: {MEND}",
+        f"{SETUP} Where changes came while it was gone the slot cannot be read past them; then: {MEND}",
     ),
     "55000": ("slot-lost", MEND),  # object_not_in_prerequisite_state: the slot can no longer be read from
     "53400": ("too-many-slots", "Raise max_replication_slots and max_wal_senders, or drop a slot that is not needed."),

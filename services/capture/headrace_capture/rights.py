@@ -39,6 +39,12 @@ def role_of(connection: Connection, name: str) -> Role:
     return Role(*row)
 
 
+def given_last(connection: Connection, grants: list[Grant]) -> str:
+    """Return the role that was given rights last, of those that there are; "" for none."""
+    roles = {role for (role,) in connection.execute("SELECT rolname FROM pg_roles")}
+    return next((grant.role for grant in reversed(grants) if grant.role in roles), "")
+
+
 def missing(connection: Connection, tables: list[Table], role: Role) -> list[Grant]:
     """Return the rights that `role` lacks to capture `tables`.
 

@@ -74,7 +74,7 @@ def plan(
         settings: For the names of publication and slot.
         names: Tables to add; when empty all with a usable key, but for those that somebody took out of the publication. One that
             was captured may be gone or have lost its key.
-        role: The role that capture will connect as; the connected one when empty.
+        role: The role that capture will connect as; when empty the one that setup gave rights last, or else the connected one.
         appended: Tables without a key to add, to be captured as append-only.
 
     Raises:
@@ -145,7 +145,7 @@ def unusable(table: Table, settings: Settings) -> LeftOut | None:
         use = (
             f"ALTER TABLE {name} REPLICA IDENTITY USING INDEX {index}"
             if table.unique
-            else f"ALTER TABLE {name} ADD PRIMARY KEY (…); if its rows are only ever added: headrace setup --append-only {table.full_name}"
+            else f"ALTER TABLE {name} ADD PRIMARY KEY (…); if its rows are only ever added, say also: --append-only {table.full_name}"
         )
         return LeftOut(table.full_name, why, f"Run: {use}")
     if "." in table.schema:
@@ -250,7 +250,8 @@ def _fill(
     after.append_only = made.append_only
     after.published |= {(table.oid, table.full_name) for table in made.tables}
     after.database = database(connection)
-    given = rights.missing(connection, made.tables, rights.role_of(connection, role or made.server.role))
+    role = role or rights.given_last(connection, after.grants) or made.server.role
+    given = rights.missing(connection, made.tables, rights.role_of(connection, role))
     after.grants += [grant for grant in given if grant not in after.grants]
     statements = [rights.give(grant) for grant in given]
     limited = identities.limits(connection, settings.publication)

@@ -37,7 +37,12 @@ AppendOnly = Annotated[
     ),
 ]
 RoleName = Annotated[
-    str, typer.Option("--role", metavar="ROLE", help="The role that capture and verify will use; the connected one.")
+    str,
+    typer.Option(
+        "--role",
+        metavar="ROLE",
+        help="The role that capture and verify will use; else the one that setup gave rights last, or the connected one.",
+    ),
 ]
 Apply = Annotated[bool, typer.Option("--apply", help="Run the statements; without it they are only printed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]

@@ -38,6 +38,10 @@ from headrace_verify.multiset import Multiset
 from headrace_verify.postgres import Connection, Moment, check_source, connect, moment, published
 from headrace_verify.view import View, check, write
 
+_RIGHTS = (
+    "Run: headrace setup --role ROLE --table TABLE --apply. ROLE is that of HEADRACE_DSN, TABLE any captured one (with no --table setup "
+    "captures every table with a key)."
+)
 _WRITE = 1000
 _PAUSE_SECONDS = 0.1
 
@@ -281,7 +285,7 @@ def _postgres_errors() -> Iterator[None]:
         yield
     except psycopg.errors.InsufficientPrivilege as error:
         said = f"The role of HEADRACE_DSN may not read everything: {error.diag.message_primary}."
-        raise Misconfigured("verify-not-allowed", said, "Run: headrace setup --role ROLE --apply") from error
+        raise Misconfigured("verify-not-allowed", said, _RIGHTS) from error
     except psycopg.ProgrammingError as error:
         said = f"Postgres does not answer what the view should hold: {' '.join(str(error).split())}."
         raise Misconfigured("verify-no-expectation", said, "If a table was altered meanwhile, run it again.") from error
