@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from headrace.control import Control
 from headrace.errors import Misconfigured, Transient
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
-from headrace_capture import catalog
+from headrace_capture import catalog, teardown
 from headrace_capture.recovery import recover
 from headrace_ops import artifacts, guard
 from headrace_ops.postgres import Postgres
@@ -361,4 +361,7 @@ def test_a_standby_is_no_source_yet(pair: Pair, monkeypatch: pytest.MonkeyPatch)
     verifier = Verifier(Log(pair.after), Control(Log(pair.after)), lambda *_: None, 60)
     with pytest.raises(Misconfigured) as refusal:
         list(verifier.verify({}))
+    assert refusal.value.code == "postgres-standby"
+    with closing(catalog.connect(pair.after.dsn)) as standby, pytest.raises(Misconfigured) as refusal:
+        teardown.plan(standby, pair.after)
     assert refusal.value.code == "postgres-standby"

@@ -405,6 +405,61 @@ def test_teardown_refuses_while_capture_runs(db: Connection, source: Settings) -
     assert refused.value.code == "slot-active"
 
 
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "SELECT pg_drop_replication_slot('{0}')",
+        "DROP TABLE public.a",
+        "DROP SCHEMA s CASCADE",
+        "DROP OWNED BY {0}_role; DROP ROLE {0}_role",
+    ],
+)
+def test_what_is_gone_between_teardowns_look_and_its_deed_is_told(db: Connection, source: Settings, gone: str) -> None:
+    """It asks a person in between. A second run takes the rest away, though the publication was dropped after its look."""
+    with torn(db, source) as removal:
+        db.execute(gone.format(source.source).encode())
+        with pytest.raises(Transient) as refused:
+            teardown.run(db, source, removal)
+        assert refused.value.code == "teardown-outrun"
+        rest = teardown.plan(db, source)
+        db.execute(f"DROP PUBLICATION {source.publication}".encode())
+        teardown.run(db, source, rest)
+        assert slot_facts(source)["exists"] is False
+        assert db.execute("SELECT FROM pg_class WHERE relreplident = 'f'").fetchall() == []
+
+
+@contextmanager
+def torn(db: Connection, source: Settings) -> Iterator[teardown.Removal]:
+    """Run setup for a role of its own, make the slot, and look at what teardown would do."""
+    role = f"{source.source}_role"
+    db.execute(f"CREATE SCHEMA s; CREATE ROLE {role}".encode())
+    for table in ("s.a", "public.a"):
+        db.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, x text)".encode())
+    try:
+        setup.apply(db, setup.plan(db, source, [], role))
+        db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [source.slot])
+        yield teardown.plan(db, source)
+    finally:
+        db.execute(f"DROP ROLE IF EXISTS {role}".encode())  # it has no right any more
+
+
+def test_a_server_that_goes_away_is_told_by_setup_and_teardown(db: Connection, source: Settings) -> None:
+    db.execute("CREATE TABLE public.a (id int PRIMARY KEY)")
+    prepared(db, source)
+    removal = teardown.plan(db, source)
+    deeds: list[Callable[[Connection], object]] = [
+        lambda lost: setup.plan(lost, source, []),
+        lambda lost: teardown.plan(lost, source),
+        lambda lost: teardown.run(lost, source, removal),
+    ]
+    for deed in deeds:
+        with catalog.connect(source.dsn) as lost:
+            db.execute("SELECT pg_terminate_backend(%s, 30000)", [lost.info.backend_pid])
+            with pytest.raises(Transient) as away:
+                deed(lost)
+        assert away.value.code == "postgres-away"
+
+
 def test_a_plain_role_gets_what_it_lacks_and_loses_it_again(db: Connection, source: Settings) -> None:
     role = f"{source.source}_role"
     db.execute(f"CREATE SCHEMA s; CREATE TABLE s.a (id int PRIMARY KEY); CREATE ROLE {role} LOGIN PASSWORD 'pw'")

@@ -21,6 +21,7 @@ from headrace_capture import append_only, catalog, identities, rights, standby
 from headrace_capture.catalog import Connection, Server, Table
 from headrace_capture.memory import Memory, database, recall
 from headrace_capture.named import named_tables
+from headrace_capture.replication import postgres_errors
 
 LOCK_SECONDS = 3
 LONGEST_TOPIC = 249
@@ -64,6 +65,7 @@ class Plan:
         return {"tables": tables, "left_out": left_out, "warnings": self.warnings, "statements": self.statements}
 
 
+@postgres_errors("looking at the source")
 def plan(
     connection: Connection, settings: Settings, names: list[str], role: str = "", appended: Sequence[str] = ()
 ) -> Plan:

@@ -99,8 +99,8 @@ def teardown(dsn: Dsn = None, topics: WithTopics = False, yes: Yes = False, json
     Views and their stores stay: see `headrace drop`.
 
     Exit codes: 0 it is gone; 2 nobody agreed, nothing was changed; 3 capture is still running, the topics are of another
-    server, database, slot or publication than these settings, or the role may not do it;
-    5 Postgres, or Kafka for --topics, does not answer, or a table is locked.
+    server, database, slot or publication than these settings, the server is a standby, or the role may not do it;
+    5 Postgres, or Kafka for --topics, does not answer, a table is locked, or somebody has dropped what it was to take away.
 
     Examples:
 

@@ -25,7 +25,10 @@ from headrace_capture.identities import DEFAULT, FULL, Change, alter, listed_els
 from headrace_capture.identity import check_source, slot_of
 from headrace_capture.memory import Memory, recall
 from headrace_capture.progress import NAME
+from headrace_capture.replication import postgres_errors
 
+_DOING = "taking headrace away"
+_GONE = (psycopg.errors.UndefinedObject, psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
 _LOCK_SECONDS = 3
 _Where = tuple[str, str]
 """The schema and the name of a table; without a name the schema; without either the attributes of roles."""
@@ -44,12 +47,14 @@ class Removal:
         return asdict(self)
 
 
+@postgres_errors(_DOING)
 def plan(connection: Connection, settings: Settings) -> Removal:
     """Decide what there is to take away.
 
     Raises:
-        Misconfigured: `slot-active`.
+        Misconfigured: `slot-active`, `postgres-standby`; Transient: `postgres-away`.
     """
+    catalog.refuse_standby(connection)
     slot, kept = slot_of(connection, settings.slot), []
     if slot and not slot.fits(_database(connection)):
         kept.append(f"The slot {settings.slot} stays: it is of {slot.plugin} in database {slot.database}.")
@@ -59,7 +64,7 @@ def plan(connection: Connection, settings: Settings) -> Removal:
     memory = recall(connection, settings.publication)
     if memory is None:
         return Removal(slot is not None, (), (*kept, *_not_ours(connection, settings.publication)))
-    statements = [sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(settings.publication))]
+    statements = [sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(settings.publication))]
     needed, listed = _needed(connection, settings), listed_elsewhere(connection, settings.publication)
     for where, statement in _restore(connection, memory):
         if where in needed:
@@ -94,6 +99,7 @@ def check_unused(log: Log) -> None:
             raise Misconfigured("slot-active", said, remedy)
 
 
+@postgres_errors(_DOING)
 def check_log(connection: Connection, log: Log) -> None:
     """Refuse to delete the log of another server, database, slot or publication.
 
@@ -106,12 +112,13 @@ def check_log(connection: Connection, log: Log) -> None:
         check_source(newest.source, Source(here.system_id, 0, here.database, settings.slot, settings.publication))
 
 
+@postgres_errors(_DOING)
 def run(connection: Connection, settings: Settings, removal: Removal) -> None:
     """Carry it out. Run again after an error, it goes on where it was.
 
     Raises:
         Misconfigured: `slot-active`, `teardown-not-allowed`.
-        Transient: `table-locked`.
+        Transient: `table-locked`, `teardown-outrun`, `postgres-away`.
     """
     try:
         if removal.slot:
@@ -128,6 +135,9 @@ def run(connection: Connection, settings: Settings, removal: Removal) -> None:
     except psycopg.errors.InsufficientPrivilege as error:
         said = f"The role may not do that: {error.diag.message_primary}."
         raise Misconfigured("teardown-not-allowed", said, "Give --dsn of the role that ran setup.") from error
+    except _GONE as error:
+        said = f"Somebody took a part of it away meanwhile: {error.diag.message_primary}."
+        raise Transient("teardown-outrun", said, "Run it again: it goes on with what is left.") from error
 
 
 def _active(settings: Settings) -> Misconfigured:
