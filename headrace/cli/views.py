@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headrace.cli import building, together
+from headrace.cli import building, forget, together
 from headrace.cli.building import Gate
 from headrace.cli.show import out, print_json
 from headrace.control import Control
@@ -164,6 +164,7 @@ def drop(
         bool,
         typer.Option("--all", help="Remove the view: every generation, the live one too. Readers find nothing then."),
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask, where nobody can run the consumer any more.")] = False,
     json: AsJson = False,
 ) -> None:
     """Remove generations that are not live; with --all the whole view.
@@ -171,8 +172,12 @@ def drop(
     After --all its process stays and does nothing, and says `dropped`, also when it is started again, until `headrace rebuild NAME` begins
     the view anew.
 
-    Exit codes: 0 they are gone; 2 a generation and --all are given; 3 it is the live one, or no process runs the view; 5 a server or that
-    process does not answer.
+    A consumer that nobody runs and that is not installed here, for its package is gone or its class has another name, is forgotten by
+    --all: `headrace status` says no more of it, and what it had parked is given up. It asks first; with --json it does not ask: nothing is
+    done without --yes. Its store is not touched.
+
+    Exit codes: 0 they are gone; 2 a generation and --all are given, or nobody agreed; 3 it is the live one, or no process runs the view; 5
+    a server or that process does not answer.
 
     Examples:
 
@@ -181,11 +186,19 @@ def drop(
         headrace drop search 3
 
         headrace drop search --all
+
+        headrace drop old_search --all --yes
     """
     if everything and generation is not None:
         typer.echo("Name a generation, or give --all.", err=True)
         raise typer.Exit(USAGE)
-    answer = _control().ask(name, "drop", {"generation": generation, "all": everything}, timeout=120)
+    log = Log(load())
+    control = Control(log)
+    if everything and (found := forget.left(log, control, name)):
+        forget.forget(log, control, name, found, ask=not yes, json=json)
+        _say(json, [found], [forget.said(name, found)])
+        return
+    answer = control.ask(name, "drop", {"generation": generation, "all": everything}, timeout=120)
     dropped = ", ".join(str(number) for number in answer["dropped"]) or "nothing"
     _say(json, [answer], [f"{name}: dropped {dropped}"])
 

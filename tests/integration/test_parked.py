@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -15,6 +17,7 @@ import pytest
 import redis
 from typer.testing import CliRunner, Result
 
+from headrace import plugins
 from headrace.change import Change, Version
 from headrace.cli import app
 from headrace.consumer import Batch
@@ -22,6 +25,8 @@ from headrace.control import Control, Report
 from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.log import Log
+from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.topics import CONTROL
 from headrace.parked import Entry, Shelf
 from headrace.settings import Settings, environment
 from headrace.stores.duckdb import Database, query
@@ -773,6 +778,53 @@ def test_what_is_parked_is_shown_with_no_process_running(feed: Feed, settings: S
     ]
     for run in nobody:
         assert run().exception.code == "consumer-not-running"  # type: ignore[union-attr]
+
+
+def test_a_consumer_that_nobody_can_run_any_more_is_forgotten_with_what_it_had_parked(
+    feed: Feed, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "gone-1.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: gone\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[headrace.consumers]\ngone = tests.fixtures.parked:Picky\n")
+    monkeypatch.syspath_prepend(str(package.parent))
+
+    def refused(*words: str) -> tuple[int, str]:
+        done = command(settings, *words)
+        return done.exit_code, getattr(done.exception, "code", "")
+
+    feed.cut((ITEMS, 1, 10))
+    forbid(settings, 13)
+    with serving(settings, beside=Beside) as control:
+        await_live(control, "beside")
+        with serving(settings, gone=plugins.load("gone")):
+            await_live(control, "gone")
+            feed.cut((ITEMS, 2, 13))
+            await_parked(control, "gone", 1)
+            control.ask("gone", "pause")
+        assert refused("drop", "gone", "--all", "--yes") == (1, "consumer-not-running"), "it can be run, and asked"
+        shutil.rmtree(package)
+        assert refused("run", "gone") == (1, "unknown-consumer")
+        assert "gone: no process reports" in command(settings, "status", "--check").stdout
+        assert refused("drop", "gone", "--yes") == (1, "consumer-not-running"), "only as a whole"
+        asked = command(settings, "drop", "gone", "--all")
+        assert (asked.exit_code, "records parked: 1" in asked.stdout, "store" in asked.stdout) == (2, True, True)
+        asked = command(settings, "drop", "gone", "--all", "--json")
+        assert (asked.exit_code, asked.stdout, parked(settings, "gone")) == (2, "", [TWO])
+        assert told(settings, "drop", "gone", "--all", "--yes") == {"forgotten": [1], "parked": 1}
+        assert command(settings, "status", "--check").stdout == "ok\n"
+        assert (parked(settings, "gone"), parked(settings, "beside")) == ([], [])
+        records = {record.key: record.value for record in read_to_end(settings, {(CONTROL, 0): BEGINNING})}
+        assert [key for key, value in records.items() if value and b'"name":"gone"' in key] == []
+        assert Plain(settings, "gone").rows() == {ONE: 10}, "its store is not touched"
+        with serving(settings, gone=Picky):
+            eventually("it says what it lacks", lambda: report(control, "gone").code == "parked-lost")
+        assert told(settings, "drop", "gone", "--all", "--yes") == {"forgotten": [1], "parked": 0}
+        for name, code in (("gone", "consumer-not-running"), ("capture", "capture-not-running")):
+            control.report(Report("capture", phase="off", ended=True))
+            control.keep("capture", "catalogue", {}, "public.items")
+            assert refused("drop", name, "--all", "--yes") == (1, code)
+        assert control.kept("capture", "catalogue") == [{"public.items": {}}], "a service keeps what it needs"
 
 
 def test_a_body_that_is_too_large_is_cut_and_says_so(feed: Feed, settings: Settings) -> None:
