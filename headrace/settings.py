@@ -1,7 +1,8 @@
 """Settings: one documented table, read from the environment and `headrace.toml`.
 
 Each field below is the setting `HEADRACE_<NAME>` in the environment and `<name>` in `headrace.toml`
-(of the current folder, or the file that HEADRACE_CONFIG names). The environment wins. An unknown name in either is refused.
+(of the current folder, or the file that HEADRACE_CONFIG names). The environment wins. An unknown name in either is refused,
+but for what Kubernetes tells of Services in the environment.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ __all__ = ["Settings", "load"]
 _PREFIX = "HEADRACE_"
 _OUTSIDE = frozenset({"HEADRACE_CONFIG", "HEADRACE_STACK"})
 """Names of the environment that are not settings: where the settings are, and which backend runs the local stack."""
+
+_SERVICE_LINK = re.compile(
+    r"HEADRACE_(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=\d+|PORT=[a-z]+://.*|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?=.*)"
+)
+"""What Kubernetes puts into every container for a Service that is called headrace or headrace-…: no setting's name ends so."""
 
 _LARGEST = 1_000_000_000 - 1024 * 1024
 """What librdkafka sends at most, less the room for key, headers and framing."""
@@ -118,7 +124,7 @@ def load(environ: Mapping[str, str] | None = None, *, config: Path | None = None
     values |= {
         name.removeprefix(_PREFIX).lower(): text
         for name, text in environ.items()
-        if name.startswith(_PREFIX) and name not in _OUTSIDE
+        if name.startswith(_PREFIX) and name not in _OUTSIDE and not _SERVICE_LINK.fullmatch(f"{name}={text}")
     }
     known = {f.name: f for f in fields(Settings)}
     for name in values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,9 @@ def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
     [
         ({"HEADRACE_PARTITION": "1"}, "unknown-setting", "HEADRACE_PARTITIONS"),
         ({"HEADRACE_NONSENSE": "1"}, "unknown-setting", "headrace settings"),
+        ({"HEADRACE_PORT": "9092"}, "unknown-setting", "HEADRACE_PORT"),
+        ({"HEADRACE_KAFKA_PORT": "9092"}, "unknown-setting", "HEADRACE_KAFKA"),
+        ({"HEADRACE_SERVICE_PORTS": "80"}, "unknown-setting", "HEADRACE_SERVICE_PORTS"),
         ({"HEADRACE_CUT_MS": "soon"}, "bad-setting", "HEADRACE_CUT_MS"),
         ({"HEADRACE_CUT_MS": "-1"}, "bad-setting", "HEADRACE_CUT_MS"),
         ({"HEADRACE_PARTITIONS": "0"}, "bad-setting", "HEADRACE_PARTITIONS='0' is less than 1"),
@@ -54,6 +58,36 @@ def test_bad_settings_are_refused_by_name(environ: dict[str, str], code: str, sa
         load(environ)
     assert caught.value.code == code
     assert said in str(caught.value)
+
+
+def links(name: str, port: str) -> dict[str, str]:
+    """Return the variables that Kubernetes makes of a Service with one port, called `sql`."""
+    at = f"{name}_PORT_{port}_TCP"
+    return {
+        f"{name}_SERVICE_HOST": "10.0.0.1",
+        f"{name}_SERVICE_PORT": port,
+        f"{name}_SERVICE_PORT_SQL": port,
+        f"{name}_PORT": f"tcp://10.0.0.1:{port}",
+        at: f"tcp://10.0.0.1:{port}",
+        f"{at}_PROTO": "tcp",
+        f"{at}_PORT": port,
+        f"{at}_ADDR": "10.0.0.1",
+    }
+
+
+def test_what_kubernetes_tells_of_services_is_no_setting() -> None:
+    told = links("HEADRACE", "80") | links("HEADRACE_WAREHOUSE", "8790") | {"HEADRACE_SOURCE": "shop"}
+    assert load(told) == Settings(source="shop")
+    assert [name for name, *_ in table() if re.search("_PORT|_SERVICE", name)] == []
+
+
+@pytest.mark.parametrize("name", links("HEADRACE", "80"))
+def test_such_a_name_is_refused_in_a_file(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "headrace.toml"
+    file.write_text(f'{name.removeprefix("HEADRACE_").lower()} = "tcp://10.0.0.1:80"')
+    with pytest.raises(Misconfigured) as caught:
+        load({}, config=file)
+    assert caught.value.code == "unknown-setting"
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
