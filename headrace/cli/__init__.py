@@ -61,10 +61,11 @@ app.add_typer(scaffold.app, name="new")
 def add_commands(wanted: str | None) -> None:
     """Add the commands of the installed services: the one that is `wanted`, all of them when it is none of ours (help).
 
-    A service is imported only when its command is run, so that one cannot slow down or break the others.
+    A service is imported only when its command is run, so that one cannot slow down or break the others; nor for an option before any
+    command, such as --version: it ends there.
     """
     own = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    if wanted in own:
+    if wanted in own or ((wanted or "").startswith("--") and wanted not in {"--", "--help"}):
         return
     found = sorted(entry_points(group="headrace.commands"), key=lambda e: e.name)
     for entry in [entry for entry in found if entry.name == wanted] or found:

@@ -16,8 +16,8 @@ from headrace.settings import load
 
 Name = Annotated[str, typer.Argument(help="The consumer.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="One consumer, or several.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts; with several NAMEs a list.")]
-
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+AsList = Annotated[bool, typer.Option("--json", help="Print JSON for scripts; with several NAMEs a list.")]
 
 Wait = Annotated[
     bool, typer.Option("--wait", help="Wait until it has caught up, let it pass the gate, and promote it.")
@@ -40,7 +40,7 @@ Files = Annotated[
 
 
 def rebuild(
-    names: Names, wait: Wait = False, gate: Gates = Gate.VERIFY, consumer: Files = None, json: AsJson = False
+    names: Names, wait: Wait = False, gate: Gates = Gate.VERIFY, consumer: Files = None, json: AsList = False
 ) -> None:
     """Build views anew from offset 0, beside the live ones.
 
@@ -89,7 +89,7 @@ def promote(
     generation: Annotated[
         int | None, typer.Option("--generation", min=1, help="Which, of one view; else the newest.")
     ] = None,
-    json: AsJson = False,
+    json: AsList = False,
 ) -> None:
     """Let readers see newer generations: the live one stops, the new one reaches it, the pointer moves.
 

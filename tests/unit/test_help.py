@@ -49,6 +49,22 @@ def test_it_says_which_version_it_is() -> None:
     assert (told.exit_code, told.stdout) == (0, f"headrace {version('headrace')}\n")
 
 
+@pytest.mark.parametrize(("first", "loads"), [("--version", False), ("status", False), ("--help", True), ("--", True)])
+def test_no_service_is_loaded_for_an_option_that_needs_none(
+    first: str, loads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(cli, "entry_points", lambda group: asked.append(group) or [])
+    cli.add_commands(first)
+    assert bool(asked) is loads
+
+
+def test_only_what_takes_several_names_prints_a_list_of_them() -> None:
+    options = {words: {option.name: option for option in command.params} for words, command in ALL.items()}
+    lists = {words for words, named in options.items() if "a list" in (getattr(named.get("json"), "help", "") or "")}
+    assert lists == {words for words in ("rebuild", "promote") if options[words]["names"].nargs == -1}
+
+
 def test_the_commands_of_every_service_are_there() -> None:
     expected = (
         "run plugins settings status rebuild promote rollback drop pause resume wait replay why "
