@@ -637,6 +637,25 @@ def test_one_row_changed_removed_and_added_in_each_of_four_stores_are_twelve_key
     assert not any(of.undecided for of in seen.values())
 
 
+def test_a_row_that_is_there_twice_is_found(settings: Settings) -> None:
+    """No index of the warehouse forbids it; also where a page ends between the two, as the first does after ten rows."""
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 30) i")
+    with kept(settings, Warehouse):
+        database = Database.opened(settings.warehouse, settings.warehouse_memory)
+        try:
+            with database.cursor() as cursor:
+                items = f'g1."{T}"'
+                cursor.execute(f"CREATE TEMP TABLE more AS FROM {items} WHERE id = 30")
+                cursor.execute(f"INSERT INTO more (FROM {items} ORDER BY _headrace_key LIMIT 1 OFFSET 9)")
+                cursor.execute(f"INSERT INTO {items} FROM more")
+                keys = sorted(key for (key,) in cursor.execute("SELECT _headrace_key FROM more").fetchall())
+        finally:
+            database.release()
+        seen = found(settings, Warehouse)
+    assert seen.wrong == [Difference(EXTRA, T, key) for key in keys]
+    assert (len(keys), seen.undecided) == (2, [])
+
+
 def _meddle_everywhere(settings: Settings) -> None:
     client = Client(settings.elasticsearch)
     (index,) = client.indices.get_alias(name="verify-products")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
 from headrace import codec
-from headrace.change import Snapshot
+from headrace.change import NOWHERE, Snapshot
+from headrace.consumer import ViewRow
 from headrace.runner.rows import _just_before
 from headrace_verify.compare import differing, same
 from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference, Excused, Expected, Ledger, Member
+from headrace_verify.multiset import Multiset
 from headrace_verify.postgres import Moment
+from headrace_verify.view import check
 
 
 @pytest.fixture
@@ -82,6 +86,31 @@ def test_what_nothing_excuses_is_wrong_and_the_rest_waits(ledger: Ledger) -> Non
     assert [(d.kind, d.key) for d in ledger.differences(excused=False)] == [(DIFFERENT, "b"), (MISSING, "d")]
     ledger.settle("t", "x", Difference(EXTRA, "t", "x"))
     assert ledger.counts() == {"missing": 1, "extra": 1, "different": 1, "undecided": 0}
+
+
+def test_a_row_that_comes_twice_is_wrong_whatever_changes_it(ledger: Ledger) -> None:
+    """Also one that was not expected, or differs: a scan has no key twice, so no change explains that."""
+    ledger.add([Expected("t", key, ("t", key), {"id": key}) for key in "ab"], [])
+    for key, value in [("a", "a"), ("b", "other"), ("new", "new")]:
+        check(ViewRow("t", key, {"id": value}, NOWHERE), ledger)
+    assert [d.key for d in ledger.differences()] == ["b", "new"]
+    for key in ("a", "b", "new"):
+        check(ViewRow("t", key, {"id": key}, NOWHERE), ledger)
+        ledger.excuse("t", key, ("t", key))
+    ledger.excuse_all()
+    assert list(ledger.differences(excused=False)) == [Difference(EXTRA, "t", key) for key in ("a", "b", "new")]
+    assert not list(ledger.left())
+
+
+def test_so_is_one_of_a_table_without_a_key_also_where_the_snapshot_cannot_have_it() -> None:
+    row = {"n": 1}
+    with closing(Multiset()) as multiset:
+        multiset.expect("t", ("n",), [row, row])
+        for key in ("1", "2", "3", "3", "4"):
+            multiset.hold("t", key, row)
+        for key in ("3", "4", "3", "4"):
+            multiset.leave_out("t", key)
+        assert list(multiset.differences(["t"])) == [Difference(EXTRA, "t", "3")]
 
 
 @pytest.mark.parametrize("key", ['{"id":1}', "7", "a,b", "\ue000", "\x00", "é", "\U0001f600"])

@@ -208,8 +208,12 @@ def merge(cursor: duckdb.DuckDBPyConnection, table: Table, staging: str) -> None
 
 
 def read(cursor: duckdb.DuckDBPyConnection, table: Table, after: str | None, limit: int) -> list[ViewRow]:
-    """Return up to `limit` rows after the key `after`, by key, in the log's form."""
-    return _select(cursor, table, f"WHERE {KEY} > $1 ORDER BY {KEY} LIMIT $2", [after or "", limit])
+    """Return up to `limit` rows after the key `after`, by key, in the log's form.
+
+    And one more that has the last one's key: no index forbids that somebody doubles a row, and the next page begins after it.
+    """
+    found = _select(cursor, table, f"WHERE {KEY} > $1 ORDER BY {KEY} LIMIT $2", [after or "", limit + 1])
+    return found if len({row.key for row in found[limit - 1 :]}) == 1 else found[:limit]
 
 
 def count(cursor: duckdb.DuckDBPyConnection, table: Table) -> int:

@@ -101,15 +101,19 @@ class Ledger:
         return int(row[0])
 
     def strike(self, collection: str, key: str) -> Row | None:
-        """Strike an expected row off and return it; None when none is expected."""
-        row = self._db.execute(
-            "SELECT value FROM expected WHERE collection = ? AND key = ?", (collection, key)
-        ).fetchone()
-        if row is None or row[0] is None:
-            return None
-        self._db.execute("UPDATE expected SET seen = 1 WHERE collection = ? AND key = ?", (collection, key))
-        value: Row = codec.loads(row[0])
+        """Strike an expected row off and return it; None when none is expected, or it has come before."""
+        query = "UPDATE expected SET seen = seen + 1 WHERE collection = ? AND key = ? RETURNING value, seen"
+        found = self._db.execute(query, (collection, key)).fetchall()
+        value: Row | None = codec.loads(found[0][0]) if found and found[0][0] and found[0][1] == 1 else None
         return value
+
+    def again(self, collection: str, key: str) -> bool:
+        """Return whether a row that was struck, or noted, had come before: a scan has no key twice."""
+        query = (
+            "SELECT EXISTS (SELECT 1 FROM expected WHERE collection = ?1 AND key = ?2 AND seen > 1) "
+            "OR EXISTS (SELECT 1 FROM differences WHERE collection = ?1 AND key = ?2)"
+        )
+        return bool(self._db.execute(query, (collection, key)).fetchone()[0])
 
     def left(self) -> Iterator[Difference]:
         """Yield what was expected and did not come."""
@@ -117,23 +121,23 @@ class Ledger:
         for collection, key in self._db.execute(query):
             yield Difference(MISSING, collection, key)
 
-    def note(self, difference: Difference) -> None:
-        """Keep a difference."""
+    def note(self, difference: Difference, *, sure: bool = False) -> None:
+        """Keep a difference; nothing excuses one that is `sure`."""
         self._db.execute(
-            "INSERT OR REPLACE INTO differences VALUES (?, ?, ?, ?, 0, NULL, NULL)",
-            (difference.kind, difference.collection, difference.key, codec.dumps(difference.columns)),
+            "INSERT OR REPLACE INTO differences VALUES (?, ?, ?, ?, 0, NULL, NULL, ?)",
+            (difference.kind, difference.collection, difference.key, codec.dumps(difference.columns), sure),
         )
 
     def excuse(self, collection: str, key: str, root: tuple[str, str]) -> None:
         """Say that a difference may be a change that the snapshot does not see; the row's root is known by it."""
         self._db.execute(
-            "UPDATE differences SET excused = 1, tbl = ?, root = ? WHERE collection = ? AND key = ?",
+            "UPDATE differences SET excused = 1, tbl = ?, root = ? WHERE collection = ? AND key = ? AND NOT sure",
             (*root, collection, key),
         )
 
     def excuse_all(self) -> None:
         """Say that any difference may be such a change: for a ledger whose rows are compared again anyway."""
-        self._db.execute("UPDATE differences SET excused = 1")
+        self._db.execute("UPDATE differences SET excused = 1 WHERE NOT sure")
 
     def settle(self, collection: str, key: str, difference: Difference | None) -> None:
         """Decide an excused row: it differs, or it does not."""
@@ -191,6 +195,6 @@ PRAGMA synchronous = OFF;
 CREATE TABLE expected (collection TEXT, key TEXT, tbl TEXT, root TEXT, value BLOB, seen INT, PRIMARY KEY (collection, key))
   WITHOUT ROWID;
 CREATE TABLE members (tbl TEXT, key TEXT, collection TEXT, doc TEXT, PRIMARY KEY (tbl, key, collection, doc)) WITHOUT ROWID;
-CREATE TABLE differences (kind TEXT, collection TEXT, key TEXT, columns TEXT, excused INT, tbl TEXT, root TEXT,
+CREATE TABLE differences (kind TEXT, collection TEXT, key TEXT, columns TEXT, excused INT, tbl TEXT, root TEXT, sure INT,
                           PRIMARY KEY (collection, key));
 """

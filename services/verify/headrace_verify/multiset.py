@@ -54,14 +54,15 @@ class Multiset:
         )
 
     def hold(self, table: str, key: str, row: Row) -> None:
-        """Take a row of the view."""
+        """Take a row of the view: one whose key came before is one more."""
         if table in self._columns:
             digest, _ = self._told(table, row)
-            self._db.execute("INSERT OR REPLACE INTO held VALUES (?, ?, ?)", (table, key, digest))
+            query = "INSERT INTO held VALUES (?, ?, ?, 1, 0) ON CONFLICT DO UPDATE SET times = times + 1"
+            self._db.execute(query, (table, key, digest))
 
     def leave_out(self, table: str, key: str) -> None:
-        """Do not count a row of the view: the snapshot cannot have it."""
-        self._db.execute("DELETE FROM held WHERE tbl = ? AND key = ?", (table, key))
+        """Do not count a row of the view, once: the snapshot cannot have it."""
+        self._db.execute("UPDATE held SET unseen = 1 WHERE tbl = ? AND key = ?", (table, key))
 
     def count(self) -> int:
         """Return how many rows are expected."""
@@ -81,7 +82,10 @@ class Multiset:
                 number += 1
                 yield Difference(MISSING, table, f"{text} (row {number})")
             if more < 0:
-                query = "SELECT key FROM held WHERE tbl = ? AND digest = ? ORDER BY key DESC LIMIT ?"
+                query = (
+                    "SELECT key FROM held WHERE tbl = ? AND digest = ? AND times > unseen "
+                    "ORDER BY times DESC, key DESC LIMIT ?"
+                )
                 for (key,) in self._db.execute(query, (table, digest, -more)):
                     yield Difference(EXTRA, table, key)
 
@@ -106,11 +110,11 @@ _SCHEMA = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 CREATE TABLE expected (tbl TEXT, digest BLOB, times INT, shown TEXT, PRIMARY KEY (tbl, digest)) WITHOUT ROWID;
-CREATE TABLE held (tbl TEXT, key TEXT, digest BLOB, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
+CREATE TABLE held (tbl TEXT, key TEXT, digest BLOB, times INT, unseen INT, PRIMARY KEY (tbl, key)) WITHOUT ROWID;
 """
 _DIFFERING = """
 SELECT tbl, digest, max(shown), sum(times) FROM (
   SELECT tbl, digest, shown, times FROM expected
-  UNION ALL SELECT tbl, digest, '', -count(*) FROM held GROUP BY tbl, digest
+  UNION ALL SELECT tbl, digest, '', -sum(times - unseen) FROM held GROUP BY tbl, digest
 ) GROUP BY tbl, digest HAVING sum(times) <> 0 ORDER BY tbl, digest
 """

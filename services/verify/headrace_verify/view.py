@@ -44,7 +44,7 @@ def check(row: ViewRow, ledger: Ledger) -> None:
     """Strike a view's row off, and note what differs."""
     expected = ledger.strike(row.collection, row.key)
     if expected is None:
-        ledger.note(Difference(EXTRA, row.collection, row.key))
+        ledger.note(Difference(EXTRA, row.collection, row.key), sure=ledger.again(row.collection, row.key))
         return
     columns = differing(expected, row.value, rows=bool(row.collection))
     if columns:
