@@ -138,6 +138,8 @@ def test_rows_that_go_meanwhile_let_the_table_be_compared_again(
         assert not seen.wrong
         assert seen.undecided
         assert found(settings, Mirror).clean
+        (counted,) = Between(settings, 60, happening).count({"view": Mirror})
+        assert counted.differing == {}
 
 
 class Hasty(Between):

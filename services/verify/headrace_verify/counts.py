@@ -1,7 +1,8 @@
 """How many rows a view has, against how many it should: the cheapest comparison that is exact while both go on.
 
 Postgres counts in one snapshot, the view at a state that holds all which that snapshot sees. Between the two lie changes that the
-snapshot does not see and the view does: the log has them, and each row that they make or delete is added or taken away.
+snapshot does not see and the view does: the log has them, and each row that they make or delete is added or taken away. What a table
+that is read again loses meanwhile may have been in the snapshot or gone long before: then it is counted again.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ class Counted:
         return {name: pair for name, pair in sorted(both.items()) if pair[0] != pair[1]}
 
 
-def drift(log: Log, collections: dict[str, list[str]], now: Moment, since: Ends, shown: Version) -> Counter[str]:
-    """Return how many rows more than the snapshot the state at `shown` has, by collection, from what was logged `since`."""
+def drift(log: Log, collections: dict[str, list[str]], now: Moment, since: Ends, shown: Version) -> Counter[str] | None:
+    """Return how many rows more than the snapshot the state at `shown` has, by collection, from what was logged `since`.
+
+    None when that is not known: a table was read again meanwhile, and lost rows by it.
+    """
     more: Counter[str] = Counter()
     for collection, tables in collections.items():
         last: dict[tuple[str, int], Change] = {}
@@ -44,5 +48,7 @@ def drift(log: Log, collections: dict[str, list[str]], now: Moment, since: Ends,
             again = before is not None and change.op == before.op == DELETE and change[2:7] == before[2:7]
             later = change.version > shown or change.version.epoch < shown.epoch
             if not (again or later) and now.unseen(change.xid, change.version.lsn):
+                if change.op == DELETE and not change.xid:
+                    return None
                 more[collection] += {CREATE: 1, DELETE: -1}.get(change.op, 0)
     return more
