@@ -228,6 +228,8 @@ class Position:
         parked: Collections of which something is parked: they are not what Postgres had at `version` either.
         approximate: Tables of the view of which values at `version` may be of a later moment (S7).
         retention: How long tombstones stayed when it was fed last, ms; 0 where that was not noted.
+        told: When a view of documents was told so, ms by the clock of who did, always later than before; 0 where that was not noted. It
+            tells apart what is written at one state, and is no part of where the view is.
     """
 
     offsets: dict[str, list[int]] = field(default_factory=dict)
@@ -240,6 +242,7 @@ class Position:
     parked: tuple[str, ...] = ()
     approximate: tuple[str, ...] = ()
     retention: int = 0
+    told: int = field(default=0, compare=False)
 
     def copy(self) -> Position:
         """Return one that the other's reader does not move."""

@@ -280,4 +280,5 @@ def decode_position(value: bytes | str) -> Position:
         held=Version(*record["held"]) if "held" in record else None,
         parked=tuple(record.get("parked", ())),
         retention=record.get("retention", 0),
+        told=record.get("told", 0),
     )

@@ -8,7 +8,7 @@ from headrace.change import Column, TableSchema
 from headrace.documents.declaration import Folding, Level, Many, One
 from headrace.documents.order import ORDERED, kind_of
 from headrace.documents.windows import Window
-from headrace.errors import Misconfigured
+from headrace.errors import Misconfigured, Transient
 
 _REMEDY = "Change the declaration of the document."
 _NOT_COMPARED = ("json", "jsonb")
@@ -49,6 +49,20 @@ def check_types(level: Level, newest: Mapping[str, TableSchema]) -> None:
         refers, referred = (level.table, join.table) if isinstance(join, One) else (join.table, level.table)
         _check_types(join.columns, newest.get(refers), newest.get(referred))
         check_types(join, newest)
+
+
+def await_types(level: Level, newest: Mapping[str, TableSchema], *, loading: bool) -> None:
+    """See `check_types`. Once there is a view, one table's new type may just be known before the other's: then it is looked at again.
+
+    Raises:
+        Misconfigured, Transient: `document-column`.
+    """
+    try:
+        check_types(level, newest)
+    except Misconfigured as error:
+        if loading:
+            raise
+        raise Transient(error.code, error.message, error.remedy) from error
 
 
 def check_window(window: Window, newest: Mapping[str, TableSchema]) -> None:

@@ -10,6 +10,8 @@ which the local rows still have, and by what was begun (`headrace.documents.begu
 | a kill before the view had the cut            | L       | L      | resume at L: the cut comes again                  |
 | a kill after documents, before the position   | L       | L      | the same; what was begun is rendered again        |
 | a kill between the view's commit and local's  | L       | L' > L | the same                                          |
+| the view lost what was last written, by which  | L       | L      | local, which waits for nothing, goes; reload      |
+| a document was shown that had waited          |         |        |                                                   |
 | the view was fed from elsewhere meanwhile, or | L       | L' > L | the same; where compaction may have begun since L |
 | a power failure took local commits back       |         |        | (half of its lag ago), local goes; reload         |
 | a kill amid a transaction of several cuts     | L       | L      | its pieces were uncommitted: they come again      |
@@ -37,14 +39,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 from headrace import codec
-from headrace.change import Change, Position, Row, TableSchema, Version
+from headrace.change import Change, Position, Row, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
-from headrace.documents.checks import check, check_types, check_window
-from headrace.documents.declaration import Level, Node
+from headrace.documents.checks import await_types, check, check_window
+from headrace.documents.declaration import Node
 from headrace.documents.layout import discard, errors, of_the_store, place
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
@@ -52,7 +55,7 @@ from headrace.documents.rendering import rendered
 from headrace.documents.unshown import CHUNK, Sent, Showing, Unshown, chunk_of, rows_of
 from headrace.documents.when import EVER, Left, When, held_back, now
 from headrace.documents.windows import Root, Window, is_joined
-from headrace.errors import Misconfigured, Poison, Refused, Transient
+from headrace.errors import Misconfigured, Poison, Refused
 from headrace.settings import Settings
 from headrace.stores import Doc, DocumentStore
 
@@ -110,6 +113,7 @@ class DocumentConsumer:
         self.store.bind(settings, name)
         self._local: LocalRows | None = None
         self._view: Position | None = None
+        self._told = 0
         self._left: Left | None = None
         self._early = False
         self._checked: set[tuple[str, int]] = set()
@@ -136,6 +140,7 @@ class DocumentConsumer:
         """Open view and local rows; return the local position. The table above says what is kept of either."""
         self._close_local()
         self._view = self.store.open(generation)
+        self._told = self._view.told if self._view else 0
         path = place(self.settings, f"{self.name}-g{generation.number}.sqlite")
         local = LocalRows(path, self.documents, generation.fingerprint)
         if local.position is not None and not self._fits(local.position, self._view):
@@ -243,7 +248,10 @@ class DocumentConsumer:
             return False
         # The view may show rows that the local rows never had; of those that are gone by now the log says so only for a while.
         since = max(now(), view.appended) - local.appended  # the clock here may be behind the broker's
-        return local.version == view.version or since <= self.settings.min_compaction_lag_ms / 2
+        if local.version != view.version:
+            return since <= self.settings.min_compaction_lag_ms / 2
+        # Else it has lost what was shown later of this state, for which nothing waits here any more.
+        return not view.told or local.told <= view.told
 
     def _check_reload(self, view: Position, state: Position) -> None:
         """Refuse to go on with a view's old documents from a state that does not continue them."""
@@ -271,6 +279,7 @@ class DocumentConsumer:
     def _publish(self, local: LocalRows, batch: Batch, when: When) -> None:
         if batch.loading and self._view is not None:
             self._check_reload(self._view, batch.position)
+        position = replace(batch.position, told=max(now(), self._told + 1))
         self._showing.settle(local)
         further = local.position is None or _state(batch.position) != _state(local.position)
         if further and not batch.loading:
@@ -283,13 +292,13 @@ class DocumentConsumer:
                 done += len(chunk.docs)
                 self.progress(done, total)
         left = local.left(when) if when.interval else None
-        self._showing.write(chunk.docs, held_back(batch.position, left), unshown)
+        self._showing.write(chunk.docs, held_back(position, left), unshown)
         unshown.check()
         local.clear_touched(when, unshown.waiting)
-        local.commit(batch.position)
+        local.commit(position)
         if further:
             local.begun.forget()
-        self._view, self._left, self._early = batch.position, left, False
+        self._view, self._told, self._left, self._early = position, position.told, left, False
 
     def _docs(self, local: LocalRows, batch: Batch, when: When, unshown: Unshown) -> Generator[Sent]:
         """Yield what to write. After a reload a window that lost its rows meanwhile is known by nothing but its document."""
@@ -364,20 +373,10 @@ class DocumentConsumer:
             else:
                 check(document, newest)
                 if typed:
-                    _check_types(document, newest, loading=batch.loading)
+                    await_types(document, newest, loading=batch.loading)
         since = batch.changes[0].version if batch.changes else batch.position.version
         local.learn(newest, since, whole=typed)
         self._checked |= batch.schemas.keys()
-
-
-def _check_types(document: Level, newest: Mapping[str, TableSchema], *, loading: bool) -> None:
-    """See `check_types`. Once there is a view, one table's new type may just be known before the other's: then it is looked at again."""
-    try:
-        check_types(document, newest)
-    except Misconfigured as error:
-        if loading:
-            raise
-        raise Transient(error.code, error.message, error.remedy) from error
 
 
 def _behind(local: Position, view: Position) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.fixtures.documents import (
     PRODUCTS,
     REVIEWS,
     SOURCE,
+    Killed,
     Products,
     World,
     linear,
@@ -186,6 +188,56 @@ def test_a_kill_while_what_was_due_is_written_leaves_it_due(world: World, clock:
     world.run(kill=at)
     world.run()
     poll(world, hurry=True)
+    world.check()
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "beside one that waits on"])
+def test_a_view_that_has_lost_what_was_shown_when_it_was_due_is_made_good(
+    world: World, clock: Clock, others: bool
+) -> None:
+    """Its store came back as it was a second ago, at the same state; nobody was to touch the document again."""
+    stars(world, 1)
+    if others:  # since the same change, and due later
+        clock.tick(1)
+        world.log.put(PRODUCTS, 2, {"id": 2, "category_id": 5, "name": "mug"})
+        world.log.cut()
+        world.run()
+        world.log.put(PRODUCTS, 2, {"id": 2, "category_id": 5, "name": "bowl"})
+    stars(world, 2)
+    docs, position = dict(world.store.docs), world.store.position
+    clock.tick(SECONDS - 1 if others else SECONDS)
+    assert poll(world)
+    assert seen(world) == 2
+    world.store.docs, world.store.position = docs, position
+    assert world.opened_at() is None
+    world.run()
+    world.check()
+
+
+@pytest.mark.parametrize("at", [None, "before", "after"])
+def test_what_was_shown_when_it_was_due_is_no_reason_to_load_again(world: World, clock: Clock, at: str | None) -> None:
+    """Killed before the view had it, or before the local rows knew that, and by a clock that was put back."""
+    stars(world, 1)
+    stars(world, 2)
+    clock.tick(SECONDS)
+    world.store.kill = at
+    with suppress(Killed):
+        poll(world)
+    clock.tick(-2 * SECONDS)
+    for _ in range(2):
+        assert world.opened_at() is not None
+        poll(world, hurry=True)
+    world.check()
+
+
+def test_files_and_views_from_before_that_was_noted_stay(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(consumer, "replace", lambda position, **_: replace(position, told=0))
+        stars(world, 1)
+        stars(world, 2)
+    assert world.opened_at() is not None
+    poll(world, hurry=True)
+    assert world.opened_at() is not None
     world.check()
 
 
