@@ -23,7 +23,9 @@ from headrace.stores.elasticsearch import ElasticsearchIndex
 from headrace.stores.kafka import KafkaTopic
 from headrace.stores.redis import RedisPages
 from tests.fixtures.capture import capturing, eventually, execute, prepare
+from tests.fixtures.debounced import MAKE, Carts
 from tests.fixtures.serving import await_live, serving
+from tests.integration.test_debounce import Pages, made_wait
 from tests.integration.test_verify import SHOP, Products, found
 
 pytestmark = pytest.mark.usefixtures("elasticsearch", "redis_server")
@@ -174,3 +176,28 @@ def test_an_index_that_is_another_while_its_view_runs(
                 return False
 
             eventually("it shows what is committed", equal)
+
+
+def test_pages_without_what_was_shown_last_at_the_same_state(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had waited was shown when it was due, and the store lost that: nothing else says so."""
+    prepare(settings, *MAKE)
+    log, pages = Log(settings), Pages(settings)
+    with serving(settings, carts=Carts) as control:
+        with capturing(settings) as capture:
+            capture.reach()
+            await_live(control, "carts")
+            made_wait(settings, pages)
+        end = log.newest_checkpoint(complete=True)
+        with redis.Redis.from_url(settings.redis) as client:
+            at = lambda: codec.decode_position(client.hget("carts:g1", "position"))  # noqa: E731
+            eventually("it has read all", lambda: end and at().version == end.version)
+    put_back = copy_keys(settings)
+    monkeypatch.setattr(Carts, "debounce_seconds", 0.1)
+    with serving(settings, carts=Carts):
+        eventually("what waited is shown", lambda: pages.show(settings))
+    put_back()
+    assert not pages.show(settings)
+    with serving(settings, carts=Carts):
+        eventually("and again", lambda: pages.show(settings))
