@@ -161,7 +161,7 @@ class Log:
         topic = checkpoints_topic(self.settings.source)
         if topic not in self.topics.names():
             return None
-        begin, end = self.topics.begins({topic: 1})[topic][0], self.topics.ends({topic: 1})[topic][0]
+        end, begin = self._span(topic)
         for start in _back_from(end, begin):
             spine = Spine()
             within = (c for c in self._checkpoints(spine, start) if until is None or c.version <= until)
@@ -178,13 +178,17 @@ class Log:
         """
         topic = checkpoints_topic(self.settings.source)
         found: list[Checkpoint] = []
-        for start in _back_from(self.topics.ends({topic: 1})[topic][0]):
+        for start in _back_from(*self._span(topic)):
             records = (each for each in read_to_end(self.settings, {(topic, 0): start}) if each.value is not None)
             read = (codec.decode_checkpoint(each.value, each.offset, each.timestamp) for each in records)  # type: ignore[arg-type]
             found = [checkpoint for checkpoint in read if checkpoint.complete]
             if found and found[0].version < version:
                 break
         return found
+
+    def _span(self, topic: str) -> tuple[int, int]:
+        """Return where a topic of one partition ends, and where it begins."""
+        return self.topics.ends({topic: 1})[topic][0], self.topics.begins({topic: 1})[topic][0]
 
     def remains(self, tables: Collection[str]) -> Ends:
         """Return the ends of topics that have records, of `tables` and of all that the schemas name: what a log without checkpoints has."""
