@@ -17,7 +17,7 @@ from headrace import plugins
 from headrace.cli.show import err, out, seconds
 from headrace.control import DEAD_SECONDS, Control, Report
 from headrace.effects import EffectConsumer
-from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured
+from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured, Transient
 
 _LOOK_SECONDS = 0.5
 
@@ -98,7 +98,7 @@ def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequ
     """Have each generation compared with Postgres; exit when one differs, or when that could not be found out.
 
     Raises:
-        Misconfigured: `no-verify`.
+        Misconfigured: `no-verify`; Transient: `verify-killed`.
     """
     if gate is Gate.NONE:
         return
@@ -117,6 +117,8 @@ def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequ
         code = subprocess.run(
             [*command, *counts, *of_name.get(name, [])], check=False, stdout=sys.stderr if quiet else None
         ).returncode
+        if code < 0:
+            raise _killed(-code, name, number, live=_is_live(control, name, number))
         if code:
             why = "differs from Postgres" if code == CHECK_FAILED else "could not be compared with Postgres"
             live = _is_live(control, name, number)
@@ -127,6 +129,16 @@ def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequ
                     control.ask(name, "refuse", {"generation": number})
                 err.print(f"to build another: headrace drop {name} {number}, then: headrace rebuild {name}")
             raise typer.Exit(code)
+
+
+def _killed(number: int, name: str, generation: int, *, live: bool) -> Transient:
+    said = (
+        f"Generation {generation} of {name} could not be compared with Postgres: verify was killed by signal {number}"
+    )
+    again = f"headrace verify {name}" if live else f"headrace rebuild {name} --wait, which goes on with this build"
+    stands = "It is live already, for no other was" if live else "Nothing was promoted"
+    remedy = f"If the kernel did it for want of memory (see dmesg), give it more. Then run: {again}"
+    return Transient("verify-killed", f"{said}. {stands}.", remedy)
 
 
 def _is_live(control: Control, name: str, number: int) -> bool:

@@ -140,8 +140,8 @@ def drop(
 ) -> None:
     """Give up what is parked: the view stays without it until the row changes again. The row in Postgres and the log are not touched.
 
-    It says what is lost, and asks. With --json it does not ask: nothing is done without --yes. Later changes are applied again, so that a
-    row that is read again (`headrace resnapshot`) or changed comes back by itself.
+    It says what is lost, and asks. With --json it does not ask: without --yes nothing is done, as if nobody agreed. Later changes are
+    applied again, so that a row that is read again (`headrace resnapshot`) or changed comes back by itself.
 
     Exit codes: 0 it is given up; 2 neither a key nor --all is given, or nobody agreed; 3 nothing is parked there, or no process runs the
     view; 4 the view has stopped by a record that cannot be set aside; 5 a server or that process does not answer.
@@ -156,12 +156,17 @@ def drop(
     control = Control(Log(load()))
     if not yes:
         live = next((report.generation for report in control.running(name) if report.live), None)
-        for entry in [] if json else _chosen(name, key, collection, generation or live):
+        entries = _chosen(name, key, collection, generation or live)
+        if json:
+            cursors = list(dict.fromkeys((entry.collection, entry.key) for entry in entries))
+            facts = {"generation": generation or live, "dropped": cursors, "records": len(entries)}
+            print_json({"name": name} | facts | {"applied": False})
+        for entry in [] if json else entries:
             out.print(f"lost: {_lost(entry)}", markup=False, soft_wrap=True)
         agree("Nothing was dropped.", ask=not json)
     answer = control.ask(name, "drop-parked", _args(key, collection, generation), _SECONDS)
     if json:
-        print_json({"name": name} | answer)
+        print_json({"name": name} | answer | {"applied": True})
         return
     for each in answer["dropped"]:
         out.print(f"dropped {name} {' '.join(each)}", markup=False)

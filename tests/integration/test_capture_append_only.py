@@ -229,6 +229,7 @@ def test_what_is_not_append_only_is_refused(settings: Settings, ddl: str, code: 
     with pytest.raises(Misconfigured) as error:
         prepare_append_only(settings, EVENTS, ddl)
     assert error.value.code == code
+    assert ("headrace setup --table public.events --apply" in error.value.remedy) == (code == "append-only-key")
     assert rows(settings, "SELECT FROM pg_publication") == []
 
 

@@ -981,8 +981,13 @@ def test_neither_what_a_gate_refused_nor_what_was_rolled_back_from_goes_live_by_
     assert live_of(settings) == [3]
 
 
-def test_a_first_build_that_differs_is_said_to_be_live_already(settings: Settings) -> None:
-    """Where nothing is live the first state goes live by itself: there is nothing that readers could keep instead."""
+def test_a_first_build_that_differs_is_said_to_be_live_already(settings: Settings, tmp_path: Path) -> None:
+    """Where nothing is live the first state goes live by itself: there is nothing that readers could keep instead.
+
+    So it is said of one that could not be compared, because verify was killed.
+    """
+    dies = tmp_path / "dies.py"
+    dies.write_text(f"{PLAIN.read_text()}\nimport os, sys\nif 'verify' in sys.argv: os.kill(os.getpid(), 9)\n")
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1), (2, 2)")
     view = Plain(settings, "plain")
     with captured(settings, plain=Lacks) as control:
@@ -992,6 +997,9 @@ def test_a_first_build_that_differs_is_said_to_be_live_already(settings: Setting
         assert "generation 1 of plain differs from Postgres; it is live already, for no other was" in ended.stderr
         assert "nothing was promoted" not in ended.stderr
         assert [generation.live for generation in view.generations()] == [True]
+        ended = headrace(settings, "rebuild", "plain", "--wait", "--consumer", f"{dies}:Lacks")
+        assert (ended.returncode, "killed by signal 9. Nothing was promoted" in ended.stderr) == (5, True), ended.stderr
+        assert [generation.live for generation in view.generations()] == [True, False]
 
 
 def test_counts_are_exact_while_rows_come_and_go(settings: Settings) -> None:

@@ -630,9 +630,17 @@ def test_a_document_that_is_dropped_stays_as_it_is_until_it_changes(settings: Se
         lost = command(settings, "parked", "drop", "paged", "2")
         assert lost.exit_code == 2, "nobody agreed"
         assert "lost: document public.films 2 as it is now" in lost.stdout
+        would = told(settings, "parked", "drop", "paged", "2", code=2)
+        assert would == {
+            "name": "paged",
+            "generation": 1,
+            "dropped": [["public.films", "2"]],
+            "records": 1,
+            "applied": False,
+        }
         assert parked(settings, "paged") == ["2"]
         forbid(settings)
-        assert told(settings, "parked", "drop", "paged", "2", "--yes")["dropped"] == [["public.films", "2"]]
+        assert told(settings, "parked", "drop", "paged", "2", "--yes") == would | {"applied": True}
         assert await_parked(control, "paged", 0)
         execute(settings, "INSERT INTO reviews VALUES (7, 1)")
         eventually("others go on", lambda: documents(control, "paged")["1"]["etag"] == "1,7")

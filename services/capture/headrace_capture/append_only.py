@@ -40,7 +40,8 @@ def check(table: Table) -> None:
             if table.key
             else "has a deferrable key: updates of it are not refused"
         )
-        use = f"Capture it by its key: headrace setup --table {table.full_name} --apply"
+        by = "its key" if table.key else "its key, made NOT DEFERRABLE"
+        use = f"Capture it by {by}: headrace setup --table {table.full_name} --apply"
         again = "if it was append-only before, start again from zero: headrace teardown --topics first."
         raise Misconfigured("append-only-key", f"{table.full_name} {why}.", f"{use}; {again}")
     other: list[Leaf] = [leaf for leaf in table.leaves if leaf.identity in {FULL, INDEX}]
