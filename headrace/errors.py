@@ -29,6 +29,8 @@ __all__ = ["HeadraceError", "Misconfigured", "Poison", "Refused", "Transient", "
 OK = 0
 CHECK_FAILED = 1
 USAGE = 2
+DEFECT = 70
+"""What nobody foresaw: not Python's 1, which says that something was checked. It is `EX_SOFTWARE` of sysexits.h."""
 INTERRUPTED = 130
 
 _HEAD, _TAIL = 12_000, 3_000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from importlib.metadata import entry_points, version
 from typing import Annotated
 
@@ -77,7 +78,7 @@ def add_commands(wanted: str | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; an error of ours is printed in three lines, never as a traceback.
+    """Run the command line; an error of ours is printed in three lines, never as a traceback; a defect is.
 
     SIGTERM ends a command as Ctrl-C does, so that what it has asked for is taken back.
     """
@@ -90,3 +91,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(errors.INTERRUPTED)
+    except Exception:  # noqa: BLE001  a defect must not end as a check that failed: a gate would refuse a right build
+        traceback.print_exc()
+        sys.exit(errors.DEFECT)

@@ -78,7 +78,14 @@ def test_the_commands_of_every_service_are_there() -> None:
 
 def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
     kinds = (errors.Transient, errors.Misconfigured, errors.Poison)
-    codes = {errors.OK, errors.CHECK_FAILED, errors.USAGE, errors.INTERRUPTED, *(kind.exit_code for kind in kinds)}
+    codes = {
+        errors.OK,
+        errors.CHECK_FAILED,
+        errors.USAGE,
+        errors.DEFECT,
+        errors.INTERRUPTED,
+        *(kind.exit_code for kind in kinds),
+    }
     assert set(table()) == codes
 
 
@@ -86,3 +93,18 @@ def table() -> list[int]:
     """Return the codes of the table in docs/operating.md."""
     page = (ROOT / "docs/operating.md").read_text()
     return [int(code) for code in re.findall(r"^\| (\d+) \|", page.partition("## Exit codes")[2], re.MULTILINE)]
+
+
+def test_a_defect_does_not_end_as_a_check_that_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(cli, "add_commands", lambda _: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == errors.DEFECT != errors.CHECK_FAILED
+    assert "nobody foresaw this" in capsys.readouterr().err
