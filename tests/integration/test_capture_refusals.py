@@ -17,6 +17,7 @@ from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture.capture import Capture
 from headrace_capture.identity import Here, Slot, check
+from headrace_capture.recovery import recover
 from headrace_capture.replication import Replication
 from headrace_capture.snapshot import Snapshot
 from tests.fixtures.capture import (
@@ -178,11 +179,20 @@ def test_a_slot_made_anew_under_its_name(captured: Settings) -> None:
 
 
 def test_a_slot_of_another_log(settings: Settings) -> None:
-    """It may belong to somebody: it is neither used nor dropped."""
+    """It may belong to somebody: it is neither used nor dropped. Who knows that nobody needs it is told how it goes."""
     prepare(settings, ITEMS)
     execute(settings, f"SELECT pg_create_logical_replication_slot('{settings.slot}', 'pgoutput')")
-    assert refused(settings).code == "slot-without-checkpoint"
+    error = refused(settings)
+    assert error.code == "slot-without-checkpoint"
     assert rows(settings, f"SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{settings.slot}'") == [(1,)]
+    drop = f"SELECT pg_drop_replication_slot('{settings.slot}')"
+    with pytest.raises(Misconfigured) as nothing:
+        recover(settings, lambda _: None)
+    assert (nothing.value.code, drop in nothing.value.remedy) == ("nothing-captured", True)
+    assert drop in error.remedy
+    execute(settings, drop)
+    with capturing(settings) as capture:
+        capture.reach()
 
 
 def test_a_slot_of_another_database_is_not_dropped(
@@ -194,7 +204,7 @@ def test_a_slot_of_another_database_is_not_dropped(
     execute(other, f"SELECT pg_create_logical_replication_slot('{settings.slot}', 'pgoutput')")
     where = f"in database {other.dsn.rpartition('/')[2]}"
     error = refused(settings)
-    assert (error.code, where in error.message, "teardown" in error.remedy) == ("slot-without-checkpoint", True, False)
+    assert (error.code, where in error.message, "drop" in error.remedy) == ("slot-without-checkpoint", True, False)
     with closing(Replication(other.dsn)) as busy:
         busy.start(settings.slot, settings.publication, 0)
         error = refused(settings)

@@ -108,12 +108,14 @@ def check(checkpoint: Checkpoint | None, here: Here, slot: Slot | None, remains:
         if remains:
             raise _checkpoints_missing(sorted(remains))
         if slot is not None:
-            drop = ", or drop it: headrace teardown, then setup and capture"
+            drop = (
+                f"; {drop_unread(here.source.slot)}, then: headrace capture" if slot.fits(here.source.database) else ""
+            )
             raise Misconfigured(
                 "slot-without-checkpoint",
                 f"Slot {here.source.slot} exists ({slot.plugin} in database {slot.database}), but this log has no checkpoint: "
                 "it may be another log's.",
-                f"Name another one by HEADRACE_SLOT{drop if slot.fits(here.source.database) else ''}.",
+                f"{_ANOTHER}{drop}.",
             )
         return
     check_source(checkpoint.source, here.source)
@@ -138,6 +140,11 @@ def check_source(log: Source, here: Source) -> None:
 def foreign(name: str, slot: Slot) -> str:
     """Say whose a slot is that does not fit."""
     return f"Slot {name} is of {slot.plugin} in database {slot.database}: it is not ours to drop."
+
+
+def drop_unread(name: str) -> str:
+    """Say how a slot goes of which a person has to know that nobody needs it: publication and rights stay."""
+    return f"if nothing else reads it: SELECT pg_drop_replication_slot('{name}')"
 
 
 def check_ours(name: str, slot: Slot, database: str) -> None:

@@ -102,7 +102,7 @@ def _begin(
     old = before.source.slot
     left = identity.slot_of(connection, old) if old != source.slot else None
     if left is not None and left.fits(source.database):
-        say(f"slot {old} stays and keeps WAL; if nothing else reads it: SELECT pg_drop_replication_slot('{old}')")
+        say(f"slot {old} stays and keeps WAL; {identity.drop_unread(old)}")
     return begun
 
 
@@ -115,7 +115,7 @@ def _begin_with_snapshot(
         raise Misconfigured(
             "nothing-captured",
             f"The log of {log.settings.source} has neither checkpoints nor records: there is nothing to go on from.",
-            "Run: headrace capture. If it refuses the slot: headrace teardown, then setup and capture.",
+            f"Run: headrace capture. If it refuses slot {here.source.slot}, {identity.drop_unread(here.source.slot)}, then run it again.",
         )
     log.check_written_by_us(ends)
     version = Version(beginnings.new_epoch(log, log.newest_epoch(ends)), here.lsn)
