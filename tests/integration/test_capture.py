@@ -42,8 +42,9 @@ ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, n int)"
 T = "public.items"
 
 
-def test_snapshot_then_stream_is_the_table(settings: Settings) -> None:
+def test_snapshot_then_stream_is_the_table(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows from before and after the slot, every kind of change, several in one transaction, a rollback."""
+    monkeypatch.setattr("headrace_capture.snapshot._LARGE_PAGES", 1)
     prepare(settings, ITEMS, "INSERT INTO items SELECT i, 'n' || i, i FROM generate_series(1, 500) i")
     with capturing(settings) as capture:
         capture.hear("streaming")
@@ -55,6 +56,7 @@ def test_snapshot_then_stream_is_the_table(settings: Settings) -> None:
         execute(settings, "BEGIN; UPDATE items SET id = 2000 WHERE id = 7; DELETE FROM items WHERE id = 8; COMMIT")
         execute(settings, "BEGIN; INSERT INTO items VALUES (3000, 'never', 1); ROLLBACK")
         checkpoint = capture.reach()
+    assert [line for line in capture.said if "chunked" in line] == [capture.hear("is stopped amid this snapshot")]
     assert replay(settings, T) == selected(settings, T)
     assert checkpoint.complete
     assert not checkpoint.inexact
@@ -206,6 +208,7 @@ def test_stopped_and_started_it_goes_on(settings: Settings) -> None:
         with capturing(settings) as capture:
             execute(settings, f"INSERT INTO items VALUES ({2 * n}, 'on', {n})")
             capture.reach()
+        assert not any("chunked" in line for line in capture.said), "it was a small one"
         execute(settings, f"INSERT INTO items VALUES ({2 * n + 1}, 'off', {n})")
     with capturing(settings) as capture:
         capture.reach()

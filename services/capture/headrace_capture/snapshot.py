@@ -35,6 +35,8 @@ from headrace_capture.values import template
 READ: Final = b"r"
 _BUNCH = 512
 """Rows of one connection before the others get their turn."""
+_LARGE_PAGES = 12_800
+"""From a hundred megabytes on people are told what a stop costs."""
 _ALTERED = (errors.UndefinedColumn, errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction)
 """A name of the table's, or what its old type is read by, is gone since the snapshot was taken."""
 _LOCK_SECONDS = 5.0
@@ -171,6 +173,10 @@ class Snapshot:
         """Read every piece, on whichever connection is free, from whichever socket has rows."""
         waiting = deque((rows, piece) for rows, pieces in tables for piece in pieces)
         pages, done = sum(piece.pages for _, piece in waiting), 0
+        if pages >= _LARGE_PAGES:
+            self._progress.say(
+                "if capture is stopped amid this snapshot it begins anew: headrace capture --snapshot=chunked keeps what it has read"
+            )
         under_way: dict[catalog.Connection, tuple[Rows, Copy]] = {}
         while waiting or under_way:
             for connection in connections:
