@@ -22,7 +22,7 @@ WORDS = {DEFAULT: "DEFAULT", FULL: "FULL", NOTHING: "NOTHING"}
 
 
 class Change(NamedTuple):
-    """One table or partition whose replica identity has to change, from `was` to `now`."""
+    """One table or partition whose replica identity (pg_class.relreplident) has to change, or was changed, from `was` to `now`."""
 
     schema: str
     name: str

@@ -13,17 +13,9 @@ import orjson
 from psycopg import sql
 
 from headrace_capture.catalog import Connection
+from headrace_capture.identities import Change
 
 _BY = "headrace setup"
-
-
-class Changed(NamedTuple):
-    """One replica identity that was changed: pg_class.relreplident before and after."""
-
-    schema: str
-    name: str
-    was: str
-    now: str
 
 
 class Grant(NamedTuple):
@@ -50,7 +42,7 @@ class Memory:
     """
 
     grants: list[Grant] = field(default_factory=list)
-    identities: list[Changed] = field(default_factory=list)
+    identities: list[Change] = field(default_factory=list)
     append_only: list[str] = field(default_factory=list)
     published: set[tuple[int, str]] = field(default_factory=set)
     partitions: set[tuple[int, str]] = field(default_factory=set)
@@ -62,7 +54,7 @@ class Memory:
         before = known.pop((schema, name), None)
         first = before.was if before and before.now == was else was
         if first != now:
-            known[schema, name] = Changed(schema, name, first, now)
+            known[schema, name] = Change(schema, name, first, now)
         self.identities = list(known.values())
 
     def statement(self, publication: str) -> sql.Composed:
@@ -85,7 +77,7 @@ def recall(connection: Connection, publication: str) -> Memory | None:
         return None
     if not isinstance(said, dict) or said.get("by") != _BY:
         return None
-    identities = [Changed(*changed) for changed in said["identities"]]
+    identities = [Change(*changed) for changed in said["identities"]]
     grants = [Grant(*grant) for grant in said["grants"]]
     of = said.get("database", "")
     same = of == database(connection)
