@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from headrace.change import Version, format_lsn
 from headrace.errors import Misconfigured, Poison
@@ -38,6 +38,9 @@ from headrace_capture.replication import MEND, Replication, Stopped
 from headrace_capture.tables import Stamp, Table
 from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere, with_old
 
+if TYPE_CHECKING:
+    from headrace_capture.resnapshot import Resnapshot
+
 CREATE, UPDATE, DELETE = b"c", b"u", b"d"
 NULL: Final = b"null"
 _IDLE_SECONDS = 1.0
@@ -45,19 +48,6 @@ _MANY, _REST_SECONDS, _NAP_SECONDS = 64, 0.02, 0.002
 """Where so many changes came in one go, more will: the cut stays open for a moment, and we read what comes after naps. Else, as fast as
 Postgres can send, each change would be a packet, a wake-up and nearly a cut of its own."""
 _DATA, _KIND, _MALFORMED = pgoutput.DATA, pgoutput.HEADER, pgoutput.MALFORMED
-
-
-class Beside(Protocol):
-    """What goes on beside the stream: `look` is called between transactions, `heard` for each logical message of one.
-
-    `heard` is told the transaction's commit LSN, and how to commit what came before the message; `mark`, which table must be read again.
-    """
-
-    def look(self) -> None: ...
-
-    def mark(self, table: str, why: str) -> None: ...
-
-    def heard(self, message: Message, lsn: int, seal: Callable[[], None]) -> None: ...
 
 
 class Stream:
@@ -70,7 +60,7 @@ class Stream:
         replication: Replication,
         relations: Relations,
         filler: Filler,
-        beside: Beside,
+        beside: Resnapshot,
         progress: Progress,
     ) -> None:
         """Go on from the cut's newest checkpoint, where `replication` was started."""
