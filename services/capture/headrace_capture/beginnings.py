@@ -22,7 +22,7 @@ from headrace_capture import append_only, catalog, fingerprints
 from headrace_capture.jobs import Job, Jobs
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations, keyless
-from headrace_capture.replication import Replication, Stopped, postgres_errors
+from headrace_capture.replication import Replication, check, postgres_errors
 from headrace_capture.tables import newest
 
 
@@ -86,7 +86,7 @@ def begin(
     """
     settings = log.settings
     source, epoch = where
-    jobs = Jobs(log, partial(_check, stopped), progress.say)
+    jobs = Jobs(log, partial(check, stopped), progress.say)
     jobs.clear(list(jobs.prints))
     with postgres_errors("looking at the captured tables"):
         _know(jobs, connection, settings.publication)
@@ -108,11 +108,6 @@ def begin(
         inexact=() if initial else tuple(sorted(named)),
         snapshot="chunked" if initial and named else None,
     )
-
-
-def _check(stopped: Callable[[], bool]) -> None:
-    if stopped():
-        raise Stopped
 
 
 def _publish(

@@ -24,7 +24,7 @@ from headrace_capture.cut import Cut
 from headrace_capture.identity import Here, Slot, slot_of
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
-from headrace_capture.replication import Replication, Stopped, postgres_errors
+from headrace_capture.replication import Replication, Stopped, check, postgres_errors
 from headrace_capture.resnapshot import Resnapshot
 from headrace_capture.snapshot import Snapshot
 from headrace_capture.stream import Stream
@@ -169,8 +169,7 @@ class Capture:
             time.sleep(0.2)
 
     def _check_stopped(self) -> None:
-        if self._stopped():
-            raise Stopped
+        check(self._stopped)
 
     def _resume(self, writer: CutWriter, here: Here, slot: Slot | None) -> Checkpoint | None:
         """Read the newest checkpoint and hold it against source, slot and log (S3, I12)."""

@@ -33,6 +33,12 @@ class Stopped(Exception):
     """Somebody asked capture to stop while it waited."""
 
 
+def check(stopped: Callable[[], bool]) -> None:
+    """Raise Stopped when asked to stop."""
+    if stopped():
+        raise Stopped
+
+
 @contextmanager
 def postgres_errors(doing: str) -> Iterator[None]:
     """Turn psycopg's exceptions into ours; `doing` completes the sentence "Postgres failed while …".
@@ -216,8 +222,7 @@ class Replication:
                 self._pg.consume_input()
                 if not self._pg.is_busy():
                     break
-                if stopped():
-                    raise Stopped
+                check(stopped)
                 self.wait(0.1)
             result = self._pg.get_result()
             while self._pg.get_result():

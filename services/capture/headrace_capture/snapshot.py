@@ -27,7 +27,7 @@ from headrace_capture.live import LiveKeys
 from headrace_capture.progress import Progress
 from headrace_capture.published import row_filters
 from headrace_capture.relations import Relations, keyless, plans_of
-from headrace_capture.replication import Replication, Stopped, postgres_errors
+from headrace_capture.replication import Replication, check, postgres_errors
 from headrace_capture.stream import DELETE, NULL
 from headrace_capture.tables import HEAD, Stamp, Table, copy_fields, newest
 from headrace_capture.values import template
@@ -234,8 +234,7 @@ class Snapshot:
         )
 
     def _beat(self) -> None:
-        if self._stopped():
-            raise Stopped
+        check(self._stopped)
         self._progress.beat()
 
     def _remove_older(self, stamp: Stamp, version: Version, tables: Iterable[Table]) -> None:

@@ -34,7 +34,7 @@ from headrace_capture.pgoutput import (
 )
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
-from headrace_capture.replication import MEND, Replication, Stopped
+from headrace_capture.replication import MEND, Replication, Stopped, check
 from headrace_capture.tables import Stamp, Table
 from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere, with_old
 
@@ -221,8 +221,7 @@ class Stream:
         """Commit all that came before the message that is at hand, or was written for it so far; go no further when asked to stop."""
         if self._writer.opened_at:
             self._seal_here()
-        if self._stopped():
-            raise Stopped
+        check(self._stopped)
 
     def _relation(self, relation: Relation) -> None:
         self._tick()  # the catalogue is asked, and one bunch may bring as many of these as there are tables
@@ -374,7 +373,6 @@ class Stream:
         self._replication.confirm(self._cut.sealed.version.lsn)
 
     def _tick(self) -> None:
-        if self._stopped():
-            raise Stopped
+        check(self._stopped)
         self._progress.beat()
         self._replication.alive()
