@@ -43,7 +43,7 @@ class Findings(NamedTuple):
     lsn: int
 
 
-class _Asking(threading.Thread):
+class Asking(threading.Thread):
     """A thread that asks until it is closed, and after an error a little later again."""
 
     def __init__(self, name: str) -> None:
@@ -70,7 +70,7 @@ class _Asking(threading.Thread):
         """Asking has failed with `error`."""
 
 
-class Requests(_Asking):
+class Requests(Asking):
     """What is asked of capture. `take` returns each request once."""
 
     def __init__(self, control: Control) -> None:
@@ -95,7 +95,7 @@ class Requests(_Asking):
                         self._queue.put(request)
 
 
-class CatalogueWatch(_Asking):
+class CatalogueWatch(Asking):
     """The newest fingerprints. `known` says which leaves need not be asked whether they are empty; `tell` is told how asking goes.
 
     `check_topics` refuses those that somebody deleted, and a broker or a person made anew: they would be written on into.

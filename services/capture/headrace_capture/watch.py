@@ -7,48 +7,34 @@ so that an idle source still tells every view that it is alive.
 
 from __future__ import annotations
 
-import threading
 import time
 from datetime import UTC, datetime
 
-import psycopg
-
 from headrace.change import parse_lsn
-from headrace.errors import HeadraceError
 from headrace.settings import Settings
 from headrace_capture import catalog, standby
+from headrace_capture.attention import LOOK_SECONDS, Asking
 from headrace_capture.progress import Progress
 
-_LOOK_SECONDS = 2.0
 _TIMEOUT_SECONDS = 5.0
 
 
-class Watch:
+class Watch(Asking):
     """Runs from when it is made until it is closed. Its failures are reported, never raised: the stream tells what matters."""
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
         """Begin."""
+        super().__init__("watch")
         self._settings = settings
         self._progress = progress
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
+        self.start()
 
-    def close(self) -> None:
-        """End; does not wait for a statement that hangs."""
-        self._ended.set()
-        self._thread.join(1.0)
+    def _ask(self) -> None:
+        with catalog.connect(self._settings.dsn, name="headrace heartbeat", timeout_s=_TIMEOUT_SECONDS) as connection:
+            self._watch(connection)
 
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            try:
-                with catalog.connect(
-                    self._settings.dsn, name="headrace heartbeat", timeout_s=_TIMEOUT_SECONDS
-                ) as connection:
-                    self._watch(connection)
-            except (psycopg.Error, HeadraceError) as error:
-                self._progress.fact("heartbeat", f"failed: {' '.join(str(error).split())}")
-                self._ended.wait(_LOOK_SECONDS)
+    def _failed(self, error: Exception) -> None:
+        self._progress.fact("heartbeat", f"failed: {' '.join(str(error).split())}")
 
     def _watch(self, connection: catalog.Connection) -> None:
         every = self._settings.heartbeat_ms / 1000
@@ -65,7 +51,7 @@ class Watch:
                 connection.execute("SELECT pg_logical_emit_message(true, 'headrace', '')")
                 beaten = time.monotonic()
             self._progress.fact("heartbeat", "ok" if every else "off")
-            self._ended.wait(min(_LOOK_SECONDS, every or _LOOK_SECONDS))
+            self._ended.wait(min(LOOK_SECONDS, every or LOOK_SECONDS))
 
 
 _HELD = """
