@@ -30,10 +30,9 @@ from headrace.log import CutWriter
 from headrace_capture.append_only import position_key
 from headrace_capture.chunks import Chunk
 from headrace_capture.known import KnownKeys, Newest
-from headrace_capture.stream import DELETE, NULL
+from headrace_capture.stream import DELETE, NULL, READ
 from headrace_capture.tables import Stamp, Table
 
-READ: Final = b"r"
 RESNAPSHOT: Final = b"resnapshot"
 """The header `read` of rows and deletes that are written here."""
 _LOOK_AROUND = 1_024

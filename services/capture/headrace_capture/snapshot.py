@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Final
+from typing import Any
 
 from psycopg import errors, sql
 
@@ -28,11 +28,10 @@ from headrace_capture.progress import Progress
 from headrace_capture.published import row_filters
 from headrace_capture.relations import Relations, keyless, plans_of
 from headrace_capture.replication import Replication, check, postgres_errors
-from headrace_capture.stream import DELETE, NULL
+from headrace_capture.stream import DELETE, NULL, READ
 from headrace_capture.tables import HEAD, Stamp, Table, copy_fields, newest
 from headrace_capture.values import template
 
-READ: Final = b"r"
 _BUNCH = 512
 """Rows of one connection before the others get their turn."""
 _LARGE_PAGES = 12_800

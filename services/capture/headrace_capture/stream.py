@@ -41,7 +41,7 @@ from headrace_capture.toast import WORTH_REMEMBERING, Filler, Nowhere, with_old
 if TYPE_CHECKING:
     from headrace_capture.resnapshot import Resnapshot
 
-CREATE, UPDATE, DELETE = b"c", b"u", b"d"
+CREATE, UPDATE, DELETE, READ = b"c", b"u", b"d", b"r"
 NULL: Final = b"null"
 _IDLE_SECONDS = 1.0
 _MANY, _REST_SECONDS, _NAP_SECONDS = 64, 0.02, 0.002
