@@ -21,7 +21,7 @@ from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.parked import Shelf
-from headrace.runner.parking import lacking
+from headrace.runner.parking import Lacking
 from headrace.runner.worker import Worker
 
 PAUSED, DROPPED = "paused", "dropped"
@@ -162,7 +162,7 @@ class Generations:
 
     def _ready(self) -> list[Worker]:
         shows = [worker for worker in list(self.workers.values()) if worker.state.exact and not worker.still]
-        return [worker for worker in shows if not lacking(worker.state.error)]
+        return [worker for worker in shows if not isinstance(worker.state.error, Lacking)]
 
     def _promote_first(self) -> None:
         """Promote a generation that shows a state, when none is live: the first build; or, where the pointer or the live one was lost,

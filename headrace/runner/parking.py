@@ -40,6 +40,10 @@ _UNKNOWN = Source("", 0, "", "", "")
 _BEHIND = "It waits behind an earlier change of its key, which is parked."
 
 
+class Lacking(Refused):
+    """A generation lacks for ever what was parked of it: none such goes live."""
+
+
 @dataclass(frozen=True, slots=True)
 class Retried:
     """What became of a retry: what is done, and what still cannot be."""
@@ -117,10 +121,10 @@ class Parking:
         lost: it is tried again.
 
         Raises:
-            Refused: `parked-lost`.
+            Lacking: `parked-lost`.
         """
         if self._lost and not _leaves(consumer):
-            raise Refused(
+            raise Lacking(
                 "parked-lost",
                 f"Records of {', '.join(self._lost)} are parked in generation {self._number} of {self._name}, and {PARKED} has none of "
                 "them: the view would lack them for ever.",
@@ -339,8 +343,3 @@ def _oldest(held: dict[Cursor, dict[str, Version]]) -> Version | None:
 
 def _collections(held: dict[Cursor, dict[str, Version]]) -> tuple[str, ...]:
     return tuple(sorted({collection for collection, _ in held}))
-
-
-def lacking(error: HeadraceError | None) -> HeadraceError | None:
-    """Return the error of a generation that lacks for ever what was parked of it, None of any other."""
-    return error if error is not None and error.code == "parked-lost" else None

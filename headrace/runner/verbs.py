@@ -17,7 +17,7 @@ from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as
 from headrace.parked import records_parked
 from headrace.requests import Request
 from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, reach
-from headrace.runner.parking import lacking
+from headrace.runner.parking import Lacking
 from headrace.runner.worker import Worker
 
 _PATIENCE_SECONDS = 30.0
@@ -306,8 +306,8 @@ def _check_whole(target: Worker, live: Worker | None) -> None:
 
     None goes live that lacks it for ever.
     """
-    error = lacking(target.state.error)
-    if error is not None:
+    error = target.state.error
+    if isinstance(error, Lacking):
         raise error
     if live is not None and target.state.parked:
         raise records_parked(target.generation.consumer, target.generation.number, target.state.parked)
