@@ -9,7 +9,8 @@ signs are chosen so that daily work is not taken for a change of rows:
   table was written anew for it; and if the log has values under its name from before: an earlier column was dropped, and rows show null;
 - a table's file changes when it is written anew. VACUUM FULL and CLUSTER do that too and touch no column, so an ordinary table is suspected
   only when a column's entry changed as well; TRUNCATE of an ordinary table is in the stream. For a partition no such difference
-  can be seen: it is suspected always;
+  can be seen: it is suspected always; so is a table that the publication does not name (FOR ALL TABLES, TABLES IN SCHEMA, or its root):
+  only of what is named Postgres refuses SET UNLOGGED, and after SET LOGGED nothing but the file tells that changes were not in the WAL;
 - a new partition that is empty changes nothing; one with rows may have brought them; so may one that was detached and attached again:
   another transaction has touched what links it to its root;
 - changes of an unlogged or foreign partition are not in the WAL: its table cannot be exact until it is mended (see `writing`);
@@ -63,6 +64,7 @@ class Fingerprint:
         links: (oid, transactions that touched its links up to the root) of each partition.
         unlogged: For each leaf whose changes are not in the WAL, the statement that mends it.
         empty: Leaves that were new to who asked, and empty. Not part of the print.
+        unnamed: Whether no entry of the publication is the table's own. Not part of the print either: `sent` is.
     """
 
     kind: str
@@ -76,6 +78,7 @@ class Fingerprint:
     links: tuple[tuple[int, str], ...] = ()
     unlogged: tuple[str, ...] = ()
     empty: frozenset[int] = field(default=frozenset(), compare=False)
+    unnamed: bool = field(default=False, compare=False)
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
@@ -110,7 +113,7 @@ def read(
     One that is locked cannot be asked, and counts as not there yet. Without any that are known nothing is asked, nor is an unlogged one.
     """
     found: dict[str, Fingerprint] = {}
-    for name, kind, columns, leaves, sent, altered, width, key, labels in connection.execute(
+    for name, kind, columns, leaves, sent, altered, width, key, labels, unnamed in connection.execute(
         _PRINTS, {"publication": publication, "table": table}
     ):
         new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known and not leaf[-1]]
@@ -120,7 +123,7 @@ def read(
         unlogged = tuple(leaf[-1] for leaf in leaves if leaf[-1])
         empty = frozenset(oid for oid, said in is_empty.items() if said)
         prints, told = tuple(ColumnPrint(*c) for c in columns), tuple((oid, label) for oid, label in labels)
-        found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, links, unlogged, empty)
+        found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, links, unlogged, empty, unnamed)
     return found
 
 
@@ -167,8 +170,9 @@ def _leaves(before: Fingerprint, after: Fingerprint) -> str:
     if before.unlogged != after.unlogged:
         return "a partition is unlogged or foreign, so that its changes are not in the WAL, or one is so no longer"
     if before.kind != "p" or after.kind != "p":
-        rewritten = old != new and before.columns != after.columns
-        return "it was written anew with other columns" if rewritten else ""
+        if old != new and before.columns != after.columns:
+            return "it was written anew with other columns"
+        return "it was written anew, and may have been unlogged meanwhile" if old != new and after.unnamed else ""
     if old.keys() - new.keys():
         return "a partition was detached or dropped"
     if new.keys() - old.keys() - after.empty:
@@ -249,7 +253,8 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
                  FROM pg_index i LEFT JOIN pg_constraint k ON k.conrelid = c.oid AND k.conindid = i.indexrelid AND k.contype IN ('p', 'u')
                  WHERE i.indrelid = c.oid AND i.indimmediate AND i.indisvalid
                  AND CASE WHEN c.relkind = 'r' AND c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END), '{NO_KEY}'),
-       coalesce(labels.told, '[]')
+       coalesce(labels.told, '[]'),
+       NOT EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = published.pub AND r.prrelid = c.oid)
 FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN (
   SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname, coalesce(link.told, ''),
