@@ -228,8 +228,9 @@ class Position:
         parked: Collections of which something is parked: they are not what Postgres had at `version` either.
         approximate: Tables of the view of which values at `version` may be of a later moment (S7).
         retention: How long tombstones stayed when it was fed last, ms; 0 where that was not noted.
-        told: When a view of documents was told so, ms by the clock of who did, always later than before; 0 where that was not noted. It
-            tells apart what is written at one state, and is no part of where the view is.
+        told: When a view of documents was told so, ms by the clock of who did, always later than before; 0 where that was not noted. Of
+            local rows that are loading, what the view had then, or when it was found empty. It tells apart what is written at one state,
+            and is no part of where the view is.
     """
 
     offsets: dict[str, list[int]] = field(default_factory=dict)

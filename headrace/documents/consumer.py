@@ -21,6 +21,7 @@ which the local rows still have, and by what was begun (`headrace.documents.begu
 | the view went back (restored)                 | L' > L  | L      | local, which forgot old parents, goes; reload     |
 | a kill while reloading                        | loading | L      | resume; readers keep the old documents            |
 | the view was wiped                            | L       | none   | both from zero [I6]                               |
+| it came back (restored) while that loads      | loading | L      | local, which kept nothing of what goes; reload    |
 | both come from another log                    | L       | L      | the reader refuses L [I12]                        |
 
 A *reload* ends like a load: at the first complete exact state each root key of the log is rendered once. What is known by its tombstone
@@ -140,7 +141,7 @@ class DocumentConsumer:
         """Open view and local rows; return the local position. The table above says what is kept of either."""
         self._close_local()
         self._view = self.store.open(generation)
-        self._told = self._view.told if self._view else 0
+        self._told = self._view.told if self._view else now()
         path = place(self.settings, f"{self.name}-g{generation.number}.sqlite")
         local = LocalRows(path, self.documents, generation.fingerprint)
         if local.position is not None and not self._fits(local.position, self._view):
@@ -172,7 +173,7 @@ class DocumentConsumer:
             if batch.complete:
                 self._publish(local, batch, self._when(batch))
             elif batch.loading:
-                local.commit(batch.position)
+                local.commit(replace(batch.position, told=self._told))
 
     def promote(self) -> None:
         """Point readers at this generation."""
@@ -242,6 +243,8 @@ class DocumentConsumer:
             local.continued_by(view.version, view.source) and local.topics.items() <= view.topics.items()
         ):
             return False
+        if view is not None and local.loading and local.told > view.told:
+            return False  # it began while there was no view: of what is gone, and of what was written early, nothing was kept
         if local.loading:  # tombstones that it has not read yet may be gone (S19)
             return now() - local.appended <= local.tombstones_stay(self.settings.delete_retention_ms)
         if view is None or local.version > view.version or not _behind(local, view):
@@ -281,7 +284,8 @@ class DocumentConsumer:
             self._check_reload(self._view, batch.position)
         position = replace(batch.position, told=max(now(), self._told + 1))
         self._showing.settle(local)
-        further = local.position is None or _state(batch.position) != _state(local.position)
+        at = local.position
+        further = at is None or (at.version, at.offsets) != (position.version, position.offsets)
         if further and not batch.loading:
             local.begun.begin(when, batch.position.version)
         done, total = 0, local.count_touched() if batch.loading else 0
@@ -385,10 +389,6 @@ def _behind(local: Position, view: Position) -> bool:
         topic in view.offsets and all(a <= b for a, b in zip(offsets, view.offsets[topic], strict=True))
         for topic, offsets in local.offsets.items()
     )
-
-
-def _state(position: Position) -> tuple[Version, Mapping[str, Sequence[int]]]:
-    return position.version, position.offsets
 
 
 def _refused(code: str, seen: str) -> Refused:

@@ -17,7 +17,7 @@ from headrace.documents import Document, DocumentConsumer, Node, consumer, unsho
 from headrace.errors import Poison, Transient
 from headrace.settings import Settings
 from headrace.stores import Doc
-from tests.fixtures.documents import PRODUCTS, Memory, Products, World
+from tests.fixtures.documents import PRODUCTS, Memory, Products, World, linear
 from tests.unit.test_documents import PRODUCT
 from tests.unit.test_documents import _take as take
 from tests.unit.test_documents_parked import Moody, Runner
@@ -129,6 +129,59 @@ def test_documents_are_written_before_the_load_has_ended(tmp_path: Any) -> None:
     world.run(piece=4)
     world.check()
     assert sorted(doc.id for doc in world.store.written) == sorted([*"12345678", "2", "3"])
+
+
+@pytest.mark.parametrize("cls", [Single, Products])
+@pytest.mark.parametrize("first", ["from zero", "a reload"])
+def test_a_load_for_an_empty_view_is_begun_anew_under_one_that_came_back(
+    tmp_path: Any, cls: type[DocumentConsumer], first: str
+) -> None:
+    """The store was empty for a while; what was read meanwhile was shown there, and of what is gone nothing was kept."""
+    world: Any = World(Settings(state=str(tmp_path / "state")), cls)
+    for number in (1, 2):
+        put(world, number, "first")
+    world.log.cut()
+    world.run()
+    docs, position = dict(world.store.docs), world.store.position
+    put(world, 1, "second")
+    world.log.put(PRODUCTS, 2, None)
+    put(world, 3, "first")
+    world.log.cut()
+    already = 1 if first == "a reload" else 0
+    if already:
+        world.lose_local()
+    world.run(piece=1, stop_after=already or 10**9)
+    world.log.compact()
+    world.store.wipe()
+    world.run(piece=1, stop_after=4 - already)
+    world.store.docs, world.store.position = docs, position
+    world.run()
+    rows = world.log.rows
+    expected = linear(rows) if cls is Products else {str(key): row for key, row in rows[PRODUCTS].items()}
+    assert world.store.bodies() == expected
+
+
+@pytest.mark.parametrize("first", ["from zero", "a reload"])
+def test_a_kill_between_the_end_of_a_load_and_its_local_rows_is_no_reason_to_begin_anew(
+    tmp_path: Any, first: str
+) -> None:
+    world: Any = World(Settings(state=str(tmp_path / "state")))
+    for number in (1, 1, 1):
+        put(world, number, "first")
+    world.log.cut()
+    if first == "a reload":
+        world.run()
+        world.lose_local()
+        world.log.cut()
+    world.run(piece=1, stop_after=2)
+    world.run(piece=1, kill="after")
+    assert world.store.position is not None
+    at = world.opened_at()
+    assert at is not None
+    assert at.loading
+    assert at.offsets == {"t": [2]}
+    world.run()
+    world.check()
 
 
 def test_what_the_store_refuses_later_is_parked_and_nothing_else_is_missing(tmp_path: Any) -> None:
