@@ -129,10 +129,12 @@ class EffectConsumer:
         position = (codec.encode_position(batch.position), self._number, self._owner)
         with self._file() as db:
             db.execute("BEGIN IMMEDIATE")
-            stood = self._position(db)
-            passed = db.execute("UPDATE generations SET position = ? WHERE number = ? AND owner = ?", position).rowcount
-            if passed and stood and stood.offsets != batch.position.offsets:  # not where what is parked was tried again
-                db.execute("DELETE FROM done WHERE number = ?", (self._number,))
+            if db.execute("UPDATE generations SET position = ? WHERE number = ? AND owner = ?", position).rowcount:
+                # Nothing else of what is done: cut otherwise, this one may have less of a partition than the one that failed.
+                passed = map(idempotency_key, batch.changes) if self._done(db) else ()
+                db.executemany(
+                    "DELETE FROM done WHERE (number, change) = (?, ?)", ((self._number, key) for key in passed)
+                )
             if tuple(self.tables) == ALL:
                 db.execute("INSERT OR IGNORE INTO reads_all VALUES (?)", (self._number,))
             db.execute("COMMIT")
@@ -157,7 +159,7 @@ class EffectConsumer:
     def _do(self, changes: Sequence[Change]) -> None:
         """Do what has not been done of a batch, and note each chunk but the last, which the position covers."""
         with self._file() as db:
-            done = {change for (change,) in db.execute("SELECT change FROM done WHERE number = ?", (self._number,))}
+            done = self._done(db)
         left = [change for change in changes if idempotency_key(change) not in done] if done else list(changes)
         while left:
             chunk, left = left[: self._chunk], left[self._chunk :]
@@ -175,6 +177,9 @@ class EffectConsumer:
                     db.execute("COMMIT")
                 if not self._is_its_turn():  # a batch may take long: who was replaced meanwhile ends
                     raise self._gone()
+
+    def _done(self, db: sqlite3.Connection) -> set[str]:
+        return {change for (change,) in db.execute("SELECT change FROM done WHERE number = ?", (self._number,))}
 
     def promote(self) -> None:
         """Let this generation do it from now on, from where the one before has stopped; it is opened anew for that.

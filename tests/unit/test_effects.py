@@ -237,6 +237,32 @@ def test_what_was_done_of_a_batch_is_not_done_again_by_who_goes_on(
     assert len(told) < MANY + 256
 
 
+def test_what_was_done_of_a_batch_that_is_cut_otherwise_when_it_comes_again_is_not_done_again(
+    busy: tuple[World, list[int]],
+) -> None:
+    """More waits by then, and the first piece has less of a partition than the batch that failed."""
+    world, numbers = busy
+    consumer = Limited(world.settings, "told")
+    consumer.most, consumer.told = MANY - 1, world.told
+    position = consumer.open(Generation("told", 1, "abc"))
+    assert position is not None
+    (batch,) = world.log.batches(position)
+    with closing(consumer), pytest.raises(Transient):
+        consumer.apply(batch)
+    assert noted(world) > 256
+    piece = replace(position, offsets={topic: [at + 1 for at in ats] for topic, ats in position.offsets.items()})
+    consumer, _ = world.open()
+    consumer.apply(replace(batch, changes=batch.changes[100:], position=piece, checkpoint=None))
+    assert noted(world) == 100
+    consumer.apply(replace(batch, changes=batch.changes[:100]))
+    consumer.close()
+    told = [int(status or "") for status in world.statuses()]
+    assert sorted(set(told)) == numbers
+    assert sorted(told[:100]) == numbers[:100]
+    assert not {*told[100:]} & {*numbers[:100]}
+    assert noted(world) == 0
+
+
 def test_who_is_replaced_amid_a_batch_ends(busy: tuple[World, list[int]]) -> None:
     world, _ = busy
     consumer, position = world.open()
