@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -29,6 +30,11 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _CLOCK_SECONDS = 2.0
 _PATIENCE_SECONDS = 10.0
 _READING = frozenset({"live", "following", "catching up", "loading"})
+_KEPT = frozenset({"reserved", "extended"})
+_LOSING = {
+    "unreserved": "unreserved: Postgres is about to remove its WAL",
+    "lost": "lost: it can no longer be read from",
+}
 _COLOURS = {
     "live": "green",
     "following": "green",
@@ -52,7 +58,10 @@ def status(
     ] = False,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this consumer (or `capture`).")] = None,
     max_lag: Annotated[
-        str, typer.Option("--max-lag", help="With --check: how far behind is wrong, e.g. 500ms, 60s, 5m.")
+        str,
+        typer.Option(
+            "--max-lag", help="How far behind is wrong to --check, and how old a state is noted, e.g. 500ms, 60s, 5m."
+        ),
     ] = "60s",
 ) -> None:
     """Show the source (slot, WAL held back, LSN) and each consumer's generations: phase, lag, applied LSN, rate.
@@ -60,9 +69,9 @@ def status(
     A table that is inexact (DDL changed its rows without events) is named by every form, and is no failure: the views go on.
 
     Exit codes: 0 shown, or nothing is wrong; 1 with --check, and something is stopped, dead, stale, paused, parked, not to be promoted, too
-    far behind or loads while no capture runs, a table could not be read or is captured no more, the heartbeat or the look at the catalogue
-    fails, or Kafka does not answer; 2 --check and --json are given; 3 a setting is wrong; 5 without --check, and Kafka does not answer:
-    with --watch at the start only.
+    far behind or loads while no capture runs, the first snapshot waits, a table could not be read or is captured no more, the heartbeat or
+    the look at the catalogue fails, or Kafka does not answer; 2 --check and --json are given; 3 a setting is wrong; 5 without --check, and
+    Kafka does not answer: with --watch at the start only.
 
     Examples:
 
@@ -76,37 +85,43 @@ def status(
         raise typer.BadParameter("--check and --json exclude each other.")
     log = Log(load())
     control = Control(log)
+    most = _span(max_lag)
+    look = partial(_facts, log, control, name, most)
     if check:
-        _check(_reports(control), log.settings.source, name, _span(max_lag))
+        _check(_reports(control), log.settings.source, name, most)
     elif json:
-        print_json(_facts(log, control, name))
+        print_json(look())
     elif watch:
-        _watch(log, control, name)
+        _watch(look)
     else:
-        out.print(_view(_facts(log, control, name)))
+        out.print(_view(look()))
 
 
-def _watch(log: Log, control: Control, name: str | None) -> NoReturn:
+def _watch(look: Callable[[], Facts]) -> NoReturn:
     """Show it every second; where Kafka does not answer, say so below what was known: one looks at this while things are away."""
-    known = _view(_facts(log, control, name))
+    known = _view(look())
     with Live(known, console=out, auto_refresh=False) as live:
         while True:
             try:
-                shown = known = _view(_facts(log, control, name))
+                shown = known = _view(look())
             except Transient as error:
                 shown = Group(known, f"[red]not as of now[/red]: {escape(str(error))}")
             live.update(shown, refresh=True)
             time.sleep(1)
 
 
-def _facts(log: Log, control: Control, name: str | None) -> Facts:
+def _facts(log: Log, control: Control, name: str | None, most: float) -> Facts:
     reports = control.reports()
     wanted = {n: found for n, found in reports.items() if name in {None, n}}
     captures = reports.get("capture", [])
     source = captures[-1] if captures else None
 
     def said(report: Report) -> Facts:
-        told = {"unwritten": _unwritten(report, captures, log.settings.source), "frozen": frozen(report, captures)}
+        told = {
+            "unwritten": _unwritten(report, captures, log.settings.source),
+            "frozen": frozen(report, captures),
+            "outdated": _outdated(report, captures, most) if report.live else "",
+        }
         return _said(report, source) | {name: text for name, text in told.items() if text}
 
     return {
@@ -142,6 +157,7 @@ def _said(report: Report, source: Report | None) -> Facts:
         "lsn": report.version.lsn,
         "applied": format_lsn(report.version.lsn),
         "lag": {"records": records, "wal_bytes": wal, "seconds": round(behind, 3), "epochs": max(0, epochs)},
+        "shows_seconds": round(report.shows + report.age, 1) if "written_ms" in report.facts else None,
         "rate": report.rate,
         "eta_seconds": report.eta if report.eta >= 0 else None,
         "progress": list(report.progress),
@@ -179,9 +195,13 @@ def _source_line(facts: Facts) -> str:
         return f"source [bold]{source['name']}[/bold]: [red]no slot[/red]{told}"
     if "confirmed_flush_lsn" not in source:
         return f"source [bold]{source['name']}[/bold]"
-    active = "active" if source["active"] else "[red]not active[/red]"
-    held = size(source["wal_held_bytes"] or 0)
-    return f"source [bold]{source['name']}[/bold]: slot {active}, at {source['confirmed_flush_lsn']}, {held} of WAL held back"
+    said = ["slot active" if source["active"] else "slot [red]not active[/red]"]
+    if source["wal_status"] not in _KEPT:
+        said.append(f"[red]{_LOSING.get(source['wal_status'], source['wal_status'])}[/red]")
+    said.append(f"at {source['confirmed_flush_lsn']}")
+    if source["wal_held_bytes"] is not None:
+        said.append(f"{size(source['wal_held_bytes'])} of WAL held back")
+    return f"source [bold]{source['name']}[/bold]: {', '.join(said)}"
 
 
 def _table(facts: Facts) -> Table:
@@ -225,7 +245,7 @@ def _notes(name: str, report: Facts) -> Iterator[str]:
         yield f"[red]{name}[/red]: no word for {seconds(report['age_seconds'])}; run: {command_of(name)}"
     elif reason := f"{report['reason']} {report['remedy']}".strip():
         yield f"[yellow]{_called(name, report)}[/yellow]: {escape(reason)}"
-    for trouble in [*_troubles(report), *filter(None, [report.get("unwritten"), report.get("frozen")])]:
+    for trouble in [*_troubles(report), *filter(None, map(report.get, ("unwritten", "frozen", "outdated")))]:
         yield f"[red]{name}[/red]: {escape(trouble)}"
     if parked := report.get("parked"):
         yield f"[yellow]{_called(name, report)}[/yellow]: {_parked(name, parked)}"
@@ -248,18 +268,16 @@ def _check(reports: dict[str, list[Report]], source: str, name: str | None, most
     wanted = {who: found for who, found in reports.items() if name in {None, who}}
     if not wanted:
         _wrong(f"{name or 'capture'}: nobody has ever reported; run: {command_of(name or 'capture')}")
-    heartbeat = max((int(each.facts.get("heartbeat_ms", 0)) for each in reports.get("capture", [])), default=0) / 1000
+    captures = reports.get("capture", [])
     inexact: set[str] = set()
     for who, found in wanted.items():
         for report in [report for report in found if report.live] or found[-1:]:
             if name is None and report.phase == "dropped" and (report.dead or report.ended):
                 continue  # it was given up, and its process too
             _check_one(who, report, most)
-            _check_written(report, reports.get("capture", []), source)
-            if heartbeat and report.shows > most + heartbeat:
-                _wrong(
-                    f"{who}: shows a state {seconds(report.shows)} old, no heartbeat has come since (S17); see: headrace status"
-                )
+            _check_written(report, captures, source)
+            if told := _outdated(report, captures, most):
+                _wrong(f"{who}: {told}; see: headrace status")
             inexact.update(report.facts.get("inexact", ()))
         for build in _builds(found):
             if build.phase == "stopped":
@@ -301,6 +319,14 @@ def _unwritten(report: Report, captures: list[Report], source: str) -> str:
     if not waits or not all(capture.gone for capture in captures):
         return ""
     return f"loading, and no capture of source {source} runs; run: {command_of('capture')}"
+
+
+def _outdated(report: Report, captures: list[Report], most: float) -> str:
+    """Return how old the state is that a view shows, where that is more than `most` seconds and a heartbeat; "" when it is not (S17)."""
+    heartbeat = max((int(each.facts.get("heartbeat_ms", 0)) for each in captures), default=0) / 1000
+    if not heartbeat or report.shows <= most + heartbeat:
+        return ""
+    return f"shows a state {seconds(report.shows)} old, no heartbeat has come since (S17)"
 
 
 def frozen(report: Report, captures: list[Report]) -> str:

@@ -38,7 +38,7 @@ from tests.fixtures.capture import Running, capturing, eventually, execute, prep
 from tests.fixtures.feed import ITEMS, TAGS, Feed
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, serving
-from tests.fixtures.slots import drop_slot
+from tests.fixtures.slots import drop_slot, lose_slot
 from tests.integration.test_resnapshot_order import waiting
 
 
@@ -429,6 +429,20 @@ def test_what_a_source_says_is_shown_as_it_is(settings: Settings) -> None:
     assert Text.from_markup(_source_line(facts)).plain == "source main: no [/] and no [red] [bold]"
 
 
+def test_a_slot_that_is_lost_or_about_to_be_is_called_so(settings: Settings) -> None:
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.reach()
+    assert re.search(r"slot not active, at \S+, [\d.]+ k?B of WAL held back", status(settings).stdout)
+    lose_slot(settings)
+    assert re.search(
+        r"slot not active, lost: it can no longer be read from, at \S+$", status(settings).stdout, re.MULTILINE
+    )
+    slot = orjson.loads(status(settings, "--json").stdout)["source"]
+    said = _source_line({"source": slot | {"wal_status": "unreserved", "wal_held_bytes": 1}})
+    assert ", [red]unreserved: Postgres is about to remove its WAL[/red], at" in said
+
+
 class Hangs(Plain):
     """Applies nothing beyond its first state while it may not."""
 
@@ -535,6 +549,10 @@ def test_a_view_that_no_heartbeat_reaches_is_wrong_by_its_own_check(settings: Se
         eventually("no heartbeat comes", lambda: status(settings, *asked).exit_code == 1, 15)
         assert status(settings, *asked).stdout.startswith("plain: ")
         assert "see: headrace status" in status(settings, *asked).stdout
+        assert re.search(r"plain: shows a state .* old, no heartbeat", status(settings, "--max-lag", "2s").stdout)
+        assert "no heartbeat" not in status(settings, "--max-lag", "1h").stdout
+        (said,) = orjson.loads(status(settings, "--json").stdout)["consumers"]["plain"]
+        assert said["shows_seconds"] > 2
         drop_slot(settings)
         assert refused(settings).code == "slot-missing"
         assert "no heartbeat" in status(settings, *asked).stdout, (
