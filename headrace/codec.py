@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import Any, Final
 
@@ -31,6 +31,11 @@ COLUMN_LEVELS: Final = LEVELS + 6
 """Levels of a column, which may be an array of documents, of up to six dimensions."""
 _READ, _WRITTEN = 1024, 254
 """Levels that orjson reads and writes."""
+
+
+def fields_of(kind: type[Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a dataclass has of a record; what a newer version has added is passed over."""
+    return {field.name: said[field.name] for field in fields(kind) if field.name in said}
 
 
 def parse(text: bytes, levels: int = LEVELS) -> Any:

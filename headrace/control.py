@@ -207,7 +207,7 @@ class Control:
                 "lag": tuple(value["lag"]),
                 "progress": tuple(value["progress"]),
             }
-            report = Report(**value, age=max(0.0, now - timestamp / 1000), at=timestamp)
+            report = Report(**codec.fields_of(Report, value), age=max(0.0, now - timestamp / 1000), at=timestamp)
             found.setdefault(key[1], []).append(report)
         return found
 

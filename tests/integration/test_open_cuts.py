@@ -1,16 +1,26 @@
-"""Control is shared: what one source's capture has committed is not shown while another source's cut is open (S3)."""
+"""Control is shared, by sources and versions: what one capture has committed is not shown while another source's cut is open (S3)."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
-from headrace.control import record_key
-from headrace.log import kafka
+from headrace.control import Control, record_key
+from headrace.log import Log, kafka
 from headrace.log.topics import CONTROL
 from headrace.settings import Settings
+from headrace_capture.jobs import Job, Jobs
 from tests.fixtures.capture import capturing, execute, prepare, replay, selected
 
 T = "public.items"
+
+
+def test_what_a_newer_version_adds_to_a_job_is_passed_over(settings: Settings) -> None:
+    log = Log(settings)
+    log.ensure_spine()
+    told = asdict(Job(T, phase="failed")) | {"newer": 1, "log": Jobs(log)._log_id}
+    Control(log).keep("capture", "resnapshot", told, T)
+    assert Jobs(log).all == {T: Job(T, phase="failed")}
 
 
 def test_capture_begins_with_all_that_it_has_committed_though_another_ones_cut_is_open(settings: Settings) -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -67,6 +67,14 @@ def test_who_asks_what_does_not_run_is_told_how_to_run_it(control: Control) -> N
         with pytest.raises(Misconfigured) as error:
             control.ask(name, "anything")
         assert (error.value.code, error.value.remedy) == (code, remedy)
+
+
+def test_what_a_newer_version_adds_to_its_report_is_passed_over(settings: Settings, control: Control) -> None:
+    """Nobody could ask anything while one process of another version had reported."""
+    told = asdict(Report("plain", 1, live=True, phase="live")) | {"version": [1, 5], "newer": 1}
+    control.keep("plain", "report", {name: value for name, value in told.items() if name not in {"age", "at"}}, "1")
+    assert control.reports()["plain"][0].version == Version(1, 5)
+    assert status(settings, "--check").stdout == "ok\n"
 
 
 def test_check_fails_when_nobody_has_ever_reported(settings: Settings, control: Control) -> None:

@@ -147,7 +147,8 @@ class Jobs:
                 "Start that capture, whose next cut ends it; where it runs no more, see marker-missing in the runbook.",
             ) from error
         jobs, prints, doubted = map(self._ours, kept)
-        self.all: dict[str, Job] = {job.name: job for job in (Job(**said) for said in jobs.values())}
+        found = (Job(**codec.fields_of(Job, said)) for said in jobs.values())
+        self.all: dict[str, Job] = {job.name: job for job in found}
         self.prints: dict[str, Fingerprint] = {table: Fingerprint.of(said) for table, said in prints.items()}
         self.doubted = set(doubted)
         self._dirty: set[str] = set()
