@@ -22,9 +22,10 @@ def reached(
     wanted: Version,
     seconds: float,
     generation: int | None = None,
-    told: Callable[[], None] = lambda: None,
+    told: Callable[[Report], None] = lambda _: None,
 ) -> Report:
-    """Wait until a generation of a view, the live one when None, shows `wanted`; return what it says then. `told` is called meanwhile.
+    """Wait until a generation of a view, the live one when None, shows `wanted`; return what it says then. Meanwhile `told` is called
+    with what it says, the newest one while none is live.
 
     Raises:
         Misconfigured: `consumer-not-running`, `no-live-generation`, `records-parked`, `view-paused`, `stale-generation`,
@@ -39,16 +40,17 @@ def reached(
             check_epoch(wanted, report.version)
         if report is not None and report.version >= wanted:
             return report
+        newest = report or control.running(name)[-1]
         if report is not None:
             check_whole(report)
             check_not_paused(report)
-        elif newest := control.running(name)[-1:]:
-            _check_becomes_live(newest[0])
+        else:
+            _check_becomes_live(newest)
         if time.monotonic() > deadline:
             stands = f"is at {report.version}" if report else "has no live generation"
             said = f"{name} {stands}, not at {wanted}, after {seconds:.0f} s."
             raise Transient("view-behind", said, "See: headrace status")
-        told()
+        told(newest)
         time.sleep(_POLL_SECONDS)
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from headrace import plugins
-from headrace.cli.show import err, out, seconds
+from headrace.cli.show import Telling, err, out, seconds
 from headrace.control import DEAD_SECONDS, Control, Report
 from headrace.effects import EffectConsumer
 from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured, Transient
@@ -31,14 +31,15 @@ class Gate(StrEnum):
 
 
 def wait(control: Control, building: Mapping[str, int], *, quiet: bool) -> None:
-    """Wait until the generations have caught up; show how far each is, and how long it will take.
+    """Wait until the generations have caught up; show how far each is, and how long it will take: without a terminal in lines on stderr.
 
     Raises:
         Misconfigured: `consumer-not-running`, `view-paused`, `stale-generation`, `no-such-generation`, and what stopped a build.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
     with Progress(*columns, console=out, disable=quiet or not out.is_terminal) as progress:
-        bars = {name: _Bar(progress, name, number) for name, number in building.items()}
+        telling = Telling() if progress.disable else None
+        bars = {name: _Bar(progress, telling, name, number) for name, number in building.items()}
         while True:
             caught_up = [bar.show(control.running(name)) for name, bar in bars.items()]
             if all(caught_up):
@@ -49,8 +50,9 @@ def wait(control: Control, building: Mapping[str, int], *, quiet: bool) -> None:
 class _Bar:
     """One build's line."""
 
-    def __init__(self, progress: Progress, name: str, number: int) -> None:
+    def __init__(self, progress: Progress, telling: Telling | None, name: str, number: int) -> None:
         self._progress = progress
+        self._telling = telling
         self._name, self._number = name, number
         self._heard = time.monotonic()
         self._task: TaskID = progress.add_task(f"{name} g{number}", total=None, left="")
@@ -65,16 +67,19 @@ class _Bar:
             return False
         self._heard = time.monotonic()
         if _ready(report):
-            self._progress.update(self._task, total=1, completed=1, left="caught up")
+            self._show(1, 1, "caught up")
             return True
         records = report.lag[0]
         self._most = max(self._most, records)
         done, total = report.progress if report.progress[1] else (self._most - records, self._most)
         estimate = f", {seconds(report.eta)} left" if report.eta >= 0 else ""
-        self._progress.update(
-            self._task, total=total, completed=done, left=f"{report.phase}, {records} records{estimate}"
-        )
+        self._show(done, total, report.phase, f"{records} records{estimate}")
         return False
+
+    def _show(self, done: int, total: int, phase: str, far: str = "") -> None:
+        self._progress.update(self._task, total=total, completed=done, left=f"{phase}, {far}" if far else phase)
+        if self._telling is not None:
+            self._telling.tell(f"{self._name} g{self._number}", phase, f"{100 * done // total}%, {far}" if far else "")
 
     def _check_not_gone(self) -> None:
         """A build of which its process says nothing has just begun, or is gone."""

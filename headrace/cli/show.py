@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import orjson
@@ -13,6 +14,9 @@ from headrace.errors import USAGE, HeadraceError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+_MOMENT_SECONDS = 2.0
+_AGAIN_SECONDS = 60.0
 
 
 def print_error(error: HeadraceError) -> None:
@@ -38,6 +42,26 @@ def agree(refused: str, *, ask: bool = True) -> None:
         raise typer.Exit(USAGE)
     if not typer.confirm("Do this?"):
         raise typer.Exit(USAGE)
+
+
+class Telling:
+    """Tells who waits how far it is, in lines on stderr: each change of phase, and about once a minute what has moved meanwhile.
+
+    A log or a person without a terminal sees so that it goes on; of what is over in a moment nothing is said.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._told: dict[str, tuple[str, str, float]] = {}
+
+    def tell(self, name: str, phase: str, far: str = "") -> None:
+        """Take how it stands with `name`; called again and again."""
+        now = time.monotonic()
+        before, moved, at = self._told.get(name, ("", "", 0.0))
+        if now - self._began < _MOMENT_SECONDS or (phase == before and (far == moved or now - at < _AGAIN_SECONDS)):
+            return
+        self._told[name] = phase, far, now
+        typer.echo(f"{name}: {phase}{', ' if far else ''}{far}", err=True)
 
 
 def size(count: float) -> str:

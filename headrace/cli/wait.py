@@ -10,7 +10,7 @@ import typer
 
 from headrace import plugins
 from headrace.change import Checkpoint, Version, format_lsn, parse_lsn
-from headrace.cli.show import out, print_json
+from headrace.cli.show import Telling, out, print_json
 from headrace.cli.source import source_facts
 from headrace.cli.status import frozen
 from headrace.control import DEAD_SECONDS, Control, Report
@@ -39,7 +39,7 @@ def wait(
     is asked here. A view says once a second how far it is, so the wait ends that much later. One of which records are parked, that is
     paused or has stopped does not come there: that is said at once. While capture takes the first snapshot, that is waited for too;
     so is the process of a view that is installed here or has run before, which may have been started just now. Of a table that is captured
-    no more nothing comes: that is noted.
+    no more nothing comes: that is noted. Where it stands is said on stderr, when that changes and about once a minute.
 
     Exit codes: 0 they see it; 2 the LSN is none; 3 one does not come there before somebody changes something, no process runs it, or the
     LSN is of an earlier epoch; 5 not in time, or a server does not answer.
@@ -54,9 +54,10 @@ def wait(
     log = Log(load())
     log.require_checkpoints()
     control = Control(log)
-    wanted = _wanted(log, control, names, lsn, timeout)
-    _await_processes(control, names, began + timeout)
-    found = [reached(control, name, wanted, max(0.0, began + timeout - time.monotonic())) for name in names]
+    telling = Telling()
+    wanted = _wanted(log, control, names, lsn, timeout, telling)
+    _await_processes(control, names, began + timeout, telling)
+    found = [_reached(control, name, wanted, began + timeout, telling) for name in names]
     _note(control, found)
     if json:
         at = {"epoch": wanted.epoch, "lsn": format_lsn(wanted.lsn)}
@@ -72,6 +73,13 @@ def wait(
         out.print(f"{report.name} shows {report.version}, and so {wanted}", markup=False)
 
 
+def _reached(control: Control, name: str, wanted: Version, until: float, telling: Telling) -> Report:
+    def told(report: Report) -> None:
+        telling.tell(name, report.phase, f"at {report.version}, not at {wanted}")
+
+    return reached(control, name, wanted, max(0.0, until - time.monotonic()), told=told)
+
+
 def _note(control: Control, found: list[Report]) -> None:
     """Say which views come to that state without a table that they read."""
     captures: list[Report] = []
@@ -82,11 +90,11 @@ def _note(control: Control, found: list[Report]) -> None:
             typer.echo(f"note: {report.name} {told}", err=True)
 
 
-def _wanted(log: Log, control: Control, names: list[str], lsn: str | None, timeout: float) -> Version:
+def _wanted(log: Log, control: Control, names: list[str], lsn: str | None, timeout: float, telling: Telling) -> Version:
     """Return up to where to wait. Raises Misconfigured: `token-void`; `other-source`, where Postgres is asked and is not the log's."""
     facts = _now(log) if lsn is None else {"lsn": lsn}
     named, at_lsn = _parsed(facts["lsn"])
-    newest = log.newest_checkpoint(complete=True) or _first_state(log, control, names, timeout)
+    newest = log.newest_checkpoint(complete=True) or _first_state(log, control, names, timeout, telling)
     wanted = Version(newest.version.epoch if named is None else named, at_lsn)
     if lsn is None:
         check_server(newest.source, facts["system_id"], facts["database"])
@@ -94,7 +102,7 @@ def _wanted(log: Log, control: Control, names: list[str], lsn: str | None, timeo
     return wanted
 
 
-def _first_state(log: Log, control: Control, names: list[str], seconds: float) -> Checkpoint:
+def _first_state(log: Log, control: Control, names: list[str], seconds: float, telling: Telling) -> Checkpoint:
     """Wait for the first snapshot while a capture runs. What was started just now has not reported yet: it has ten seconds.
 
     Raises:
@@ -115,10 +123,13 @@ def _first_state(log: Log, control: Control, names: list[str], seconds: float) -
         if newest is None and waited > seconds:
             said = f"The first snapshot of {log.settings.source} is not complete, after {seconds:.0f} s."
             raise Transient("view-behind", said, "See: headrace status")
+        for capture in reports.get("capture", []):
+            done, total = capture.progress
+            telling.tell("capture", capture.phase, f"{100 * done // total}%" if total else "")
         time.sleep(_LOOK_SECONDS)
 
 
-def _await_processes(control: Control, names: list[str], until: float) -> None:
+def _await_processes(control: Control, names: list[str], until: float, telling: Telling) -> None:
     """Wait for what runs the views: what was started just now has not reported yet, also where the process before it had stopped.
 
     A name that nobody knows is refused at once.
@@ -137,6 +148,7 @@ def _await_processes(control: Control, names: list[str], until: float) -> None:
                 ends = until if error.code == "consumer-not-running" else min(until, began + DEAD_SECONDS)
                 if name not in known or time.monotonic() > ends:
                     raise
+            telling.tell(name, "no process yet")
             time.sleep(_LOOK_SECONDS)
 
 

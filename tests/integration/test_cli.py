@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,9 @@ def test_who_waits_for_a_build_is_told_when_it_is_dropped(
     settings: Settings, headrace: Run, half_built: tuple[subprocess.Popen[str], subprocess.Popen[str]]
 ) -> None:
     kept = Control(Log(settings)).kept
+    told = half_built[1].stdout
+    assert told is not None
+    assert re.fullmatch(r"halting g2: [a-z ]+, \d+%, \d+ records.*\n", line := told.readline()), line
     with ThreadPoolExecutor(1) as pool:
         dropped = pool.submit(headrace, "drop", "halting", "2", "--json")
         eventually("it is asked for", lambda: kept("halting", "request") != [{}])

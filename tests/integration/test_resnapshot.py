@@ -400,6 +400,10 @@ def test_who_waits_for_a_pass_is_told_when_it_is_cancelled(settings: Settings, o
         with psycopg.connect(settings.dsn) as application:
             application.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
             with awaited(settings, "items", *options) as waiter:
+                assert waiter.stdout is not None
+                told = waiter.stdout.readline()
+                assert told.startswith("public.items"), told
+                assert told.endswith(": waiting\n"), "so that one sees that it goes on"
                 ask(settings, "cancel")
                 said = waiter.communicate(timeout=60)[0]
         assert (waiter.returncode, "resnapshot-cancelled" in said) == (3, True), said

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from headrace.change import Version, format_lsn, parse_lsn
-from headrace.cli import app
+from headrace.cli import app, show
 from headrace.control import Control, Report
 from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import Log
@@ -93,15 +93,21 @@ def test_a_process_that_was_started_just_now_is_waited_for(
     assert error.message == "No process runs the consumer typed.", "and at once"
 
 
-def test_what_does_not_come_in_time_is_told_with_where_the_view_is(settings: Settings, capture: Running) -> None:
+def test_what_does_not_come_in_time_is_told_with_where_the_view_is(
+    settings: Settings, capture: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(show, "_MOMENT_SECONDS", 0.0)
     with serving(settings, plain=Plain) as control:
         await_live(control, VIEW)
         assert command(settings, "wait", VIEW).exit_code == 0
         capture.stop()
         execute(settings, "INSERT INTO items VALUES (2, 2)")
         before = now(settings)
-        error = refused(settings, VIEW, "--timeout", "0.5")
-        assert (error.code, error.exit_code) == ("view-behind", 5)
+        ended = command(settings, "wait", VIEW, "--timeout", "0.5", "--json")
+        error = ended.exception
+        assert isinstance(error, HeadraceError)
+        assert (error.code, error.exit_code, ended.stdout) == ("view-behind", 5, "")
+        assert re.fullmatch(r"plain: live, at 1@\S+, not at 1@\S+\n", ended.stderr), "and once, meanwhile"
         (wanted,) = re.findall(r"not at \d+@([0-9A-F]+/[0-9A-F]+), after", error.message)
         assert before <= parse_lsn(wanted) <= now(settings), "Postgres writes by itself, too"
 
@@ -145,6 +151,7 @@ def test_the_first_snapshot_is_waited_for_while_a_capture_takes_it(system: Syste
         system.start("warehouse", "run", "warehouse")
         ended = system.ask("wait", "warehouse", "--timeout", "12")
         assert (ended.code, "view-behind" in ended.err, "headrace capture" in ended.err) == (5, True, False), ended
+        assert "\ncapture: " in f"\n{ended.err}", "what it waits for"
         system.start("wait", "wait", "warehouse", "--timeout", "100")
         assert system.ask("wait", "warehouse", "--timeout", "0.5").code == 5
     eventually("it sees it", lambda: not system.alive("wait"))
@@ -165,7 +172,7 @@ def test_a_wait_that_lasts_over_a_recovery_does_not_answer_for_an_epoch_that_is_
 
     say(Version(1, 5))
     with pytest.raises(Misconfigured) as caught:
-        reached(control, VIEW, Version(1, 10), 20, told=lambda: say(Version(2, 1)))
+        reached(control, VIEW, Version(1, 10), 20, told=lambda _: say(Version(2, 1)))
     assert caught.value.code == "token-void"
     assert reached(control, VIEW, Version(2, 1), 0).version == Version(2, 1)
 

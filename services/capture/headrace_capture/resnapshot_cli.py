@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table as Shown
 
 from headrace.change import format_lsn
-from headrace.cli.show import out, print_json
+from headrace.cli.show import Telling, out, print_json
 from headrace.control import Control
 from headrace.errors import USAGE, Misconfigured
 from headrace.log import Log
@@ -164,33 +164,39 @@ def _text(given: Any, written: Any) -> str:
 
 
 def _wait(log: Log, names: list[str], *, forgotten: bool) -> None:
-    """Wait until the jobs are done. Nobody waits for what nobody does: capture has ended, or one was paused or cancelled.
+    """Wait until the jobs are done, and say how far they are. Nobody waits for what nobody does: capture has ended, for example.
 
     A row that was read is `forgotten`; a table that is not among the jobs any more was not read.
     """
-    control = Control(log)
+    control, telling = Control(log), Telling()
     while True:
         jobs = Jobs(log).all
         waited = [jobs[name] for name in names if name in jobs]
-        failed = [job for job in waited if job.phase == FAILED]
-        if failed and not any(job.open for job in waited):
-            raise Misconfigured("resnapshot-failed", f"{failed[0].name}: {failed[0].reason}", "Mend that, ask again.")
-        gone = [] if forgotten else [name for name in names if name not in jobs]
-        cancelled = gone + [job.name for job in waited if job.phase in {CANCELLED, LEFT}]
-        if cancelled:
-            said = f"{', '.join(cancelled)}: not read again: cancelled, or left out of the publication."
-            raise Misconfigured("resnapshot-cancelled", said, "Ask again if it is still to be read.")
+        _check_done(waited, [] if forgotten else [name for name in names if name not in jobs])
         if not any(job.open for job in waited):
             for job in waited:
                 if job.reason:
                     typer.echo(f"note: {job.name}: {job.reason}", err=True)
             return
-        paused = [job.name for job in waited if job.phase == PAUSED]
-        if paused:
-            said = f"{', '.join(paused)}: paused, to be read again once that ends."
-            raise Misconfigured("resnapshot-paused", said, "Run: headrace resnapshot --resume")
         _check_running(control, log.settings.source)
+        for job in waited:
+            telling.tell(job.name, job.phase, f"{job.rows} rows read" if job.rows else "")
         time.sleep(0.5)
+
+
+def _check_done(waited: list[Job], gone: list[str]) -> None:
+    """Refuse jobs that are not done and that nobody does: one has failed, is cancelled or is paused."""
+    failed = [job for job in waited if job.phase == FAILED]
+    if failed and not any(job.open for job in waited):
+        raise Misconfigured("resnapshot-failed", f"{failed[0].name}: {failed[0].reason}", "Mend that, ask again.")
+    cancelled = gone + [job.name for job in waited if job.phase in {CANCELLED, LEFT}]
+    if cancelled:
+        said = f"{', '.join(cancelled)}: not read again: cancelled, or left out of the publication."
+        raise Misconfigured("resnapshot-cancelled", said, "Ask again if it is still to be read.")
+    paused = [job.name for job in waited if job.phase == PAUSED]
+    if paused:
+        said = f"{', '.join(paused)}: paused, to be read again once that ends."
+        raise Misconfigured("resnapshot-paused", said, "Run: headrace resnapshot --resume")
 
 
 def _show(log: Log, tables: list[str], *, json: bool) -> None:

@@ -250,7 +250,7 @@ class Verifier:
     def _await(self, name: str, generation: int, wanted: Version) -> None:
         """Wait until readers of the view see everything up to X."""
         said = f"{name}: waiting for {format_lsn(wanted.lsn)}"
-        reached(self._control, name, wanted, self._timeout, generation, lambda: self._progress(said, 0, 0))
+        reached(self._control, name, wanted, self._timeout, generation, lambda _: self._progress(said, 0, 0))
 
     # Rows without a key
 
