@@ -170,9 +170,9 @@ def _leaves(before: Fingerprint, after: Fingerprint) -> str:
     if before.unlogged != after.unlogged:
         return "a partition is unlogged or foreign, so that its changes are not in the WAL, or one is so no longer"
     if before.kind != "p" or after.kind != "p":
-        if old != new and before.columns != after.columns:
-            return "it was written anew with other columns"
-        return "it was written anew, and may have been unlogged meanwhile" if old != new and after.unnamed else ""
+        why = "with other columns" if before.columns != after.columns else ""
+        why = why or ("and may have been unlogged meanwhile" if after.unnamed else "")
+        return f"it was written anew {why}" if old != new and why else ""
     if old.keys() - new.keys():
         return "a partition was detached or dropped"
     if new.keys() - old.keys() - after.empty:
