@@ -9,9 +9,9 @@ One compacted topic, `headrace.control`. Keys are ``{"source","name","kind","id"
 - anything else is a service's own memory, kept beside them (capture's ``resnapshot`` and ``catalogue``, written in its cuts; a
   runner's ``standing``: whether its view is to stay paused or dropped; and ``shown``: which generations readers have seen).
 
-Kafka has no compare-and-set, so there is one writer of reports and answers for each name: its runner (S30). A report older than
-`DEAD_SECONDS` is of a process that died. All but what capture writes in its cuts is read whether a cut is open or not: one that a killed
-capture has left would hide every later report, of whatever source, until Kafka ends it.
+Kafka has no compare-and-set, so there is one writer of reports and answers for each name: its runner (S30), or who has one forgotten that
+nobody can run. A report older than `DEAD_SECONDS` is of a process that died. All but what capture writes in its cuts is read whether a
+cut is open or not: one that a killed capture has left would hide every later report, of whatever source, until Kafka ends it.
 
 Rows go to `headrace.answers`, in pages keyed by the request's id: a page has as many rows as
 fit into PAGE_BYTES, and one at least.

@@ -2,8 +2,8 @@
 
 One compacted topic, `headrace.parked`. A key names an entry for ever, ``{"source","name","generation","collection","key","at"}``, so that
 a batch that comes again parks it again as the same; `at` is where the change stands in its topic, and empty for a document, of which only
-the newest state matters. Its one writer is the runner of the view, as with control (S30); everybody may read it, with no process running
-[I13].
+the newest state matters. Its one writer is the runner of the view, as with control (S30); what a consumer that nobody can run any more
+had parked, `headrace drop --all` takes away. Everybody may read it, with no process running [I13].
 """
 
 from __future__ import annotations
