@@ -276,6 +276,7 @@ def test_a_table_that_was_never_read_is_told_until_it_was(settings: Settings, mo
         told(capture, "public.odd could not be read, and the log has nothing of it", "Postgres failed")
         execute(settings, publish)
         mended(capture, "public.odd")
+        assert capture.hear("public.odd was read again")
     assert replay(settings, "public.odd")
 
 
