@@ -93,6 +93,35 @@ def test_rows_of_a_partitioned_table_go_by_its_name_of_now(
     assert replay(settings, f"public.{name}") == selected(settings, name)
 
 
+def test_rows_that_went_by_a_name_which_another_table_has_taken_do_not_stay_there(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that took it was read again before the stream was where the old root has its new name: as amid a big transaction."""
+    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
+    there = threading.Event()
+    rename = resnapshot.Resnapshot._rename
+    monkeypatch.setattr(resnapshot.Resnapshot, "_rename", lambda self: rename(self) if there.is_set() else None)
+    prepare(settings, PARTS, LOW, HIGH, ROWS)
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, "UPDATE parts SET n = 5 WHERE id = 1", "DELETE FROM parts WHERE id = 2")
+        capture.reach()
+        execute(
+            settings,
+            f"ALTER TABLE parts RENAME TO other; {PARTS}; CREATE TABLE every PARTITION OF parts DEFAULT; "
+            f"INSERT INTO parts VALUES (1, 100); ALTER PUBLICATION {settings.publication} ADD TABLE parts",
+        )
+        capture.hear("public.parts was read again")
+        execute(settings, "INSERT INTO other VALUES (2, -2)")
+        capture.reach()
+        assert replay(settings, "public.parts") != selected(settings, "parts"), "it went by the old name"
+        there.set()
+        capture.hear("public.other is inexact: it was renamed")
+        capture.eventually("they are exact", lambda: capture.reach().inexact == ())
+    for table in ("parts", "other"):
+        assert replay(settings, f"public.{table}") == selected(settings, table)
+
+
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "in one transaction"])
 @pytest.mark.parametrize("what", ["TABLE parts", "ALL TABLES"])
 def test_a_partition_that_was_detached_changed_and_attached_again(

@@ -35,7 +35,8 @@ class Relations:
         names: The names of the columns of all versions, by table.
         suspected: Is told of each new version, with why rows may have changed without an event (empty: they did not), or None for a
             table's first.
-        moved: Is told, with each Relation message, the name and the oids of the tables that hold the rows.
+        moved: Is told, with each Relation message, the name, the oids of the tables that hold the rows, and the name that those of a
+            partitioned one went by until now, or empty.
     """
 
     def __init__(self, log: Log, cut: Cut, connection: catalog.Connection, say: Callable[[str], None]) -> None:
@@ -50,7 +51,7 @@ class Relations:
         for shape in self.versions.values():
             self._name(shape)
         self.suspected: Callable[[str, str | None], None] = lambda table, _why: cut.inexact.add(table)
-        self.moved: Callable[[str, frozenset[int]], None] = lambda _table, _oids: None
+        self.moved: Callable[[str, frozenset[int], str], None] = lambda _table, _oids, _was: None
         self.by_oid = _ByOid()
         self._told: dict[int, tuple[Relation, int]] = {}
 
@@ -87,7 +88,8 @@ class Relations:
                 return None
         else:
             oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
-            self.moved(f"{relation.schema}.{relation.name}", oids)
+            was = self.by_oid.get(relation.oid) if relation.oid not in oids else None
+            self.moved(f"{relation.schema}.{relation.name}", oids, was.name if was else "")
         key = now.key if now else known.key if known else ()
         if not key and not self._append_only(relation, known):
             self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))

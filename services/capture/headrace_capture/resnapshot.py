@@ -166,10 +166,11 @@ class Resnapshot:
         elif why:
             self.mark(table, why)
 
-    def moved(self, table: str, oids: frozenset[int]) -> None:
+    def moved(self, table: str, oids: frozenset[int], was: str) -> None:
         """The stream sends the rows of these tables under this name: what is known of them under another one is of before a rename.
 
-        Changes have gone by the other name since. If it is there again when the catalogue is read next, it is read again (`_came`).
+        Changes have gone by the other name since. If it is there again when the catalogue is read next, it is read again (`_came`). So it
+        is if it is known to be there again: rows went by it (`was`) until now, as those of the table that has taken it.
         """
         known = self._jobs.prints
         gone = {name for name in known if name != table and any(oid in oids for oid, _ in known[name].leaves)}
@@ -177,6 +178,8 @@ class Resnapshot:
             self._left(gone)
             self._jobs.know_only(known.keys() - gone)
             self._printed_at.update(dict.fromkeys(gone, time.monotonic()))
+        if was != table and was in known:
+            self.mark(was, f"rows of {table} went by its name", JOINED)
 
     def _rename(self) -> None:
         """Let rows go by their table's name of now, once the stream is where it has that name, and read again what went by another."""
