@@ -197,7 +197,15 @@ class Odd(DocumentConsumer):
             last=Max("name"),
             true=Max("ok"),
         ),
-        lines=Aggregate("public.lines", by="maker", n=Count(), sum=Sum("size"), low=Min("said")),
+        lines=Aggregate(
+            "public.lines",
+            by="maker",
+            n=Count(),
+            sum=Sum("size"),
+            low=Min("said"),
+            raw=Count("raw"),
+            made=Count("made"),
+        ),
         latest=Many("public.lines", by="maker", order="-size", limit=2),
         place=One(
             "public.places",
@@ -228,7 +236,8 @@ THINGS = """
 def test_numbers_text_and_nulls_are_sorted_filtered_and_summed_as_in_postgres(settings: Settings) -> None:
     prepare_append_only(
         settings,
-        "CREATE TABLE lines (maker int, size int, said text)",
+        "CREATE DOMAIN public.extra AS jsonb",
+        "CREATE TABLE lines (maker int, size int, said text, raw json, made public.extra)",
         "CREATE DOMAIN public.price AS numeric",
         "CREATE TABLE places (code int, country text, called text, PRIMARY KEY (country, code))",
         "CREATE TABLE makers (id int PRIMARY KEY, code int, country text)",
@@ -237,7 +246,8 @@ def test_numbers_text_and_nulls_are_sorted_filtered_and_summed_as_in_postgres(se
         "INSERT INTO makers SELECT i, 7, nullif('y', chr(117 + i)) FROM generate_series(1, 4) i",
         "INSERT INTO places VALUES (7, 'y', 'here'), (8, 'y', 'there')",
         f"INSERT INTO things VALUES {THINGS}",
-        "INSERT INTO lines SELECT i % 3, i, 'l' || i FROM generate_series(1, 20) i",
+        """INSERT INTO lines SELECT i % 3, i, 'l' || i, (ARRAY[NULL, e'\t null\n', '[null]', '"null"'])[1 + i % 4]::json,
+           (ARRAY['null', NULL, '{}', '0'])[1 + i % 4]::jsonb FROM generate_series(1, 20) i""",
         table="lines",
     )
     with kept(settings, Odd):
@@ -259,6 +269,8 @@ def test_numbers_text_and_nulls_are_sorted_filtered_and_summed_as_in_postgres(se
     assert one["1"]["place"]["n"] == {"n": 3}
     assert one["4"]["place"] is None, "half of its key is NULL"
     assert [line["size"] for line in one["2"]["latest"]] == [20, 17]
+    lines = one["2"]["lines"]
+    assert (lines["n"], lines["raw"], lines["made"]) == (7, 3, 3), "the null of JSON is none"
 
 
 def _of_shop(**joins: Any) -> Document:

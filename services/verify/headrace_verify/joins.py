@@ -210,7 +210,9 @@ def _aggregated(join: Folding, table: Table, alias: str) -> sql.Composed:
 def _value(function: Function, table: Table, alias: str) -> sql.Composed:
     if function.column is None:
         return sql.SQL("count(*)").format()
-    column = sql.Identifier(alias, function.column)
+    column: sql.Composable = sql.Identifier(alias, function.column)
+    if table.column(function.column).base in {"json", "jsonb"}:  # whose null is written as SQL's is
+        column = sql.SQL("nullif(btrim({}::text, e' \\t\\n\\r'), 'null')").format(column)
     if isinstance(function, Count):
         return sql.SQL("count({})").format(column)
     if isinstance(function, Sum | Avg):
