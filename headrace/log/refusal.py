@@ -34,24 +34,16 @@ def check_state(position: Position, newest: Checkpoint, kept: Sequence[Checkpoin
         newest: The log's newest complete checkpoint.
         kept: Complete checkpoints, see `Log.states_since`; none where the position is at the newest.
     """
-    said = ""
-    if _is_beyond(position, newest):
-        said = f"The view has read further than {newest.version}, the end of the log."
-    elif position.version != NOWHERE and any(each.version < position.version for each in kept):
-        same = [each for each in kept if each.version == position.version]
-        # Amid a cut a view is beyond the ends of its state; of another record at the same version, the state is of another log.
-        if not same or (same[-1].appended != position.appended and _is_beyond(position, same[-1])):
-            said = f"The log has lost the state {position.version} that the view is at."
-    if said:
-        raise refused("position-ahead", said)
-
-
-def _is_beyond(position: Position, checkpoint: Checkpoint) -> bool:
-    return any(
+    beyond = any(
         at > end
         for topic, offsets in position.offsets.items()
-        for at, end in zip(offsets, checkpoint.ends.get(topic, offsets), strict=False)
+        for at, end in zip(offsets, newest.ends.get(topic, offsets), strict=False)
     )
+    if beyond:
+        raise refused("position-ahead", f"The view has read further than {newest.version}, the end of the log.")
+    versions = [checkpoint.version for checkpoint in kept]
+    if position.version not in (NOWHERE, *versions) and any(version < position.version for version in versions):
+        raise refused("position-ahead", f"The log has lost the state {position.version} that the view is at.")
 
 
 def lacks(position: Position, target: Checkpoint) -> bool:
