@@ -17,7 +17,7 @@ from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import Log
 from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.settings import Settings, environment
-from headrace_capture import catalog, setup, teardown
+from headrace_capture import beginnings, catalog, setup, teardown
 from headrace_capture.recovery import recover
 from headrace_capture.resnapshot_cli import resnapshot
 from tests.fixtures.capture import (
@@ -26,6 +26,7 @@ from tests.fixtures.capture import (
     changes,
     eventually,
     execute,
+    now,
     prepare,
     refused,
     replay,
@@ -316,6 +317,37 @@ def test_a_log_without_checkpoints_and_records_begins_as_a_new_one(settings: Set
         execute(settings, "INSERT INTO items VALUES (1, 'a')")
         capture.reach()
     assert replay(settings, T) == selected(settings, T)
+
+
+def test_killed_after_its_slot_is_made_the_log_is_refused_though_the_wal_has_overtaken_it(
+    captured: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server was restored from older data. To the old epoch the new slot would look right then, and changes be missing."""
+    log = Log(captured)
+    before = log.newest_checkpoint()
+    assert before
+    with closing(log.writer()) as writer:  # as of a server that was ahead
+        writer.open()
+        writer.resume(before)
+        ahead = before.version._replace(lsn=now(captured) + 1_000_000)
+        writer.seal(version=ahead, commit_ts=before.commit_ts, xid=0, source=before.source)
+    assert refused(captured).code == "source-behind-log"
+    with monkeypatch.context() as patch:
+        patch.setattr(beginnings, "_floor", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            recover(captured, lambda _: None)
+    execute(captured, "DELETE FROM items WHERE id = 2")
+    execute(captured, "SELECT pg_logical_emit_message(false, 'much', repeat('x', 2000000))")
+    assert refused(captured).code == "slot-beyond-checkpoint"
+    assert recover(captured, lambda _: None).version.epoch == 3
+    with capturing(captured) as capture:
+        capture.hear("public.items was read again")
+        capture.eventually("it is exact", lambda: capture.reach().inexact == ())
+    assert replay(captured, T) == selected(captured, "items")
+
+
+def killed(*_: object) -> str:
+    raise RuntimeError("killed")
 
 
 def test_it_refuses_while_capture_runs(captured: Settings, fresh_database: Callable[[], str]) -> None:

@@ -61,6 +61,11 @@ def make_slot(exporter: Replication, slot: str, progress: Progress, stopped: Cal
     return made
 
 
+def known_tables(log: Log) -> set[str]:
+    """Return the tables of which the log has a topic and a shape."""
+    return {table for table, _ in log.schemas()} & set(log.tables())
+
+
 def begin(
     log: Log,
     writer: CutWriter,
@@ -94,7 +99,7 @@ def begin(
         appended = append_only.named(connection, settings.publication)
     point, name = make_slot(exporter, settings.slot, progress, stopped)
     floor = _floor(settings.dsn, name)
-    once = {table for table, _ in log.schemas()} & set(log.tables())  # of what is captured no longer: dead keys only
+    once = known_tables(log)  # of what is captured no longer: dead keys only
     named = once | _publish(log, writer, tables, appended, progress)
     for table in sorted(named):
         why = "initial snapshot" if initial else "a new epoch"

@@ -9,7 +9,8 @@ rebuilt: they see its new id.
 Where the checkpoints are gone nothing in the log is known to be a state (S6): the new epoch begins with an initial snapshot, which
 capture takes, into the topics that are there. The slot is capture's matter then.
 
-Killed at any moment it leaves a log that is refused as before; then it is run again.
+Killed at any moment it leaves a log that is refused as before, or one whose new epoch has begun and says that every table is inexact;
+then it is run again.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def recover(settings: Settings, say: Callable[[str], None]) -> Checkpoint:
                 begun = _begin_with_snapshot(log, writer, connection, here, say)
             else:
                 writer.resume(_mend_topics(log, before, connection, say))
-                begun = _begin(log, writer, connection, before, here.source, slot, say)
+                begun = _begin(log, writer, connection, before, here, slot, say)
             _await_shown(log, begun)
             return begun
         finally:
@@ -86,17 +87,24 @@ def _begin(
     writer: CutWriter,
     connection: catalog.Connection,
     before: Checkpoint,
-    source: Source,
+    here: Here,
     slot: Slot | None,
     say: Callable[[str], None],
 ) -> Checkpoint:
     # A log that never was a state begins its initial snapshot again, in chunks.
     initial = log.newest_checkpoint(complete=True) is None
-    where = source, before.version.epoch + 1
+    source, epoch = here.source, before.version.epoch + 1
+    if (
+        here.lsn < before.version.lsn
+    ):  # a slot that is made here looks right to the old epoch once the WAL has come so far again
+        inexact = () if initial else tuple(sorted(beginnings.known_tables(log)))
+        at, snapshot = Version(epoch, here.lsn), "running" if initial else None
+        writer.seal(version=at, commit_ts=_now_ms(), xid=0, source=source, inexact=inexact, snapshot=snapshot)
     progress = Progress(Control(log), say)
     with closing(Replication(log.settings.dsn, "headrace resnapshot")) as exporter:
         if slot:
             exporter.drop_slot(log.settings.slot, _never)
+        where = source, epoch
         begun = beginnings.begin(log, writer, connection, exporter, where, progress, _never, initial=initial)
     say(f"epoch {begun.version.epoch} begins at {format_lsn(begun.version.lsn)}; every table will be read again")
     old = before.source.slot
@@ -120,10 +128,13 @@ def _begin_with_snapshot(
     log.check_written_by_us(ends)
     version = Version(beginnings.new_epoch(log, log.newest_epoch(ends)), here.lsn)
     writer.resume(_mend_topics(log, Checkpoint(version, 0, 0, ends, here.source), connection, say))
-    now_ms = time.time_ns() // 1_000_000
-    begun = writer.seal(version=version, commit_ts=now_ms, xid=0, source=here.source, snapshot="running")
+    begun = writer.seal(version=version, commit_ts=_now_ms(), xid=0, source=here.source, snapshot="running")
     say(f"epoch {version.epoch} begins with the initial snapshot")
     return begun
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _never() -> bool:
