@@ -471,9 +471,9 @@ def test_the_newest_checkpoint_is_not_half_a_transaction_of_long_ago_because_its
     """S3, S16: halves name every topic, so they are found where the states after them are not."""
     monkeypatch.setattr("headrace.log.spine.WHOLE_PARTITIONS", 1)
     for n in range(61):
-        feed.cut((ITEMS, n, n))
+        feed.cut((TAGS, n, n))
     for ordinal in range(10):
-        feed.put(ITEMS, 99, ordinal)
+        feed.put(TAGS, 99, ordinal)
         feed.seal(partial=(feed.lsn + 5, ordinal + 1))
     last = [feed.cut((TAGS, n, n)) for n in range(30)][-1]
     newest = feed.log.newest_checkpoint()
