@@ -56,12 +56,12 @@ def connect(
         Transient: `postgres-away`.
         Misconfigured: `postgres-refused`, `postgres-dsn`.
     """
-    return _connect(dsn, setting, _options(dsn, timeout_s, lock_s), {"fallback_application_name": name})
+    return _connect(dsn, _options(dsn, timeout_s, lock_s), {"fallback_application_name": name}, setting)
 
 
-def connect_replication(dsn: str, *, name: str = "headrace", setting: str = "HEADRACE_DSN") -> Connection:
+def connect_replication(dsn: str, *, name: str = "headrace") -> Connection:
     """Connect as a walsender of the database; the same settings and errors as `connect`, no statement timeout."""
-    return _connect(dsn, setting, _options(dsn, 0, 0), {"fallback_application_name": name, "replication": "database"})
+    return _connect(dsn, _options(dsn, 0, 0), {"fallback_application_name": name, "replication": "database"})
 
 
 def _options(dsn: str, timeout_s: float, lock_s: float) -> str:
@@ -78,7 +78,7 @@ def _parsed(dsn: str, setting: str = "HEADRACE_DSN") -> dict[str, Any]:
         raise Misconfigured("postgres-dsn", f"{setting} is not a connection string.", _DSN_EXAMPLE) from None
 
 
-def _connect(dsn: str, setting: str, options: str, extra: dict[str, Any]) -> Connection:
+def _connect(dsn: str, options: str, extra: dict[str, Any], setting: str = "HEADRACE_DSN") -> Connection:
     given = _parsed(dsn, setting)
     kept: dict[str, Any] = {name: given.get(name) or ours for name, ours in _KEPT.items()}
     try:
