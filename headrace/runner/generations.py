@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
-from headrace.change import Version, source_of
+from headrace.change import source_of
 from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
 from headrace.effects import EffectConsumer, lost
@@ -108,6 +108,8 @@ class Generations:
         if not held and not self.workers:
             number = self.next()
             held = {number: Generation(self.name, number, self.fingerprint)}
+        for number in [each for each, worker in self.workers.items() if each not in held and not worker.is_alive()]:
+            self.forget(number)  # who asked for the drop did not wait for so long
         for number, generation in held.items():
             if number in self.workers:
                 self.workers[number].generation = generation
@@ -158,9 +160,11 @@ class Generations:
 
     def first_builds(self) -> list[int]:
         """Return the generations that show a state while, as of the last look, none is live."""
-        return [] if self.live() else [worker.generation.number for worker in self._ready()]
+        return [worker.generation.number for worker in self._ready()]
 
     def _ready(self) -> list[Worker]:
+        if self.live():
+            return []
         shows = [worker for worker in list(self.workers.values()) if worker.state.exact and not worker.still]
         return [worker for worker in shows if not isinstance(worker.state.error, Lacking)]
 
@@ -171,6 +175,7 @@ class Generations:
         there = ready.keys() - self._left.keys() - self._refused
         if there and (self._first is None or self._first.done()):
             chosen = ready[next((each for each in reversed(self._shown) if each in there), max(there))]
+            # When it comes to it somebody may have promoted another.
             self._first = chosen.call(lambda consumer: chosen.promote(consumer) if chosen in self._ready() else None)
             self._first.add_done_callback(partial(self._note_first, chosen.generation.number))
         elif ready and not there:
@@ -237,7 +242,7 @@ class Generations:
 
     def live(self) -> Worker | None:
         """Return the worker of the generation that readers see."""
-        return next((worker for worker in self.workers.values() if worker.generation.live), None)
+        return next((worker for worker in list(self.workers.values()) if worker.generation.live), None)
 
     def before(self, live: Worker) -> Worker | None:
         """Return the worker of the generation that readers saw before the live one, of those that are there."""
@@ -324,7 +329,7 @@ class Generations:
         """Drop a generation by its worker; one that has stopped answers nothing any more, so its store is opened anew."""
         worker = self.worker(number)
         if worker.state.phase != "stopped":
-            self.wait_for(worker, lambda consumer: consumer.drop())
+            self.wait_for(worker, worker.drop)
             self.end(worker)
         else:
             self.end(worker)
@@ -378,19 +383,6 @@ class Generations:
             raise Transient(
                 "worker-busy", f"{worker.name} is busy ({worker.state.phase}).", "Try again; see headrace status"
             ) from error
-
-
-def reach(worker: Worker, version: Version, seconds: float) -> bool:
-    """Wait until a generation shows a state, also what it delays; return whether it does. One that stands still is not waited for."""
-    deadline = time.monotonic() + seconds
-    while worker.state.reached < version:
-        if worker.still or worker.paused or time.monotonic() > deadline:
-            return False
-        if worker.state.version >= version:
-            with suppress(NoAnswer, HeadraceError):  # it says itself what it lacks
-                worker.call(worker.hurry).result(max(0.0, deadline - time.monotonic()))
-        time.sleep(0.005)
-    return True
 
 
 def _made(consumer: type[Consumer], log: Log, name: str) -> Consumer:

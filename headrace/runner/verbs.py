@@ -7,7 +7,10 @@ ends by itself, so that nothing stays held when the asker dies; who promotes aft
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import TimeoutError as NoAnswer
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +19,7 @@ from headrace.consumer import Generation
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.parked import records_parked
 from headrace.requests import Request
-from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations, reach
+from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations
 from headrace.runner.parking import Lacking
 from headrace.runner.worker import Worker
 
@@ -171,7 +174,7 @@ class Verbs:
             said = f"it was held for {HOLD_SECONDS:.0f} s, or its process started again."
             raise Transient("hold-ended", f"{self._name} went on to {held}: {said}", "Promote them again.")
         wanted = max(held, at)
-        if not reach(target, wanted, _PATIENCE_SECONDS):
+        if not _reach(target, wanted, _PATIENCE_SECONDS):
             said = (
                 f"{target.name} is at {target.state.reached}, readers have seen {wanted}: they would go back in time."
             )
@@ -311,3 +314,16 @@ def _check_whole(target: Worker, live: Worker | None) -> None:
         raise error
     if live is not None and target.state.parked:
         raise records_parked(target.generation.consumer, target.generation.number, target.state.parked)
+
+
+def _reach(worker: Worker, version: Version, seconds: float) -> bool:
+    """Wait until a generation shows a state, also what it delays; return whether it does. One that stands still is not waited for."""
+    deadline = time.monotonic() + seconds
+    while worker.state.reached < version:
+        if worker.still or worker.paused or time.monotonic() > deadline:
+            return False
+        if worker.state.version >= version:
+            with suppress(NoAnswer, HeadraceError):  # it says itself what it lacks
+                worker.call(worker.hurry).result(max(0.0, deadline - time.monotonic()))
+        time.sleep(0.005)
+    return True

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -191,6 +192,12 @@ class Worker(threading.Thread):
             self._moved = True
             self._set(version=NOWHERE, ahead=NOWHERE)
 
+    def drop(self, consumer: Consumer) -> None:
+        """Drop the generation, in this thread, and end: else it would be built again, where who asked did not wait for so long."""
+        consumer.drop()
+        self.stop()
+        self._set(phase="stopped", version=NOWHERE)
+
     def release(self) -> None:
         """Go on after `hold`."""
         self._hold_until = 0.0
@@ -269,7 +276,7 @@ class Worker(threading.Thread):
         self.follows, mirrored = True, 0.0
         while not self._stopping.is_set():
             self._answer(consumer)
-            if self._resting or self._moved:
+            if self._resting or self._moved or self._stopping.is_set():
                 return
             if (self._whole or not self._hold_whole) and time.monotonic() < self._hold_until:
                 if self.state.phase == "waiting":
@@ -345,17 +352,15 @@ class Worker(threading.Thread):
                 self._answer_nothing(3600.0, error)
 
     def _answer_still(self, error: HeadraceError) -> None:
-        consumer = self._make()
         try:
-            consumer.open(self.generation)
-            if shows := getattr(consumer, "shows", None):
-                self._set_held(consumer)
-                self._set(version=shows.version, written=shows.appended, inexact=shows.inexact)
-            self._rest(consumer, lambda: not self._moved)
+            with closing(self._make()) as consumer:
+                consumer.open(self.generation)
+                if shows := getattr(consumer, "shows", None):
+                    self._set_held(consumer)
+                    self._set(version=shows.version, written=shows.appended, inexact=shows.inexact)
+                self._rest(consumer, lambda: not self._moved)
         except Exception:  # noqa: BLE001  a plugin may raise anything; why it was refused is what matters
             self._answer_nothing(_BACKOFF_SECONDS[1], error)
-        finally:
-            consumer.close()
 
     def _tell(self, consumer: Consumer, reader: Reader | FeedReader) -> None:
         self._set_held(consumer)
