@@ -151,6 +151,39 @@ def test_a_redis_that_came_back_with_older_data_is_noticed(open_store: Open, cli
     assert store.open(G1) == at(1)
 
 
+@pytest.mark.parametrize("bulk", [True, False], ids=["of a load", "the last"])
+def test_a_redis_that_came_back_without_pages_of_no_position_is_noticed(
+    open_store: Open, client: redis.Redis, *, bulk: bool
+) -> None:
+    """Saved between two of them, which go out one after another; nobody is told of the restart."""
+    store = open_store()
+    store.write([doc("1", 1)], None, bulk=True)
+    store.arrive()
+    saved = client.dump("pages:g1") or b""
+    store.write([doc("2", 1)], None, bulk=True)
+    store.arrive()
+    client.restore("pages:g1", 0, saved, replace=True)
+    client.delete("pages:1:2")
+    if bulk:
+        store.write([doc("3", 1)], None, bulk=True)
+    with pytest.raises(Wiped, match="moved"):
+        store.write([doc("4", 1)], at(1))
+    assert store.open(G1) is None
+    assert store.scan(None, 10) == []
+    store.write([doc("3", 1)], None, bulk=True)
+    store.write([doc("2", 1)], at(1))
+    assert [row.key for row in store.scan(None, 10)] == ["2", "3"]
+
+
+def test_pages_whose_answer_was_lost_are_taken_once_more(open_store: Open) -> None:
+    store = open_store()
+    store.write([doc("1", 1)], None)
+    store._writes -= 1
+    store.write([doc("1", 1)], None)
+    store.write([], at(1))
+    assert store.open(G1) == at(1)
+
+
 def test_the_same_write_again_is_taken_once_more(open_store: Open) -> None:
     """The answer to a write was lost: the position is there already."""
     store = open_store()

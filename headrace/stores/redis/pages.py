@@ -4,12 +4,12 @@
 |------------------------|-------------------------------------------------------------------------------|
 | `<prefix>:live`        | the number of the generation that readers see                                 |
 | `<prefix>:generations` | the set of numbers                                                            |
-| `<prefix>:g<N>`        | of generation N: consumer, fingerprint, source, owner (none: dropped), position |
+| `<prefix>:g<N>`        | of generation N: consumer, fingerprint, source, owner (none: dropped), position, writes of its owner |
 | `<prefix>:<N>:<id>`    | a page: the fields of its body, which are text, and its version in `@version` |
 
 *Writing* is one Lua call for pages and position together, or several where there is much: the last of them has the position, and
-readers of a live generation see the pages of those before already. Each first compares owner and position with what this process
-wrote last (S23): a FLUSHALL, a restart from an old dump or another process that has opened the generation since are
+readers of a live generation see the pages of those before already. Each first compares owner, position and how many there were with
+what this process wrote last (S23): a FLUSHALL, a restart from an old dump or another process that has opened the generation since are
 noticed before anything is written. So an older process never writes at all (S21) and a delete can simply remove the
 page. Versions are text of a fixed width, because Lua's numbers are floats; an older one never replaces a newer one.
 
@@ -64,6 +64,7 @@ class RedisPages:
         self._owner = ""
         self._other = ""
         self._position = ""
+        self._writes = 0
         self._scans = Scans[_Ids]()
         self._tidy = False
         self._looked = 0.0
@@ -119,7 +120,7 @@ class RedisPages:
                     f"{self._state} in Redis is of {value}, not of {generation.consumer} {generation.fingerprint}.",
                     "Give the consumer's store another prefix.",
                 )
-            self._position = value
+            self._position, self._writes = value, 0
             if not value and not self._other:
                 self._unlink_pages(self._number, self._owner)
         return codec.decode_position(value) if value else None
@@ -256,8 +257,9 @@ class RedisPages:
         self._sending.send(ids, partial(self._send, pages, ""))
 
     def _send(self, pages: list[str | int], after: str) -> None:
-        self._judge(self._write(keys=[self._state], args=[self._pages, self._owner, self._position, after, *pages]))
-        self._position = after or self._position
+        known = (self._pages, self._owner, self._position, after, self._writes)
+        self._judge(self._write(keys=[self._state], args=[*known, *pages]))
+        self._position, self._writes = after or self._position, self._writes + 1
 
     def _judge(self, said: Any) -> None:
         """Raise what an answer of a script means."""

@@ -10,7 +10,7 @@ if not source and held[3] then  -- of before the source was kept: its topics beg
 end
 -- The process of another source goes on with it.
 if held[4] and source and source ~= ARGV[5] then return {'ok', held[3] or '', source} end
-redis.call('HSET', KEYS[1], 'consumer', ARGV[1], 'fingerprint', ARGV[2], 'owner', ARGV[3], 'source', ARGV[5])
+redis.call('HSET', KEYS[1], 'consumer', ARGV[1], 'fingerprint', ARGV[2], 'owner', ARGV[3], 'source', ARGV[5], 'writes', 0)
 redis.call('SADD', KEYS[2], ARGV[4])
 -- Somebody took its state away: readers see nothing before they see a half.
 if not held[3] and redis.call('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3]) end
@@ -45,14 +45,16 @@ redis.call('SREM', KEYS[2], ARGV[1])
 """
 
 WRITE = """
-local held = redis.call('HMGET', KEYS[1], 'owner', 'position')
+local held = redis.call('HMGET', KEYS[1], 'owner', 'position', 'writes')
 if not held[1] then return 'wiped' end
 if held[1] ~= ARGV[2] then return 'taken' end
-local position = held[2] or ''
+local position, writes, count = held[2] or '', tonumber(held[3] or 0), tonumber(ARGV[5])
 if position ~= ARGV[3] and (ARGV[4] == '' or position ~= ARGV[4]) then return 'moved' end
+-- Pages without a position may be what it has lost; one more is this call, whose answer was lost.
+if writes ~= count and writes ~= count + 1 then return 'moved' end
 -- Redis looks at its memory only at a script's first write, and a DEL may always run: so this one must come first.
-redis.call('HSET', KEYS[1], 'owner', ARGV[2])
-local i = 5
+redis.call('HSET', KEYS[1], 'writes', string.format('%d', count + 1))
+local i = 6
 while i <= #ARGV do
     local key, version, fields = ARGV[1] .. ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
     local held_version = redis.pcall('HGET', key, '@version')
