@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,12 +191,7 @@ FAULTS = {
     "a batch without changes is passed over": (
         "with self._transaction():\n            self._move(batch.position)",
         "if not batch.changes:\n            return\n        with self._transaction():\n            self._move(batch.position)",
-        "test_between_two_states_the_earlier_one_is_shown",
-    ),
-    "its position stays where it was when nothing has changed": (
-        "with self._transaction():\n            self._move(batch.position)",
-        "if not batch.changes:\n            return\n        with self._transaction():\n            self._move(batch.position)",
-        "test_the_position_is_where_the_view_is",
+        "test_between_two_states_the_earlier_one_is_shown or test_the_position_is_where_the_view_is",
     ),
     "a batch around what is parked is passed over": (
         "with self._transaction():\n            self._move(batch.position)",
@@ -247,13 +243,19 @@ FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    command = [sys.executable, "-m", "headrace", "new", "consumer", "rows", "--store", "custom", "--dir", str(folder)]
+    subprocess.run(command, check=True)
+    return folder / "headrace-rows"
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found(fault: str, tmp_path: Path) -> None:
-    *edits, test = FAULTS[fault]
+def test_a_fault_is_found(fault: str, made: Path, tmp_path: Path) -> None:
+    *edits, tests = FAULTS[fault]
     edits = edits if isinstance(edits[0], tuple) else [tuple(edits)]
-    made = [sys.executable, "-m", "headrace", "new", "consumer", "rows", "--store", "custom", "--dir", str(tmp_path)]
-    subprocess.run(made, check=True)
-    root = tmp_path / "headrace-rows"
+    root = shutil.copytree(made, tmp_path / made.name)
     module = root / "headrace_rows/__init__.py"
     for right, wrong in edits:
         assert right in module.read_text()
@@ -269,7 +271,7 @@ def test_a_fault_is_found(fault: str, tmp_path: Path) -> None:
             "-p",
             "no:pytest_timeout",
             "-k",
-            test,
+            tests,
             "tests",
         ],
         cwd=root,
@@ -279,4 +281,5 @@ def test_a_fault_is_found(fault: str, tmp_path: Path) -> None:
         check=False,
         timeout=120,
     )
-    assert re.search(rf"FAILED .*::{test}", done.stdout), done.stdout[-3000:]
+    for test in tests.split(" or "):
+        assert re.search(rf"FAILED .*::{test}", done.stdout), done.stdout[-3000:]
