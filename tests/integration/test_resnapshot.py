@@ -19,6 +19,7 @@ import psycopg
 import pytest
 import typer
 
+from headrace import control
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import Log, kafka
@@ -352,10 +353,13 @@ def test_what_is_cancelled_by_its_key_is_that_row_only(settings: Settings) -> No
 
 
 @contextmanager
-def awaited(settings: Settings, table: str, *options: str) -> Iterator[subprocess.Popen[str]]:
+def awaited(
+    settings: Settings, table: str, *options: str, dead: float = control.DEAD_SECONDS
+) -> Iterator[subprocess.Popen[str]]:
     """Run `headrace resnapshot TABLE --wait`; go on when capture has answered that it will be done."""
     kept = Control(Log(settings)).kept
-    command = [sys.executable, "-m", "headrace", "resnapshot", table, "--wait", *options]
+    patient = f"from headrace import cli, control; control.DEAD_SECONDS = {dead}; cli.main()"
+    command = [sys.executable, "-c", patient, "resnapshot", table, "--wait", *options]
     environ = os.environ | environment(settings) | {"COLUMNS": "200"}
     reporting(settings)
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as waiter:
@@ -378,7 +382,7 @@ def test_who_waits_for_a_pass_is_told_when_capture_is_gone(settings: Settings, e
         reporting(settings)
         with psycopg.connect(settings.dsn) as application:
             application.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
-            with awaited(settings, "items") as waiter:
+            with awaited(settings, "items", dead=3.0 if ends == "killed" else control.DEAD_SECONDS) as waiter:
                 if ends == "row-too-large":
                     execute(settings, "INSERT INTO large VALUES (1, repeat('x', 200000))")
                 else:
