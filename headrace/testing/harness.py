@@ -87,10 +87,8 @@ class Harness:
         if cut:
             log.cut()
 
-    def _change(self, log: History) -> Position | None:
-        """Commit another state, in turn one of two; return the position before it."""
-        with self._opened() as (_, position):
-            before = position
+    def _change(self, log: History) -> None:
+        """Commit another state, in turn one of two."""
         self._turn += 1
         table, (first, last) = self._schema.table, self._versions
         other = next(row for row in self.history[self._schema] if log.key(table, row) != log.key(table, last))
@@ -101,7 +99,11 @@ class Harness:
             log.put(table, last)
             log.put(table, other)
         log.cut()
-        return before
+
+    def _position(self) -> Position | None:
+        """Return where the generation is for a process that opens it."""
+        with self._opened() as (_, position):
+            return position
 
     def _expected(self, log: History) -> Shown:
         """Return what a fresh generation shows that was given the rows at once."""
