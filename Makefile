@@ -3,7 +3,8 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 DIR    ?= .stack
-WORKERS ?= 2
+# Most of the time the tests wait: of two cores with as many workers, each was idle for more than half of it.
+WORKERS ?= 3
 # What is installed is compiled, as pip does it; a fresh clone is not, and where nobody may write bytecode never would be.
 COMPILED = $(BIN)/python -m compileall -q headrace services ops .venv/lib
 
@@ -12,7 +13,7 @@ COMPILED = $(BIN)/python -m compileall -q headrace services ops .venv/lib
 demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops everything at the end
 	$(BIN)/headrace demo $(if $(ONCE),--once)
 
-test: .venv/synced           ## all tests, by WORKERS=2 processes with real servers of their own; TESTS=tests/unit for some of them, in one
+test: .venv/synced           ## all tests, by WORKERS=3 processes with real servers of their own; TESTS=tests/unit for some of them, in one
 	$(if $(TESTS),,$(COMPILED))
 	$(BIN)/python -m pytest -q --durations=25 $(or $(TESTS),-n $(WORKERS) --dist worksteal)
 
