@@ -129,15 +129,24 @@ class EffectConsumer:
         position = (codec.encode_position(batch.position), self._number, self._owner)
         with self._file() as db:
             db.execute("BEGIN IMMEDIATE")
+            stood = self._position(db)
             if db.execute("UPDATE generations SET position = ? WHERE number = ? AND owner = ?", position).rowcount:
-                # Nothing else of what is done: cut otherwise, this one may have less of a partition than the one that failed.
-                passed = map(idempotency_key, batch.changes) if self._done(db) else ()
-                db.executemany(
-                    "DELETE FROM done WHERE (number, change) = (?, ?)", ((self._number, key) for key in passed)
-                )
+                self._forget(db, batch, stood)
             if tuple(self.tables) == ALL:
                 db.execute("INSERT OR IGNORE INTO reads_all VALUES (?)", (self._number,))
             db.execute("COMMIT")
+
+    def _forget(self, db: sqlite3.Connection, batch: Batch, stood: Position | None) -> None:
+        """Forget of what is done that which the position has passed.
+
+        Cut otherwise, a piece may have less of a partition than the batch that failed. A whole state that is another one has all of that,
+        though the log may have been compacted meanwhile; where what is parked was tried again it is the same.
+        """
+        if batch.complete and stood is not None and stood.offsets != batch.position.offsets:
+            db.execute("DELETE FROM done WHERE number = ?", (self._number,))
+        elif self._done(db):
+            passed = ((self._number, idempotency_key(change)) for change in batch.changes)
+            db.executemany("DELETE FROM done WHERE (number, change) = (?, ?)", passed)
 
     def _is_its_turn(self) -> bool:
         with self._file() as db:

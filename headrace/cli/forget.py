@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import typer
+
 from headrace import plugins
 from headrace.cli.show import agree, out
 from headrace.control import Control
-from headrace.errors import Misconfigured
+from headrace.errors import USAGE, Misconfigured
 from headrace.log import Log
 from headrace.parked import Shelf
 
@@ -35,7 +37,7 @@ def forget(log: Log, control: Control, name: str, found: dict[str, Any], *, ask:
     """Take it away, when somebody agrees where that is to be asked. Run again after an error, it goes on where it was.
 
     Raises:
-        typer.Exit: 2, when nobody agrees; Transient: `kafka-away`.
+        typer.Exit: 2, when nobody agrees, or it came back while somebody thought it over; Transient: `kafka-away`.
     """
     if ask and not json:
         out.print(f"No process runs {name}, and it is not installed here. Forgotten would be: {_told(found)}.")
@@ -44,6 +46,9 @@ def forget(log: Log, control: Control, name: str, found: dict[str, Any], *, ask:
         )
     if ask:
         agree("Nothing was forgotten.", ask=not json)
+        if left(log, control, name) is None:
+            typer.echo(f"{name} is there again, on another host perhaps. Nothing was forgotten.", err=True)
+            raise typer.Exit(USAGE)
     Shelf(log).clear(name, lambda _: True)
     for kind, records in zip(_KINDS, control.kept(name, *_KINDS, committed=False), strict=True):
         for id_ in records:

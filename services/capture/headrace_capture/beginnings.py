@@ -8,6 +8,7 @@ stream does the rest, beside everything that is committed meanwhile.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -55,10 +56,21 @@ def make_slot(exporter: Replication, slot: str, progress: Progress, stopped: Cal
     progress.say(f"making slot {slot}: Postgres waits for {running}")
     remedy = "If that lasts, end what is left open: see pg_prepared_xacts, and pg_stat_activity by xact_start."
     said = f"The initial snapshot has not begun: to make slot {slot}, Postgres waits for {running}, of any database."
-    progress.phase("snapshot", Transient("snapshot-waits", said, remedy))
-    made = exporter.create_slot(slot, stopped)
+    since = time.monotonic()
+
+    def waits() -> bool:
+        if time.monotonic() - since > _PATIENCE_SECONDS:
+            progress.phase("snapshot", Transient("snapshot-waits", said, remedy))
+        return stopped()
+
+    progress.phase("snapshot")
+    made = exporter.create_slot(slot, waits)
     progress.phase("snapshot")
     return made
+
+
+_PATIENCE_SECONDS = 3.0
+"""So long a slot may take before it is told that Postgres waits: transactions that run now mostly end soon."""
 
 
 def known_tables(log: Log) -> set[str]:

@@ -93,7 +93,7 @@ class Job:
 
     def missed(self) -> str:
         """Return what people are told where it could not be read for the first time."""
-        lacks = "the initial snapshot is not complete without it" if self.initial else "the log has nothing of it"
+        lacks = "the initial snapshot is not complete without it" if self.initial else "the log does not have all of it"
         mend = f"When that is mended: headrace resnapshot {shlex.quote(self.table)}"
         return f"{self.table} could not be read, and {lacks}: {self.reason} {mend}"
 
@@ -190,6 +190,12 @@ class Jobs:
         """Forget a job."""
         if self.all.pop(name, None):
             self._dirty.add(name)
+
+    def drop_failed(self, known: Container[str]) -> None:
+        """Forget what failed of tables that nobody wants any more: not published, nothing of them in the log."""
+        for job in list(self.all.values()):
+            if job.phase == FAILED and not job.initial and job.table not in known:
+                self.drop(job.name)
 
     def forget_keys(self) -> None:
         """Forget keys that were found nowhere, but for the last ones: whoever asked for them is told."""

@@ -225,6 +225,7 @@ class Resnapshot:
         there = findings.prints.keys() | newer
         self._left(self._jobs.prints.keys() - there)
         self._jobs.know_only(there)
+        self._jobs.drop_failed(there | self._relations.shapes.keys())
         # Of one that was being read then the job is not LEFT: it goes on, it is paused, or it failed.
         whole = {
             job.table for job in self._jobs.all.values() if job.key is None and job.phase in {LEFT, PAUSED, FAILED}
@@ -388,8 +389,9 @@ class Resnapshot:
             self._progress.phase("snapshot", progress=(sum(initial), len(initial)))
 
     def _lacks(self, job: Job) -> bool:
-        """Whether its table could not be read, and is not in the log, or the initial snapshot is not complete without it."""
-        return job.phase == FAILED and (job.initial or job.table not in self._relations.shapes)
+        """Whether its table could not be read, and the log has at most what came of it since, or the initial snapshot is not complete."""
+        never = job.initial or job.floor == JOINED or job.table not in self._relations.shapes
+        return job.phase == FAILED and never
 
 
 def _few(told: list[str]) -> list[str]:

@@ -190,7 +190,7 @@ class Snapshot:
                     waiting.append((rows, copy.piece))
                     connections.append(connections.pop(connections.index(connection)))  # another one may hold the lock
                     continue
-                self._locked.discard(rows.table.name)
+                self._locked.clear()
                 done += copy.piece.pages
                 self._told(rows, waiting, under_way)
             self._look_around(version, (done, pages))
@@ -198,7 +198,7 @@ class Snapshot:
                 _wait(copy.socket for _, copy in under_way.values())
 
     def _told_locked(self, rows: Rows) -> None:
-        """Say so, once, when a table cannot be read now, and report it until it can."""
+        """Say so, once, when a table cannot be read now, and report it until that or another can."""
         self._locked.add(rows.table.name)
         if not rows.waited:
             rows.waited = True
