@@ -254,13 +254,13 @@ def test_what_was_done_of_a_batch_that_is_cut_otherwise_when_it_comes_again_is_n
     consumer, _ = world.open()
     consumer.apply(replace(batch, changes=batch.changes[100:], position=piece, checkpoint=None))
     assert noted(world) == 100
-    consumer.apply(replace(batch, changes=batch.changes[:100]))
+    consumer.apply(replace(batch, changes=batch.changes[:90]))  # compaction has taken ten meanwhile
     consumer.close()
     told = [int(status or "") for status in world.statuses()]
     assert sorted(set(told)) == numbers
     assert sorted(told[:100]) == numbers[:100]
     assert not {*told[100:]} & {*numbers[:100]}
-    assert noted(world) == 0
+    assert noted(world) == 0, "nobody would ever forget what comes no more"
 
 
 def test_who_is_replaced_amid_a_batch_ends(busy: tuple[World, list[int]]) -> None:
