@@ -57,7 +57,7 @@ class Generations:
         self._control = control
         self._shelf = Shelf(log)
         self.reporting = threading.Lock()
-        self._remembers = self._tidy = self._unrecorded = False
+        self._remembers = self._tidy = self._unrecorded = self._headless = False
         self._shown: list[int] = []
         self._left: dict[int, int] = {}
         self._refused: set[int] = set()
@@ -115,7 +115,8 @@ class Generations:
                 self.workers[number].generation = generation
             else:
                 self.begin(generation)
-        if any(generation.live for generation in held.values()):
+        self._headless = not any(generation.live for generation in held.values())
+        if not self._headless:
             self.unpromoted = {}
         elif held:
             self._promote_first()
@@ -160,11 +161,9 @@ class Generations:
 
     def first_builds(self) -> list[int]:
         """Return the generations that show a state while, as of the last look, none is live."""
-        return [worker.generation.number for worker in self._ready()]
+        return [] if self.live() else [worker.generation.number for worker in self._ready()]
 
     def _ready(self) -> list[Worker]:
-        if self.live():
-            return []
         shows = [worker for worker in list(self.workers.values()) if worker.state.exact and not worker.still]
         return [worker for worker in shows if not isinstance(worker.state.error, Lacking)]
 
@@ -175,13 +174,17 @@ class Generations:
         there = ready.keys() - self._left.keys() - self._refused
         if there and (self._first is None or self._first.done()):
             chosen = ready[next((each for each in reversed(self._shown) if each in there), max(there))]
-            # When it comes to it somebody may have promoted another.
-            self._first = chosen.call(lambda consumer: chosen.promote(consumer) if chosen in self._ready() else None)
+            self._first = chosen.call(partial(self._promote_if_none_is, chosen))
             self._first.add_done_callback(partial(self._note_first, chosen.generation.number))
         elif ready and not there:
             said = f"No generation of {self.name} is live; this one is not made so: its gate refused it, or a rollback left it."
             remedy = f"Run: headrace promote {self.name} --generation {max(ready)}; or: headrace rebuild {self.name}"
             self.unpromoted = {max(ready): Misconfigured("not-by-itself", said, remedy)}
+
+    def _promote_if_none_is(self, chosen: Worker, consumer: Consumer) -> None:
+        """Promote it, in its thread: by when it comes to it somebody may have promoted another."""
+        if self._headless and chosen in self._ready():
+            chosen.promote(consumer)
 
     def _note_first(self, number: int, tried: Future[None]) -> None:
         """Keep what a person has to change; a Transient is why the worker waits."""

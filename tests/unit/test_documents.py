@@ -510,11 +510,12 @@ def test_a_first_build_is_not_promoted_when_somebody_has_promoted_another_meanwh
         generations.workers[number] = Worker(log, world.start, replace(GENERATION, number=number))
         generations.workers[number].state.version = Version(1, 100)
     shown: list[int] = []
-    generations._promote_first()
+    held = {number: worker.generation for number, worker in generations.workers.items()}
+    generations._serve(held)
     function, _ = generations.workers[2]._calls.get_nowait()
     function(SimpleNamespace(promote=lambda: shown.append(2)))  # type: ignore[arg-type]
     assert shown == [2], "none is live"
-    generations.workers[1].generation = replace(GENERATION, live=True)
+    generations._serve(held | {1: replace(GENERATION, live=True)})
     function(SimpleNamespace(promote=lambda: shown.append(2)))  # type: ignore[arg-type]
     assert shown == [2]
 
