@@ -14,7 +14,7 @@ from headrace.control import Control
 from headrace.errors import HeadraceError
 from headrace.log import Log
 from headrace.settings import Settings
-from headrace_capture import attention, catalog, copies, fingerprints, snapshot
+from headrace_capture import catalog, copies, fingerprints, snapshot
 from headrace_capture.named import named_tables
 from headrace_capture.progress import Progress
 from headrace_capture.published import row_filters
@@ -129,12 +129,6 @@ def locked_late(settings: Settings, table: str, monkeypatch: pytest.MonkeyPatch)
 def read_again(capture: Running) -> list[str]:
     """Return what capture said each time that `free` was read again."""
     return [line for line in capture.said if "public.free was read again" in line]
-
-
-@pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
 
 
 @pytest.mark.usefixtures("often")

@@ -14,10 +14,12 @@ from headrace.cli import app
 from headrace.control import Control
 from headrace.log import Log
 from headrace.settings import Settings, environment
-from headrace_capture import attention, catalog, setup
+from headrace_capture import catalog, setup
 from tests.fixtures.capture import capturing, changes, eventually, execute, replay, rows, selected
 from tests.integration.test_resnapshot import ask
 from tests.integration.test_silent_changes import exact
+
+pytestmark = pytest.mark.usefixtures("often")
 
 PARTS = (
     "CREATE SCHEMA s",
@@ -35,12 +37,6 @@ ATTACH = (
     "ALTER TABLE parts ATTACH PARTITION more FOR VALUES FROM (30) TO (40)",
 )
 TWICE = "ALTER TABLE items ALTER COLUMN n TYPE int USING n * 2"
-
-
-@pytest.fixture(autouse=True)
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from tests.fixtures.slots import await_free
 from tests.integration.test_resnapshot import ask, jobs, phases
 from tests.integration.test_silent_changes import fingerprint
 
+pytestmark = pytest.mark.usefixtures("often")
+
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int)"
 ROWS = "INSERT INTO items SELECT i, i FROM generate_series(1, 20) i"
@@ -28,12 +30,6 @@ MISSED = (
     "DELETE FROM items WHERE id > 17",
     "INSERT INTO items VALUES (30, 30)",
 )
-
-
-@pytest.fixture(autouse=True)
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from tests.fixtures.capture import capturing, eventually, execute, prepare, repl
 from tests.integration.test_resnapshot import jobs
 from tests.integration.test_silent_changes import HIGH, ITEMS, LOW, PARTS, ROWS, fingerprint
 
+pytestmark = pytest.mark.usefixtures("often")
+
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "in one transaction"])
 @pytest.mark.parametrize("table", ["items", "parts"])
@@ -19,7 +21,6 @@ from tests.integration.test_silent_changes import HIGH, ITEMS, LOW, PARTS, ROWS,
 def test_what_changed_under_another_name_is_not_lost(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, table: str, *, together: bool, seen: bool
 ) -> None:
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
     discovered = threading.Event()
     take = attention.CatalogueWatch.take
     monkeypatch.setattr(attention.CatalogueWatch, "take", lambda self: take(self) if discovered.is_set() else None)
@@ -69,10 +70,9 @@ def looked_twice(looks: list[object]) -> None:
 @pytest.mark.parametrize("back", [False, True], ids=["for good", "and back"])
 @pytest.mark.parametrize("seen", [False, True], ids=["idle before", "changed before"])
 def test_rows_of_a_partitioned_table_go_by_its_name_of_now(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, looks: list[object], *, back: bool, seen: bool
+    settings: Settings, looks: list[object], *, back: bool, seen: bool
 ) -> None:
     """Postgres does not tell the new name of a root whose partition it has told."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
     prepare(settings, PARTS, LOW, HIGH, ROWS)
     name = "parts" if back else "other"
     with capturing(settings) as capture:
@@ -128,7 +128,6 @@ def test_a_partition_that_was_detached_changed_and_attached_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, what: str, *, together: bool
 ) -> None:
     """Between two looks: the stream tells nothing of it, or tells it of a table of its own."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
     prepare(settings, PARTS, LOW, HIGH, ROWS)
     execute(
         settings,
@@ -154,11 +153,8 @@ def test_a_partition_that_was_detached_changed_and_attached_again(
     assert replay(settings, "public.parts") == selected(settings, "parts")
 
 
-def test_partitions_that_change_let_nothing_be_read_again(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, looks: list[object]
-) -> None:
+def test_partitions_that_change_let_nothing_be_read_again(settings: Settings, looks: list[object]) -> None:
     """Postgres tells of each by its own name too, at its first change since a start, and after ANALYZE."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.1)
     prepare(settings, PARTS, LOW, HIGH, ROWS)
     changes = (
         "UPDATE parts SET n = n + 1 WHERE id = 1",

@@ -15,7 +15,7 @@ from headrace.control import Control
 from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings
-from headrace_capture import attention, catalog, chunks, setup, watermarks
+from headrace_capture import catalog, chunks, setup, watermarks
 from headrace_capture.recovery import recover
 from headrace_capture.resnapshot_cli import _key
 from tests.fixtures.capture import (
@@ -39,13 +39,7 @@ from tests.integration.test_resnapshot_order import waiting
 
 MANY = "INSERT INTO events SELECT 'many', i, NULL FROM generate_series(1, 3000) i"
 
-pytestmark = pytest.mark.usefixtures("blind")
-
-
-@pytest.fixture(autouse=True)
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
+pytestmark = pytest.mark.usefixtures("blind", "often")
 
 
 def states(settings: Settings) -> Iterator[list[int]]:

@@ -25,6 +25,8 @@ from headrace_capture.recovery import recover
 from tests.fixtures.capture import Running, capturing, changes, eventually, execute, prepare, replay, selected
 from tests.integration.test_resnapshot import ask, done, jobs
 
+pytestmark = pytest.mark.usefixtures("often")
+
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int)"
 PARTS = "CREATE TABLE parts (id int PRIMARY KEY, n int) PARTITION BY RANGE (id)"
@@ -35,12 +37,6 @@ ATTACH = (
     "ALTER TABLE parts ATTACH PARTITION more FOR VALUES FROM (20) TO (30)"
 )
 ROWS = "INSERT INTO parts SELECT i, i FROM generate_series(0, 19) i"
-
-
-@pytest.fixture(autouse=True)
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let capture look at the catalogue oftener than it needs to where nobody waits for it."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
 
 
 def exact(settings: Settings, running: Running, table: str) -> None:
@@ -509,15 +505,18 @@ def test_a_table_that_is_read_all_the_time_hides_no_other(settings: Settings, mo
     prepare(settings, ITEMS, PARTS, "INSERT INTO items SELECT i, i FROM generate_series(1, 12000) i")
     read, chunks = fingerprints.read, []
 
+    def reading() -> bool:
+        return jobs(settings).get(T, {}).get("phase") == "reading"
+
     def slow(*args: Any, **named: Any) -> dict[str, Fingerprint]:
         found = read(*args, **named)
         if named:
             return found
         if args[3:]:
             chunks.append(args)
-        elif jobs(settings).get(T, {}).get("phase") == "reading":
+        elif reading():
             before = len(chunks)
-            eventually("chunks are read meanwhile", lambda: len(chunks) > before + 2)
+            eventually("chunks are read meanwhile", lambda: len(chunks) > before + 2 or not reading())
         return found
 
     monkeypatch.setattr(fingerprints, "read", slow)

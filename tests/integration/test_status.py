@@ -31,7 +31,6 @@ from headrace.log import Log
 from headrace.log.topics import CONTROL
 from headrace.requests import Request
 from headrace.settings import Settings, environment
-from headrace_capture import attention
 from headrace_ops import Stack
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, refused, replay, rows
@@ -190,11 +189,9 @@ def test_check_says_in_one_line_that_kafka_is_away(settings: Settings, monkeypat
     assert "HEADRACE_KAFKA" in ended.stdout
 
 
-def test_a_table_that_is_captured_no_more_is_told_until_somebody_decides(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("often")
+def test_a_table_that_is_captured_no_more_is_told_until_somebody_decides(settings: Settings) -> None:
     """For capture and for the views that read it; it is captured again, or asked for: gone, its rows go, and if it is there they stay."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1)")
 
     def checks(code: int) -> bool:

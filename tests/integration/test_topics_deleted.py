@@ -12,12 +12,12 @@ from headrace.log import Log, kafka, writer
 from headrace.log.plain import PlainWriter
 from headrace.log.topics import ANSWERS, checkpoints_topic, schemas_topic
 from headrace.settings import Settings
-from headrace_capture import attention
 from headrace_capture.recovery import recover
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
 from tests.integration.test_locked_tables import locked_late
 
 
+@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize(
     ("which", "anew", "busy"),
     [
@@ -33,7 +33,6 @@ def test_a_running_capture_stops(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, which: str, *, anew: bool, busy: bool
 ) -> None:
     monkeypatch.setattr(writer, "_COMMIT_SECONDS", 5)  # a cut that Kafka does not take is given up after them
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1)")
     log, source = Log(settings), settings.source
     names = {"checkpoints": checkpoints_topic(source), "schemas": schemas_topic(source)}

@@ -25,6 +25,8 @@ from headrace_capture.progress import NAME
 
 LOOK_SECONDS = 2.0
 """How often the catalogue is read; less often where that takes long."""
+PACE = 20
+"""The catalogue is left alone for so many times as long as it took to read it."""
 _LOCK_SECONDS = 0.2
 """Only new partitions are opened, to see whether they have rows; one that is locked is looked at the next time."""
 
@@ -143,7 +145,7 @@ class CatalogueWatch(Asking):
                     self._tell("ok")
                 except Misconfigured as error:
                     self._newest = error
-                self._ended.wait(max(LOOK_SECONDS, 20 * (time.monotonic() - asked)))
+                self._ended.wait(max(LOOK_SECONDS, PACE * (time.monotonic() - asked)))
 
     def _failed(self, error: Exception) -> None:
         self._tell(f"failed: {' '.join(str(error).split())}")
