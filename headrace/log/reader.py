@@ -24,7 +24,7 @@ from confluent_kafka import Message
 from headrace import codec
 from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
-from headrace.errors import Misconfigured
+from headrace.errors import HeadraceError, Misconfigured
 from headrace.log.refusal import check_age, check_log, check_state, lacks, refused
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, Tail, end_of_partition
@@ -92,8 +92,12 @@ class Reader:
         after = self._newest.offset + 1 if self._newest else BEGINNING
         self._tail = Tail(log.settings, {(checkpoints_topic(log.settings.source), 0): after}, group)
         if self._newest:
-            self._add_topics(self._newest)
-            self._check_state(self._newest)
+            try:
+                self._add_topics(self._newest)
+                self._check_state(self._newest)
+            except HeadraceError:  # whoever keeps it keeps this reader, which fetches already
+                self.close()
+                raise
             if self._newest.version != self.position.version:
                 self._behind_since = self._fed
 

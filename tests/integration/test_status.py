@@ -241,9 +241,9 @@ def test_a_first_snapshot_that_waits_says_for_what(settings: Settings, *, chunke
             capture.eventually("it goes on", lambda: status(settings, "--check").stdout == "ok\n")
 
 
-def test_a_table_that_was_never_read_is_told_until_it_was(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("often")
+def test_a_table_that_was_never_read_is_told_until_it_was(settings: Settings) -> None:
     """It keeps the initial snapshot from its end, or the log has nothing of it; nothing else shows either, for it is not inexact."""
-    monkeypatch.setattr(attention, "LOOK_SECONDS", 0.2)
     small = replace(settings, message_max_bytes=100_000)
     prepare(
         small, "CREATE TABLE items (id int PRIMARY KEY, a text)", "INSERT INTO items VALUES (1, repeat('x', 200000))"
