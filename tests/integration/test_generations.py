@@ -277,11 +277,13 @@ def test_who_does_not_answer_when_it_is_to_be_held_is_the_one_to_look_at(
 ) -> None:
     busy = threading.Event()
 
+    reaches = verbs._reach
+
     def reach(*asked: Any) -> bool:
         busy.set()
-        return generations.reach(*asked)
+        return reaches(*asked)
 
-    monkeypatch.setattr(verbs, "reach", reach)
+    monkeypatch.setattr(verbs, "_reach", reach)
     monkeypatch.setattr(together, "_SECONDS", 6.0)
     Noted.may.clear()
     feed.cut((ITEMS, 1, 7))
