@@ -370,10 +370,9 @@ class Reader:
             self._check_age(newest)
 
     def _check_state(self, newest: Checkpoint) -> None:
-        version = self.position.version
-        check_state(
-            self.position, newest, () if version in (NOWHERE, newest.version) else self._log.states_since(version)
-        )
+        at, same = self.position.version, newest.version
+        if at != same or self._until is None:  # else it may be amid what came after the state that another shows
+            check_state(self.position, newest, () if at in (NOWHERE, same) else self._log.states_since(at))
 
     def _note_fed(self) -> None:
         """Note that a view at the newest checkpoint lacks nothing: while capture is off, no other checkpoint says so."""
