@@ -219,8 +219,12 @@ def test_a_capture_that_stops_amid_a_cut_after_its_connections_broke_looks_befor
         monkeypatch.setattr(CutWriter, "_flush", breaking)
         # No empty cut may look before.
         monkeypatch.setattr(Breaks, "look", lambda *args: look(*args) if given_up.is_set() else None)
-        unmark(kafka, f"{Log(settings).topic_of(T)}-0")
-        execute(settings, "INSERT INTO items VALUES (3)")
+        place = f"{Log(settings).topic_of(T)}-0"
+        kafka.stop()
+        execute(
+            settings, "INSERT INTO items VALUES (3)"
+        )  # in the first cut after it: a heartbeat's would take the break away
+        unmark(kafka, place)
         assert given_up.wait(60)
         capture.hear("the newest rows of public.items lack a commit marker")
         capture.eventually("it is exact", lambda: replay(settings, T) == selected(settings, "items"))

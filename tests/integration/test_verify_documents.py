@@ -25,7 +25,7 @@ from headrace_verify.film import Film
 from headrace_verify.ledger import DIFFERENT, Difference, Ledger
 from headrace_verify.postgres import connect, moment
 from headrace_verify.view import write
-from tests.fixtures.capture import capturing, execute, prepare, rows
+from tests.fixtures.capture import capturing, eventually, execute, prepare, rows
 from tests.fixtures.documents_deep import COLUMNS, COMMENTS, Deep, Join, plain
 from tests.integration.test_capture_append_only import prepare_append_only
 from tests.integration.test_verify import found, kept, loaded
@@ -354,6 +354,7 @@ def test_a_column_that_documents_show_until_the_log_knows_it_is_gone_is_noted(se
         assert [difference.columns for difference in seen.wrong] == [("note",), ("note",)]
         assert any("public.products has no column note any more" in note for note in seen.notes)
         execute(settings, "UPDATE products SET name = name WHERE id = 1")
+        eventually("the log knows it", lambda: found(settings, Whole).notes == [])
         seen = found(settings, Whole)
         assert (seen.clean, seen.notes) == (True, [])
 
