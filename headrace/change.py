@@ -153,6 +153,10 @@ class Change(NamedTuple):
     """How the row was read if not from the stream: ``snapshot``; ``resnapshot``, with its table or key read again; ``reread``, a TOAST
     value was (S7)."""
 
+    def repeats(self, before: Change | None) -> bool:
+        """Whether it is the tombstone of the `d` record just before it in its partition."""
+        return before is not None and self.op == before.op == DELETE and before[2:7] == self[2:7]
+
 
 @dataclass(frozen=True, slots=True)
 class Source:

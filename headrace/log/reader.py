@@ -315,7 +315,7 @@ class Reader:
                 self._waiting_bytes -= len(message)
                 key, value, headers = message.key() or b"", message.value(), message.headers() or ()
                 change = codec.decode_change(table, partition, offset, key, value, headers, envelope_of)  # type: ignore[arg-type]
-                if not _says_nothing_new(change, before):
+                if not change.repeats(before):
                     changes.append(change)
                 before = change
             if before is not None and before is not gone:
@@ -391,8 +391,3 @@ class Reader:
             now = self._now()  # what was noted before the two clocks were compared may be later
             self._fed, self.position.appended = min(self._fed, now), min(self.position.appended, int(now * 1000))
             check_age(self._settings, self.position, self._fed, now)
-
-
-def _says_nothing_new(change: Change, before: Change | None) -> bool:
-    """Whether `change` is the tombstone of the `d` record just before it."""
-    return before is not None and change.op == before.op == DELETE and before[2:7] == change[2:7]

@@ -13,7 +13,7 @@ import pytest
 
 from headrace import codec
 from headrace.change import Change, Position, Version
-from headrace.consumer import ALL, Generation
+from headrace.consumer import ALL, Batch, Generation
 from headrace.effects import EffectConsumer, idempotency_key
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
@@ -196,11 +196,8 @@ def noted(world: World) -> int:
         return int(db.execute("SELECT count(*) FROM done").fetchone()[0])
 
 
-def test_what_is_parked_is_tried_again_amid_a_batch_without_forgetting_what_is_done(
-    busy: tuple[World, list[int]],
-) -> None:
-    """It comes with the position that is there."""
-    world, _ = busy
+def failed(world: World) -> tuple[Limited, Batch, Position]:
+    """Let a consumer fail before the last change of a batch; return it with the batch, and where it stood."""
     consumer = Limited(world.settings, "told")
     consumer.most, consumer.told = MANY - 1, world.told
     position = consumer.open(Generation("told", 1, "abc"))
@@ -208,6 +205,15 @@ def test_what_is_parked_is_tried_again_amid_a_batch_without_forgetting_what_is_d
     (batch,) = world.log.batches(position)
     with pytest.raises(Transient):
         consumer.apply(batch)
+    return consumer, batch, position
+
+
+def test_what_is_parked_is_tried_again_amid_a_batch_without_forgetting_what_is_done(
+    busy: tuple[World, list[int]],
+) -> None:
+    """It comes with the position that is there."""
+    world, _ = busy
+    consumer, batch, position = failed(world)
     before = noted(world)
     assert before > 0
     consumer.apply(replace(batch, changes=batch.changes[-1:], position=position))
@@ -221,11 +227,7 @@ def test_what_was_done_of_a_batch_is_not_done_again_by_who_goes_on(
     """A process that starts again, or a generation that is promoted meanwhile: only of one chunk it is not known."""
     world, numbers = busy
     world.catch_up(2)
-    consumer = Limited(world.settings, "told")
-    consumer.most, consumer.told = MANY - 1, world.told
-    (batch,) = world.log.batches(consumer.open(Generation("told", 1, "abc")))
-    with pytest.raises(Transient):
-        consumer.apply(batch)
+    consumer, _, _ = failed(world)
     consumer.close()
     assert len(world.told) == MANY - 2
     assert noted(world) > 256
@@ -242,13 +244,8 @@ def test_what_was_done_of_a_batch_that_is_cut_otherwise_when_it_comes_again_is_n
 ) -> None:
     """More waits by then, and the first piece has less of a partition than the batch that failed."""
     world, numbers = busy
-    consumer = Limited(world.settings, "told")
-    consumer.most, consumer.told = MANY - 1, world.told
-    position = consumer.open(Generation("told", 1, "abc"))
-    assert position is not None
-    (batch,) = world.log.batches(position)
-    with closing(consumer), pytest.raises(Transient):
-        consumer.apply(batch)
+    consumer, batch, position = failed(world)
+    consumer.close()
     assert noted(world) > 256
     piece = replace(position, offsets={topic: [at + 1 for at in ats] for topic, ats in position.offsets.items()})
     consumer, _ = world.open()

@@ -26,6 +26,9 @@ from headrace_capture.relations import Relations, keyless
 from headrace_capture.replication import Replication, check, postgres_errors
 from headrace_capture.tables import newest
 
+_PATIENCE_SECONDS = 3.0
+"""So long a slot may take before it is told that Postgres waits: transactions that run now mostly end soon."""
+
 
 def forget(
     log: Log,
@@ -67,10 +70,6 @@ def make_slot(exporter: Replication, slot: str, progress: Progress, stopped: Cal
     made = exporter.create_slot(slot, waits)
     progress.phase("snapshot")
     return made
-
-
-_PATIENCE_SECONDS = 3.0
-"""So long a slot may take before it is told that Postgres waits: transactions that run now mostly end soon."""
 
 
 def known_tables(log: Log) -> set[str]:

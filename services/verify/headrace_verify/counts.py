@@ -45,9 +45,8 @@ def drift(log: Log, collections: dict[str, list[str]], now: Moment, since: Ends,
         for change in log.scan(*tables, since=since) if tables else ():
             place = change.table, change.partition
             before, last[place] = last.get(place), change
-            again = before is not None and change.op == before.op == DELETE and change[2:7] == before[2:7]
             later = change.version > shown or change.version.epoch < shown.epoch
-            if not (again or later) and now.unseen(change.xid, change.version.lsn):
+            if not (later or change.repeats(before)) and now.unseen(change.xid, change.version.lsn):
                 if change.op == DELETE and not change.xid:
                     return None
                 more[collection] += {CREATE: 1, DELETE: -1}.get(change.op, 0)
