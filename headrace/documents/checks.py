@@ -11,7 +11,7 @@ from headrace.documents.windows import Window
 from headrace.errors import Misconfigured, Transient
 
 _REMEDY = "Change the declaration of the document."
-_NOT_COMPARED = ("json", "jsonb")
+_JSON = ("json", "jsonb")
 _WHOLE = frozenset({"smallint", "integer", "bigint", "oid"})
 _BY_ITSELF = frozenset({
     "boolean", "real", "double precision", "date", "timestamp without time zone", "timestamp with time zone", "time without time zone",
@@ -125,11 +125,17 @@ def _written(column: Column) -> str:
 def _check_values(join: Many | Folding, schema: TableSchema | None) -> None:
     if schema is None:
         return
-    _check_columns({*join.where, *join.ordered, *(join.counted if isinstance(join, Folding) else ())}, schema)
+    counted, added = (join.counted, join.added) if isinstance(join, Folding) else ((), ())
+    _check_columns({*join.where, *join.ordered, *counted}, schema)
     for column in schema.columns:
-        kind = kind_of(column)
-        compared = column.name not in join.where or (kind not in _NOT_COMPARED and not kind.endswith("[]"))
-        if not compared or (column.name in join.ordered and kind not in ORDERED):
-            how = "put in order, as the log writes them: order by another column" if compared else "compared"
-            said = f"{schema.table}.{column.name} is {column.type}, whose values are not {how}."
-            raise Misconfigured("document-column", said, _REMEDY)
+        kind, name = kind_of(column), column.name
+        if name in join.where and (kind in _JSON or kind.endswith("[]")):
+            how = "compared"
+        elif name in join.ordered and kind not in ORDERED:
+            how = "put in order, as the log writes them: order by another column"
+        elif name in added and kind in _JSON:
+            how = 'added: 12 and "12" are two values there, and one number'
+        else:
+            continue
+        said = f"{schema.table}.{name} is {column.type}, whose values are not {how}."
+        raise Misconfigured("document-column", said, _REMEDY)

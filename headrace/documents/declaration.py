@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from headrace.change import Row
-from headrace.documents.aggregates import Function, Min
+from headrace.documents.aggregates import Avg, Function, Min, Sum
 from headrace.documents.order import Shape, filtering, sorting
 from headrace.errors import Misconfigured
 
@@ -265,6 +265,11 @@ class Folding(_Referring):
     def ordered(self) -> Collection[str]:
         """Return the columns of `table` of which the least or the greatest value is taken."""
         return {each.column for each in self.values.values() if isinstance(each, Min)}
+
+    @property
+    def added(self) -> Collection[str]:
+        """Return the columns of `table` whose values are added."""
+        return {each.column for each in self.values.values() if isinstance(each, Sum | Avg)}
 
     @property
     def counted(self) -> Collection[str]:

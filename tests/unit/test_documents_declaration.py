@@ -290,6 +290,21 @@ def test_a_join_cannot_hide_what_every_row_has() -> None:
         Many("public.orders", by="customer_id", keys=One("public.keys", on="key_id"))
 
 
+@pytest.mark.parametrize("kind", ["json", "jsonb"])
+@pytest.mark.parametrize("function", [Sum, Avg])
+def test_json_is_not_added_since_a_number_there_may_be_text(function: type[Sum | Avg], kind: str) -> None:
+    newest = {
+        "public.a": TableSchema("public.a", 1, (Column("id", "bigint"),), ("id",)),
+        "public.b": TableSchema(
+            "public.b", 1, (Column("id", "bigint"), Column("a", "bigint"), Column("n", kind)), ("id",)
+        ),
+    }
+    check(Document("public.a", b=Aggregate("public.b", by="a", n=Count("n"))), newest)
+    with pytest.raises(Misconfigured, match=f"b.n is {kind}, whose values are not added") as error:
+        check(Document("public.a", b=Aggregate("public.b", by="a", n=function("n"))), newest)
+    assert error.value.code == "document-column"
+
+
 def _join(refers: Column, referred: Column, *, one: bool = False) -> None:
     """Hold a document of one join against tables whose columns are these."""
     join = One("public.b", on="b") if one else Many("public.b", by="b")
