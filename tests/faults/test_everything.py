@@ -27,7 +27,7 @@ from headrace.parked import Shelf
 from headrace.settings import Settings
 from headrace_ops.kafka import Kafka
 from headrace_ops.stack import Stack
-from tests.faults.test_kills import Killed, check, newest, now_ms
+from tests.faults.test_kills import Killed, check, check_cuts, cut_small, newest, now_ms
 from tests.fixtures import fussy
 from tests.fixtures.capture import execute, now, replay
 from tests.fixtures.processes import SMALL, Ended, System
@@ -54,9 +54,9 @@ Record = Callable[[str, object], None]
 
 
 @pytest.fixture
-def settings(settings: Settings) -> Settings:
+def settings(settings: Settings, seed: int) -> Settings:
     """Each table has three partitions: what a view reads of them comes in another order than it was written."""
-    return replace(settings, partitions=3)
+    return cut_small(replace(settings, partitions=3), seed)
 
 
 @pytest.mark.timeout(180 + 150 * STEPS)
@@ -74,6 +74,7 @@ def test_whatever_dies_or_is_away_nothing_is_lost_nothing_is_stuck_and_every_vie
         trial.step(step)
         if step % COMPARED == 0 or step == STEPS:
             trial.compare(kafka)
+    check_cuts(system)
 
 
 class Trial:

@@ -15,12 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 
 from headrace.change import format_lsn
 from headrace.codec import encode_key
+from headrace.settings import Settings
 from headrace_ops.kafka import Kafka
 from headrace_ops.stack import Stack
 from headrace_shop.database import KEYS
@@ -34,6 +36,22 @@ ROUND = int(os.environ.get("SOAK_ROUND", len(LOG)))
 """`make soak` gives more of both: see tests/soak.py."""
 BUSY = "200/s"
 """So many that some are always on their way."""
+
+
+def cut_small(settings: Settings, seed: int) -> Settings:
+    """Return settings with which the transactions of the shop span cuts (S5), for every other seed: for the rest they stay whole."""
+    return replace(settings, cut_records=7) if seed % 2 else settings
+
+
+def check_cuts(system: System) -> None:
+    """Some transaction must have spanned cuts, where they are small."""
+    if system.settings == cut_small(system.settings, 1):
+        assert any(checkpoint.partial for checkpoint in system.log.checkpoints())
+
+
+@pytest.fixture
+def settings(settings: Settings, seed: int) -> Settings:
+    return cut_small(settings, seed)
 
 
 @pytest.mark.timeout(300 * ROUND)
@@ -56,6 +74,7 @@ def test_the_log_is_exact_after_each_kill_of_capture_broker_and_postgres(
             told = f"{late} committed changes were not in the log, {more} came later, now it is exact"
             print(f"seed {seed}, step {step}: {victim} killed, {told}", flush=True)  # noqa: T201  what a failure must be repeated with
         record_property("kill", victim)
+    check_cuts(system)
     system.settle("warehouse")
     system.verify("warehouse")
 
