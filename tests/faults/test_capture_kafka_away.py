@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
@@ -53,13 +54,17 @@ def test_a_kafka_that_is_slow_is_waited_for_in_little_memory(system: System, sta
     eventually("it streams", lambda: Log(settings).newest_checkpoint(complete=True))
     execute(settings, "INSERT INTO items SELECT i, repeat('x', 300) FROM generate_series(1, 200000) i")
     target = now(settings)
-    for _ in range(400):
+    pauses = itertools.count(1)
+
+    def there() -> int:
         kafka.pause()
         time.sleep(0.25)
         kafka.resume()
         time.sleep(0.03)
-        if Log(settings).newest_checkpoint(complete=True).version.lsn >= target:
-            break
+        paused = next(pauses)
+        return Log(settings).newest_checkpoint(complete=True).version.lsn >= target and paused
+
+    assert eventually("all of it is in the log", there, 300) > 15, "Kafka was slow"
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1024
     assert peak < 150, f"{peak} MB"
     assert "the replication connection is closed" not in system.output("capture").read_text()

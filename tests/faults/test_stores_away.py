@@ -16,7 +16,7 @@ RATE = "40/s"
 MINUTE = 60.0
 HUNG = 15.0
 """Seconds after which a fast shutdown of Postgres hangs."""
-GRACE = 10.0
+GRACE = 30.0
 """Seconds that a container engine gives a process to end."""
 
 

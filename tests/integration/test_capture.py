@@ -624,11 +624,14 @@ def test_s17_a_heartbeat_moves_an_idle_source(settings: Settings) -> None:
     prepare(settings, ITEMS)
     with capturing(settings) as capture:
         start = capture.reach().version.lsn
-        beyond = reached(settings, start + 1).version.lsn
-        reached(settings, beyond + 1)
-    execute(
-        settings, "SELECT pg_logical_emit_message(true, 'headrace', '')", "INSERT INTO items VALUES (1, 'after', 1)"
-    )
+        eventually(
+            "a heartbeat to be a cut of its own",
+            lambda: any(c.xid and c.version.lsn > start for c in Log(settings).checkpoints()),
+        )
+        execute(settings, "SELECT pg_logical_emit_message(true, 'headrace', '')")
+        capture.reach()  # capture goes on from behind a message
+    emit = "SELECT pg_logical_emit_message(true, 'headrace', '')"
+    execute(settings, emit, "INSERT INTO items VALUES (1, 'after', 1)")
     with capturing(settings) as capture:
         capture.reach()
     assert [c.key for c in changes(settings, T)] == [b'{"id":1}'], format_lsn(start)

@@ -23,12 +23,12 @@ from headrace.log import Log, Reader, kafka, tail
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL, PARKED, checkpoints_topic, table_of, topic_of
 from headrace.settings import Settings
-from tests.fixtures.capture import eventually
+from tests.fixtures.capture import PATIENCE, eventually
 from tests.fixtures.feed import ITEMS, SOURCE, TAGS, Feed, add_partition
 from tests.fixtures.removed import delete_records
 
 
-def drain(reader: Reader, until: Version, seconds: float = 20.0) -> list[Batch]:
+def drain(reader: Reader, until: Version, seconds: float = PATIENCE) -> list[Batch]:
     """Poll until a batch completes `until` exactly."""
     batches: list[Batch] = []
     deadline = time.monotonic() + seconds
@@ -206,6 +206,28 @@ def test_a_reader_from_zero_loads_and_then_follows_cut_by_cut(feed: Feed) -> Non
     followed = drain(reader, second.version)
     assert [change.op for batch in followed for change in batch.changes] == ["d", "c"]  # the tombstone says nothing new
     assert not any(batch.loading for batch in followed)
+    assert reader.lag() == (0, 0, 0.0)
+    reader.close()
+
+
+def test_s29_what_is_open_or_aborted_is_no_lag(feed: Feed) -> None:
+    """The high watermark counts it, and so do clients that know of nothing else."""
+    reader = feed.log.reader([ITEMS], None)
+    drain(reader, feed.cut((ITEMS, 1, 10)).version)
+    for id_ in range(3):
+        feed.put(ITEMS, id_, 20)
+    feed.writer._hand_over()
+    feed.writer._flush()
+    topic = feed.log.topic_of(ITEMS)
+    ends = kafka.consumer(feed.log.settings, committed=False)
+    eventually("they are in the partition", lambda: ends.get_watermark_offsets(TopicPartition(topic, 0))[1] > 3)
+    ends.close()
+    assert reader.poll(0.5) is None
+    assert reader.lag() == (0, 0, 0.0)
+    feed.writer.abort()
+    assert reader.poll(0.5) is None
+    assert reader.lag() == (0, 0, 0.0)
+    drain(reader, feed.cut((ITEMS, 1, 30)).version)
     assert reader.lag() == (0, 0, 0.0)
     reader.close()
 

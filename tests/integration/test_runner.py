@@ -25,6 +25,7 @@ from headrace.log.topics import ANSWERS, CONTROL
 from headrace.runner import Runner
 from headrace.settings import Settings
 from headrace.waiting import reached
+from tests.fixtures.capture import PATIENCE
 from tests.fixtures.feed import ITEMS, Feed, writing
 from tests.fixtures.plain import Plain
 from tests.fixtures.serving import await_live, drive, said, serving
@@ -66,7 +67,7 @@ class Served:
         return found[0] if found else Report(self.name, generation, phase="none")
 
     def await_phase(self, generation: int, *phases: str) -> Report:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while (report := self.report(generation)).phase not in phases:
             assert time.monotonic() < deadline, f"{report} is not {phases}"
             time.sleep(0.05)
