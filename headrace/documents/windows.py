@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from headrace.change import Row
@@ -68,9 +69,15 @@ class Window(Folding):
             self._refuse(f"{start!r} is the window's start and a value", "Rename one of them.")
 
     def start_of(self, row: Row) -> str | None:
-        """Return the start of the window that a row is in, None when it is in none. Raises Misconfigured: `document-column`."""
+        """Return the start of the window that a row is in, None when it is in none.
+
+        That is also where the value is no timestamp: the row is older than the column's type (what is not one now is refused by `checks`).
+        """
         value = row.get(self.on)
-        return None if value in _NEVER else window_start(value, self.seconds)
+        if value not in _NEVER:
+            with suppress(Misconfigured):
+                return window_start(value, self.seconds)
+        return None
 
 
 Root = Document | Window

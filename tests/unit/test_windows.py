@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from headrace.documents import Count, Document, Many, Sum, Window
 from headrace.documents.windows import window_start
 from headrace.errors import Misconfigured
 from headrace.settings import Settings
+from headrace.stores.redis import RedisPages
+from headrace_verify.expected import Documents
+from headrace_verify.postgres import Table
 from tests.fixtures.documents import GENERATION, World
 from tests.fixtures.windows import COLUMNS, ORDERS, SCHEMAS, Sales, linear
 
@@ -167,6 +171,38 @@ def test_a_window_that_lost_its_rows_while_the_local_store_was_lost_goes(world: 
     world.log.put(ORDERS, 0, None)
     world.log.put(ORDERS, 1, order(1, at="2024-01-01T12:00:30+00:00"))
     caught_up(world, piece=1)
+
+
+@pytest.mark.parametrize("old", [1704103230, "soon", [1]])
+def test_rows_from_before_the_column_was_a_timestamp_are_in_no_window(tmp_path: Path, old: Any) -> None:
+    """The log has them until it is compacted, and before the same rows, read again: a load meets them, and verify in a look through it."""
+
+    class Changed(Sales):
+        documents = (Window(ORDERS, on="at", seconds=60, start="minute", n=Count()),)
+        store = RedisPages()
+
+    before = tuple(Column(name, "bigint" if name == "at" else kind) for name, kind in COLUMNS.items())
+    schemas = {(ORDERS, 1): TableSchema(ORDERS, 1, before, ("id",))}
+    schemas[ORDERS, 2] = replace(SCHEMAS[ORDERS, 1], version=2)
+    world = World(Settings(state=str(tmp_path / "state")), Changed, schemas=schemas)
+    world.log.put(ORDERS, 1, order(1, at=old))
+    world.log.put(ORDERS, 2, order(2, at=old))
+    world.log.put(ORDERS, 1, order(1))
+    world.log.cut()
+    world.run(piece=2)
+    assert world.store.bodies() == {"minute 2024-01-01T10:00:00+00:00": {"minute": "2024-01-01T10:00:00+00:00", "n": 1}}
+    world.log.put(ORDERS, 2, order(2))
+    world.log.cut()
+    world.run()
+    assert [body and body["n"] for body in world.store.bodies().values()] == [2]
+    tables = {ORDERS: Table(ORDERS, ("id",), (), only=True, approximate=False)}
+    expected = Documents(Changed(Settings(), "changed"), tables, ())
+    assert [[key for _, key, _ in expected.named(change)] for change in world.log.records] == [
+        [],
+        [],
+        ["minute 2024-01-01T10:00:00+00:00"],
+        ["minute 2024-01-01T10:00:00+00:00"],
+    ]
 
 
 def test_why_tells_the_rows_of_a_window(world: World) -> None:
