@@ -202,6 +202,7 @@ class Odd(DocumentConsumer):
             by="maker",
             n=Count(),
             sum=Sum("size"),
+            oids=Sum("oid"),
             low=Min("said"),
             raw=Count("raw"),
             made=Count("made"),
@@ -237,7 +238,7 @@ def test_numbers_text_and_nulls_are_sorted_filtered_and_summed_as_in_postgres(se
     prepare_append_only(
         settings,
         "CREATE DOMAIN public.extra AS jsonb",
-        "CREATE TABLE lines (maker int, size int, said text, raw json, made public.extra)",
+        "CREATE TABLE lines (maker int, size int, said text, raw json, made public.extra, oid oid)",
         "CREATE DOMAIN public.price AS numeric",
         "CREATE TABLE places (code int, country text, called text, PRIMARY KEY (country, code))",
         "CREATE TABLE makers (id int PRIMARY KEY, code int, country text)",
@@ -247,7 +248,7 @@ def test_numbers_text_and_nulls_are_sorted_filtered_and_summed_as_in_postgres(se
         "INSERT INTO places VALUES (7, 'y', 'here'), (8, 'y', 'there')",
         f"INSERT INTO things VALUES {THINGS}",
         """INSERT INTO lines SELECT i % 3, i, 'l' || i, (ARRAY[NULL, e'\t null\n', '[null]', '"null"'])[1 + i % 4]::json,
-           (ARRAY['null', NULL, '{}', '0'])[1 + i % 4]::jsonb FROM generate_series(1, 20) i""",
+           (ARRAY['null', NULL, '{}', '0'])[1 + i % 4]::jsonb, i FROM generate_series(1, 20) i""",
         table="lines",
     )
     with kept(settings, Odd):
@@ -271,6 +272,7 @@ def test_numbers_text_and_nulls_are_sorted_filtered_and_summed_as_in_postgres(se
     assert [line["size"] for line in one["2"]["latest"]] == [20, 17]
     lines = one["2"]["lines"]
     assert (lines["n"], lines["raw"], lines["made"]) == (7, 3, 3), "the null of JSON is none"
+    assert lines["oids"] == lines["sum"]
 
 
 def _of_shop(**joins: Any) -> Document:

@@ -293,7 +293,8 @@ def _summed(table: Table, name: str, found: Any) -> Summed | None:
     if not found or not found[1]:
         return None
     column = table.column(name)
-    return Summed(Decimal(found[0]), found[1], text=column.base == "numeric" or not column.number)
+    written = column.base == "numeric" or not (column.number or column.base == "oid")
+    return Summed(Decimal(found[0]), found[1], text=written)
 
 
 def key_of(table: Table, row: Row) -> str:
