@@ -27,7 +27,7 @@ from headrace_verify.expected import everything, expectation
 from headrace_verify.film import Film
 from headrace_verify.ledger import DIFFERENT, MISSING, Difference
 from headrace_verify.postgres import Connection, connect, moment
-from headrace_verify.verify import Verifier
+from headrace_verify.verify import Verifier, _postgres_errors
 from tests.fixtures.capture import execute, prepare
 from tests.fixtures.documents import World
 from tests.fixtures.windows import COLUMNS, ORDERS, SCHEMAS, Sales
@@ -126,6 +126,19 @@ def _take(world: World, step: tuple[Any, ...]) -> None:
         world.run(*step[1:])
     elif Path(world.settings.state).exists():
         world.lose_local()
+
+
+def test_a_window_that_postgres_cannot_compute_is_not_told_as_a_postgres_that_is_away(
+    reading: Connection, settings: Settings
+) -> None:
+    """A date beyond the years of a timestamp; and as SQL alone what is beyond a gigabyte, and a hundred values in one."""
+    execute(settings, f"INSERT INTO {ORDERS} (id, day) VALUES (1, '300000-01-01')")
+    with pytest.raises(Misconfigured, match="out of range") as refused, _postgres_errors():
+        expected(reading, settings)
+    assert refused.value.code == "verify-no-expectation"
+    for query in "SELECT repeat('x', 1 << 30)", f"SELECT json_build_array({', '.join(['1'] * 101)})":
+        with pytest.raises(Misconfigured, match="cannot compute"), _postgres_errors():
+            execute(settings, query)
 
 
 # All of it: capture, a consumer, and verify

@@ -21,6 +21,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import psycopg
+from psycopg import errors as pg
 
 from headrace.change import NOWHERE, Checkpoint, Version, format_lsn
 from headrace.consumer import Consumer
@@ -301,12 +302,15 @@ def _postgres_errors() -> Iterator[None]:
     """Say what Postgres says as one of our errors."""
     try:
         yield
-    except psycopg.errors.InsufficientPrivilege as error:
+    except pg.InsufficientPrivilege as error:
         said = f"The role of HEADRACE_DSN may not read everything: {error.diag.message_primary}."
         raise Misconfigured("verify-not-allowed", said, _RIGHTS) from error
     except psycopg.ProgrammingError as error:
         said = f"Postgres does not answer what the view should hold: {' '.join(str(error).split())}."
         raise Misconfigured("verify-no-expectation", said, "If a table was altered meanwhile, run it again.") from error
+    except (psycopg.DataError, pg.ProgramLimitExceeded, pg.TooManyArguments, pg.TooManyColumns) as error:
+        said = f"Postgres cannot compute what the view should hold: {' '.join(str(error).split())}."
+        raise Misconfigured("verify-no-expectation", said, "Change the declaration, or what it is over.") from error
     except psycopg.Error as error:
         said = f"Reading Postgres broke off: {' '.join(str(error).split())}."
         raise Transient("postgres-away", said, "Run verify again.") from error
