@@ -24,7 +24,7 @@ import psycopg
 from psycopg import errors as pg
 
 from headrace.change import NOWHERE, Checkpoint, Version, format_lsn
-from headrace.consumer import Consumer
+from headrace.consumer import ALL, Consumer
 from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Transient
 from headrace.fingerprint import fingerprint
@@ -98,11 +98,11 @@ class Verifier:
         Raises:
             Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, `records-parked`,
                 `view-paused`, `token-void` (the log was recovered meanwhile), `other-source`, `postgres-standby`, and what stopped a view.
-            Transient: `view-behind`, `postgres-away`.
+            Transient: `view-behind`, `postgres-away`, `table-altered`.
         """
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
         with closing(connect(self._log.settings)) as connection, _postgres_errors():
-            before = self._checkpoint()
+            before, known = self._checkpoint(), self._shapes()
             check_source(connection, before.source)
             opened: list[View] = []
             try:
@@ -113,7 +113,10 @@ class Verifier:
                         opened.append(view)
                         self._fill(connection, view)
                 for view in opened:
-                    yield self._outcome(connection, view, now, before)
+                    outcome = self._outcome(connection, view, now, before)
+                    if any(outcome.ledger.counts().values()):
+                        self._check_unaltered(view.name, consumers[view.name], known)
+                    yield outcome
             except BaseException:
                 for view in opened:
                     view.close()
@@ -123,14 +126,17 @@ class Verifier:
         """Yield how many rows each view has, and should have by the same snapshot. Arguments and errors are those of `verify`."""
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
         with closing(connect(self._log.settings)) as connection, _postgres_errors():
-            before = self._checkpoint()
+            before, known = self._checkpoint(), self._shapes()
             check_source(connection, before.source)
             with moment(connection) as now:
                 made = {name: self._expectation(connection, consumer, name) for name, consumer in consumers.items()}
                 counts = {name: count(expected, connection) for name, expected in made.items()}
             for name, expected in made.items():
                 counted = self._counted(views[name], expected, counts[name], now, before)
-                yield counted or self._counted_again(connection, views[name], expected)
+                counted = counted or self._counted_again(connection, views[name], expected)
+                if counted.differing:
+                    self._check_unaltered(name, consumers[name], known)
+                yield counted
 
     def _counted_again(self, connection: Connection, view: Report, expected: Expectation) -> Counted:
         """Count a view by snapshots of its own until none of its tables was read again meanwhile."""
@@ -210,11 +216,29 @@ class Verifier:
             raise Misconfigured("nothing-captured", said, "Run: headrace capture")
         return found
 
+    def _shapes(self) -> Shapes:
+        return {table: schema for (table, _), schema in sorted(self._log.schemas().items())}
+
+    def _check_unaltered(self, name: str, consumer: type[Consumer], known: Shapes) -> None:
+        """Refuse to call a view wrong by tables and columns from before it was scanned: it may know others since.
+
+        Raises:
+            Transient: `table-altered`.
+        """
+        every = tuple(consumer.tables) == ALL
+        altered = [
+            table
+            for table, shape in self._shapes().items()
+            if shape != known.get(table) and (every or table in consumer.tables)
+        ]
+        if altered:
+            said = f"{', '.join(altered)} came or was altered while {name} was compared: it may differ by that alone."
+            raise Transient("table-altered", said, "Run it again.")
+
     def _expectation(self, connection: Connection, consumer: type[Consumer], name: str) -> Expectation:
         settings = self._log.settings
-        shapes: Shapes = {table: schema for (table, _), schema in sorted(self._log.schemas().items())}
         sent = published(connection, settings.publication)
-        return expectation(connection, consumer, name, settings, shapes, sent)
+        return expectation(connection, consumer, name, settings, self._shapes(), sent)
 
     def _fill(self, connection: Connection, view: View) -> None:
         said = f"{view.name}: reading Postgres"

@@ -1,0 +1,90 @@
+"""Verify beside DDL: what the log learns of tables while a view is compared, and tables that are published and not captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from headrace.change import Row, Version
+from headrace.consumer import ViewRow
+from headrace.control import Control
+from headrace.documents import Document, DocumentConsumer, Node
+from headrace.errors import Transient
+from headrace.log import Log
+from headrace.settings import Settings
+from headrace.stores.kafka import KafkaTopic
+from headrace.waiting import reached
+from headrace_verify.verify import Verifier
+from tests.fixtures.capture import capturing, execute, now, prepare
+from tests.fixtures.serving import await_live, serving
+from tests.integration.test_verify import ITEMS, Mirror, T, found
+
+
+class Whole(DocumentConsumer):
+    """Rows with all of their columns."""
+
+    document = Document(T)
+    store = KafkaTopic("verify-whole")
+
+    def render(self, row: Node) -> Row:
+        return dict(row)
+
+
+class Altering(Control):
+    """Lets a migration reach the view before the view is looked at."""
+
+    def __init__(self, log: Log, settings: Settings, *statements: str) -> None:
+        super().__init__(log)
+        self._alter = lambda: execute(settings, *statements)
+        self._settings = settings
+
+    def _altered(self, name: str) -> None:
+        self._alter()
+        reached(self, name, Version(1, now(self._settings)), 60)
+
+    def scan(self, name: str, generation: int | None = None, timeout: float = 60.0) -> Iterator[ViewRow]:
+        self._altered(name)
+        yield from super().scan(name, generation, timeout)
+
+    def counts(self, name: str, generation: int, timeout: float = 150.0) -> tuple[Version, dict[str, int]]:
+        self._altered(name)
+        return super().counts(name, generation, timeout)
+
+
+def made(settings: Settings, table: str) -> tuple[str, ...]:
+    """Return a migration that brings a captured table."""
+    return (
+        f"CREATE TABLE {table} (id int PRIMARY KEY)",
+        f"ALTER PUBLICATION {settings.publication} ADD TABLE {table}",
+        f"INSERT INTO {table} VALUES (1)",
+    )
+
+
+def test_a_view_that_knows_a_table_or_column_since_is_not_called_wrong(settings: Settings) -> None:
+    """Compared: a table more, whole rows with a column more; counted: a table more. Where nothing differs the migration is no matter."""
+    prepare(settings, ITEMS, f"INSERT INTO {T} SELECT i, i, 'x' FROM generate_series(1, 30) i")
+
+    def asked(*statements: str) -> Verifier:
+        return Verifier(log, Altering(log, settings, *statements), lambda *_: None, 60)
+
+    def ended(compared: Callable[[], Iterator[Any]]) -> tuple[str, str]:
+        with pytest.raises(Transient) as refused:
+            list(compared())
+        return refused.value.code, refused.value.message.partition(" ")[0]
+
+    with capturing(settings) as capture, serving(settings, mirror=Mirror, whole=Whole) as control:
+        capture.reach()
+        await_live(control, "mirror", "whole")
+        log = Log(settings)
+        new = asked(*made(settings, "one")), asked(*made(settings, "two"))
+        assert ended(lambda: new[0].verify({"mirror": Mirror})) == ("table-altered", "public.one")
+        assert ended(lambda: new[1].count({"mirror": Mirror})) == ("table-altered", "public.two")
+        wider = f"ALTER TABLE {T} ADD COLUMN note text", f"UPDATE {T} SET n = n WHERE id = 1"
+        assert ended(lambda: asked(*wider).verify({"whole": Whole})) == ("table-altered", T)
+        again = f"ALTER TABLE {T} ADD COLUMN more text", f"UPDATE {T} SET n = n WHERE id = 1"
+        (outcome,) = asked(*again).verify({"mirror": Mirror})
+        assert not any(outcome.ledger.counts().values())
+        outcome.close()
+        assert found(settings, Whole, "whole").clean
