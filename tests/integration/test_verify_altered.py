@@ -17,9 +17,12 @@ from headrace.settings import Settings
 from headrace.stores.kafka import KafkaTopic
 from headrace.waiting import reached
 from headrace_verify.verify import Verifier
-from tests.fixtures.capture import capturing, execute, now, prepare
+from tests.fixtures.capture import capturing, eventually, execute, now, prepare
 from tests.fixtures.serving import await_live, serving
-from tests.integration.test_verify import ITEMS, Mirror, T, found
+from tests.integration.test_silent_changes import ATTACH, HIGH, LOW, PARTS, ROWS, fingerprint
+from tests.integration.test_verify import ITEMS, Mirror, T, found, kept
+
+PARTED = "public.parts"
 
 
 class Whole(DocumentConsumer):
@@ -88,3 +91,29 @@ def test_a_view_that_knows_a_table_or_column_since_is_not_called_wrong(settings:
         assert not any(outcome.ledger.counts().values())
         outcome.close()
         assert found(settings, Whole, "whole").clean
+
+
+@pytest.mark.usefixtures("often")
+def test_rows_that_came_silently_and_were_read_again_are_counted_again(settings: Settings) -> None:
+    """With a partition that was attached: the log has them as read, like those that were there before."""
+
+    class Attaching(Control):
+        """Lets the first look at the view wait until it has the new partition."""
+
+        attached = False
+
+        def counts(self, name: str, generation: int, timeout: float = 150.0) -> tuple[Version, dict[str, int]]:
+            if not self.attached:
+                execute(settings, *ATTACH.split("; "))
+                eventually(
+                    "the view has them", lambda: super(Attaching, self).counts(name, generation)[1][PARTED] == 23
+                )
+                self.attached = True
+            return super().counts(name, generation, timeout)
+
+    prepare(settings, PARTS, LOW, HIGH, ROWS)
+    with kept(settings, Mirror):
+        eventually("it knows the partitions", lambda: "leaves" in fingerprint(settings, PARTED))
+        log = Log(settings)
+        (counted,) = Verifier(log, Attaching(log), lambda *_: None, 60).count({"view": Mirror})
+    assert counted.found == counted.expected == {PARTED: 23}

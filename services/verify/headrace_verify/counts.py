@@ -2,15 +2,17 @@
 
 Postgres counts in one snapshot, the view at a state that holds all which that snapshot sees. Between the two lie changes that the
 snapshot does not see and the view does: the log has them, and each row that they make or delete is added or taken away. What a table
-that is read again loses meanwhile may have been in the snapshot or gone long before: then it is counted again.
+that is read again loses meanwhile may have been in the snapshot or gone long before, and what it gains nobody tells from what it had:
+then it is counted again.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from headrace.change import CREATE, DELETE, Change, Version
+from headrace.change import CREATE, DELETE, READ, Change, Version
 from headrace.log import Log
 from headrace.log.topics import Ends
 from headrace_verify.postgres import Moment
@@ -34,12 +36,20 @@ class Counted:
         return {name: pair for name, pair in sorted(both.items()) if pair[0] != pair[1]}
 
 
-def drift(log: Log, collections: dict[str, list[str]], now: Moment, since: Ends, shown: Version) -> Counter[str] | None:
-    """Return how many rows more than the snapshot the state at `shown` has, by collection, from what was logged `since`.
+class Drift(NamedTuple):
+    """How many rows more than a snapshot a state has, by collection, and the collections that were read again meanwhile."""
 
-    None when that is not known: a table was read again meanwhile, and lost rows by it.
+    more: Counter[str]
+    read: set[str]
+
+
+def drift(log: Log, collections: dict[str, list[str]], now: Moment, since: Ends, shown: Version) -> Drift | None:
+    """Return what the state at `shown` has that the snapshot has not, from what was logged `since`.
+
+    None when that is not known: a table was read again meanwhile, and lost rows by it. It may also have gained some, of which nobody
+    logged that they came (a partition was attached): a row that was read does not say whether it is one.
     """
-    more: Counter[str] = Counter()
+    found = Drift(Counter(), set())
     for collection, tables in collections.items():
         last: dict[tuple[str, int], Change] = {}
         for change in log.scan(*tables, since=since) if tables else ():
@@ -49,5 +59,7 @@ def drift(log: Log, collections: dict[str, list[str]], now: Moment, since: Ends,
             if not (later or change.repeats(before)) and now.unseen(change.xid, change.version.lsn):
                 if change.op == DELETE and not change.xid:
                     return None
-                more[collection] += {CREATE: 1, DELETE: -1}.get(change.op, 0)
-    return more
+                if change.op == READ:
+                    found.read.add(collection)
+                found.more[collection] += {CREATE: 1, DELETE: -1}.get(change.op, 0)
+    return found

@@ -163,13 +163,15 @@ class Verifier:
         found = {collection: count for collection, count in found.items() if collection not in expected.left}
         tables = {collection: [table.name for table in of] for collection, of in expected.counted().items()}
         for since in (before.ends, {}):
-            more = drift(self._log, tables, now, since, version)
-            if more is None:
+            drifted = drift(self._log, tables, now, since, version)
+            if drifted is None:
                 return None
-            wanted = {collection: count + more[collection] for collection, count in rows.items()}
+            wanted = {collection: count + drifted.more[collection] for collection, count in rows.items()}
             counted = Counted(view.name, view.generation, version, wanted, found, (*expected.notes, *notes))
             if not counted.differing:
                 break
+            if not drifted.read.isdisjoint(counted.differing):
+                return None
         return counted
 
     def _at_a_state(self, view: Report) -> tuple[Version, dict[str, int]]:
