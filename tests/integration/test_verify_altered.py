@@ -16,11 +16,12 @@ from headrace.log import Log
 from headrace.settings import Settings
 from headrace.stores.kafka import KafkaTopic
 from headrace.waiting import reached
+from headrace_verify.ledger import MISSING
 from headrace_verify.verify import Verifier
 from tests.fixtures.capture import capturing, eventually, execute, now, prepare
 from tests.fixtures.serving import await_live, serving
 from tests.integration.test_silent_changes import ATTACH, HIGH, LOW, PARTS, ROWS, fingerprint
-from tests.integration.test_verify import ITEMS, Mirror, T, found, kept
+from tests.integration.test_verify import ITEMS, Mirror, T, found, kept, meddle
 
 PARTED = "public.parts"
 
@@ -117,3 +118,30 @@ def test_rows_that_came_silently_and_were_read_again_are_counted_again(settings:
         log = Log(settings)
         (counted,) = Verifier(log, Attaching(log), lambda *_: None, 60).count({"view": Mirror})
     assert counted.found == counted.expected == {PARTED: 23}
+
+
+def test_what_is_published_and_left_out_keeps_no_table_from_being_compared(settings: Settings) -> None:
+    """Capture says so of a table without a key that it can use: the log never knows it."""
+    execute(
+        settings,
+        ITEMS,
+        f"INSERT INTO {T} VALUES (1, 1, 'x')",
+        "CREATE TABLE audit (n int)",
+        "CREATE TABLE late (id int PRIMARY KEY DEFERRABLE)",
+        "CREATE TABLE named (id int NOT NULL UNIQUE)",
+        "ALTER TABLE named REPLICA IDENTITY USING INDEX named_id_key",
+        "INSERT INTO audit VALUES (1)",
+        "INSERT INTO named VALUES (1)",
+        f"CREATE PUBLICATION {settings.publication} FOR ALL TABLES",
+    )
+    with kept(settings, Mirror):
+        seen = found(settings, Mirror)
+        assert (seen.clean, seen.rows) == (True, 2)
+        assert [note for note in seen.notes if "left out" in note] == [
+            f"public.{name} is published and left out (no usable key): not compared" for name in ("audit", "late")
+        ]
+        log = Log(settings)
+        (counted,) = Verifier(log, Control(log), lambda *_: None, 60).count({"view": Mirror})
+        assert (counted.found, counted.differing) == ({T: 1, "public.named": 1}, {})
+        meddle(settings, "DELETE FROM rows WHERE collection = ?", T)
+        assert [d.kind for d in found(settings, Mirror).wrong] == [MISSING]

@@ -24,7 +24,7 @@ from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.settings import Settings
 from headrace_verify.joins import Members, Select, key_of, node, places, window
 from headrace_verify.ledger import Expected, Member, Touched
-from headrace_verify.postgres import Connection, Published, Table, stream
+from headrace_verify.postgres import Connection, Published, Table, stream, without_key
 from headrace_verify.postgres import table as read_table
 
 RootKey = tuple[str, str]
@@ -129,7 +129,9 @@ def expectation(
     """
     if consumer.mirrors_rows:
         wanted = set(published) if tuple(consumer.tables) == ALL else set(consumer.tables)
-        tables, notes = _tables(connection, sorted(wanted), shapes, published)
+        left_out = without_key(connection, settings.publication, wanted & published.keys() - shapes.keys())
+        tables, notes = _tables(connection, sorted(wanted - left_out), shapes, published)
+        notes += tuple(f"{table} is published and left out (no usable key): not compared" for table in sorted(left_out))
         return Rows(tables, notes, frozenset(shapes.keys() - published.keys()))
     if issubclass(consumer, DocumentConsumer):
         tables, notes = _tables(connection, list(consumer.tables), shapes, published)
@@ -182,8 +184,7 @@ def _tables(
 ) -> tuple[list[Table], tuple[str, ...]]:
     """Return how to read the wanted tables; one that Postgres has and the log does not is an error."""
     gone = sorted(set(wanted) - published.keys())
-    unknown = sorted((set(wanted) & published.keys()) - shapes.keys())
-    if unknown:
+    if unknown := sorted((set(wanted) & published.keys()) - shapes.keys()):
         said = f"The log does not know {', '.join(unknown)} yet."
         raise Misconfigured("table-not-captured", said, "Let `headrace capture` run until its snapshot is complete.")
     found = [read_table(connection, shapes[name], published[name]) for name in wanted if name in published]

@@ -7,7 +7,7 @@ Values are turned into the codec's form by SQL, not by capture's converters: so 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -242,6 +242,11 @@ def published(connection: Connection, publication: str) -> Published:
     return dict(connection.execute(query, [publication]).fetchall())
 
 
+def without_key(connection: Connection, publication: str, names: Collection[str]) -> set[str]:
+    """Return those of some tables that capture leaves out of the log: without a key that it can use (S9), and not named as append-only."""
+    return {name for (name,) in connection.execute(_KEYLESS, {"names": list(names), "publication": publication})}
+
+
 def table(connection: Connection, schema: TableSchema, row_filter: str | None) -> Table | None:
     """Return how to read a table in the shape that the log has; None when Postgres has no such table."""
     rows = connection.execute(_COLUMNS, schema.table.split(".", 1)).fetchall()
@@ -319,6 +324,15 @@ def _each(finish: Callable[[str], Any], value: Any) -> Any:
     return None if value is None else finish(value)
 
 
+# What is append-only is in the publication's comment, by which setup remembers what it was told.
+_KEYLESS = """
+SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname || '.' || c.relname = ANY(%(names)s)
+  AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+    AND CASE WHEN c.relkind = 'r' AND c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END)
+  AND NOT EXISTS (SELECT FROM pg_publication p, obj_description(p.oid, 'pg_publication') said WHERE p.pubname = %(publication)s
+    AND CASE WHEN said LIKE '{"by":"headrace setup",%%' THEN said::jsonb -> 'append_only' ? (n.nspname || '.' || c.relname) END)
+"""
 _COLUMNS = """
 WITH RECURSIVE base(oid, below) AS (
   SELECT oid, oid FROM pg_type WHERE typtype <> 'd'
