@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psycopg
 import pytest
 from elasticsearch import Elasticsearch as Client
 from hypothesis import HealthCheck, given
@@ -26,7 +27,7 @@ from headrace.stores.elasticsearch import ElasticsearchIndex
 from headrace_verify.expected import everything, expectation
 from headrace_verify.film import Film
 from headrace_verify.ledger import DIFFERENT, MISSING, Difference
-from headrace_verify.postgres import Connection, connect, moment
+from headrace_verify.postgres import Connection, connect, moment, stream
 from headrace_verify.verify import Verifier, _postgres_errors
 from tests.fixtures.capture import execute, prepare
 from tests.fixtures.documents import World
@@ -139,6 +140,26 @@ def test_a_window_that_postgres_cannot_compute_is_not_told_as_a_postgres_that_is
     for query in "SELECT repeat('x', 1 << 30)", f"SELECT json_build_array({', '.join(['1'] * 101)})":
         with pytest.raises(Misconfigured, match="cannot compute"), _postgres_errors():
             execute(settings, query)
+
+
+def test_of_large_rows_few_come_at_once(reading: Connection) -> None:
+    """A window has the key of each of its rows."""
+
+    class Counting(psycopg.ServerCursor[tuple[str]]):
+        """Notes the sizes of what comes at once."""
+
+        def fetchmany(self, size: int = 0) -> list[tuple[str]]:
+            rows = super().fetchmany(size)
+            sizes.append([len(text) for (text,) in rows])
+            return rows
+
+    sizes: list[list[int]] = []
+    reading.server_cursor_factory = Counting
+    query = b"SELECT repeat('x', CASE WHEN i <= 30 THEN 1 << 20 ELSE 10 END) FROM generate_series(1, 1000) i"
+    with moment(reading):
+        assert sum(1 for _ in stream(reading, query)) == 1000
+    assert max(map(sum, sizes)) <= 4 << 20
+    assert max(map(len, sizes)) == 200, "as many as that are small"
 
 
 # All of it: capture, a consumer, and verify

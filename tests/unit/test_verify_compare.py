@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 
 import pytest
@@ -12,10 +12,11 @@ from headrace.change import NOWHERE, Snapshot
 from headrace.consumer import ViewRow
 from headrace.runner.rows import _just_before
 from headrace_verify.compare import differing, same
+from headrace_verify.expected import Made
 from headrace_verify.ledger import DIFFERENT, EXTRA, MISSING, Difference, Excused, Expected, Ledger, Member
 from headrace_verify.multiset import Multiset
 from headrace_verify.postgres import Moment
-from headrace_verify.view import check
+from headrace_verify.view import check, write
 
 
 @pytest.fixture
@@ -119,3 +120,23 @@ def test_just_before_a_key_comes_that_key_and_nothing_else(key: str) -> None:
     assert before < key.encode() or key == "\x00"
     others = [key[:-1], key + "0", key[:-1] + "!", key[:-1] + "\x7f", key[:-1] + "zz"]
     assert not any(before < other.encode() < key.encode() for other in others)
+
+
+def test_documents_of_many_rows_are_written_few_at_a_time() -> None:
+    """However many have these rows, no more of them are in memory at once than one has, and some."""
+
+    class Counting(Ledger):
+        """Notes how many rows are written at once."""
+
+        def add(self, rows: Iterable[Expected], members: Iterable[Member]) -> None:
+            members = list(members)
+            most.append(len(members))
+            super().add(rows, members)
+
+    most: list[int] = []
+    documents = [Expected("", str(n), ("t", str(n)), {"n": n}) for n in range(50)]
+    with closing(Counting()) as ledger:
+        write(ledger, (Made(d, tuple(Member("u", f"{d.key} {n}", "", d.key) for n in range(150))) for d in documents))
+        assert (ledger.count(), len(list(ledger.members()))) == (50, 50 * 150)
+        assert ledger.holders("u", "49 149") == [("", "49", ("t", "49"))]
+    assert max(most) <= 300

@@ -40,7 +40,8 @@ _KEPT = {
 _TRANSACTION_TIMEOUT = 170000
 """The version from which the server may end a long transaction: an older one would refuse a connection with that option."""
 
-_FETCH = 200
+_FETCH, _BYTES = 200, 4 * 1024 * 1024
+"""Rows that are asked for at once, as far as they are not larger together than that by the size of those before."""
 
 
 class Moment(NamedTuple):
@@ -259,10 +260,14 @@ def table(connection: Connection, schema: TableSchema, row_filter: str | None) -
 
 
 def stream(connection: Connection, query: bytes) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of a query, a few at a time."""
+    """Yield the rows of a query, which are texts, a few at a time: one may have the key of every row of a table."""
     with connection.cursor("headrace_verify") as cursor:
-        cursor.itersize = _FETCH
-        yield from cursor.execute(query)
+        cursor.execute(query)
+        most = 1
+        while rows := cursor.fetchmany(most):
+            yield from rows
+            size = sum(len(text) for row in rows for text in row if text is not None) // len(rows)
+            most = max(1, min(2 * most, _FETCH, _BYTES // max(1, size)))
 
 
 _NATURAL = frozenset({"bool", "int2", "int4", "int8", "float4", "float8", "timestamp", "timestamptz"})

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from headrace.consumer import ViewRow
 from headrace_verify.compare import differing
 from headrace_verify.expected import Expectation, Made
-from headrace_verify.ledger import DIFFERENT, EXTRA, Difference, Ledger
+from headrace_verify.ledger import DIFFERENT, EXTRA, Difference, Expected, Ledger, Member
 from headrace_verify.multiset import Multiset
 
-_BATCH = 1000
+_BATCH = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +31,19 @@ class View:
 
 
 def write(ledger: Ledger, made: Iterator[Made], told: Callable[[int], None] = lambda _done: None) -> None:
-    """Expect what was made; `told` hears how much, now and then."""
+    """Expect what was made, about so many rows at once, with those that are joined; `told` hears how much, now and then."""
     done = 0
-    while batch := list(islice(made, _BATCH)):
-        ledger.add((each.row for each in batch), (member for each in batch for member in each.members))
-        done += len(batch)
-        told(done)
+    rows: list[Expected] = []
+    members: list[Member] = []
+    for each in made:
+        rows.append(each.row)
+        members += each.members
+        if len(rows) + len(members) >= _BATCH:
+            ledger.add(rows, members)
+            done += len(rows)
+            told(done)
+            rows, members = [], []
+    ledger.add(rows, members)
 
 
 def check(row: ViewRow, ledger: Ledger) -> None:
