@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
-from headrace.change import source_of
 from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
 from headrace.effects import EffectConsumer, lost
@@ -21,6 +20,7 @@ from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.parked import Shelf
+from headrace.runner.another import check_not_of_another
 from headrace.runner.parking import Lacking
 from headrace.runner.worker import Worker
 
@@ -58,6 +58,7 @@ class Generations:
         self._shelf = Shelf(log)
         self.reporting = threading.Lock()
         self._remembers = self._tidy = self._unrecorded = self._headless = False
+        self._listed: set[Worker] = set()
         self._shown: list[int] = []
         self._left: dict[int, int] = {}
         self._refused: set[int] = set()
@@ -89,6 +90,7 @@ class Generations:
         held = {generation.number: generation for generation in self._store.generations()}
         if self._unrecorded:
             self._seed_shown(held)
+        self._let_go(held)
         if self.standing != DROPPED:
             self.check_not_lost(held)
         if not self._tidy and (held or self.standing == DROPPED):
@@ -102,6 +104,17 @@ class Generations:
             self._forget_lost()
             self._tidy = True
         self._note_live()
+
+    def _let_go(self, held: dict[int, Generation]) -> None:
+        """End who serves what the store has lost and does not notice, for it applies nothing: as if that were lost while nobody ran it."""
+        for number, worker in list(self.workers.items()):
+            if worker in self._listed and number not in held and worker.is_alive():
+                worker.generation = replace(worker.generation, live=False)
+                if worker.still or worker.state.phase == "stopped":
+                    self.end(worker)
+                    del self.workers[number]
+                    self._tidy = False
+        self._listed = {each for number, each in self.workers.items() if number in held or each in self._listed}
 
     def _serve(self, held: dict[int, Generation]) -> None:
         """Begin what the store holds and nothing serves, the first build when there is none."""
@@ -294,22 +307,9 @@ class Generations:
             raise lost(self.name)
 
     def check_not_of_another(self) -> None:
-        """Refuse to build beside a view of another source whose process runs: its readers would see this one's rows.
-
-        Raises:
-            Misconfigured: `view-of-another`.
-        """
+        """Refuse to build beside a view of another source whose process runs. Raises Misconfigured: `view-of-another`."""
         live = self.live()
-        seen = [live] if live is not None else list(self.workers.values())
-        topics = {topic for each in seen if each.opened for topic in each.opened.topics}
-        for source in set(map(source_of, topics)) - {self._log.settings.source}:
-            try:
-                Control(Log(replace(self._log.settings, source=source))).running(self.name)
-            except Misconfigured:  # nobody runs it any more
-                continue
-            said = f"What the store has of {self.name} is of source {source}, whose process runs."
-            remedy = "Give the store of one of the two another name, or end that process for good."
-            raise Misconfigured("view-of-another", said, remedy)
+        check_not_of_another(self._log, self.name, [live] if live is not None else list(self.workers.values()))
 
     # Beginning and ending
 

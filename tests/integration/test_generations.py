@@ -26,7 +26,7 @@ from headrace.cli import app, together
 from headrace.consumer import Batch, Generation
 from headrace.control import Control, Report
 from headrace.effects import EffectConsumer
-from headrace.errors import HeadraceError, Misconfigured, Transient, Wiped
+from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import CONTROL
@@ -716,6 +716,39 @@ def test_each_code_goes_on_with_its_own_generation_and_leaves_the_other_as_it_is
         assert view.rows() == {KEY: 2}
         assert report(control, "plain", 2).version == second.version
         assert command(settings, "rollback", "plain").exit_code == 0, "it is ahead: at once"
+        assert view.rows() == {KEY: 3}
+
+
+class Refuses(Newer):
+    """It applies no row whose n is 2."""
+
+    def apply(self, batch: Batch) -> None:
+        if any(change.row and change.row["n"] == 2 for change in batch.changes):
+            raise Refused("position-too-old", "It is refused.", "Build it anew.")
+        super().apply(batch)
+
+
+@pytest.mark.parametrize(("after", "phase"), [(Newer, "stale"), (Refuses, "stopped")])
+def test_a_view_that_applies_nothing_and_whose_store_was_lost_begins_anew(
+    feed: Feed, settings: Settings, after: type[Plain], phase: str
+) -> None:
+    """No write of its own tells it of the loss, so the runner does [I6]; nothing stays live beside what readers see."""
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1))
+    if phase == "stale":
+        with serving(settings, plain=Plain) as control:
+            await_live(control, "plain")
+    with serving(settings, plain=after) as control:
+        eventually("readers see it", lambda: view.rows() == {KEY: 1})
+        feed.cut((ITEMS, 1, 2))
+        await_phase(control, "plain", 1, phase)
+        last = feed.cut((ITEMS, 1, 3))
+        view.wipe()
+        assert await_phase(control, "plain", 2, "live").version == last.version
+        eventually("the lost one is gone", lambda: [each.generation for each in control.reports()["plain"]] == [2])
+        with pytest.raises(Misconfigured) as refused:
+            control.ask("plain", "drop", {"generation": 2})
+        assert refused.value.code == "drops-the-live-one"
         assert view.rows() == {KEY: 3}
 
 
