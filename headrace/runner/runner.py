@@ -26,7 +26,7 @@ from headrace.runner.worker import State
 
 _STOP_SECONDS, _FLUSH_SECONDS = 5.0, 1.0
 _TAKEN_OVER = {"view-taken-over", "writer-taken-over"}
-"""Who is stopped by these says nothing of the view any more: whoever took it over does, and waiters would believe either (S30)."""
+"""Who is stopped by these has no more part in the view, whichever generation it was: waiters would believe either process (S30)."""
 
 
 class Runner:
@@ -49,7 +49,14 @@ class Runner:
         self._verbs |= {"retry": parked.retry, "drop-parked": parked.drop}
 
     def look(self) -> None:
-        """Look at the store, and begin what is missing. Called about once a second; what it fails by is in the report."""
+        """Look at the store, and begin what is missing. Called about once a second; what it fails by is in the report.
+
+        Where another process has taken a generation over, all of the view is its: then everything here ends.
+        """
+        if self._taken_over():
+            for worker in self.generations.workers.values():
+                worker.stop()
+            return
         try:
             self.generations.look()
             self._failure = None
@@ -66,12 +73,11 @@ class Runner:
         Called about once a second, from any thread.
         """
         with self.generations.reporting, suppress(HeadraceError):
-            if time.monotonic() - self._reported < not_since:
+            if self._taken_over() or time.monotonic() - self._reported < not_since:
                 return
             self._reported = time.monotonic()
             for worker in list(self.generations.workers.values()):
-                if worker.state.error is None or worker.state.error.code not in _TAKEN_OVER:
-                    self._control.report(self._report(worker.generation, worker.state))
+                self._control.report(self._report(worker.generation, worker.state))
             self._report_placeholder()
 
     def _report_placeholder(self) -> None:
@@ -96,7 +102,12 @@ class Runner:
         return any(report.generation and report.age <= DEAD_SECONDS and not report.ended for report in reports)
 
     def handle(self, request: Request) -> None:
-        """Carry out a request and answer it; one whose asker has given up is only taken away, and nobody waits to hear that he left."""
+        """Carry out a request and answer it; one whose asker has given up is only taken away, and nobody waits to hear that he left.
+
+        It is left to the other process where that has taken the view over.
+        """
+        if self._taken_over():
+            return
         with suppress(HeadraceError):  # nobody hears it: with Kafka away, or refusing what this process writes
             if request.verb == LEAVE:
                 self._rows.leave(request)
@@ -136,11 +147,17 @@ class Runner:
 
     def failed(self) -> HeadraceError | None:
         """Return why nothing of this consumer runs or waits any more, None while something does."""
+        if taken := self._taken_over():
+            return taken
         if not self.generations.workers:
             return None if isinstance(self._failure, Transient) else self._failure
         errors = [worker.state.error for worker in self.generations.workers.values() if worker.state.phase == "stopped"]
         final = [error for error in errors if error is not None and not isinstance(error, Refused)]
         return final[0] if final and len(final) == len(self.generations.workers) else None
+
+    def _taken_over(self) -> HeadraceError | None:
+        errors = (worker.state.error for worker in list(self.generations.workers.values()))
+        return next((error for error in errors if error is not None and error.code in _TAKEN_OVER), None)
 
     def stop(self) -> None:
         """End every worker and say so. Whoever waits for a server that is away is left behind: it has promised nothing yet [I7]."""

@@ -43,15 +43,15 @@ def wait_for(what: Callable[[], object], seconds: float = 30.0) -> None:
 class Served:
     """A runner in a thread of the test's process, as `headrace run` drives it."""
 
-    def __init__(self, settings: Settings, consumer: type[Plain] = Plain, name: str = "plain") -> None:
+    def __init__(self, settings: Settings, consumer: type[Plain], name: str, **beside: type[Plain]) -> None:
         self.log = Log(settings)
         self.control = Control(self.log)
         self.runner = Runner(self.log, self.control, name, consumer)
         self.name = name
         self._stopping = threading.Event()
-        self._thread = threading.Thread(
-            target=drive, args=(self.control, {name: self.runner}, self._stopping), daemon=True
-        )
+        runners = {each: Runner(self.log, self.control, each, made) for each, made in beside.items()}
+        runners[name] = self.runner
+        self._thread = threading.Thread(target=drive, args=(self.control, runners, self._stopping), daemon=True)
         self._thread.start()
 
     @property
@@ -83,8 +83,8 @@ def feed(settings: Settings) -> Feed:
 def serve(settings: Settings) -> Iterator[Callable[..., Served]]:
     started: list[Served] = []
 
-    def start(consumer: type[Plain] = Plain, name: str = "plain") -> Served:
-        started.append(Served(settings, consumer, name))
+    def start(consumer: type[Plain] = Plain, name: str = "plain", **beside: type[Plain]) -> Served:
+        started.append(Served(settings, consumer, name, **beside))
         return started[-1]
 
     yield start
@@ -837,3 +837,39 @@ def test_who_was_put_aside_says_nothing_over_who_took_the_view_over(
     assert "Another process" in first.runner.phases()["told-g1"]
     assert reached(second.control, "told", last.version, 20).phase == "live"
     assert not {"stopped", "off"} & set(said(settings, "told"))
+
+
+class ToldAnew(Told):
+    """Other code."""
+
+
+@pytest.mark.parametrize("beside", [{}, {"plain": Plain}])
+def test_who_was_taken_over_has_no_more_part_in_the_view(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], beside: dict[str, type[Plain]]
+) -> None:
+    """Its generation of older code writes nothing, so nothing takes that away from it; and another view keeps its process up."""
+    feed.cut((ITEMS, 1, 10))
+    old = serve(Told, "told")
+    wait_for(lambda: old.report(1).live)
+    old.stop()
+    first = serve(ToldAnew, "told", **beside)
+    first.await_phase(1, "stale")
+    assert first.control.ask("told", "rebuild") == {"generation": 2}
+    first.await_phase(2, "following")
+    first.control.ask("told", "promote")
+    second = serve(ToldAnew, "told")
+    wait_for(lambda: second.runner.phases().get("told-g2") == "live")
+    feed.cut((ITEMS, 2, 20))
+    mine = first.runner.generations.workers
+    wait_for(lambda: not any(worker.is_alive() for worker in mine.values()))
+    assert second.control.ask("told", "rebuild") == {"generation": 3}
+    second.await_phase(3, "following")
+    assert second.control.ask("told", "promote")["before"] == 2
+    wait_for(lambda: second.report(3).live)
+    assert second.report(1).phase == "stale"
+    assert sorted(mine) == [1, 2]
+    if beside:
+        assert first.alive
+        assert "Another process" in str(first.runner.failed())
+    else:
+        wait_for(lambda: not first.alive)
