@@ -27,6 +27,7 @@ from headrace.runner.worker import State
 _STOP_SECONDS, _FLUSH_SECONDS = 5.0, 1.0
 _TAKEN_OVER = {"view-taken-over", "writer-taken-over"}
 """Who is stopped by these has no more part in the view, whichever generation it was: waiters would believe either process (S30)."""
+_MEANWHILE = {"pause", "resume"}
 
 
 class Runner:
@@ -130,10 +131,17 @@ class Runner:
                     "Use one version of headrace.",
                 )
             )
+        if self._failure and not self.generations.workers and not self._needs_no_store(request):
+            return refusal(self._failure)  # it is not known yet what there is
         try:
             return verb(request)
         except Exception as error:  # noqa: BLE001  whatever it is, it belongs to who asked
             return refusal(as_ours(error, self.name))
+
+    def _needs_no_store(self, request: Request) -> bool:
+        """Whether it may be carried out though a look has not succeeded yet; a drop of everything asks the store itself."""
+        taken_back = request.verb == "rebuild" and self.generations.standing == DROPPED
+        return request.verb in _MEANWHILE or bool(request.args.get("all")) or taken_back
 
     def phases(self) -> dict[str, str]:
         """Return the phase of each generation, with its reason, for a line to people when it changes."""

@@ -475,6 +475,33 @@ def test_a_drop_of_everything_while_the_store_is_away_does_not_happen_later(
         assert report(control, "plain", 1).phase == "live"
 
 
+def test_a_process_that_has_not_come_to_its_store_yet_says_so_whatever_it_is_asked(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows of no generation, which does not mean that there is none."""
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+    monkeypatch.setattr(Plain, "away", True)
+    second, every = {"generation": 2}, {"all": True}
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 0, "waiting")
+        for args in ({}, second):
+            for verb in ("promote", "hold", "rollback", "drop", "retry", "rebuild", "scan"):
+                with pytest.raises(Transient, match="The plain store is away"):
+                    control.ask("plain", verb, args)
+        with pytest.raises(Transient, match="The plain store is away"):
+            control.ask("plain", "drop", every)
+        assert control.ask("plain", "pause")["paused"]
+        assert not control.ask("plain", "resume")["paused"]
+        monkeypatch.setattr(Plain, "away", False)
+        await_phase(control, "plain", 2, "following")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        assert [each.number for each in Plain(settings, "plain").generations()] == [1, 2]
+
+
 class Clings(Plain):
     """Cannot be dropped."""
 
