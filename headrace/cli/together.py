@@ -44,7 +44,9 @@ def promote(control: Control, wanted: Mapping[str, int | None]) -> list[dict[str
     """
     if len(wanted) == 1:
         ((name, number),) = wanted.items()
-        return [{"name": name} | control.ask(name, "promote", {"generation": number}, _SECONDS)]
+        live = next((report.generation for report in control.running(name) if report.live), 0)
+        asked: dict[str, int | None] = {"generation": number, "from": live}  # asked twice it goes on once
+        return [{"name": name} | control.ask(name, "promote", asked, _SECONDS)]
     held: dict[str, dict[str, Any]] = {}
     done: list[dict[str, Any]] = []
     name = ""

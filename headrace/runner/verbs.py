@@ -112,6 +112,11 @@ class Verbs:
         return {}
 
     def _promote(self, request: Request) -> Answer:
+        before = request.args.get("from") if request.args.get("generation") is None else None
+        live = self._generations.live()
+        if before is not None and live is not None and live.generation.number > before:
+            # It was carried out by a process that was killed before it was taken away.
+            return _shown(live) | {"before": before or None}
         at = Version(*request.args.get("at") or NOWHERE)
         return self._switch(self._newer(request), at)
 

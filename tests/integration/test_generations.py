@@ -967,6 +967,38 @@ def test_a_rollback_whose_process_died_before_it_was_taken_away_goes_back_once(
         assert live_of(settings) == [2]
 
 
+def test_a_promotion_whose_process_died_before_it_was_taken_away_is_answered_as_it_was(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed.cut((ITEMS, 1, 1))
+    died = threading.Event()
+
+    def take_away(*_: object) -> None:
+        died.set()
+        raise Transient("kafka-away", "It is killed here.")
+
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        with monkeypatch.context() as patch:
+            patch.setattr(Control, "take_away", take_away)
+            asked = {"verb": "promote", "args": {"generation": None, "from": 1}, "timeout": 300}
+            control._request("plain", "1", asked)
+            assert died.wait(30)
+            assert live_of(settings) == [2]
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 2, "live")
+        assert control.ask("plain", "rebuild") == {"generation": 3}, "requests are carried out in order"
+        await_phase(control, "plain", 3, "following")
+        assert command(settings, "promote", "plain").exit_code == 0
+    records = [record for record in read_to_end(settings, {(CONTROL, 0): BEGINNING}) if record.value]
+    mine = [record for record in records if codec.loads(record.key)["source"] == settings.source]
+    said = [codec.loads(record.value or b"") for record in mine]
+    assert [(each["generation"], each["before"]) for each in said if "before" in each] == [(2, 1), (2, 1), (3, 2)]
+    assert [each["args"] for each in said if each.get("verb") == "promote"][-1] == {"generation": None, "from": 2}
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_rebuild_after_a_rollback_does_not_go_on_with_what_was_left(
     feed: Feed, settings: Settings, restarted: bool
