@@ -41,8 +41,8 @@ def wait(
     so is the process of a view that is installed here or has run before, which may have been started just now. Of a table that is captured
     no more nothing comes: that is noted. Where it stands is said on stderr, when that changes and about once a minute.
 
-    Exit codes: 0 they see it; 2 the LSN is none; 3 one does not come there before somebody changes something, no process runs it, or the
-    LSN is of an earlier epoch; 5 not in time, or a server does not answer.
+    Exit codes: 0 they see it; 2 the LSN is none; 3 one does not come there before somebody changes something, no process runs it, the LSN
+    is of an earlier epoch, or Postgres has lost commits that the log has; 5 not in time, or a server does not answer.
 
     Examples:
 
@@ -91,15 +91,31 @@ def _note(control: Control, found: list[Report]) -> None:
 
 
 def _wanted(log: Log, control: Control, names: list[str], lsn: str | None, timeout: float, telling: Telling) -> Version:
-    """Return up to where to wait. Raises Misconfigured: `token-void`; `other-source`, where Postgres is asked and is not the log's."""
+    """Return up to where to wait.
+
+    Raises:
+        Misconfigured: `token-void`; where Postgres is asked, `other-source` if it is not the log's, `source-behind-log` if it was.
+    """
+    before = log.newest_checkpoint(complete=True)
     facts = _now(log) if lsn is None else {"lsn": lsn}
     named, at_lsn = _parsed(facts["lsn"])
-    newest = log.newest_checkpoint(complete=True) or _first_state(log, control, names, timeout, telling)
+    newest = before or _first_state(log, control, names, timeout, telling)
     wanted = Version(newest.version.epoch if named is None else named, at_lsn)
     if lsn is None:
         check_server(newest.source, facts["system_id"], facts["database"])
+        _check_not_gone_back(at_lsn, before)
     check_epoch(wanted, newest.version)
     return wanted
+
+
+def _check_not_gone_back(lsn: int, before: Checkpoint | None) -> None:
+    """Refuse an LSN of Postgres below what the log had before it was asked: views that show what it has lost seem to be there (S2)."""
+    if before is not None and lsn < before.version.lsn:
+        raise Misconfigured(
+            "source-behind-log",
+            f"Postgres is at {format_lsn(lsn)}, and the log was at {before.version} before: the server has lost commits.",
+            "See: headrace status capture. If HEADRACE_DSN names the right server: headrace resnapshot --recover",
+        )
 
 
 def _first_state(log: Log, control: Control, names: list[str], seconds: float, telling: Telling) -> Checkpoint:

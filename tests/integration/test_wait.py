@@ -15,12 +15,14 @@ from typer.testing import CliRunner, Result
 
 from headrace.change import Version, format_lsn, parse_lsn
 from headrace.cli import app, show
+from headrace.cli import wait as waits
 from headrace.control import Control, Report
 from headrace.errors import HeadraceError, Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace.waiting import reached
 from tests.fixtures.capture import Running, capturing, eventually, execute, now, prepare, rows
+from tests.fixtures.feed import SOURCE, Feed
 from tests.fixtures.parked import Picky, forbid
 from tests.fixtures.plain import Plain
 from tests.fixtures.processes import System
@@ -175,6 +177,22 @@ def test_a_wait_that_lasts_over_a_recovery_does_not_answer_for_an_epoch_that_is_
         reached(control, VIEW, Version(1, 10), 20, told=lambda _: say(Version(2, 1)))
     assert caught.value.code == "token-void"
     assert reached(control, VIEW, Version(2, 1), 0).version == Version(2, 1)
+
+
+def test_no_view_shows_what_was_written_to_a_server_that_has_lost_what_the_log_has(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S2: a standby was promoted that lacked it, and uses its LSNs again; capture has stopped, no new epoch has begun."""
+    feed = Feed(settings)
+    feed.lsn = 490
+    control = Control(feed.log)
+    control.report(Report(VIEW, 1, live=True, phase="live", version=feed.seal().version))
+    control.flush()
+    for lsn, code in ((310, "source-behind-log"), (510, "view-behind")):
+        facts = {"lsn": format_lsn(lsn), "system_id": SOURCE.system_id, "database": SOURCE.database}
+        monkeypatch.setattr(waits, "source_facts", lambda _, facts=facts: facts)
+        assert refused(settings, VIEW, "--timeout", "0").code == code
+    assert command(settings, "wait", VIEW, "--lsn", f"1@{format_lsn(310)}").exit_code == 0, "that of a write before"
 
 
 @pytest.mark.parametrize(
