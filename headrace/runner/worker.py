@@ -41,7 +41,7 @@ class State:
 
     `version` is that of the view's position, `written` the broker's time of its checkpoint, ms; `held` what is parked or delayed holds
     tokens back to, `ahead` the newest state that the log had when the view was first opened, or that was begun to be applied since; `begun`
-    when what is being applied was begun.
+    when what is being applied, or the opening, was begun.
     """
 
     phase: str = "starting"
@@ -231,7 +231,9 @@ class Worker(threading.Thread):
         consumer = self._make()
         consumer.progress, self.state.progress = self._progress, (0, 0)
         try:
+            self.state.begun = time.monotonic()
             position, resting = consumer.open(self.generation), self._resting
+            self.state.begun = None
             self.opened = getattr(consumer, "shows", None) or position
             position = self.opened if resting else position
             known = position or Position()
@@ -256,7 +258,7 @@ class Worker(threading.Thread):
                 consumer.drop()
                 raise Wiped(error.code, error.message, "The build begins again from zero by itself.") from error
         finally:
-            self._whole, self.follows = True, False  # pieces are gone
+            self._whole, self.follows, self.state.begun = True, False, None  # pieces are gone
             consumer.close()
 
     def _read(self, consumer: Consumer, position: Position | None) -> None:

@@ -21,10 +21,10 @@ import pytest
 from rich.text import Text
 from typer.testing import CliRunner, Result
 
-from headrace.change import Version
+from headrace.change import Position, Version
 from headrace.cli import app
 from headrace.cli.status import _source_line
-from headrace.consumer import Batch
+from headrace.consumer import Batch, Generation
 from headrace.control import Control, Report, record_key
 from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
@@ -475,6 +475,34 @@ def test_a_view_whose_apply_hangs_is_behind_and_more_so_each_second(settings: Se
         finally:
             Hangs.may.set()
         eventually("it is up to date again", lambda: status(settings, *asked).stdout == "ok\n")
+
+
+class Opens(Plain):
+    """Is not opened while it may not."""
+
+    may: ClassVar[threading.Event] = threading.Event()
+
+    def open(self, generation: Generation) -> Position | None:
+        self.may.wait(60)
+        return super().open(generation)
+
+
+def test_a_view_whose_store_hangs_when_it_is_opened_is_behind(settings: Settings) -> None:
+    """Its process reports, and has not read yet how far it is."""
+    Opens.may.set()
+    Feed(settings).cut((ITEMS, 1, 1))
+    with serving(settings, plain=Opens) as control:
+        await_live(control, "plain")
+    Opens.may.clear()
+    asked = ("--check", "plain", "--max-lag", "1s")
+    with serving(settings, plain=Opens):
+        try:
+            eventually(
+                "it is behind", lambda: " behind (" in (told := status(settings, *asked)).stdout and told.exit_code, 15
+            )
+        finally:
+            Opens.may.set()
+        eventually("it is up to date", lambda: status(settings, *asked).stdout == "ok\n")
 
 
 class Unpromoted(Plain):
