@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from headrace.cli import app
 from headrace.control import Control
+from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings, environment
 from headrace_capture import catalog, setup
+from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import capturing, changes, eventually, execute, replay, rows, selected
 from tests.integration.test_resnapshot import ask
 from tests.integration.test_silent_changes import exact
@@ -55,6 +57,50 @@ def prepare(settings: Settings, *statements: str) -> None:
     with closing(catalog.connect(settings.dsn)) as connection:
         setup.apply(connection, setup.plan(connection, settings, [], role))
         assert setup.plan(connection, settings, [], role).statements == []
+
+
+@pytest.fixture
+def admit(postgres: Postgres, settings: Settings) -> Iterator[Callable[..., None]]:
+    """Write lines before all others of pg_hba.conf: call it with them; none are left afterwards."""
+    file = postgres.data / "pg_hba.conf"
+    before = file.read_text()
+
+    def write(*lines: str) -> None:
+        file.write_text("\n".join([*lines, before]))
+        execute(settings, "SELECT pg_reload_conf()")
+        wanted = "SELECT count(*) FROM pg_hba_file_rules WHERE error IS NULL"
+        assert rows(settings, wanted)[0][0] == 2 + len(lines)
+
+    yield write
+    write()
+
+
+def test_the_line_of_the_database_admits_capture_and_one_of_replication_is_not_needed(
+    settings: Settings, theirs: Settings, admit: Callable[..., None]
+) -> None:
+    """Whoever had that could copy the whole server."""
+    prepare(settings, *PARTS)
+    role = f"{settings.source}_role"
+    nothing = f"host all,replication {role} 127.0.0.1/32 reject"
+    admit(nothing)
+    error = eventually("pg_hba.conf is read again", lambda: refusal(theirs))
+    assert (error.code, "line too" in error.remedy) == ("postgres-refused", True)
+    admit(f"host {settings.source} {role} 127.0.0.1/32 scram-sha-256", nothing)
+    eventually("pg_hba.conf is read again", lambda: refusal(theirs) is None)
+    with capturing(theirs) as capture:
+        capture.reach()
+    assert replay(settings, "public.items") == selected(settings, "items")
+    with pytest.raises(psycopg.OperationalError, match="rejects replication connection"):
+        psycopg.connect(theirs.dsn, replication="true")
+
+
+def refusal(settings: Settings) -> Misconfigured | None:
+    """Return why Postgres lets nobody in, if it does not."""
+    try:
+        catalog.connect(settings.dsn).close()
+    except Misconfigured as error:
+        return error
+    return None
 
 
 NAMES = {

@@ -116,9 +116,9 @@ _REFUSALS = (
     ("password authentication failed", "postgres-refused", "Change user or password in {}."),
     ("no password supplied", "postgres-refused", "Add the password to {}."),
     (
-        "no pg_hba.conf entry",
+        "pg_hba.conf",  # has no entry, or rejects
         "postgres-refused",
-        "Let pg_hba.conf admit the role (database and replication), or change {}.",
+        "Let pg_hba.conf admit the role to the database (capture's replication goes by that line too), or change {}.",
     ),
     ("authentication failed", "postgres-refused", "Change user or password in {}."),
     (

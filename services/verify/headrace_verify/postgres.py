@@ -203,7 +203,7 @@ _SERVER = "SELECT system_identifier::text, current_database(), pg_is_in_recovery
 
 
 def _explained(text: str) -> HeadraceError:
-    refused = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password", "permission denied")
+    refused = ("authentication failed", "does not exist", "pg_hba.conf", "no password", "permission denied")
     if any(part in text for part in refused):
         return Misconfigured("postgres-refused", f"Postgres refuses: {text}.", "Change HEADRACE_DSN.")
     return Transient("postgres-away", f"Postgres does not answer: {text}.", "Start it, or change HEADRACE_DSN.")
