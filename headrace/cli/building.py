@@ -108,9 +108,7 @@ def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequ
     if gate is Gate.NONE:
         return
     if not entry_points(group="headrace.commands", name="verify"):
-        raise Misconfigured(
-            "no-verify", "The command `verify` is not installed here.", "Install headrace-verify, or use --gate none."
-        )
+        raise _no_verify(building)
     of_name = {name: ["--consumer", file] for name, file in zip(plugins.load_files(files), files, strict=True)}
     counts = ["--counts"] if gate is Gate.COUNTS else []
     for name, number in building.items():
@@ -134,6 +132,18 @@ def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequ
                     control.ask(name, "refuse", {"generation": number})
                 err.print(f"to build another: headrace drop {name} {number}, then: headrace rebuild {name}")
             raise typer.Exit(code)
+
+
+def _no_verify(building: Mapping[str, int]) -> Misconfigured:
+    """Return what to do where the gate is not installed: without a number `verify` compares what is live, and `promote` takes the newest."""
+    verify = "; ".join(f"headrace verify {name} --generation {number}" for name, number in building.items())
+    which = "".join(f" --generation {number}" for number in building.values()) if len(building) == 1 else ""
+    names = " ".join(building)
+    remedy = (
+        f"Install headrace-verify and run this again. Or where it is: {verify}; then: headrace promote {names}{which}"
+    )
+    unseen = f"Or unseen: headrace rebuild {names} --wait --gate none"
+    return Misconfigured("no-verify", "The command `verify` is not installed here.", f"{remedy}. {unseen}")
 
 
 def _killed(number: int, name: str, generation: int, *, live: bool) -> Transient:

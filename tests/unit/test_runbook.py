@@ -7,6 +7,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from headrace.cli import building
+from headrace.control import Control
+from headrace.errors import Misconfigured
+from headrace.log import Log
+from headrace.settings import Settings
+
 ROOT = Path(__file__).parents[2]
 ERRORS = {"Transient", "Misconfigured", "Poison", "Refused", "Wiped", "HeadraceError"}
 
@@ -81,6 +89,27 @@ def test_no_remedy_captures_every_table() -> None:
     texts = [*_sources(), ROOT / "ops/runbook.md"]
     found = {ran[0] for path in texts for ran in command.finditer(_without_docstrings(path))}
     assert {ran for ran in found if not re.search(r"--table|\{flags\}|…", ran)} == set()
+
+
+def test_what_is_verified_before_it_is_promoted_is_the_build() -> None:
+    """Without a number `verify` compares the live view, and `promote` takes the newest: unseen."""
+    told = r"headrace verify\b(?:(?!\. |\n\n).)*?headrace promote\b[^`]*"
+    texts = [ROOT / "ops/runbook.md", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = [found for path in texts for found in re.findall(told, path.read_text(), re.DOTALL)]
+    assert found
+    assert [each for each in found if each.count("--generation N") < 2] == []
+
+
+@pytest.mark.parametrize(("began", "which"), [({"search": 2}, " --generation 2"), ({"search": 2, "pages": 3}, "")])
+def test_where_the_gate_is_not_installed_the_build_itself_is_named(
+    monkeypatch: pytest.MonkeyPatch, began: dict[str, int], which: str
+) -> None:
+    monkeypatch.setattr(building, "entry_points", lambda **_: [])
+    with pytest.raises(Misconfigured) as caught:
+        building.check(Control(Log(Settings())), began, building.Gate.VERIFY, [], quiet=False)
+    assert caught.value.code == "no-verify"
+    told = [f"headrace verify {name} --generation {number}" for name, number in began.items()]
+    assert f"{'; '.join(told)}; then: headrace promote {' '.join(began)}{which}. Or" in caught.value.remedy
 
 
 def _without_docstrings(path: Path) -> str:
