@@ -209,6 +209,8 @@ _TOO_MUCH = {
         "Set transaction.max.timeout.ms=900000 on the broker, Kafka's own default.",
     ),
 }
+_NEVER = frozenset({"POLICY_VIOLATION", "INVALID_CONFIG", "INVALID_PARTITIONS"})
+"""What a broker says of a topic that it will never make or alter so: its own bounds, or a policy of whoever runs it."""
 
 
 def translate(error: KafkaError, doing: str) -> HeadraceError:
@@ -236,6 +238,12 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
             "kafka-refuses",
             f"Kafka refuses {doing}: {error.str()}.",
             "Change HEADRACE_KAFKA_OPTIONS or the broker's ACLs.",
+        )
+    if name in _NEVER:
+        return Misconfigured(
+            "kafka-refuses",
+            f"Kafka will not have it so while {doing}: {error.str()} ({name}).",
+            "Change the setting that this is about (of max.message.bytes: lower HEADRACE_MESSAGE_MAX_BYTES), or let the broker take it.",
         )
     return Transient(
         "kafka-away",

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from headrace import codec, parked
@@ -65,6 +65,39 @@ class Seen(Feed):
 @pytest.fixture
 def feed(settings: Settings) -> Feed:
     return Seen(settings)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"min_compaction_lag_ms": 2**63}, "min.compaction.lag.ms.*INVALID_CONFIG"),
+        ({"partitions": 10_001}, "POLICY_VIOLATION"),
+    ],
+)
+def test_a_topic_that_the_broker_will_never_make_so_is_not_asked_for_for_ever(
+    settings: Settings, how: dict[str, Any], said: str
+) -> None:
+    """As a managed one refuses what is larger than it allows, in its own words."""
+    with pytest.raises(Misconfigured, match=said) as caught:
+        Log(replace(settings, **how)).ensure_table(ITEMS)
+    assert caught.value.code == "kafka-refuses"
+    assert "lower HEADRACE_MESSAGE_MAX_BYTES" in caught.value.remedy
+    assert Log(settings).topics.names() & {topic_of(settings.source, ITEMS)} == set()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KafkaError.POLICY_VIOLATION, "kafka-refuses"),
+        (KafkaError.INVALID_CONFIG, "kafka-refuses"),
+        (KafkaError.INVALID_PARTITIONS, "kafka-refuses"),
+        (KafkaError.INVALID_REPLICATION_FACTOR, "kafka-away"),  # brokers may yet come
+        (KafkaError.THROTTLING_QUOTA_EXCEEDED, "kafka-away"),
+    ],
+)
+def test_what_may_pass_is_tried_again_and_what_never_will_is_not(error: int, code: str) -> None:
+    told = kafka.translate(KafkaError(error), "making a topic")
+    assert (told.code, isinstance(told, Misconfigured)) == (code, code == "kafka-refuses")
 
 
 def test_a_checkpoint_names_the_ends_of_its_cut(feed: Feed) -> None:
