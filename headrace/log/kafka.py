@@ -6,6 +6,7 @@ nothing to do with the cut that somebody may have left open in the same topic.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections import deque
@@ -52,17 +53,22 @@ def _common(settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def _configuring() -> Iterator[None]:
-    """Turn the refusal of a configuration into ours."""
+def _configuring(settings: Settings) -> Iterator[None]:
+    """Turn the refusal of a configuration into ours. Of a file that it cannot read librdkafka names the property only."""
     try:
         yield
     except KafkaException as error:
+        said = error.args[0].str()
         if error.args[0].name() != "_INVALID_ARG":
             raise translate(error.args[0], "making a client") from error
+        named = {name: str(value) for name, value in kafka_options(settings.kafka_options).items() if name in said}
+        unread = [path for name, path in named.items() if name.endswith(".location") and not os.access(path, os.R_OK)]
         raise Misconfigured(
             "bad-setting",
-            f"Kafka's client refuses HEADRACE_KAFKA_OPTIONS: {error.args[0].str()}.",
-            "Change it: librdkafka's CONFIGURATION.md says what there is.",
+            f"Kafka's client refuses HEADRACE_KAFKA_OPTIONS: {said}.",
+            f"Let it name a file that is there and may be read, as {unread[0]!r} is not (in a container: is it mounted?)."
+            if unread
+            else "Change it: librdkafka's CONFIGURATION.md says what there is.",
         ) from error
 
 
@@ -73,7 +79,7 @@ class Admin(AdminClient):
         """Connect in the background. Raises Misconfigured: `bad-setting`."""
         self._said: deque[KafkaError] = deque(maxlen=100)
         self._as = settings.kafka, settings.kafka_options
-        with _configuring():
+        with _configuring(settings):
             super().__init__(_common(settings) | {"error_cb": self._said.append})
 
     @contextmanager
@@ -109,32 +115,32 @@ def admin(settings: Settings) -> Admin:
     return Admin(settings)
 
 
-@_configuring()
 def consumer(settings: Settings, group: str = "", *, wait_ms: int = 100, committed: bool = True) -> Consumer:
     """Return a reader of `committed` records, or of all, that assigns and never subscribes; `group` may mirror its position [I6].
 
     Where there is nothing new, the broker answers after `wait_ms`.
     """
-    return Consumer(
-        _common(settings)
-        | {
-            "group.id": f"headrace.{settings.source}.{group or 'reader'}",  # librdkafka wants one always
-            "enable.auto.commit": False,
-            "enable.auto.offset.store": False,
-            "enable.partition.eof": True,
-            "isolation.level": "read_committed" if committed else "read_uncommitted",
-            "auto.offset.reset": "error",
-            "fetch.wait.max.ms": wait_ms,
-            # What is fetched is held unpacked, ten times as large, with some hundred bytes for each record more. More in advance
-            # makes no reader of ours faster, as long as librdkafka does not wait for a second whenever this much is there.
-            "fetch.message.max.bytes": 512 * 1024,
-            "queued.max.messages.kbytes": 4 * 1024,
-            "queued.min.messages": 10_000,
-            "fetch.queue.backoff.ms": 20,
-            "check.crcs": True,  # as Java's client does: a bit that fell over on a disk would be another value in each view
-            "receive.message.max.bytes": max(100_000_000, settings.message_max_bytes + 1024 * 1024),
-        }
-    )
+    with _configuring(settings):
+        return Consumer(
+            _common(settings)
+            | {
+                "group.id": f"headrace.{settings.source}.{group or 'reader'}",  # librdkafka wants one always
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "enable.partition.eof": True,
+                "isolation.level": "read_committed" if committed else "read_uncommitted",
+                "auto.offset.reset": "error",
+                "fetch.wait.max.ms": wait_ms,
+                # What is fetched is held unpacked, ten times as large, with some hundred bytes for each record more. More in advance
+                # makes no reader of ours faster, as long as librdkafka does not wait for a second whenever this much is there.
+                "fetch.message.max.bytes": 512 * 1024,
+                "queued.max.messages.kbytes": 4 * 1024,
+                "queued.min.messages": 10_000,
+                "fetch.queue.backoff.ms": 20,
+                "check.crcs": True,  # as Java's client does: a bit that fell over on a disk would be another value in each view
+                "receive.message.max.bytes": max(100_000_000, settings.message_max_bytes + 1024 * 1024),
+            }
+        )
 
 
 def partition_of(key: bytes, partitions: int) -> int:
@@ -150,28 +156,28 @@ def partition_of(key: bytes, partitions: int) -> int:
     return ((hashed ^ hashed >> 15) & 0x7FFFFFFF) % partitions
 
 
-@_configuring()
 def producer(settings: Settings, **more: Any) -> Producer:
     """Return an idempotent writer that places keys as every Java client does."""
-    return Producer(
-        _common(settings)
-        | {
-            "partitioner": "murmur2_random",
-            "enable.idempotence": True,
-            # Of a partition that is not there yet the broker refused a first request and took the second: the first was lost (`lost`).
-            "max.in.flight.requests.per.connection": 1,
-            "acks": "all",
-            "compression.type": "lz4",
-            "linger.ms": 5,
-            "batch.size": 1024 * 1024,
-            # The broker counts the whole batch: leave room for key, headers and framing above the row's own limit.
-            "message.max.bytes": settings.message_max_bytes + 1024 * 1024,
-            "queue.buffering.max.messages": 200_000,
-            # One record must fit, or `produce` says for ever that the queue is full.
-            "queue.buffering.max.kbytes": max(128 * 1024, settings.message_max_bytes // 1024 + 1024),
-        }
-        | more
-    )
+    with _configuring(settings):
+        return Producer(
+            _common(settings)
+            | {
+                "partitioner": "murmur2_random",
+                "enable.idempotence": True,
+                # Of a partition that is not there yet the broker refused a first request and took the second: the first was lost (`lost`).
+                "max.in.flight.requests.per.connection": 1,
+                "acks": "all",
+                "compression.type": "lz4",
+                "linger.ms": 5,
+                "batch.size": 1024 * 1024,
+                # The broker counts the whole batch: leave room for key, headers and framing above the row's own limit.
+                "message.max.bytes": settings.message_max_bytes + 1024 * 1024,
+                "queue.buffering.max.messages": 200_000,
+                # One record must fit, or `produce` says for ever that the queue is full.
+                "queue.buffering.max.kbytes": max(128 * 1024, settings.message_max_bytes // 1024 + 1024),
+            }
+            | more
+        )
 
 
 def lost(message: Message) -> bool:

@@ -159,6 +159,15 @@ def test_options_that_librdkafka_does_not_know_are_refused_by_name(options: str)
         assert caught.value.code == "bad-setting"
 
 
+@pytest.mark.parametrize("named", ["ca", "certificate", "key"])
+def test_a_file_for_kafka_that_is_not_there_is_named(named: str) -> None:
+    settings = Settings(kafka_options=f'{{"security.protocol": "SSL", "ssl.{named}.location": "/no/such.pem"}}')
+    for client in (kafka.admin, kafka.consumer, kafka.producer):
+        with pytest.raises(Misconfigured, match=f"ssl.{named}.location") as caught:
+            client(settings)
+        assert (caught.value.code, "'/no/such.pem'" in caught.value.remedy) == ("bad-setting", True)
+
+
 @pytest.mark.parametrize(
     ("address", "said"), [("https://u:hidden@es:9200", "no/such"), ("http://u:hidden@es:9200", "https")]
 )
