@@ -288,6 +288,34 @@ def test_compose_itself_accepts_the_file(tmp_path: Path) -> None:
     assert "see .env.example" in done.stderr
 
 
+@pytest.mark.parametrize("file", ["docker-compose.yml", "docker-compose.own.yml"])
+def test_a_file_that_is_put_in_as_told_is_in_all_of_our_containers(file: str) -> None:
+    """A list in `x-headrace` gives way to that of a service: volumes there came to no consumer."""
+    told = (ROOT / "docs/operating.md").read_text()
+    found = re.search(r"^ +(x-headrace: &headrace\n) +(.*\n)\n +(secrets:\n) +(ca.pem: .*\n)", told, re.MULTILINE)
+    assert found
+    begins, item, ends, named = found.groups()
+    text = (ROOT / file).read_text().replace(begins, f"{begins}  {item}") + f"\n{ends}  {named}"
+    whole = yaml.safe_load(filled(text))
+    ours = {name: one for name, one in whole["services"].items() if one["image"].startswith("headrace:")}
+    assert {name for name, service in ours.items() if "ca.pem" not in str(service)} == set()
+    assert {secret for service in ours.values() for secret in service["secrets"]} == set(whole["secrets"])
+    assert "/run/secrets/ca.pem" in told
+
+
+def test_a_consumer_beside_a_database_of_ones_own_has_nothing_of_the_one_that_it_extends() -> None:
+    """With the healthcheck of the warehouse it was healthy as long as that was, whatever became of it."""
+    told = (ROOT / "docs/operating.md").read_text()
+    own = re.findall(r"### Your own database\n.*?\n### ", told, re.DOTALL)[0]
+    (example,) = (yaml.safe_load(one) for one in re.findall(r"```yaml\n(.*?)```", told, re.DOTALL))
+    (service,) = example["services"].values()
+    copied = yaml.safe_load(filled((ROOT / "docker-compose.own.yml").read_text()))["services"]["consumer-warehouse"]
+    named = {name for name in copied if "warehouse" in str(copied[name])} - {"environment"}
+    assert named == {"command", "volumes", "healthcheck"} == service.keys() & named
+    assert all(f"`{name}`" in own for name in named)
+    assert "extends: {file: docker-compose.own.yml" in own
+
+
 def test_the_file_for_a_database_of_ones_own_is_whole_and_as_the_other_but_for_the_source() -> None:
     text = (ROOT / "docker-compose.own.yml").read_text()
     own = yaml.safe_load(filled(text))["services"]
