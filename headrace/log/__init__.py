@@ -5,8 +5,9 @@
 """
 
 from headrace.log.feed import FeedReader
+from headrace.log.lag import Lag
 from headrace.log.log import Log
-from headrace.log.reader import Lag, Reader
+from headrace.log.reader import Reader
 from headrace.log.writer import CutWriter
 
 __all__ = ["CutWriter", "FeedReader", "Lag", "Log", "Reader"]

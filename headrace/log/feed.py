@@ -19,7 +19,7 @@ from headrace.change import DELETE, Change, Checkpoint, Position, Source, Versio
 from headrace.consumer import ALL, Batch
 from headrace.errors import Misconfigured, Transient
 from headrace.log.debezium import EPOCH, Decoder
-from headrace.log.reader import Lag
+from headrace.log.lag import Lag
 from headrace.log.refusal import check_age, refused
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, record
 from headrace.log.topics import Ends, table_of, topic_of

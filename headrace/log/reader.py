@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from confluent_kafka import Message
 
@@ -25,6 +25,7 @@ from headrace import codec
 from headrace.change import DELETE, NOWHERE, Change, Checkpoint, Position, TableSchema, Version
 from headrace.consumer import ALL, Batch
 from headrace.errors import HeadraceError, Misconfigured
+from headrace.log.lag import Lag
 from headrace.log.refusal import check_age, check_log, check_state, lacks, refused
 from headrace.log.spine import Spine
 from headrace.log.tail import BEGINNING, Tail, end_of_partition
@@ -40,18 +41,6 @@ BATCH_BYTES = 32 * 1024 * 1024
 _STILL_SECONDS = 60.0
 """How often a view that stands at the newest checkpoint looks whether it lacks nothing, where no other comes."""
 _ORDER = attrgetter("version", "ordinal")
-
-
-class Lag(NamedTuple):
-    """What a generation has not applied, counted to the newest complete checkpoint that its reader has seen (S29).
-
-    `records` counts offsets, so compacted holes count until they are passed; `wal` is bytes of WAL, `seconds` for how long the view
-    has not been up to date: since the state that it shows was written, or since a newer one came that it could have shown.
-    """
-
-    records: int
-    wal: int
-    seconds: float
 
 
 class Reader:
@@ -79,6 +68,8 @@ class Reader:
         self._target: Checkpoint | None = None
         self._behind_since: float | None = None
         self._fed = self._looked = self._now()  # what was written of its tables before the first is read (S19)
+        self._resumed = self._fed if position and not position.loading else 0.0
+        self._old_half = -1
         self._schemas: dict[tuple[str, int], TableSchema] = {}
         self._schemas_end = BEGINNING
         self._kept: dict[Place, deque[Message]] = {}
@@ -175,18 +166,19 @@ class Reader:
 
     def _take_checkpoint(self, message: Message) -> None:
         checkpoint = self._spine.take(message.value(), message.offset() or 0, message.timestamp()[1])
-        if (
-            checkpoint is not None
-            and checkpoint.complete
-            and (self._until is None or checkpoint.version <= self._until)
-        ):
-            before, self._newest = self._newest, checkpoint
-            if checkpoint.version != self.position.version:  # capture writes of its jobs where the view stands, too
-                self._behind_since = self._behind_since or time.time()
-            if before is not None and before.version.epoch != checkpoint.version.epoch:
-                self._check_topics(list(checkpoint.ends))
-                self._check_state(checkpoint)
-            self._add_topics(checkpoint)
+        if checkpoint is None or (self._until is not None and checkpoint.version > self._until):
+            return
+        if not checkpoint.complete:
+            self._note_half(checkpoint)
+            return
+        before, self._newest = self._newest, checkpoint
+        if checkpoint.version != self.position.version:  # capture writes of its jobs where the view stands, too
+            self._behind_since = self._behind_since or time.time()
+        if before is None or before.version.epoch != checkpoint.version.epoch:
+            check_log(self._log.settings, self.position, checkpoint)
+            self._check_topics(list(checkpoint.ends))
+            self._check_state(checkpoint)
+        self._add_topics(checkpoint)
 
     def _check_topics(self, topics: list[str]) -> None:
         """Refuse to go on in topics that a recovery has made anew meanwhile (S2): what was read of them says nothing of what they have."""
@@ -365,7 +357,9 @@ class Reader:
 
     def _check_position(self, newest: Checkpoint | None) -> None:
         check_log(self._log.settings, self.position, newest)
-        if newest is not None and newest.version != self.position.version and lacks(self.position, newest):
+        if newest is None:  # what is there already no state says: the first that comes may be of old records
+            self._fed = self.position.appended / 1000
+        elif newest.version != self.position.version and lacks(self.position, newest):
             self._fed = self.position.appended / 1000
             self._check_age(newest)
 
@@ -374,11 +368,16 @@ class Reader:
         if at != same or self._until is None:  # else it may be amid what came after the state that another shows
             check_state(self.position, newest, () if at in (NOWHERE, same) else self._log.states_since(at))
 
+    def _note_half(self, half: Checkpoint) -> None:
+        """Note half a transaction that was there when the view was opened: by then tombstones in it may have been gone (S19)."""
+        if half.appended / 1000 < self._resumed and lacks(self.position, half):
+            self._fed, self._old_half = min(self._fed, self.position.appended / 1000), half.offset
+
     def _note_fed(self) -> None:
         """Note that a view at the newest checkpoint lacks nothing: while capture is off, no other checkpoint says so."""
         now = self._now()  # not the monotonic clock, which stands still while a machine sleeps
-        at_newest = self._newest is not None and self._newest.version == self.position.version
-        if not at_newest or 0 <= now - max(self._fed, self._looked) < _STILL_SECONDS:
+        newest = self._newest if self._newest and self._newest.version == self.position.version else None
+        if newest is None or newest.offset < self._old_half or 0 <= now - max(self._fed, self._looked) < _STILL_SECONDS:
             return
         self._looked = now
         with suppress(Misconfigured):  # a topic that is gone: what becomes of it is said where it is read

@@ -7,8 +7,7 @@ from contextlib import closing
 
 from headrace.change import Position
 from headrace.consumer import Batch
-from headrace.log import Log
-from headrace.log.reader import Lag
+from headrace.log import Lag, Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.settings import Settings

@@ -725,6 +725,58 @@ def test_a_view_that_stood_still_at_the_head_is_refused_where_tombstones_may_be_
         reader.close()
 
 
+def test_half_a_transaction_that_was_there_when_a_view_was_opened_may_lack_its_tombstones(feed: Feed) -> None:
+    """S19: capture stopped amid it for longer than they stay. A view that read the half when it came lacks nothing."""
+    first = feed.cut((ITEMS, 1, 10), (TAGS, 1, 1))
+    running, tags = feed.log.reader([ITEMS], None), feed.log.reader([TAGS], None)
+    position, of_tags = (drain(reader, first.version)[-1].position.copy() for reader in (running, tags))
+    tags.close()
+    feed.put(ITEMS, 1, None)
+    feed.seal(partial=(first.version.lsn + 5, 1))
+    late = feed.log.reader([ITEMS], replace(position, appended=1))
+    other = feed.log.reader([TAGS], replace(of_tags, appended=1))  # the half has nothing for it
+    for reader in (running, late, other):
+
+        def at_end(reader: Reader = reader) -> bool:
+            return reader.poll(0.1) is None and reader._at_end >= reader._read_to.keys()
+
+        eventually("it has read the half", at_end)
+        reader._looked = 0.0
+        assert reader.poll(0.1) is None  # and may note that nothing follows
+    last = feed.cut((TAGS, 1, 2))
+    assert rows(drain(running, last.version)) == {}
+    assert rows(drain(other, last.version)) == {(TAGS, b'{"id":1}'): 2}
+    with pytest.raises(Refused) as caught:
+        drain(late, last.version)
+    assert caught.value.code == "away-too-long"
+    for reader in (running, late, other):
+        reader.close()
+
+
+def test_a_view_is_held_against_the_first_state_where_there_was_none_when_it_was_opened(feed: Feed) -> None:
+    """The checkpoints were lost, and `resnapshot --recover` writes the first of the new ones."""
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    position = drain(reader, first.version)[-1].position
+    reader.close()
+    spine = checkpoints_topic(feed.log.settings.source)
+    feed.log.topics.delete([spine], wait=True)
+    feed.log.ensure_spine()
+    another = replace(position, source=replace(SOURCE, database="other"))
+    ahead = replace(position, version=Version(1, feed.lsn + 1000))
+    spoiled = [replace(position, appended=1), another, ahead, replace(position, offsets=further(position.offsets))]
+    in_time, *refused = [feed.log.reader([ITEMS], each.copy()) for each in (position, *spoiled)]
+    last = feed.cut((ITEMS, 2, 20))
+    assert rows(drain(in_time, last.version)) == {(ITEMS, b'{"id":2}'): 20}
+    codes = ["away-too-long", "position-of-another-source", "position-ahead", "position-ahead"]
+    for reader, code in zip(refused, codes, strict=True):
+        with pytest.raises(Refused) as caught:
+            drain(reader, last.version)
+        assert caught.value.code == code
+    for reader in (in_time, *refused):
+        reader.close()
+
+
 def test_a_few_records_that_are_old_are_a_state_though_nothing_follows(settings: Settings) -> None:
     """Capture is off, and its last cuts are older than what a compaction leaves alone."""
     feed = Seen(replace(settings, min_compaction_lag_ms=0))
