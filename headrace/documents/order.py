@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from headrace import codec
 from headrace.change import Column, TableSchema
+from headrace.shapes import UNKNOWN_TYPE
 
 _NUMBERS = frozenset({"smallint", "integer", "bigint", "real", "double precision", "numeric"})
 _TIMES = frozenset({"date", "timestamp without time zone", "timestamp with time zone"})
 _LIKE_TEXT = frozenset({
     "text", "character varying", "character", "bpchar", "name", "citext", "time without time zone", "uuid", "macaddr", "macaddr8", "bit",
-    "bit varying",
+    "bit varying", UNKNOWN_TYPE,
 })  # fmt: skip
 ORDERED = _NUMBERS | _TIMES | _LIKE_TEXT | {"boolean", "oid"}
 """Types, as `kind_of` names them, whose values are put in order."""

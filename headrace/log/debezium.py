@@ -5,9 +5,9 @@ Debezium's envelope is the one that capture writes, but for what it lacks: heade
 - the version is the end of the last transaction before the record's (the first of `source.sequence`), which grows with commit
   order as a commit LSN does; where there is none (a snapshot, the first transaction after a start) it is the record's own LSN. Neither may
   fall below what came before in the partition: a feed is in log order, whatever its LSNs say;
-- the shape of a table is what Connect's schema says, or else what the values look like, and a new version when it changes. Versions
-  are the seconds at which they were first seen, so that those of one reader are above those of every reader before it. A delete says
-  nothing of a shape: before the first row it names `UNKNOWN_SCHEMA`;
+- the shape of a table is what Connect's schema says, or else what the values look like, of all the rows so far (`headrace.shapes`), and a
+  new version when it grows. Versions are the seconds at which they were first seen, so that those of one reader are above those of the
+  readers before it, but where a clock was set back. A delete says nothing of a shape: before the first row it names `UNKNOWN_SCHEMA`;
 - values are as the connector writes them; where the schema tells what they are, documents are themselves, and dates, timestamps and
   numbers that are text (isostring, string) have the form of capture's log, in the key too: SQL's order and windows go by it.
 
@@ -29,6 +29,7 @@ import orjson
 from headrace import codec
 from headrace.change import DELETE, READ, UNKNOWN_SCHEMA, Change, Column, Row, TableSchema, Version
 from headrace.errors import Poison
+from headrace.shapes import UNKNOWN_TYPE, check_key, joined
 
 EPOCH: Final = 1
 _TEXT: Final = "__debezium_unavailable_value"
@@ -88,13 +89,14 @@ class Decoder:
         self.commit_ts = self.xid = 0
         self._passed: dict[tuple[str, int], int] = {}
         self._newest: dict[str, TableSchema] = {}
-        self._known: set[tuple[Any, ...]] = set()
+        self._types: dict[str, Types] = {}
 
     def change(self, table: str, partition: int, offset: int, key: bytes, value: bytes | None) -> Change:
         """Decode one record. A tombstone is a delete.
 
         Raises:
             Poison: `undecodable-record`, `debezium-placeholder`, `debezium-truncate`.
+            Misconfigured: `key-changed` (S9).
         """
         try:
             return self._change(table, partition, offset, key, value)
@@ -110,6 +112,8 @@ class Decoder:
         of_key, of_schema = _payload(key)
         of_key = _plain(of_key, of_schema)
         canonical = codec.encode_key(of_key)
+        if table in self._newest:
+            check_key(table, self._newest[table].key, tuple(of_key))
         row, op, read, lsn = None, DELETE, None, 0
         if value is not None:
             envelope, structs = _payload(value)
@@ -138,19 +142,20 @@ class Decoder:
         return lsn
 
     def _learn(self, table: str, key: Row, row: Row, fields: list[Row] | None) -> None:
-        """Make a new version of a table's shape if this row has another one."""
-        seen = (table, *row, *(_declared(fields).values() if fields else map(type, row.values())))
-        if seen in self._known:
-            return
-        self._known.add(seen)
-        before = self._newest.get(table)
-        known = {column.name: column.type for column in before.columns} if before else {}
-        types = _declared(fields) if fields else _looks(row, known)
-        columns = tuple(Column(name, kind, nullable=name not in key) for name, kind in types.items())
-        if before is None or (before.columns, before.key) != (columns, tuple(key)):
+        """Make a new version of a table's shape if this row has more than it: one that has less may be an old one."""
+        known = self._types.get(table, {})
+        seen = (
+            _declared(fields)
+            if fields
+            else {name: _LOOKS.get(type(value), UNKNOWN_TYPE) for name, value in row.items()}
+        )
+        types = known if seen.items() <= known.items() else joined(known, seen)
+        if types != known:
+            before = self._newest.get(table)
             version = max(int(time.time()), before.version + 1 if before else 0)
-            shape = TableSchema(table, version, columns, tuple(key))
-            self._newest[table] = self.schemas[table, version] = shape
+            columns = tuple(Column(name, kind, nullable=name not in key) for name, kind in types.items())
+            self._types[table] = types
+            self._newest[table] = self.schemas[table, version] = TableSchema(table, version, columns, tuple(key))
 
 
 def _payload(text: bytes) -> tuple[Row, list[Row] | None]:
@@ -173,15 +178,6 @@ def _type(field: Row) -> str:
         digits, scale = (int(told.get(f"{_SOURCE}{name}", 0)) for name in ("length", "scale"))
         return f"numeric({digits},{scale})" if 0 < digits <= _MOST_DIGITS >= scale else "numeric"
     return _NAMED.get(field.get("name", ""), _CONNECT.get(field["type"], "text"))
-
-
-def _looks(row: Row, known: Types) -> Types:
-    """Return the columns' types as their values look: a null says nothing, and a whole number nothing against a fraction."""
-    types = {}
-    for name, value in row.items():
-        before, now = known.get(name, "text"), _LOOKS.get(type(value), "")
-        types[name] = before if not now or (before, now) == ("double precision", "bigint") else now
-    return types
 
 
 def _plain(row: Row, fields: list[Row] | None) -> Row:

@@ -8,30 +8,12 @@ import orjson
 import pytest
 
 from headrace.change import UNKNOWN_SCHEMA, Version
-from headrace.errors import Poison
+from headrace.errors import Misconfigured, Poison
 from headrace.log.debezium import Decoder
+from tests.fixtures.envelopes import key, value, with_schema
 
 T = "public.items"
 TEXT = "__debezium_unavailable_value"
-
-
-def value(op: str, row: dict[str, Any] | None, sequence: list[int | None], **source: Any) -> bytes:
-    said = {"connector": "postgresql", "ts_ms": 1795642386484, "snapshot": "false", "txId": 758, "lsn": sequence[1]}
-    written = orjson.dumps([None if lsn is None else str(lsn) for lsn in sequence]).decode()
-    envelope = {"before": None, "after": row, "source": said | {"sequence": written} | source, "op": op, "ts_ms": 1}
-    return orjson.dumps(envelope)
-
-
-def with_schema(payload: bytes, fields: list[dict[str, Any]]) -> bytes:
-    schema = {
-        "type": "struct",
-        "fields": [{"field": name, "type": "struct", "fields": fields} for name in ("before", "after")],
-    }
-    return orjson.dumps({"schema": schema, "payload": orjson.loads(payload)})
-
-
-def key(id_: int) -> bytes:
-    return b'{"id": %d}' % id_
 
 
 def test_records_become_changes_of_a_version_that_grows_with_the_log() -> None:
@@ -76,13 +58,49 @@ def test_a_shape_is_what_the_values_look_like_and_grows_in_versions() -> None:
     ]
     changes = [decoder.change(T, 0, at, key(at), value("c", row, [10, 10])) for at, row in enumerate(rows)]
     shapes = [decoder.schemas[T, change.schema] for change in changes]
-    assert [column.type for column in shapes[0].columns] == ["bigint", "text"]
+    assert [column.type for column in shapes[0].columns] == ["bigint", "unknown"], "a null says nothing"
     assert [column.type for column in shapes[1].columns] == ["bigint", "bigint"]
     assert [column.type for column in shapes[2].columns] == ["bigint", "double precision"]
     assert shapes[3] is shapes[2]
     assert [column.type for column in shapes[4].columns] == ["bigint", "double precision", "jsonb"]
     assert [shape.version for shape in shapes] == sorted(shape.version for shape in shapes)
     assert all(shape.key == ("id",) for shape in shapes)
+
+
+def test_a_shape_only_grows_for_a_row_may_be_of_an_old_one() -> None:
+    """A column goes and comes again; partitions that were written before and after a change are read in turns."""
+    decoder = Decoder(0)
+    narrow = [{"field": "id", "type": "int32"}, {"field": "n", "type": "int32"}]
+    wide = [{"field": "n", "type": "int64"}, {"field": "note", "type": "string"}, {"field": "id", "type": "int32"}]
+    rows = [({"id": 1, "n": 1}, narrow), ({"n": 1 << 40, "note": "x", "id": 2}, wide), ({"id": 3, "n": 3}, narrow)]
+    said = [with_schema(value("c", row, [10, 10]), fields) for row, fields in [*rows, rows[1]]]
+    versions = [decoder.change(T, at % 2, at, key(at), each).schema for at, each in enumerate(said)]
+    assert versions[0] < versions[1] == versions[2] == versions[3]
+    grown = [(column.name, column.type) for column in decoder.schemas[T, versions[3]].columns]
+    assert grown == [("id", "integer"), ("n", "bigint"), ("note", "text")]
+
+
+def test_what_is_kept_of_a_feed_does_not_grow_with_its_rows() -> None:
+    """[I10]: without Connect's schema each row has nulls in other columns."""
+    decoder = Decoder(0)
+
+    def held(rows: range) -> int:
+        for id_ in rows:
+            row = {"id": id_, **{f"c{bit}": "x" if id_ >> bit & 1 else None for bit in range(6)}}
+            decoder.change(T, 0, id_, key(id_), value("c", row, [10, 10]))
+        return sum(len(each) for each in vars(decoder).values() if not isinstance(each, int))
+
+    assert held(range(63, 64)) == held(range(63))
+
+
+@pytest.mark.parametrize("said", [value("u", {"id": 1, "tenant": 5}, [20, 20]), value("d", None, [20, 20]), None])
+def test_s9_a_key_of_other_columns_is_refused(said: bytes | None) -> None:
+    """Rows that were written with the old key would stay for ever."""
+    decoder = Decoder(0)
+    decoder.change(T, 0, 0, key(1), value("c", {"id": 1, "tenant": 5}, [10, 10]))
+    with pytest.raises(Misconfigured, match=r"was id, and is id, tenant") as caught:
+        decoder.change(T, 0, 1, b'{"id":1,"tenant":5}', said)
+    assert (caught.value.code, "new feed" in caught.value.remedy) == ("key-changed", True)
 
 
 def test_a_delete_says_nothing_of_a_shape() -> None:

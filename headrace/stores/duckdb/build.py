@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from headrace.change import UNKNOWN_SCHEMA, Change, TableSchema
 from headrace.errors import Poison
+from headrace.shapes import check_key, grown, types_of
 from headrace.stores.duckdb import catalogue, tables
 from headrace.stores.duckdb.database import first
 from headrace.stores.duckdb.tables import Record, Table
@@ -26,10 +27,11 @@ class Build:
         staged: How many changes wait in staging.
     """
 
-    def __init__(self, cursor: duckdb.DuckDBPyConnection, number: int) -> None:
-        """Read it from the file."""
+    def __init__(self, cursor: duckdb.DuckDBPyConnection, number: int, *, grows: bool) -> None:
+        """Read it from the file. Where its tables only `grows`, any row may be of an older shape than those before it (S28)."""
         self._cursor = cursor
         self._number = number
+        self._grows = grows
         self._staging = f"g{number:d}._staged"
         self.version = catalogue.version_of(cursor, number)
         self.tables: dict[str, Table] = catalogue.tables(cursor, number)
@@ -38,23 +40,27 @@ class Build:
         counted = first(cursor, f"SELECT count(*) FROM {self._staging}")
         self.staged: int = counted[0] if counted else 0
 
-    @classmethod
-    def make(cls, cursor: duckdb.DuckDBPyConnection, number: int, fingerprint: str) -> Build:
+    @staticmethod
+    def make(cursor: duckdb.DuckDBPyConnection, number: int, fingerprint: str) -> None:
         """Make an empty generation."""
         catalogue.make(cursor, number, fingerprint)
         cursor.execute(
             f"CREATE TABLE g{number:d}._staged "
             "(n BIGINT, source VARCHAR, key VARCHAR, version BIGINT, schema INTEGER, body VARCHAR)"
         )
-        return cls(cursor, number)
 
     def learn(self, schemas: dict[tuple[str, int], TableSchema]) -> None:
-        """Take note of table schemas."""
-        for new in schemas.keys() - self._schemas.keys():
-            table = self.tables.get(new[0])
-            if table is not None and tables.is_old(table, schemas[new]):
-                log.warning("%s: columns of domains are text until a rebuild: run headrace rebuild NAME", new[0])
-        self._schemas |= schemas
+        """Take note of table schemas. Raises Misconfigured: `key-changed`."""
+        for name in sorted(schemas):
+            if (new := schemas[name]) == (before := self._schemas.get(name)):
+                continue
+            table = self.tables.get(name[0])
+            if table is not None and self._grows:
+                check_key(name[0], tables.key_columns(self._cursor, table), new.key)
+            elif table is not None and tables.is_old(table, new):
+                log.warning("%s: columns of domains are text until a rebuild: run headrace rebuild NAME", name[0])
+            # Of a feed two readers may have taken one second for the version of two shapes.
+            self._schemas[name] = grown(types_of(before), new) if before and self._grows else new
 
     def apply(self, changes: Iterable[Change]) -> None:
         """Apply changes to the tables, and make the tables that are known but not there yet."""
@@ -67,7 +73,7 @@ class Build:
             if self._has_nothing(source, newest.schema):
                 continue
             table = self._shape(source, newest.schema, newest.key)
-            schema = self._schemas.get((source, table.version))
+            schema = self._schemas.get((source, newest.schema))
             tables.write(self._cursor, table, schema.key if schema else (), list(changed.values()))
         for source, version in sorted(self._schemas, reverse=True):
             if source not in self.tables:
@@ -76,10 +82,8 @@ class Build:
     def stage(self, changes: Sequence[Change]) -> None:
         """Keep changes for later, with the schemas that they name."""
         named = {(change.table, change.schema): change.key.decode() for change in changes}
-        asked = {
-            name: key for name, key in sorted(named.items()) if name not in self._kept and name[1] != UNKNOWN_SCHEMA
-        }
-        new = {name: self._schema(*name, key) for name, key in asked.items()}
+        shapes = {name: self._schema(*name, key) for name, key in sorted(named.items()) if name[1] != UNKNOWN_SCHEMA}
+        new = {name: shape for name, shape in shapes.items() if shape != self._kept.get(name)}
         catalogue.keep_schemas(self._cursor, self._number, list(new.values()))
         self._kept |= new
         if changes:
@@ -91,13 +95,16 @@ class Build:
     def merge(self, progress: Callable[[int, int], None]) -> None:
         """Apply what is staged, table by table, and empty the staging."""
         found = self._cursor.execute(
-            f"SELECT source, max(schema), count(*) FROM {self._staging} GROUP BY source ORDER BY source"
+            f"SELECT source, list_sort(list(DISTINCT schema)), count(*) FROM {self._staging} GROUP BY source ORDER BY source"
         ).fetchall()
         done = 0
-        for source, newest, count in found:
+        for source, versions, count in found:
             progress(done, self.staged)
-            if not self._has_nothing(source, newest):
-                tables.merge(self._cursor, self._shape(source, newest), self._staging)
+            for version in versions if self._grows else versions[-1:]:
+                if not self._has_nothing(source, version):
+                    self._shape(source, version)
+            if source in self.tables:
+                tables.merge(self._cursor, self.tables[source], self._staging)
             done += count
         self._cursor.execute(f"DELETE FROM {self._staging}")
         self.staged = 0
@@ -119,9 +126,14 @@ class Build:
     def _shape(self, source: str, version: int, key: str = "") -> Table:
         """Return a table in the shape of its newest schema so far; `key` is of the row that is in this version."""
         table = self.tables.get(source)
-        if table is not None and table.version >= version:
+        if table is not None and (version == UNKNOWN_SCHEMA or (table.version >= version and not self._grows)):
             return table
         schema = self._schema(source, version, key)
+        if table is not None and self._grows:
+            known = {mapped.column: mapped.postgres for mapped in table.columns}
+            schema = grown(known, schema)
+            if types_of(schema) == known:
+                return table
         if table is None:
             table = tables.create(self._cursor, f"g{self._number:d}", schema, list(self.tables.values()))
             if source != (called := ".".join(table.reader)):

@@ -69,9 +69,10 @@ class DuckDBStore:
                 None,
             )
             if self._turn:
-                self._build = Build(self._cursor, self._number)
+                self._build = self._read()
             else:
-                self._build = Build.make(self._cursor, self._number, generation.fingerprint)
+                Build.make(self._cursor, self._number, generation.fingerprint)
+                self._build = self._read()
         return position
 
     def _keeps(self, table: str) -> bool:
@@ -162,17 +163,20 @@ class DuckDBStore:
             known = build.tables if build.version != NOWHERE else {}
             return {source: tables.count(self._cursor, table) for source, table in known.items()}
 
+    def _read(self) -> Build:
+        return Build(self._cursor, self._number, grows=self.settings.feed == "debezium")
+
     @contextmanager
     def _writing(self) -> Iterator[Build]:
         with self._opened().writing(self._cursor):
-            build, self._build = self._build or Build(self._cursor, self._number), None
+            build, self._build = self._build or self._read(), None
             yield build
         self._build = build  # not after an error: then it is read again
 
     @contextmanager
     def _reading(self) -> Iterator[Build]:
         with self._opened().looking(self._cursor):
-            self._build = self._build or Build(self._cursor, self._number)
+            self._build = self._build or self._read()
             yield self._build
 
     def _opened(self) -> Database:

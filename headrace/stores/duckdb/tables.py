@@ -222,6 +222,12 @@ def count(cursor: duckdb.DuckDBPyConnection, table: Table) -> int:
     return int(found[0][0])
 
 
+def key_columns(cursor: duckdb.DuckDBPyConnection, table: Table) -> tuple[str, ...]:
+    """Return the columns of the key of a row that is there, nothing where none is."""
+    found = cursor.execute(f"SELECT {KEY} FROM {table.path} LIMIT 1").fetchall()
+    return tuple(codec.decode_key(found[0][0].encode())) if found else ()
+
+
 def pick(cursor: duckdb.DuckDBPyConnection, table: Table, keys: Sequence[str]) -> list[ViewRow]:
     """Return those of the rows `keys` that there are, by key, in the log's form."""
     return _select(cursor, table, f"WHERE {KEY} IN (SELECT unnest($1::VARCHAR[]))", [list(keys)])
@@ -276,9 +282,10 @@ def _retype(cursor: duckdb.DuckDBPyConnection, table: Table, mapped: Mapped, col
     if changed.duck != mapped.duck:
         name = quoted(mapped.name)
         old = mapped.kind.raw.format(name)
-        new = changed.kind.parse.format(f"CAST({old} AS VARCHAR)")
-        _forget_exact(cursor, table, mapped)
+        exact = f"json_extract_string({EXACT}, {text(_pointer(mapped.name) + '/0')})"
+        new = changed.kind.parse.format(f"coalesce({exact}, CAST({old} AS VARCHAR))")
         cursor.execute(f"ALTER TABLE {table.path} ALTER COLUMN {name} TYPE {changed.duck} USING {new}")
+        _forget_exact(cursor, table, mapped)
     return changed
 
 
