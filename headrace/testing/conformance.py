@@ -336,7 +336,7 @@ class ConsumerConformance(Parks):
     def test_a_kill_between_every_two_steps_of_a_promotion(self) -> None:
         log = self._two(live=1)
         earlier, number = 1, 2
-        for step in itertools.count(1, self.stride):
+        for step in self._from_opened(number):
             died = dies_before(step, partial(self._promote, number), self.modules)
             assert self._live() in ([earlier], [number]), f"after a kill before step {step}"
             if not died:
@@ -350,7 +350,7 @@ class ConsumerConformance(Parks):
 
     def test_a_kill_between_every_two_steps_of_a_drop(self) -> None:
         log = self._two(live=2)
-        for step in itertools.count(1, self.stride):
+        for step in self._from_opened(1):
             self._catch_up(log)
             self._check(log, "what is left of it is gone on with, or it is made anew")
             died = dies_before(step, partial(self._drop, 1), self.modules)
@@ -369,7 +369,8 @@ class ConsumerConformance(Parks):
 
     def test_what_is_dropped_while_it_is_live_is_live_no_more(self) -> None:
         log = self._log()
-        for step in itertools.count(1, self.stride):
+        self._catch_up(log)
+        for step in self._from_opened(1):
             self._catch_up(log)
             self._promote(1)
             died = dies_before(step, partial(self._drop, 1), self.modules)

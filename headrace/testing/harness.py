@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from headrace.change import Position, Row, TableSchema
 from headrace.consumer import Consumer, Cursor, Generation, ViewRow, no_progress
 from headrace.settings import Settings, load
 from headrace.testing.history import History
-from headrace.testing.steps import Fails
+from headrace.testing.steps import Steps
 
 Shown = list[tuple[str, str, Row]]
 """(collection, key, value) of every row that readers see."""
@@ -122,12 +123,12 @@ class Harness:
 
     @contextmanager
     def _opened(
-        self, number: int = 1, host: str = "", fault: Fails | None = None
+        self, number: int = 1, host: str = "", fault: Steps | None = None
     ) -> Iterator[tuple[Consumer, Position | None]]:
         with closing(self._made(host)) as consumer, fault or nullcontext():
             yield consumer, consumer.open(Generation(self._name, number, "conformance"))
 
-    def _catch_up(self, log: History, fault: Fails | None = None, *, number: int = 1, twice: bool = False) -> None:
+    def _catch_up(self, log: History, fault: Steps | None = None, *, number: int = 1, twice: bool = False) -> None:
         """Open the generation and apply all that it has not, as a process does that was started."""
         with self._opened(number, fault=fault) as (consumer, position):
             for batch in log.batches(position):
@@ -161,18 +162,24 @@ class Harness:
         with self._opened(number) as (consumer, _):
             return shown(consumer)
 
-    def _generations(self, fault: Fails | None = None) -> list[Generation]:
+    def _from_opened(self, number: int) -> Iterator[int]:
+        """Count the steps of what opens a generation and does something with it, from the last of its opening on."""
+        opening = Steps(modules=self.modules)
+        with self._opened(number, fault=opening):
+            return itertools.count(max(opening.count, 1), self.stride)
+
+    def _generations(self, fault: Steps | None = None) -> list[Generation]:
         with closing(self._made()) as consumer, fault or nullcontext():
             return consumer.generations()
 
     def _live(self) -> list[int]:
         return [generation.number for generation in self._generations() if generation.live]
 
-    def _promote(self, number: int, fault: Fails | None = None) -> None:
+    def _promote(self, number: int, fault: Steps | None = None) -> None:
         with self._opened(number, fault=fault) as (consumer, _):
             consumer.promote()
 
-    def _drop(self, number: int, fault: Fails | None = None) -> None:
+    def _drop(self, number: int, fault: Steps | None = None) -> None:
         with self._opened(number, fault=fault) as (consumer, _):
             consumer.drop()
 

@@ -69,7 +69,18 @@ SHOP = {
 
 STREAMED = {PRODUCTS: SHOP[PRODUCTS], CATEGORIES: SHOP[CATEGORIES]}
 STRIDE = 11
-"""tests/faults/test_steps.py kills these before each of their steps."""
+"""tests/faults/test_steps.py kills these before each step of an open and an apply."""
+ALL_STEPS = ("steps_of_a_promotion", "steps_of_a_drop", "promotion_that_fails", "drop_that_fails")
+"""What nothing else kills, nor lets fail."""
+
+
+class Pointed(ConsumerConformance):
+    """Each step of a promotion and of a drop is tried, whatever the stride of the rest."""
+
+    @pytest.fixture(autouse=True)
+    def _each_step(self, request: pytest.FixtureRequest) -> None:
+        if request.function.__name__.endswith(ALL_STEPS):
+            self.stride = 1  # type: ignore[misc]
 
 
 class TestSearch(ConsumerConformance):
@@ -78,13 +89,17 @@ class TestSearch(ConsumerConformance):
     history = SHOP
     lost = "stock"
     stride = STRIDE
+    # test_writing_a_consumer.py has these for this store, at each step.
+    test_a_promotion_keeps_the_earlier_generation = test_what_is_dropped_is_gone_and_nothing_else = None
+    test_a_kill_between_every_two_steps_of_a_promotion = test_every_promotion_that_fails = None
+    test_a_kill_between_every_two_steps_of_a_drop = test_every_drop_that_fails = None
 
     @pytest.fixture
     def settings(self, elasticsearch: Elasticsearch, tmp_path: Path) -> Settings:
         return replace(Settings(), elasticsearch=elasticsearch.address())
 
 
-class TestPages(ConsumerConformance):
+class TestPages(Pointed):
     consumer = Pages
     name = "pages"
     history = SHOP
@@ -96,7 +111,7 @@ class TestPages(ConsumerConformance):
         return replace(Settings(), redis=redis_server.address())
 
 
-class TestWarehouse(ConsumerConformance):
+class TestWarehouse(Pointed):
     consumer = DuckDBStore
     name = "warehouse"
     history = SHOP
@@ -104,6 +119,10 @@ class TestWarehouse(ConsumerConformance):
     test_every_lost_answer = None  # it is a file
     test_every_write_that_does_not_arrive = None  # DuckDB writes it, which Python does not see
     stride = STRIDE
+
+    def test_a_kill_between_every_two_steps_of_a_promotion(self) -> None:
+        self.stride = 3  # it has a hundred
+        super().test_a_kill_between_every_two_steps_of_a_promotion()
 
     @pytest.fixture
     def settings(self, tmp_path: Path) -> Settings:

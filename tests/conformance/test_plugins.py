@@ -14,7 +14,8 @@ from headrace_ops.redis import Redis
 from tests.integration.test_example_plugins import plugin
 
 STRIDE = 11
-"""Their stores are killed oftener elsewhere: before each step in tests/faults/test_steps.py (Redis), before every third in TestStream."""
+"""Their stores are killed oftener elsewhere: Redis before each step in tests/faults/test_steps.py, of promotions and drops in TestPages;
+Kafka before every third in TestStream."""
 
 
 class TestSitemap(ConsumerConformance):
