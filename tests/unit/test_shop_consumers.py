@@ -119,6 +119,25 @@ def test_a_template_with_an_error_is_named_with_its_line(tmp_path: Path, line: s
     assert said in error.value.message
 
 
+def test_templates_that_are_saved_meanwhile_change_no_page(tmp_path: Path) -> None:
+    """A template extends and imports others, which nothing has rendered yet."""
+    folder = shutil.copytree(TEMPLATES, tmp_path / "templates")
+    before, after = (Pages(replace(SETTINGS, templates=str(folder)), "pages") for _ in range(2))
+    wanted = before.render(_film())
+    for name in ("base.html", "product.html", "stars.html"):
+        (folder / name).write_text("other")
+    assert before.render(_film()) == after.render(_film()) == wanted
+
+
+def test_a_template_is_found_by_each_name_that_jinja_takes(tmp_path: Path) -> None:
+    folder = shutil.copytree(TEMPLATES, tmp_path / "templates")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "end.html").write_text("the end")
+    (folder / "product.html").write_text("{% include './parts/end.html' %}, {% include '/parts/end.html' %}")
+    pages = Pages(replace(SETTINGS, templates=str(folder)), "pages")
+    assert pages.render(_film())["html"] == "the end, the end"
+
+
 def test_a_missing_folder_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(Misconfigured, match="HEADRACE_TEMPLATES"):
         Pages(replace(SETTINGS, templates=str(tmp_path / "none")), "pages")

@@ -40,16 +40,17 @@ class Pages(DocumentConsumer):
         """Read the templates. Raises Misconfigured: `template-error`, `template-missing`."""
         super().__init__(settings, name)
         self._folder = Path(settings.templates)
+        # All of them now: what Jinja read as it renders could be newer than what the runner has found unchanged.
+        self._texts = {path.relative_to(self._folder): path.read_bytes() for path in _files(self._folder)}
         self._environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(self._folder), autoescape=True, undefined=jinja2.StrictUndefined
+            loader=jinja2.FunctionLoader(self._text), autoescape=True, undefined=jinja2.StrictUndefined
         )
         self._templates = {table: self._read(f"{one}.html") for table, one in _PAGE_OF.items()}
 
     @staticmethod
     def fingerprint_files() -> list[Path]:
         """Return the templates, without what an editor leaves beside them."""
-        found = Path(all_settings.load().templates).rglob("*")
-        return [path for path in found if path.is_file() and path.name[0] not in ".#" and path.name[-1] != "~"]
+        return _files(Path(all_settings.load().templates))
 
     def id(self, table: str, key: Row) -> str:
         """Return the page's address in the shop."""
@@ -63,6 +64,10 @@ class Pages(DocumentConsumer):
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise self._broken(error) from error
         return {"html": html, "etag": f'"{hashlib.sha256(html.encode()).hexdigest()[:20]}"'}
+
+    def _text(self, name: str) -> tuple[str, str, None] | None:
+        path = Path(name.lstrip("/"))
+        return (self._texts[path].decode(), str(self._folder / path), None) if path in self._texts else None
 
     def _read(self, name: str) -> jinja2.Template:
         try:
@@ -81,11 +86,18 @@ class Pages(DocumentConsumer):
         if isinstance(error, jinja2.TemplateSyntaxError):
             place = f"{error.filename}:{error.lineno}"
         return Misconfigured(
-            "template-error", f"{place}: {error}.", f"Mend the template, then: headrace rebuild {self.name}"
+            "template-error",
+            f"{place}: {error}.",
+            f"Mend the template, start its process again, then: headrace rebuild {self.name}",
         )
 
 
 _PAGE_OF = {"public.products": "product", "public.categories": "category"}
+
+
+def _files(folder: Path) -> list[Path]:
+    found = folder.rglob("*")
+    return [path for path in found if path.is_file() and path.name[0] not in ".#" and path.name[-1] != "~"]
 
 
 def _product(row: Node) -> dict[str, Any]:
