@@ -74,6 +74,16 @@ def check_server(log: Source, system_id: str, database: str) -> None:
         )
 
 
+def check_code(name: str, runs: str, here: str) -> None:
+    """Refuse to compare a view by code of another fingerprint than that which its process runs."""
+    if runs != here:
+        said = f"The process of {name} runs other code than is here."
+        start = f"If that was changed since, start that process again, then: headrace rebuild {name} --wait"
+        raise Misconfigured(
+            "other-code", said, f"{start}. Else run this where its code is, in its container for example."
+        )
+
+
 def check_whole(report: Report) -> None:
     """Refuse a view that has stopped, with its reason, and one that cannot equal Postgres because records are parked."""
     if parked := report.facts.get("parked"):

@@ -17,10 +17,10 @@ from headrace.consumer import Consumer, Generation, no_progress
 from headrace.control import Control
 from headrace.effects import EffectConsumer, lost
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
-from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.parked import Shelf
 from headrace.runner.another import check_not_of_another
+from headrace.runner.code import Code
 from headrace.runner.parking import Lacking
 from headrace.runner.worker import Worker
 
@@ -35,6 +35,7 @@ class Generations:
     """What one process has of a view.
 
     Attributes:
+        code: What this process has of it.
         workers: By number; all that the store holds, and those that are being begun.
         standing: What somebody asked the view to stay: PAUSED or DROPPED, until asked otherwise; else empty. It is a record of
             control, so that it outlives this process.
@@ -49,7 +50,8 @@ class Generations:
         self.name = name
         self.workers: dict[int, Worker] = {}
         self.standing = ""
-        self.make: Callable[[], Consumer] = lambda: _made(consumer, log, name)
+        self.code = Code(consumer, log.settings, name)
+        self.make = self.code.make
         self.none = Generation(name, 0, "")
         self.reads: list[str] = []
         self._consumer = consumer
@@ -66,18 +68,14 @@ class Generations:
         self.unpromoted: dict[int, HeadraceError] = {}
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Return that of this process's code; a plugin may raise anything."""
-        return fingerprint(self._consumer)
-
-    @cached_property
     def _store(self) -> Consumer:
         """Return one that serves nothing and is asked what there is; a plugin may raise anything."""
         return self.make()
 
     def look(self) -> None:
         """Look at the store, and begin what is missing: the first build too, unless the view is to stay dropped."""
-        self.none = Generation(self.name, 0, self.fingerprint)  # taken of the code as it was loaded, whatever is away
+        taken = self.code.fingerprint  # of the code as it was loaded, whatever is away
+        self.none = Generation(self.name, 0, taken)
         if not self._remembers:
             kept, shown = self._control.kept(self.name, _STANDING, _SHOWN, committed=False)
             self.standing = kept.get("", {}).get("phase", "")
@@ -120,7 +118,7 @@ class Generations:
         """Begin what the store holds and nothing serves, the first build when there is none."""
         if not held and not self.workers:
             number = self.next()
-            held = {number: Generation(self.name, number, self.fingerprint)}
+            held = {number: Generation(self.name, number, self.code.fingerprint)}
         for number in [each for each, worker in self.workers.items() if each not in held and not worker.is_alive()]:
             self.forget(number)  # who asked for the drop did not wait for so long
         for number, generation in held.items():
@@ -315,7 +313,8 @@ class Generations:
 
     def begin(self, generation: Generation) -> Worker:
         """Serve a generation; one of other code stays still."""
-        worker = Worker(self._log, self.make, generation, still=generation.fingerprint != self.fingerprint)
+        still = generation.fingerprint != self.code.fingerprint
+        worker = Worker(self._log, self.make if still else self.code.make_same, generation, still=still)
         worker.paused = self.standing == PAUSED
         # A live one may have been killed before that was kept.
         worker.shown = generation.live or self.was_shown(generation.number)
@@ -386,9 +385,3 @@ class Generations:
             raise Transient(
                 "worker-busy", f"{worker.name} is busy ({worker.state.phase}).", "Try again; see headrace status"
             ) from error
-
-
-def _made(consumer: type[Consumer], log: Log, name: str) -> Consumer:
-    made = consumer(log.settings, name)
-    made.progress = no_progress
-    return made

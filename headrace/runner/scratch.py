@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from headrace.change import Version
-from headrace.consumer import SCRATCH, Consumer, Cursor, Generation, ViewRow, no_progress
+from headrace.consumer import SCRATCH, Consumer, Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Transient
-from headrace.fingerprint import fingerprint
 from headrace.log import Log
+from headrace.runner.code import Code
 from headrace.runner.worker import State, Worker
 
 NUMBER = 1_000_000
@@ -40,8 +40,8 @@ class Scratch:
             parked_limit=0,  # what the new code cannot do is the answer
         )
         self._log = Log(settings)
-        self._consumer = consumer
-        self._generation = Generation(self.name, NUMBER, fingerprint(consumer))
+        self._code = Code(consumer, settings, self.name)
+        self._generation = Generation(self.name, NUMBER, self._code.fingerprint)
         self._worker: Worker | None = None
 
     def build(self, told: Callable[[State], None]) -> Version:
@@ -90,7 +90,7 @@ class Scratch:
     def drop(self) -> None:
         """Remove it, and what an earlier one of its name left behind."""
         self._end()
-        consumer = self._made()
+        consumer = self._code.make()
         try:
             for generation in consumer.generations():
                 if generation.number == NUMBER:
@@ -104,7 +104,7 @@ class Scratch:
         return list(self._worker.call(lambda consumer: consumer.scan(after, _PAGE)).result(_CALL_SECONDS))
 
     def _begin(self, until: Version | None) -> Worker:
-        self._worker = Worker(self._log, self._made, self._generation, until=until)
+        self._worker = Worker(self._log, self._code.make_same, self._generation, until=until)
         self._worker.start()
         return self._worker
 
@@ -113,11 +113,6 @@ class Scratch:
             self._worker.stop()
             self._worker.join(_CALL_SECONDS)
             self._worker = None
-
-    def _made(self) -> Consumer:
-        made = self._consumer(self._log.settings, self.name)
-        made.progress = no_progress
-        return made
 
 
 def _check(worker: Worker) -> None:

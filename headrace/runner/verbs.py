@@ -57,12 +57,13 @@ class Verbs:
 
     # Building
 
-    def _rebuild(self, _request: Request) -> Answer:
+    def _rebuild(self, request: Request) -> Answer:
         """Begin the next generation, or go on with the one that is being built, also when it has stopped.
 
         One that may not go on, because its position makes no sense, is left as it is; so is one that readers saw before a rollback.
         """
         made = self._generations
+        made.code.check(request.args.get("fingerprint"))
         if made.standing == PAUSED:
             raise Misconfigured("view-paused", f"{self._name} is paused.", f"Run: headrace resume {self._name}")
         if made.standing == DROPPED:
@@ -75,7 +76,7 @@ class Verbs:
         seen = live is not None and (newest < live.generation.number or made.was_shown(newest))
         seen = seen or made.left_for(newest) is not None
         if building is None or building is live or building.still or seen:
-            building = made.begin(Generation(self._name, made.next(), made.fingerprint))
+            building = made.begin(Generation(self._name, made.next(), made.code.fingerprint))
         elif building.state.phase == "stopped":
             refused = isinstance(building.state.error, Refused)
             if not refused:  # one that is answers yet

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -561,6 +563,54 @@ def test_new_code_leaves_the_live_view_readable_and_still(
         control.ask("plain", "rollback")
     control.ask("plain", "rollback", {"stale": True})
     assert [g.live for g in view.generations()] == [True, False]
+
+
+class Times(Plain):
+    """Multiplies by what a file of its fingerprint says when it is made."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        super().__init__(settings, name)
+        self._times = int(self.file.read_text())
+
+    file: ClassVar[Path]
+
+    @classmethod
+    def fingerprint_files(cls) -> list[Path]:
+        return [cls.file]
+
+    def apply(self, batch: Batch) -> None:
+        rows = ({**change.row, "n": change.row["n"] * self._times} for change in batch.changes if change.row)
+        pairs = zip(batch.changes, rows, strict=True)
+        super().apply(replace(batch, changes=[change._replace(row=row) for change, row in pairs]))
+
+
+@pytest.mark.parametrize("saved", ["2", "", None])
+def test_a_view_that_comes_back_does_not_go_on_with_a_file_that_was_saved_meanwhile(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, saved: str | None
+) -> None:
+    """Also with one that is half written, or gone, which its plugin cannot read."""
+    Times.file = settings.path("times")
+    Times.file.write_text("1")
+    view = Plain(settings, "times")
+    feed.cut((ITEMS, 1, 10))
+    served = serve(Times, "times")
+    served.await_phase(1, "live")
+    Times.file.unlink() if saved is None else Times.file.write_text(saved)
+    monkeypatch.setattr(Plain, "away", True)
+    feed.cut((ITEMS, 2, 20))
+    served.await_phase(1, "waiting")
+    monkeypatch.setattr(Plain, "away", False)
+    report = served.await_phase(1, "stopped")
+    assert (report.code, report.remedy) == ("other-code", "Start its process again.")
+    wait_for(lambda: not served.alive)
+    assert view.rows() == {'{"id":1}': 10}
+    Times.file.write_text("2")
+    served = serve(Times, "times")
+    served.await_phase(1, "stale")
+    served.control.ask("times", "rebuild")
+    served.await_phase(2, "following")
+    served.control.ask("times", "promote")
+    assert view.rows() == {'{"id":1}': 20, '{"id":2}': 40}
 
 
 def feed_position(feed: Feed) -> Position:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headrace.fingerprint import fingerprint
+from headrace.fingerprint import files_print, fingerprint
 
 FILES = {
     "__init__.py": """
@@ -51,6 +51,20 @@ def test_it_covers_the_class_and_what_it_imports_of_its_own_package(package: Pat
     assert fingerprint(view()) == before
     (package / changed).write_text(FILES[changed] + "# another\n")
     assert fingerprint(view()) != before
+
+
+def test_files_that_it_names_have_a_print_of_their_own(package: Path) -> None:
+    """Python has read the modules, and does not read them again."""
+    words = package / "words.txt"
+    words.write_text("one")
+    view().fingerprint_files = staticmethod(lambda: [words])
+    before = fingerprint(view()), files_print(view())
+    (package / "late.py").write_text(FILES["late.py"] + "# another\n")
+    between = fingerprint(view()), files_print(view())
+    words.write_text("two")
+    after = fingerprint(view()), files_print(view())
+    assert len({before[0], between[0], after[0]}) == 3
+    assert before[1] == between[1] != after[1]
 
 
 def test_another_class_of_the_same_file_is_other_code(package: Path) -> None:
