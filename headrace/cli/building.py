@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from importlib.metadata import entry_points
+from typing import NamedTuple
 
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from headrace import plugins
 from headrace.cli.show import Telling, err, out, seconds
+from headrace.consumer import Consumer
 from headrace.control import DEAD_SECONDS, Control, Report
 from headrace.effects import EffectConsumer
 from headrace.errors import CHECK_FAILED, HeadraceError, Misconfigured, Transient
@@ -99,26 +101,45 @@ def _ready(report: Report) -> bool:
     return report.phase in {"following", "live"}
 
 
-def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequence[str], *, quiet: bool) -> None:
-    """Have each generation compared with Postgres; exit when one differs, or when that could not be found out.
+class Here(NamedTuple):
+    """A consumer as it is where this command runs: its class, and the options by which another command finds that."""
+
+    made: type[Consumer]
+    options: list[str]
+
+
+def here(names: Sequence[str], gate: Gate, files: Sequence[str]) -> dict[str, Here]:
+    """Return what the gate asks, by name; none for one that asks nothing. What it lacks is told before the hours that a build may take.
 
     Raises:
-        Misconfigured: `no-verify`; Transient: `verify-killed`.
+        Misconfigured: `no-verify`, `unknown-consumer`, `broken-consumer`, `consumer-twice`.
     """
     if gate is Gate.NONE:
-        return
+        return {}
     if not entry_points(group="headrace.commands", name="verify"):
-        raise _no_verify(building)
-    of_name = {name: ["--consumer", file] for name, file in zip(plugins.load_files(files), files, strict=True)}
-    counts = ["--counts"] if gate is Gate.COUNTS else []
-    for name, number in building.items():
-        if _has_effects(name, of_name.get(name, [])):
+        raise _no_verify(names)
+    loaded = zip(plugins.load_files(files).items(), files, strict=True)
+    found = {name: Here(made, ["--consumer", file]) for (name, made), file in loaded}
+    return {name: found.get(name) or Here(plugins.load(name), []) for name in names}
+
+
+def check(
+    control: Control, building: Mapping[str, int], asked: Mapping[str, Here], *, counts: bool, quiet: bool
+) -> None:
+    """Have each generation that is asked about compared with Postgres; exit when one differs, or when that could not be found out.
+
+    Raises:
+        Transient: `verify-killed`.
+    """
+    for name, (made, options) in asked.items():
+        number = building[name]
+        if issubclass(made, EffectConsumer):
             err.print(f"[yellow]not compared[/yellow] {name}: it has effects and keeps no view")
             continue
         command = [sys.executable, "-m", "headrace", "verify", name, "--generation", str(number)]
         # Its table is for people: with --json this command's stdout is one document.
         code = subprocess.run(
-            [*command, *counts, *of_name.get(name, [])], check=False, stdout=sys.stderr if quiet else None
+            [*command, *(["--counts"] if counts else []), *options], check=False, stdout=sys.stderr if quiet else None
         ).returncode
         if code < 0:
             raise _killed(-code, name, number, live=_is_live(control, name, number))
@@ -134,16 +155,17 @@ def check(control: Control, building: Mapping[str, int], gate: Gate, files: Sequ
             raise typer.Exit(code)
 
 
-def _no_verify(building: Mapping[str, int]) -> Misconfigured:
+def _no_verify(names: Sequence[str]) -> Misconfigured:
     """Return what to do where the gate is not installed: without a number `verify` compares what is live, and `promote` takes the newest."""
-    verify = "; ".join(f"headrace verify {name} --generation {number}" for name, number in building.items())
-    which = "".join(f" --generation {number}" for number in building.values()) if len(building) == 1 else ""
-    names = " ".join(building)
-    remedy = (
-        f"Install headrace-verify and run this again. Or where it is: {verify}; then: headrace promote {names}{which}"
+    all_of = " ".join(names)
+    which = " --generation N" if len(names) == 1 else ""
+    verify = "; ".join(f"headrace verify {name} --generation N" for name in names)
+    return Misconfigured(
+        "no-verify",
+        "The command `verify` is not installed here.",
+        f"Install headrace-verify and run this again. Or: headrace rebuild {all_of}, which says the number N; where verify is "
+        f"installed: {verify}; then: headrace promote {all_of}{which}. Or unseen: headrace rebuild {all_of} --wait --gate none",
     )
-    unseen = f"Or unseen: headrace rebuild {names} --wait --gate none"
-    return Misconfigured("no-verify", "The command `verify` is not installed here.", f"{remedy}. {unseen}")
 
 
 def _killed(number: int, name: str, generation: int, *, live: bool) -> Transient:
@@ -159,10 +181,3 @@ def _killed(number: int, name: str, generation: int, *, live: bool) -> Transient
 def _is_live(control: Control, name: str, number: int) -> bool:
     """Whether readers see a build before it is promoted: where no generation is live, the first state becomes so by itself."""
     return any(report.generation == number and report.live for report in control.reports().get(name, []))
-
-
-def _has_effects(name: str, file: Sequence[str]) -> bool:
-    """Whether a consumer keeps nothing that could be compared; one that is not here is asked no further."""
-    if not file and name not in plugins.installed():
-        return False
-    return issubclass(plugins.load_file(file[-1])[1] if file else plugins.load(name), EffectConsumer)

@@ -18,8 +18,10 @@ from headrace.errors import HeadraceError
 _SECONDS = 120.0
 
 
-def rebuild(control: Control, names: Sequence[str]) -> dict[str, int]:
+def rebuild(control: Control, names: Sequence[str], prints: Mapping[str, str]) -> dict[str, int]:
     """Begin a build of each view, of none where nobody runs one of them; return the generations, by name.
+
+    Its process refuses it where that runs code of another fingerprint than that in `prints`, by name.
 
     Raises:
         HeadraceError: what a runner refuses it with; it says which builds have begun.
@@ -29,7 +31,8 @@ def rebuild(control: Control, names: Sequence[str]) -> dict[str, int]:
     began: dict[str, int] = {}
     try:
         for name in names:
-            began[name] = int(control.ask(name, "rebuild")["generation"])
+            args = {"fingerprint": prints[name]} if name in prints else {}
+            began[name] = int(control.ask(name, "rebuild", args)["generation"])
     except HeadraceError as error:
         said = [f"Generation {number} of {name} is being built." for name, number in began.items()]
         raise type(error)(error.code, " ".join([error.message, *said]), error.remedy) from error

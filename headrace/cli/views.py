@@ -11,6 +11,7 @@ from headrace.cli.building import Gate
 from headrace.cli.show import out, print_json
 from headrace.control import Control
 from headrace.errors import USAGE
+from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.settings import load
 
@@ -48,6 +49,9 @@ def rebuild(
     goes on with the generation that is being built, never with one that readers have seen; on a host where the view's local rows are
     lost, these are loaded again first.
 
+    With --wait the gate expects what the code of the views makes of Postgres: that has to be here (see --consumer), and to be what their
+    processes run, or nothing is built; not so with --gate none.
+
     With --wait and several views they are promoted at the same LSN, one after the other: all live ones stop, all new ones reach where the
     furthest of them stopped, and each store's pointer moves. That is not atomic over all stores: for a moment some views are new and some
     old, at the same LSN. If one cannot be promoted the error says where each stands, and none stays stopped.
@@ -72,7 +76,9 @@ def rebuild(
     if wait and (gate is not Gate.NONE or len(names) > 1):
         log.require_checkpoints()
     control = Control(log)
-    began = together.rebuild(control, names)
+    here = building.here(names, gate, consumer or []) if wait else {}
+    prints = {name: fingerprint(each.made) for name, each in here.items()}
+    began = together.rebuild(control, names, prints)
     if not wait:
         lines = [
             f"building generation {number} of {name}; then: headrace promote {name}" for name, number in began.items()
@@ -80,7 +86,7 @@ def rebuild(
         _say(json, [{"name": name, "generation": number} for name, number in began.items()], lines)
         return
     building.wait(control, began, quiet=json)
-    building.check(control, began, gate, consumer or [], quiet=json)
+    building.check(control, began, here, counts=gate is Gate.COUNTS, quiet=json)
     _promoted(json, together.promote(control, began))
 
 

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
-from headrace.consumer import Consumer, Generation, no_progress
+from headrace.consumer import Consumer, Generation
 from headrace.control import Control
 from headrace.effects import EffectConsumer, lost
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours

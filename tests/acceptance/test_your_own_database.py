@@ -81,11 +81,9 @@ def test_a_warehouse_and_a_search_plugin_of_one_file(library: System, elasticsea
     assert sorted(name for (name,) in tables) == ["authors", "books", "loans"], "what was not named is not captured"
     ended = library.ask("rebuild", "books", "--wait")
     assert ended.code == 3, "a consumer of a file is known to who names the file"
-    assert "could not be compared" in ended.err
     assert "give this command its file: --consumer" in ended.err
     assert "headrace run" not in ended.err, "it runs; a second one would take the view from it"
-    assert "differs" not in ended.err + ended.out
-    assert live_generation(library) == 1
+    assert [report.generation for report in library.control.reports()["books"]] == [1], "nothing was begun"
     built = orjson.loads(library.run("rebuild", "books", "--wait", "--consumer", spec, "--json"))
     assert built["generation"] == live_generation(library) == 2
     ended = library.ask("verify")

@@ -20,7 +20,7 @@ import orjson
 import pytest
 from typer.testing import CliRunner, Result
 
-from headrace import codec
+from headrace import codec, plugins
 from headrace.change import NOWHERE, Change, Position, Version
 from headrace.cli import app, together
 from headrace.consumer import Batch, Generation
@@ -42,7 +42,7 @@ from headrace_warehouse import Warehouse
 from tests.fixtures import ticks
 from tests.fixtures.capture import capturing, eventually, prepare
 from tests.fixtures.feed import ITEMS, Feed, writing
-from tests.fixtures.plain import Doubled, Lacks, Loses, Plain
+from tests.fixtures.plain import Doubled, Loses, Plain
 from tests.fixtures.serving import await_live, serving
 
 KEY = '{"id":1}'
@@ -1047,6 +1047,48 @@ def test_a_build_that_differs_is_refused_and_stays_beside_the_live_one(settings:
         eventually("it is live", lambda: control.running("plain")[-1].live)
 
 
+def test_nothing_is_built_where_the_gate_could_not_ask_the_code_that_runs(
+    feed: Feed, settings: Settings, tmp_path: Path
+) -> None:
+    """It would be found out after the build, which may take hours."""
+    feed.cut((ITEMS, 1, 1))
+    newer = tmp_path / "newer.py"
+    newer.write_text(PLAIN.read_text() + "# other code\n")
+    specs = {"other-code": (f"{newer}:Plain",), "unknown-consumer": (f"{newer.parent}/none.py:Plain",)}
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        for code, spec in (*specs.items(), ("unknown-consumer", ())):
+            options = [word for each in spec for word in ("--consumer", each)]
+            refused = command(settings, "rebuild", "plain", "--wait", *options).exception
+            assert isinstance(refused, Misconfigured)
+            assert refused.code == code
+            if code == "other-code":
+                assert "start that process again, then: headrace rebuild plain --wait" in refused.remedy
+        assert [generation.number for generation in Plain(settings, "plain").generations()] == [1]
+
+
+def test_nothing_is_built_by_code_that_was_changed_since(feed: Feed, settings: Settings, tmp_path: Path) -> None:
+    """It would be what runs, again and again; started anew the process has the new one."""
+    feed.cut((ITEMS, 1, 1))
+    file = tmp_path / "view.py"
+    file.write_text(PLAIN.read_text())
+    view = Plain(settings, "plain")
+    with serving(settings, plain=plugins.load_file(f"{file}:Plain")[1]) as control:
+        await_live(control, "plain")
+        for saved in ("# other code\n", "half a line("):
+            file.write_text(PLAIN.read_text() + saved)
+            with pytest.raises(Misconfigured, match="changed after its process had been started") as refused:
+                control.ask("plain", "rebuild")
+            assert refused.value.code == "other-code"
+            assert "Start that again, then: headrace rebuild plain" in refused.value.remedy
+        assert [generation.number for generation in view.generations()] == [1]
+    file.write_text(PLAIN.read_text() + "# other code\n")
+    with serving(settings, plain=plugins.load_file(f"{file}:Plain")[1]) as control:
+        await_phase(control, "plain", 1, "stale")
+        assert command(settings, "rebuild", "plain", "--wait", "--gate", "none").exit_code == 0
+        assert live_of(settings) == [2]
+
+
 def test_neither_what_a_gate_refused_nor_what_was_rolled_back_from_goes_live_by_itself(
     feed: Feed, settings: Settings
 ) -> None:
@@ -1081,16 +1123,18 @@ def test_a_first_build_that_differs_is_said_to_be_live_already(settings: Setting
     So it is said of one that could not be compared, because verify was killed.
     """
     dies = tmp_path / "dies.py"
-    dies.write_text(f"{PLAIN.read_text()}\nimport os, sys\nif 'verify' in sys.argv: os.kill(os.getpid(), 9)\n")
+    killed = "import os, sys\nif 'verify' in sys.argv and os.path.exists(__file__ + '.dies'): os.kill(os.getpid(), 9)\n"
+    dies.write_text(f"{PLAIN.read_text()}\n{killed}")
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, n int)", "INSERT INTO items VALUES (1, 1), (2, 2)")
     view = Plain(settings, "plain")
-    with captured(settings, plain=Lacks) as control:
+    with captured(settings, plain=plugins.load_file(f"{dies}:Lacks")[1]) as control:
         control.ask("plain", "drop", {"all": True})
-        ended = headrace(settings, "rebuild", "plain", "--wait", "--consumer", f"{PLAIN}:Lacks")
+        ended = headrace(settings, "rebuild", "plain", "--wait", "--consumer", f"{dies}:Lacks")
         assert ended.returncode == 1, ended.stdout + ended.stderr
         assert "generation 1 of plain differs from Postgres; it is live already, for no other was" in ended.stderr
         assert "nothing was promoted" not in ended.stderr
         assert [generation.live for generation in view.generations()] == [True]
+        dies.with_suffix(".py.dies").touch()
         ended = headrace(settings, "rebuild", "plain", "--wait", "--consumer", f"{dies}:Lacks")
         assert (ended.returncode, "killed by signal 9. Nothing was promoted" in ended.stderr) == (5, True), ended.stderr
         assert [generation.live for generation in view.generations()] == [True, False]

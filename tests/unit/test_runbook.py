@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 
 from headrace.cli import building
-from headrace.control import Control
 from headrace.errors import Misconfigured
-from headrace.log import Log
-from headrace.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 ERRORS = {"Transient", "Misconfigured", "Poison", "Refused", "Wiped", "HeadraceError"}
@@ -100,16 +97,16 @@ def test_what_is_verified_before_it_is_promoted_is_the_build() -> None:
     assert [each for each in found if each.count("--generation N") < 2] == []
 
 
-@pytest.mark.parametrize(("began", "which"), [({"search": 2}, " --generation 2"), ({"search": 2, "pages": 3}, "")])
+@pytest.mark.parametrize(("names", "which"), [(["search"], " --generation N"), (["search", "pages"], "")])
 def test_where_the_gate_is_not_installed_the_build_itself_is_named(
-    monkeypatch: pytest.MonkeyPatch, began: dict[str, int], which: str
+    monkeypatch: pytest.MonkeyPatch, names: list[str], which: str
 ) -> None:
     monkeypatch.setattr(building, "entry_points", lambda **_: [])
     with pytest.raises(Misconfigured) as caught:
-        building.check(Control(Log(Settings())), began, building.Gate.VERIFY, [], quiet=False)
+        building.here(names, building.Gate.VERIFY, [])
     assert caught.value.code == "no-verify"
-    told = [f"headrace verify {name} --generation {number}" for name, number in began.items()]
-    assert f"{'; '.join(told)}; then: headrace promote {' '.join(began)}{which}. Or" in caught.value.remedy
+    told = [f"headrace verify {name} --generation N" for name in names]
+    assert f"{'; '.join(told)}; then: headrace promote {' '.join(names)}{which}. Or" in caught.value.remedy
 
 
 def _without_docstrings(path: Path) -> str:

@@ -29,7 +29,7 @@ from headrace.control import Control, Report
 from headrace.errors import Misconfigured, Transient
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
-from headrace.waiting import check_whole, reached
+from headrace.waiting import check_code, check_whole, reached
 from headrace_verify.counts import Counted, drift
 from headrace_verify.deciding import Deciding, Progress
 from headrace_verify.excuses import Take, excuse
@@ -96,8 +96,9 @@ class Verifier:
             generation: Which one of each; the live one when None.
 
         Raises:
-            Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `nothing-captured`, `records-parked`,
-                `view-paused`, `token-void` (the log was recovered meanwhile), `other-source`, `postgres-standby`, and what stopped a view.
+            Misconfigured: `consumer-not-running`, `no-live-generation`, `stale-generation`, `other-code`, `nothing-captured`,
+                `records-parked`, `view-paused`, `token-void` (the log was recovered meanwhile), `other-source`, `postgres-standby`,
+                and what stopped a view.
             Transient: `view-behind`, `postgres-away`, `table-altered`.
         """
         views = {name: self._served(name, consumer, generation) for name, consumer in consumers.items()}
@@ -205,10 +206,8 @@ class Verifier:
             which = "live generation yet" if generation is None else f"generation {generation}"
             said = f"{name} has no {which}."
             raise Misconfigured("no-live-generation", said, "Wait for its first build: headrace status --watch")
-        if found[0].fingerprint != fingerprint(consumer):
-            said = f"Generation {found[0].generation} of {name} was built by other code than is installed here."
-            raise Misconfigured("stale-generation", said, f"Run: headrace rebuild {name}")
         check_whole(found[0])
+        check_code(name, found[0].fingerprint, fingerprint(consumer))  # one of other code than its process has is stale
         return found[0]
 
     def _checkpoint(self) -> Checkpoint:
