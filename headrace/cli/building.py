@@ -156,7 +156,7 @@ def check(
 
 
 def _no_verify(names: Sequence[str]) -> Misconfigured:
-    """Return what to do where the gate is not installed: without a number `verify` compares what is live, and `promote` takes the newest."""
+    """Return what to do where the gate is not installed. Without a number `verify` compares the live one; `promote` takes the newest."""
     all_of = " ".join(names)
     which = " --generation N" if len(names) == 1 else ""
     verify = "; ".join(f"headrace verify {name} --generation N" for name in names)

@@ -215,7 +215,10 @@ _TOO_MUCH = {
         "Set transaction.max.timeout.ms=900000 on the broker, Kafka's own default.",
     ),
 }
-_NEVER = frozenset({"POLICY_VIOLATION", "INVALID_CONFIG", "INVALID_PARTITIONS"})
+_NEVER = dict.fromkeys(
+    ("POLICY_VIOLATION", "INVALID_CONFIG", "INVALID_PARTITIONS"),
+    "Change the setting that this is about (of max.message.bytes: lower HEADRACE_MESSAGE_MAX_BYTES), or let the broker take it.",
+)
 """What a broker says of a topic that it will never make or alter so: its own bounds, or a policy of whoever runs it."""
 
 
@@ -239,18 +242,9 @@ def translate(error: KafkaError, doing: str) -> HeadraceError:
         )
     if name in {"_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"}:
         return Transient("fenced", f"Another process took over while {doing}.", "Stop one of the two.")
-    if "AUTH" in name or name == "CLUSTER_AUTHORIZATION_FAILED":
-        return Misconfigured(
-            "kafka-refuses",
-            f"Kafka refuses {doing}: {error.str()}.",
-            "Change HEADRACE_KAFKA_OPTIONS or the broker's ACLs.",
-        )
-    if name in _NEVER:
-        return Misconfigured(
-            "kafka-refuses",
-            f"Kafka will not have it so while {doing}: {error.str()} ({name}).",
-            "Change the setting that this is about (of max.message.bytes: lower HEADRACE_MESSAGE_MAX_BYTES), or let the broker take it.",
-        )
+    if name in _NEVER or "AUTH" in name or name == "CLUSTER_AUTHORIZATION_FAILED":
+        remedy = _NEVER.get(name, "Change HEADRACE_KAFKA_OPTIONS or the broker's ACLs.")
+        return Misconfigured("kafka-refuses", f"Kafka refuses {doing}: {error.str()} ({name}).", remedy)
     return Transient(
         "kafka-away",
         f"Kafka failed while {doing}: {error.str()} ({name}).",
