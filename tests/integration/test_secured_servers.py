@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import select
 import socket
 import ssl
@@ -18,19 +20,24 @@ from typing import ClassVar
 
 import pytest
 from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
+from elasticsearch import Elasticsearch as Client
 
+from headrace.consumer import Generation
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import Log, kafka, topics
 from headrace.log.plain import PlainWriter
 from headrace.log.registry import Registry
-from headrace.settings import Settings
+from headrace.settings import Settings, environment
+from headrace.stores.elasticsearch import ElasticsearchIndex
 from headrace.stores.elasticsearch.client import client, errors
 from headrace_ops import ports
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_ops.kafka import Kafka
 from headrace_ops.registry import Registry as Server
 from tests.fixtures.feed import ITEMS, Feed
+from tests.integration.test_store_elasticsearch import at
 
+RUNBOOK = Path(__file__).parents[2] / "ops/runbook.md"
 _PASSWORD = "a, b=c"
 _LOGIN = """
 listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller},LOGIN://{host}:{login}
@@ -175,9 +182,9 @@ def _hand_over(near: ssl.SSLSocket, far: socket.socket, asked: list[bytes]) -> N
 def test_elasticsearch_is_reached_by_a_ca_of_its_own_and_an_api_key(
     elasticsearch: Elasticsearch, tmp_path: Path
 ) -> None:
-    with behind_tls(elasticsearch.port, tmp_path) as (at, authority, asked):
-        strange = replace(Settings(), elasticsearch=f"https://{at}")
-        with pytest.raises(Transient) as caught, errors():
+    with behind_tls(elasticsearch.port, tmp_path) as (host, authority, asked):
+        strange = replace(Settings(), elasticsearch=f"https://{host}")
+        with pytest.raises(Transient) as caught, errors(strange):
             client(strange).cluster.health()
         assert caught.value.code == "elasticsearch-untrusted"
         assert "HEADRACE_ELASTICSEARCH_CA" in caught.value.remedy
@@ -187,9 +194,64 @@ def test_elasticsearch_is_reached_by_a_ca_of_its_own_and_an_api_key(
     assert b"\r\nauthorization: apikey a2v5\r\n" in b"".join(asked).lower()
 
 
+def test_the_command_that_mends_an_index_has_the_authority_and_the_login(
+    elasticsearch: Elasticsearch, tmp_path: Path
+) -> None:
+    """By an API key, and by a password, which is not in it: it is run as it was told."""
+    with behind_tls(elasticsearch.port, tmp_path) as (host, authority, asked), Client(elasticsearch.address()) as plain:
+        named = replace(Settings(), elasticsearch=f"https://us:a%40b@{host}", elasticsearch_ca=str(authority))
+        keyed = replace(named, elasticsearch=f"https://{host}", elasticsearch_api_key="a2V5")
+        opened(keyed)
+        plain.indices.put_settings(index="titles-g1", settings={"index.translog.durability": "async"})
+        with pytest.raises(Misconfigured, match="index-not-durable") as lax:
+            opened(keyed)
+        asked.clear()
+        assert "a2V5" not in run_as_told(lax.value.remedy, keyed)
+        assert b"\r\nauthorization: apikey a2v5\r\n" in b"".join(asked).lower()
+        plain.indices.add_block(index="titles-g1", block="write")
+        with pytest.raises(Transient, match="elasticsearch-blocked") as blocked:
+            opened(named)
+        asked.clear()
+        assert "a%40b" not in run_as_told(blocked.value.remedy, named)
+        assert b"Basic " + b64encode(b"us:a@b") in b"".join(asked)
+        opened(named)
+        plain.indices.add_block(index="titles-g1", block="write")
+        run_in_compose(elasticsearch.address(), "titles-g1", blocked.value.remedy)
+        opened(named)
+
+
+def opened(settings: Settings) -> None:
+    """Open an index, with a position, and close it."""
+    store = ElasticsearchIndex("titles", mappings={})
+    store.bind(settings, "titles")
+    with closing(store):
+        store.open(Generation("titles", 1, "abc"))
+        store.write([], at(1))
+
+
+def run_in_compose(address: str, index: str, remedy: str) -> None:
+    """Run what the runbook has of it for compose, beside the server as that does."""
+    (told,) = re.findall(r"docker compose exec elasticsearch (sh -c .*)", RUNBOOK.read_text())
+    change = re.findall("-d '([^']*)'", remedy)[0]
+    for name, value in (("http://127.0.0.1:9200", address), ("INDEX", index), ("{CHANGE}", change)):
+        told = told.replace(name, value)
+    done = subprocess.run(["/bin/sh", "-c", told], capture_output=True, text=True, check=True)
+    assert '"acknowledged":true' in done.stdout
+
+
+def run_as_told(remedy: str, settings: Settings) -> str:
+    """Run the command of a remedy in a shell that has the settings; return it."""
+    told = re.search("curl .* -d '[^']*'", remedy)
+    assert told, remedy
+    environ = environment(settings) | {"PATH": os.environ["PATH"]}
+    done = subprocess.run(["/bin/sh", "-c", told[0]], env=environ, capture_output=True, text=True, check=False)
+    assert '"acknowledged":true' in done.stdout, (told[0], done.stdout, done.stderr)
+    return told[0]
+
+
 def test_a_registry_is_reached_by_a_ca_of_its_own_and_a_password(registry: Server, tmp_path: Path) -> None:
-    with behind_tls(registry.port, tmp_path) as (at, authority, asked):
-        strange = replace(Settings(), schema_registry=f"https://us:a%40%2Fb@{at}/apis/ccompat/v7")
+    with behind_tls(registry.port, tmp_path) as (host, authority, asked):
+        strange = replace(Settings(), schema_registry=f"https://us:a%40%2Fb@{host}/apis/ccompat/v7")
         with pytest.raises(Transient, match=r"\*\*\*@") as caught:
             Registry(strange).schema(1)
         assert "a%40" not in str(caught.value)

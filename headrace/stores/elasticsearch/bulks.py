@@ -13,6 +13,7 @@ from elasticsearch import Elasticsearch, NotFoundError
 from headrace import codec
 from headrace.change import Row
 from headrace.errors import Poison, Transient
+from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.elasticsearch.client import blocked, is_block, reason_of, sequence_of
 
@@ -110,7 +111,9 @@ def refused(server: Elasticsearch, target: str, bulk: bytes) -> list[dict[str, A
     return [item for item in found if item["status"] >= 300]
 
 
-def judge(item: Mapping[str, Any], index: str, consumer: str, moved: Callable[[], Exception]) -> None:
+def judge(
+    item: Mapping[str, Any], settings: Settings, index: str, consumer: str, moved: Callable[[], Exception]
+) -> None:
     """Raise what an item that failed means. A version conflict is fine: an older write has lost."""
     status, error = item["status"], item.get("error") or {}
     reason = f"{error.get('type')}: {reason_of(error)}"
@@ -121,7 +124,7 @@ def judge(item: Mapping[str, Any], index: str, consumer: str, moved: Callable[[]
     if never_fits(status, reason):
         raise TooLarge
     if is_block(status, reason):
-        raise blocked(reason)
+        raise blocked(settings, reason)
     if status in (429, 403) or status >= 500:
         raise Transient("elasticsearch-busy", f"Elasticsearch does not take {item['_id']}: {reason}.", "See its log.")
     raise Poison(

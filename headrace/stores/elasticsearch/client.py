@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def _trusting(settings: Settings) -> ssl.SSLContext:
 
 
 @contextmanager
-def errors(missing: Exception | None = None) -> Iterator[None]:
+def errors(settings: Settings, missing: Exception | None = None) -> Iterator[None]:
     """Turn the client's errors into ours, by how one recovers from them."""
     try:
         yield
@@ -68,7 +69,7 @@ def errors(missing: Exception | None = None) -> Iterator[None]:
         raise missing or Wiped("view-wiped", f"An index is gone: {error.message}.") from error
     except ApiError as error:
         if is_block(error.status_code, str(error)):
-            raise blocked(_why(error)) from error
+            raise blocked(settings, _why(error)) from error
         if isinstance(error, AuthenticationException | AuthorizationException):
             raise Misconfigured(
                 "elasticsearch-refused",
@@ -94,15 +95,24 @@ def is_block(status: int, error: str) -> bool:
     return status in (403, 429) and "cluster_block_exception" in error
 
 
-def blocked(why: str) -> Transient:
+def blocked(settings: Settings, why: str) -> Transient:
     """Return what that means: Elasticsearch takes the block of a full disk away by itself, and no other."""
     index = _NAMED.search(why)
+    run = _changing(settings, index[1] if index else "_all", _UNBLOCK)
     return Transient(
         "elasticsearch-blocked",
         f"Elasticsearch blocks writes: {why}.",
-        "Free its disk. If the block stays when there is room, run: curl -X PUT -H 'content-type: application/json' "
-        f"$HEADRACE_ELASTICSEARCH/{index[1] if index else '_all'}/_settings -d '{_UNBLOCK}'",
+        f"Free its disk. If the block stays when there is room, run: {run}",
     )
+
+
+def _changing(settings: Settings, index: str, change: str) -> str:
+    """Return the command that changes the settings of an index; what is secret stands in it by its variable."""
+    key = ' -H "Authorization: ApiKey $HEADRACE_ELASTICSEARCH_API_KEY"' if settings.elasticsearch_api_key else ""
+    authority = f" --cacert {shlex.quote(settings.elasticsearch_ca)}" if settings.elasticsearch_ca else ""
+    secret = masked(settings.elasticsearch) != settings.elasticsearch
+    at = "$HEADRACE_ELASTICSEARCH" if secret else settings.elasticsearch.rstrip("/")
+    return f"curl -X PUT{authority}{key} -H 'content-type: application/json' \"{at}/{index}/_settings\" -d '{change}'"
 
 
 def _why(error: ApiError) -> str:
@@ -186,13 +196,12 @@ def about(facts: Mapping[str, Any]) -> dict[str, str]:
     return said
 
 
-def check_durable(index: str, settings: Mapping[str, Any]) -> None:
+def check_durable(settings: Settings, index: str, has: Mapping[str, Any]) -> None:
     """Refuse an index that answers before it is on disk: after a crash it may have the position and not the documents (S22)."""
-    if settings.get("translog", {}).get("durability", "request").lower() != "request":
+    if has.get("translog", {}).get("durability", "request").lower() != "request":
+        run = _changing(settings, index, '{"index.translog.durability":"request"}')
         raise Misconfigured(
             "index-not-durable",
             f"The index {index} has index.translog.durability=async: a crash can take documents from below its position.",
-            "Take it out of the store's settings, and run: curl -X PUT -H 'content-type: application/json' "
-            f'$HEADRACE_ELASTICSEARCH/{index}/_settings -d \'{{"index.translog.durability":"request"}}\'; '
-            "then headrace verify.",
+            f"Take it out of the store's settings, and run: {run}; then headrace verify.",
         )

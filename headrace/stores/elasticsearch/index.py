@@ -113,21 +113,21 @@ class ElasticsearchIndex:
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Use the Elasticsearch of `settings`. Raises Misconfigured: `bad-setting`."""
-        self._consumer, self._source = consumer, settings.source
+        self._consumer, self._settings, self._source = consumer, settings, settings.source
         self.alias = self.alias or consumer
         self._sending = Sending("bulk", MOST)
         self._client = client(settings)
 
     def generations(self) -> list[Generation]:
         """Return the generations that the server holds."""
-        with errors():
+        with errors(self._settings):
             return [each for each in held(self._client, self.alias) if each.consumer == self._consumer]
 
     def open(self, generation: Generation) -> Position | None:
         """Take the index of `generation` if it is whole, else make it anew, empty. Raises Misconfigured: `view-of-another`."""
         self._owner, self._other = uuid.uuid4().hex, ""
         self._index = f"{self.alias}-g{generation.number}"
-        with errors():
+        with errors(self._settings):
             others = [(f"{self.alias}-g{each.number}", each.consumer) for each in held(self._client, self.alias)]
             check_alone(generation.consumer, others)
             if self._find(generation):
@@ -147,7 +147,7 @@ class ElasticsearchIndex:
         """
         if self._other:
             raise of_another_source(f"The index {self._index}", self._other, self._source)
-        with errors():
+        with errors(self._settings):
             self._look()
             self._write_all((written(doc) for doc in docs if doc.body is not None or is_id(doc.id)), wait=not bulk)
             self._unseen = self._unseen or bool(docs)
@@ -159,12 +159,12 @@ class ElasticsearchIndex:
 
     def arrive(self) -> None:
         """Wait until nothing is on its way; raise what one of them has raised."""
-        with errors():
+        with errors(self._settings):
             self._sending.arrive()
 
     def promote(self) -> None:
         """Swap the alias to this generation."""
-        with errors():
+        with errors(self._settings):
             others = [index for index in live(self._client, self.alias) if index != self._index]
             away = [{"remove": {"index": index, "alias": self.alias}} for index in others]
             add = {"add": {"index": self._index, "alias": self.alias, "filter": _VISIBLE}}
@@ -172,7 +172,7 @@ class ElasticsearchIndex:
 
     def drop(self) -> None:
         """Delete the index, and with it what the alias says of it."""
-        with errors():
+        with errors(self._settings):
             self._client.options(ignore_status=404).indices.delete(index=self._index)
 
     def close(self) -> None:
@@ -182,12 +182,12 @@ class ElasticsearchIndex:
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
         """Return some documents as readers see them."""
         query = {"bool": {"must_not": [_INTERNAL], "filter": [{"ids": {"values": ids}}]}}
-        with errors():
+        with errors(self._settings):
             return search(self._client, self._index, query, len(ids))
 
     def count(self) -> dict[str, int]:
         """Return how many documents readers see."""
-        with errors():
+        with errors(self._settings):
             found = self._client.search(  # `_count` leaves out a shard that is away
                 index=self._index, query=_VISIBLE, size=0, track_total_hits=True, allow_partial_search_results=False
             )
@@ -201,7 +201,7 @@ class ElasticsearchIndex:
         """
         start = after[1] if after else ""
         query = {"bool": {"must_not": [_INTERNAL], "filter": [_NAMED]}}
-        with errors():
+        with errors(self._settings):
             ours = search(self._client, self._index, query, limit, search_after=[start], sort=_BY_ID)
             foreign = search(self._client, self._index, {"bool": {"must_not": [_INTERNAL, _NAMED]}}, _FOREIGN)
         last = ours[-1].key if len(ours) == limit else None
@@ -234,14 +234,14 @@ class ElasticsearchIndex:
 
     def _know(self, facts: Mapping[str, Any]) -> None:
         index = facts["settings"]["index"]
-        check_durable(self._index, index)
+        check_durable(self._settings, self._index, index)
         self._looked = time.monotonic()
         self._uuid, self._one_shard = index["uuid"], index["number_of_shards"] == "1"
 
     def _look(self) -> None:
         """Look now and then whether the index is as durable as it was when it was opened: settings change while a view runs."""
         if time.monotonic() - self._looked > _LOOK_SECONDS:
-            check_durable(self._index, settings_of(self._client, self._index))
+            check_durable(self._settings, self._index, settings_of(self._client, self._index))
             self._looked = time.monotonic()
 
     def _take(self) -> Position | None:
@@ -308,10 +308,10 @@ class ElasticsearchIndex:
         return self._send_once(target, bulk)
 
     def _send_once(self, target: str, bulk: Sequence[Action]) -> None:
-        with errors():
+        with errors(self._settings):
             try:
                 for item in refused(self._client, target, b"".join(action.lines for action in bulk)):
-                    judge(item, self._index, self._consumer, self._moved)
+                    judge(item, self._settings, self._index, self._consumer, self._moved)
             except (ApiError, TooLarge) as error:
                 if isinstance(error, ApiError) and not never_fits(error.status_code, str(error)):
                     raise

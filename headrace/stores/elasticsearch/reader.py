@@ -19,7 +19,7 @@ class SearchReader:
     def __init__(self, settings: Settings, alias: str, fields: Sequence[str] = ("name^3", "category", "*")) -> None:
         """Search `fields` (with boosts, as ``name^3``) behind `alias`. Connects to nothing. Raises Misconfigured:
         `bad-setting`."""
-        self._client = client(settings)
+        self._settings, self._client = settings, client(settings)
         self._alias = alias
         self._fields = list(fields)
         self._copy = uuid.uuid4().hex  # of each shard always the same one: replicas show a state one after the other
@@ -32,7 +32,7 @@ class SearchReader:
             Transient: `view-not-there`, when no generation is live; `elasticsearch-away`, `elasticsearch-busy`.
         """
         nothing = Transient("view-not-there", f"No generation of {self._alias} is live yet.", "See: headrace status")
-        with errors(missing=nothing):
+        with errors(self._settings, missing=nothing):
             found = self._client.search(
                 index=self._alias,
                 query={"multi_match": {"query": text, "fields": self._fields, "type": "best_fields", "lenient": True}},
@@ -46,7 +46,7 @@ class SearchReader:
 
     def applied(self) -> Version:
         """Return the version up to which searches show everything (S25); NOWHERE when no generation is live."""
-        with errors():
+        with errors(self._settings):
             found = state_of(self._client, self._alias, preference=self._copy)
             if found and not found[0].get("shown"):  # it may be there before what it covers can be searched
                 found = state_of(self._client, self._alias, preference=self._copy, realtime=False)
