@@ -315,3 +315,47 @@ def test_a_column_that_is_new_lets_nothing_be_read_again(wide: Settings) -> None
         eventually("it is seen", seen(wide, "d"))
         assert capture.reach().inexact == ()
     assert jobs(wide) == {}
+
+
+def test_a_key_that_the_publication_leaves_out_lets_the_others_go_on(settings: Settings) -> None:
+    """Postgres lets a column list leave the key out; no row can be told from another then."""
+    prepare(settings, ITEMS, ROWS, "CREATE TABLE others (id int PRIMARY KEY)")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, f"ALTER PUBLICATION {settings.publication} SET TABLE items (n), others")
+        capture.eventually("it is inexact", lambda: capture.reach().inexact == (T,))
+        execute(settings, "INSERT INTO items VALUES (40, 40)", "INSERT INTO others VALUES (1)")
+        capture.reach()
+    with capturing(settings) as capture:
+        capture.hear("column list")
+        assert capture.reach().inexact == (T,)
+        execute(settings, f"ALTER PUBLICATION {settings.publication} SET TABLE items, others")
+        capture.eventually("it is exact", lambda: capture.reach().inexact == ())
+    for table in ("items", "others"):
+        assert replay(settings, f"public.{table}") == selected(settings, table)
+
+
+def test_a_schema_that_gets_a_dot_takes_its_tables_out_of_the_log_as_they_are(settings: Settings) -> None:
+    """What a name with two dots means nobody knows: they were taken for tables that are gone, and all rows deleted, at each look."""
+    prepare(
+        settings,
+        "CREATE SCHEMA crm",
+        "CREATE TABLE crm.people (id int PRIMARY KEY)",
+        "INSERT INTO crm.people VALUES (1)",
+        ITEMS,
+    )
+    with capturing(settings) as capture:
+        capture.reach()
+        before = selected(settings, "crm.people")
+        execute(settings, 'ALTER SCHEMA crm RENAME TO "crm.old"', 'INSERT INTO "crm.old".people VALUES (2)')
+        capture.hear("crm.people is captured no more")
+        execute(settings, "INSERT INTO items VALUES (1)")
+        ask(settings, all=True)
+        capture.hear("public.items was read again")
+        capture.reach()
+        assert replay(settings, "crm.people") == before
+        execute(settings, 'ALTER SCHEMA "crm.old" RENAME TO crm')
+        capture.hear("crm.people was read again")
+        capture.reach()
+    assert Log(settings).tables() == ["crm.people", T]
+    assert replay(settings, "crm.people") == selected(settings, "crm.people")

@@ -111,7 +111,8 @@ class Table:
     Attributes:
         key: The key's columns in the key's order; empty when no key is usable, and then `keyless` says why.
         key_index: The name of the key's index.
-        keyless: One of the empty string, ``none``, ``deferrable``.
+        keyless: One of the empty string, ``none``, ``deferrable``, ``unsent``.
+        unsent: The key of which the publication asked about does not send every column; then `key` is empty.
         unique: An index that could serve as replica identity if there is no key, empty if there is none.
         kind: ``r`` ordinary, ``p`` partitioned.
         identity: pg_class.relreplident: ``d f i n``; a partitioned table's own is without effect, see `leaves`.
@@ -126,6 +127,7 @@ class Table:
     key: tuple[str, ...] = ()
     key_index: str = ""
     keyless: str = "none"
+    unsent: tuple[str, ...] = ()
     unique: str = ""
     leaves: tuple[Leaf, ...] = ()
 
@@ -216,8 +218,11 @@ def check_operations(connection: Connection, publication: str) -> None:
 
 
 def _published(table: Table, sent: set[str]) -> Table:
-    """Mark the columns that the stream sends."""
-    return replace(table, columns=tuple(replace(column, published=column.name in sent) for column in table.columns))
+    """Mark the columns that the stream sends. A key that it does not send is none: no row of the table can be told from another."""
+    columns = tuple(replace(column, published=column.name in sent) for column in table.columns)
+    if sent.issuperset(table.key):
+        return replace(table, columns=columns)
+    return replace(table, columns=columns, key=(), keyless="unsent", unsent=table.key)
 
 
 def all_tables(connection: Connection) -> list[Table]:
@@ -298,7 +303,7 @@ SELECT concat_ws(', ', CASE WHEN NOT pubinsert THEN 'INSERT' END, CASE WHEN NOT 
 FROM pg_publication WHERE pubname = %s
 """
 
-# Before 18 no publication sends generated columns, and none has `pubgencols`.
+# Before 18 no publication sends generated columns, and none has `pubgencols`. A schema with a dot would make names that mean two tables.
 _PUBLISHED = f"""
 WITH RECURSIVE {published("p.pubname = %(publication)s")}
 SELECT c.oid, coalesce(array_agg(a.attname) FILTER (WHERE coalesce(
@@ -307,7 +312,7 @@ FROM published JOIN pg_publication p ON p.oid = pub
 JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_publication_rel r ON r.prpubid = pub AND r.prrelid = c.oid
 LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-WHERE %(only)s IN ('', n.nspname || '.' || c.relname)
+WHERE strpos(n.nspname, '.') = 0 AND %(only)s IN ('', n.nspname || '.' || c.relname)
   AND (%(holding)s::oid IN (0, c.oid) OR c.oid IN (SELECT ancestor FROM above WHERE above.oid = %(holding)s::oid)) GROUP BY c.oid
 """
 
@@ -366,16 +371,19 @@ LEFT JOIN base e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type 
 WHERE a.attrelid = ANY(%(oids)s) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
 """
 
-# Unique, valid, not partial, over plain columns that are never null: what may be a key, the primary key first.
+# Unique, valid, not partial, over plain columns that are never null: what may be a key, the primary key first. Under another collation
+# it tells values apart that are one to their column, if that collation is not deterministic: rows would have one key.
 _INDEXES = """
 SELECT i.indrelid, c.relname, k.columns, i.indisprimary, i.indisreplident, i.indimmediate
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
 CROSS JOIN LATERAL (
-  SELECT array_agg(a.attname ORDER BY o) AS columns, bool_and(a.attnotnull) AS never_null
-  FROM unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) WITH ORDINALITY u(number, o)
+  SELECT array_agg(a.attname ORDER BY o) AS columns,
+         bool_and(a.attnotnull AND (u.ordering = a.attcollation OR coalesce(l.collisdeterministic, true))) AS usable
+  FROM unnest((i.indkey::int2[])[0:i.indnkeyatts - 1], (i.indcollation::oid[])[0:i.indnkeyatts - 1]) WITH ORDINALITY u(number, ordering, o)
   LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = u.number AND a.attnum > 0
+  LEFT JOIN pg_collation l ON l.oid = a.attcollation
 ) k
-WHERE i.indrelid = ANY(%(oids)s) AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL AND k.never_null
+WHERE i.indrelid = ANY(%(oids)s) AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL AND k.usable
 ORDER BY i.indrelid, i.indisprimary DESC, c.relname
 """
 

@@ -271,5 +271,5 @@ LEFT JOIN (
     WHERE t.oid = y.below AND t.typtype = 'c' AND p.attnum > 0 AND NOT p.attisdropped GROUP BY t.oid
   ) s GROUP BY a.attrelid
 ) labels ON labels.attrelid = c.oid
-WHERE %(table)s::text IS NULL OR %(table)s::text = n.nspname || '.' || c.relname
+WHERE strpos(n.nspname, '.') = 0 AND (%(table)s::text IS NULL OR %(table)s::text = n.nspname || '.' || c.relname)
 """

@@ -45,7 +45,7 @@ class Limits(NamedTuple):
 
     def beyond_key(self, table: Table) -> bool:
         """Whether our row filter compares what only FULL sends of an old row."""
-        return not self.filters.get(table.oid, set()) <= set(table.key)
+        return not self.filters.get(table.oid, set()) <= {*table.key, *table.unsent}
 
 
 def limits(connection: Connection, publication: str) -> Limits:
@@ -93,6 +93,11 @@ def _refused(table: Table, version: int) -> bool:
     return version >= GENERATED and bool(_unsent(table, version))
 
 
+def never_sent(table: Table, version: int) -> list[str]:
+    """Return the columns of the key that our publication cannot send."""
+    return [column.name for column in _unsent(table, version) if column.name in table.key]
+
+
 def _unsent(table: Table, version: int) -> list[TableColumn]:
     """Return the generated columns that our publication leaves out: from 18 on it sends the stored ones."""
     sent = "s" if version >= GENERATED else "-"
@@ -107,7 +112,7 @@ def failing(connection: Connection, publication: str) -> list[str]:
     """Return the statement that mends each table altered after setup whose UPDATE and DELETE fail, or come without its key [I1]."""
     version, limited = connection.info.server_version, limits(connection, publication)
     found = []
-    for table in [table for table in published_tables(connection, publication) if table.key]:
+    for table in [table for table in published_tables(connection, publication) if table.key or table.unsent]:
         wrong = [
             change
             for change in changes(table, version, limited)
@@ -125,7 +130,7 @@ def alter(change: Change) -> sql.Composed:
 
 def past_mending(table: Table, version: int, limited: Limits, publication: str) -> list[str]:
     """Return the statement that mends a table which fails under every identity that it may have, for what our publication says of it."""
-    keyless = table.oid in limited.listed and not {column.name for column in table.published}.issuperset(table.key)
+    keyless = table.oid in limited.listed and table.unsent
     if not keyless and (not limited.beyond_key(table) or _all_full(table, version, limited)):
         return []
     drop = (

@@ -194,6 +194,11 @@ def plans_of(shape: TableSchema, published: catalog.Table | None) -> list[Column
 
 def keyless(table: str, why: str) -> str:
     """Return the warning for a table that is left out."""
+    if why == "unsent":
+        return (
+            f"warning: {table} is left out: the publication does not send all of its key: a column list leaves it out, or it is "
+            "generated, which needs Postgres 18. Do: give it a key that is sent; it is read then."
+        )
     reason = "its key is deferrable, which is no key (rule S9)" if why == "deferrable" else "it has no primary key"
     return f"warning: {table} is left out: {reason}. Do: ALTER TABLE {table} ADD PRIMARY KEY (…); it is read then."
 

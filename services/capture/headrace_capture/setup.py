@@ -97,7 +97,7 @@ def plan(
     wanted = []
     for table in [*loose, *(table for table in found if table.full_name not in made.append_only)]:
         appends = table.full_name in made.append_only
-        reason = (None if appends else unusable(table, settings)) or _same_topic(table, settings, taken)
+        reason = (None if appends else unusable(table, settings, server.version)) or _same_topic(table, settings, taken)
         spared = table.oid in there or (table.full_name in before and not appends)
         if reason and (names or appends) and not spared:
             raise Misconfigured(
@@ -135,9 +135,31 @@ def _loose(
     return [*before, *new]
 
 
-def unusable(table: Table, settings: Settings) -> LeftOut | None:
-    """Return why a table cannot be captured now, None when it can."""
+def unusable(table: Table, settings: Settings, version: int) -> LeftOut | None:
+    """Return why a table cannot be captured now by a server of `version`, None when it can."""
+    if keyless := _keyless(table, version):
+        return keyless
+    if "." in table.schema:
+        why = "its schema has a dot in its name, and tables are named schema.table"
+        return LeftOut(table.full_name, why, f"ALTER SCHEMA {sql.Identifier(table.schema).as_string()} RENAME TO …")
+    long = len(Log(settings).topic_of(table.full_name)) - LONGEST_TOPIC
+    if long > 0:
+        why = f"the name of its topic would be {long} characters too long for Kafka"
+        return LeftOut(table.full_name, why, "Rename it, or choose a shorter HEADRACE_SOURCE.")
+    if table.kind == "p" and any(leaf.identity == identities.INDEX for leaf in table.leaves):
+        why = "a partition names its old rows by another index than the primary key"
+        return LeftOut(table.full_name, why, "ALTER TABLE that partition REPLICA IDENTITY DEFAULT.")
+    return None
+
+
+def _keyless(table: Table, version: int) -> LeftOut | None:
+    """Return why a table has no usable key, None when it has one."""
     name = table.identifier.as_string()
+    if unsent := identities.never_sent(table, version):
+        why = f"its key has the generated column {', '.join(unsent)}, which no publication sends before Postgres 18"
+        return LeftOut(
+            table.full_name, why, f"ALTER TABLE {name} ADD PRIMARY KEY of other columns, or use Postgres 18."
+        )
     if table.keyless == "deferrable":
         why = "its key is deferrable, so two rows may share it for a while (S9)"
         return LeftOut(table.full_name, why, f"Make the constraint of {name} NOT DEFERRABLE.")
@@ -150,16 +172,6 @@ def unusable(table: Table, settings: Settings) -> LeftOut | None:
             else f"ALTER TABLE {name} ADD PRIMARY KEY (…); if its rows are only ever added, say also: --append-only {table.full_name}"
         )
         return LeftOut(table.full_name, why, f"Run: {use}")
-    if "." in table.schema:
-        why = "its schema has a dot in its name, and tables are named schema.table"
-        return LeftOut(table.full_name, why, f"ALTER SCHEMA {sql.Identifier(table.schema).as_string()} RENAME TO …")
-    long = len(Log(settings).topic_of(table.full_name)) - LONGEST_TOPIC
-    if long > 0:
-        why = f"the name of its topic would be {long} characters too long for Kafka"
-        return LeftOut(table.full_name, why, "Rename it, or choose a shorter HEADRACE_SOURCE.")
-    if table.kind == "p" and any(leaf.identity == identities.INDEX for leaf in table.leaves):
-        why = "a partition names its old rows by another index than the primary key"
-        return LeftOut(table.full_name, why, "ALTER TABLE that partition REPLICA IDENTITY DEFAULT.")
     return None
 
 
@@ -257,7 +269,7 @@ def _fill(
     after.grants += [grant for grant in given if grant not in after.grants]
     statements = [rights.give(grant) for grant in given]
     limited = identities.limits(connection, settings.publication)
-    for table in [table for table in made.tables if table.key]:
+    for table in [table for table in made.tables if table.key or table.unsent]:
         _identities(made, table, after, statements, limited)
         made.warnings += [
             f"UPDATE and DELETE of {table.full_name} fail as it is published (S8); run: {mend}"
@@ -307,15 +319,20 @@ def _publication(
         options["publish_generated_columns"] = "stored"
     told = sql.SQL(", ".join(f"{option} = {value}" for option, value in options.items()))
     publication = sql.Identifier(name)
-    new = sql.SQL(", ").join(_alone(table) for table in made.tables if table.oid not in present)
+    # A root is named, and not present, where somebody had the publication send its partitions under their own names.
+    there = present | {oid for (oid,) in connection.execute(_NAMED, [name])}
+    new = sql.SQL(", ").join(_alone(table) for table in made.tables if table.oid not in there)
     if not exists:
         return [sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH ({})").format(publication, new, told)]
     statements = []
     if not _options_hold(connection, name, made.server.version):
         statements.append(sql.SQL("ALTER PUBLICATION {} SET ({})").format(publication, told))
-    if len(present) < len(made.tables):
+    if new.as_string():
         statements.append(sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(publication, new))
     return statements
+
+
+_NAMED = "SELECT r.prrelid FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE p.pubname = %s"
 
 
 def _alone(table: Table) -> sql.Composed:

@@ -233,7 +233,10 @@ class Writing:
 
 
 def _key_missing(table: str, shape: TableSchema) -> Misconfigured:
-    said = f"{table} has no primary key any more, or a deferrable one, which is none (rule S9): its changes are passed over."
+    said = (
+        f"{table} has no primary key any more, or a deferrable one, which is none (rule S9), or the publication's column list "
+        "leaves it out: its changes are passed over."
+    )
     mend = f"Give it the primary key ({', '.join(shape.key)}) again, in place of a deferrable one: all of it is read again by itself then."
     return Misconfigured("key-missing", said, mend)
 
