@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from headrace.change import Column, TableSchema
 from headrace.documents.declaration import Folding, Level, Many, One
 from headrace.documents.order import ORDERED, kind_of
-from headrace.documents.windows import Window
+from headrace.documents.windows import Root, Window
 from headrace.errors import Misconfigured, Transient
+from headrace.shapes import UNKNOWN_TYPE
 
 _REMEDY = "Change the declaration of the document."
 _JSON = ("json", "jsonb")
@@ -22,19 +23,42 @@ _IN_TWO_WAYS = frozenset({"citext", "interval", "json", "jsonb", "numrange", "nu
 """Types that have equal values which the log writes otherwise."""
 
 
-def check(level: Level, newest: Mapping[str, TableSchema]) -> None:
+def check_all(
+    documents: Iterable[Root], newest: Mapping[str, TableSchema], *, loading: bool, typed: bool, whole: bool
+) -> None:
+    """See `check`, and `await_types` where types are known: `typed`.
+
+    Raises:
+        Misconfigured: `document-column`, `document-key`.
+        Transient: `document-column`.
+    """
+    for document in documents:
+        if isinstance(document, Window):
+            check_window(document, newest, whole=whole)
+        else:
+            check(document, newest, whole=whole)
+            if typed:
+                await_types(document, newest, loading=loading)
+
+
+def check(level: Level, newest: Mapping[str, TableSchema], *, whole: bool = True) -> None:
     """Hold the joins of a level, and what is joined to those, against the newest schemas.
+
+    Args:
+        level: A document, or a join.
+        newest: By the table.
+        whole: Whether they have all columns. Else one that they lack may just not have been seen (S28).
 
     Raises:
         Misconfigured: `document-column`, `document-key`.
     """
     for join in level.joins.values():
         refers, referred = (level.table, join.table) if isinstance(join, One) else (join.table, level.table)
-        _check_columns(join.columns, newest.get(refers))
+        _check_columns(join.columns, newest.get(refers), whole)
         _check_key(join.columns, newest.get(referred))
         if not isinstance(join, One):
-            _check_values(join, newest.get(join.table))
-        check(join, newest)
+            _check_values(join, newest.get(join.table), whole)
+        check(join, newest, whole=whole)
 
 
 def check_types(level: Level, newest: Mapping[str, TableSchema]) -> None:
@@ -65,21 +89,21 @@ def await_types(level: Level, newest: Mapping[str, TableSchema], *, loading: boo
         raise Transient(error.code, error.message, error.remedy) from error
 
 
-def check_window(window: Window, newest: Mapping[str, TableSchema]) -> None:
-    """Hold a window against the newest schema of its table. Raises Misconfigured: `document-column`."""
+def check_window(window: Window, newest: Mapping[str, TableSchema], *, whole: bool = True) -> None:
+    """Hold a window against the newest schema of its table, see `check`. Raises Misconfigured: `document-column`."""
     schema = newest.get(window.table)
-    _check_columns((window.on,), schema)
-    _check_values(window, schema)
+    _check_columns((window.on,), schema, whole)
+    _check_values(window, schema, whole)
     for column in schema.columns if schema else ():
         kind = column.base or column.type
-        timestamp = kind == "date" or (kind.startswith("timestamp") and not kind.endswith("[]"))
+        timestamp = kind in {"date", UNKNOWN_TYPE} or (kind.startswith("timestamp") and not kind.endswith("[]"))
         if column.name == window.on and not timestamp:
             said = f"{window.table}.{column.name} is {column.type}, no timestamp, and is in no window."
             raise Misconfigured("document-column", said, _REMEDY)
 
 
-def _check_columns(columns: Collection[str], schema: TableSchema | None) -> None:
-    missing = set(columns) - {column.name for column in schema.columns} if schema else None
+def _check_columns(columns: Collection[str], schema: TableSchema | None, whole: bool) -> None:
+    missing = set(columns) - {column.name for column in schema.columns} if schema and whole else None
     if schema and missing:
         raise Misconfigured("document-column", f"{schema.table} has no column {', '.join(sorted(missing))}.", _REMEDY)
 
@@ -122,11 +146,11 @@ def _written(column: Column) -> str:
     return "integer" if kind in _WHOLE else kind if kind in _BY_ITSELF else "text"
 
 
-def _check_values(join: Many | Folding, schema: TableSchema | None) -> None:
+def _check_values(join: Many | Folding, schema: TableSchema | None, whole: bool) -> None:
     if schema is None:
         return
     counted, added = (join.counted, join.added) if isinstance(join, Folding) else ((), ())
-    _check_columns({*join.where, *join.ordered, *counted}, schema)
+    _check_columns({*join.where, *join.ordered, *counted}, schema, whole)
     for column in schema.columns:
         kind, name = kind_of(column), column.name
         if name in join.where and (kind in _JSON or kind.endswith("[]")):

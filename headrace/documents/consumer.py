@@ -47,7 +47,7 @@ from typing import ClassVar
 from headrace import codec
 from headrace.change import Change, Position, Row, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
-from headrace.documents.checks import await_types, check, check_window
+from headrace.documents.checks import check_all
 from headrace.documents.declaration import Node
 from headrace.documents.layout import discard, errors, of_the_store, place
 from headrace.documents.local import LocalRows, Touched
@@ -366,18 +366,18 @@ class DocumentConsumer:
             self._local = None
 
     def _learn_schemas(self, local: LocalRows, batch: Batch) -> None:
-        """Hold the declaration against the newest schemas, once each, and let the local rows know them."""
-        if batch.schemas.keys() <= self._checked:
+        """Hold the declaration against the newest schemas, once each, and let the local rows know them.
+
+        Of a Debezium feed (S28) any row may be an old one: it has not all columns until all that there is was read.
+        """
+        typed = self.settings.feed == "headrace"
+        loaded = batch.loading and batch.complete
+        if batch.schemas.keys() <= self._checked and (typed or not loaded):
             return
         newest = {schema.table: schema for _, schema in sorted(batch.schemas.items())}
-        typed = self.settings.feed == "headrace"
-        for document in self.documents:
-            if isinstance(document, Window):
-                check_window(document, newest)
-            else:
-                check(document, newest)
-                if typed:
-                    await_types(document, newest, loading=batch.loading)
+        if not typed:
+            newest = {table: local.shape(table).grown(schema) for table, schema in newest.items()}
+        check_all(self.documents, newest, loading=batch.loading, typed=typed, whole=typed or loaded)
         since = batch.changes[0].version if batch.changes else batch.position.version
         local.learn(newest, since, whole=typed)
         self._checked |= batch.schemas.keys()

@@ -14,7 +14,7 @@ from headrace.documents.paths import TOUCHED
 from headrace.errors import Misconfigured, Transient, described
 from headrace.settings import Settings
 
-LAYOUT: Final = 6
+LAYOUT: Final = 7
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
 SCHEMA = """
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB);

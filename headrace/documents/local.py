@@ -31,6 +31,7 @@ from headrace.documents.order import Shape
 from headrace.documents.paths import Link, Paths, named, text_of, value_of
 from headrace.documents.when import ALL, Left, When, now
 from headrace.documents.windows import Root, Window
+from headrace.shapes import types_of
 
 LOCKED_SECONDS = 5.0
 """So long another process may hold the file."""
@@ -95,8 +96,8 @@ class LocalRows:
             self.nodes = Nodes(self._db, self._paths, self.shape)
             self.begun = Begun(self._db, self.path)
             self._shapes = {
-                table: Shape(tuple(key), frozenset(numbers), tuple(columns), frozenset(times))
-                for table, (key, numbers, columns, times) in shapes.items()
+                table: Shape(tuple(key), frozenset(numbers), tuple(columns), frozenset(times), seen)
+                for table, (key, numbers, columns, times, seen) in shapes.items()
             }
         except sqlite3.DatabaseError:
             self._db.close()
@@ -115,11 +116,13 @@ class LocalRows:
         Args:
             schemas: By the table.
             since: The version of the change that came with them.
-            whole: Whether a schema has all columns of its table. Of a Debezium feed (S28) it has those of one row, perhaps an old one.
+            whole: Whether a schema has the columns of its table and no others. Of a Debezium feed (S28) it has all that were seen.
         """
         learned = {table: Shape.of(schema) for table, schema in schemas.items() if table in self._paths.roots}
         if not whole:
-            learned = {table: shape._replace(columns=()) for table, shape in learned.items()}
+            learned = {
+                table: shape._replace(columns=(), seen=types_of(schemas[table])) for table, shape in learned.items()
+            }
         others = {
             table
             for table, shape in learned.items()
@@ -130,8 +133,8 @@ class LocalRows:
                 self._db.execute(layout.TOUCH_ALL, (number, since.packed(), document.table))
         self._shapes |= learned
         shapes = {
-            table: (key, sorted(numbers), names, sorted(times))
-            for table, (key, numbers, names, times) in self._shapes.items()
+            table: (key, sorted(numbers), names, sorted(times), dict(seen))
+            for table, (key, numbers, names, times, seen) in self._shapes.items()
         }
         self._put("shapes", codec.dumps(shapes))
 

@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from headrace import codec
 from headrace.change import Column, TableSchema
-from headrace.shapes import UNKNOWN_TYPE
+from headrace.shapes import UNKNOWN_TYPE, check_key, grown
 
 _NUMBERS = frozenset({"smallint", "integer", "bigint", "real", "double precision", "numeric"})
 _TIMES = frozenset({"date", "timestamp without time zone", "timestamp with time zone"})
@@ -38,12 +39,13 @@ def kind_of(column: Column) -> str:
 
 class Shape(NamedTuple):
     """What documents need to know of a table: its key, empty when its rows have none, the columns of numbers, all columns, empty
-    where they are not known, and those of dates and timestamps."""
+    where they are not known, those of dates and timestamps, and of a Debezium feed the types of all that were seen."""
 
     key: Sequence[str] = ()
     numbers: Collection[str] = frozenset()
     columns: Sequence[str] = ()
     times: Collection[str] = frozenset()
+    seen: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
     def of(cls, schema: TableSchema) -> Shape:
@@ -51,6 +53,11 @@ class Shape(NamedTuple):
         kinds = {column.name: kind_of(column) for column in schema.columns}
         numbers, times = (frozenset(n for n, kind in kinds.items() if kind in some) for some in (_NUMBERS, _TIMES))
         return cls(schema.key, numbers, tuple(kinds), times)
+
+    def grown(self, schema: TableSchema) -> TableSchema:
+        """Return the table's shape after rows of `schema`, of which any may be an old one (S28). Raises Misconfigured: `key-changed`."""
+        check_key(schema.table, self.key, schema.key)
+        return grown(self.seen, schema)
 
     def rank(self, name: str) -> Callable[[Any], Comparable]:
         """Return what the values of a column are sorted by."""

@@ -8,10 +8,24 @@ from pathlib import Path
 import pytest
 
 from headrace.change import Column, Row, TableSchema
-from headrace.documents import Aggregate, Avg, Count, Document, DocumentConsumer, Many, Node, Sum, count, mean, total
+from headrace.documents import (
+    Aggregate,
+    Avg,
+    Count,
+    Document,
+    DocumentConsumer,
+    Many,
+    Node,
+    One,
+    Sum,
+    count,
+    mean,
+    total,
+)
 from headrace.documents.order import Shape
+from headrace.errors import Misconfigured
 from headrace.settings import Settings
-from tests.fixtures.documents import GENERATION, PRODUCTS, REVIEWS, World
+from tests.fixtures.documents import CATEGORIES, GENERATION, PRODUCTS, REVIEWS, World
 
 OLD = {PRODUCTS: ("id", "name", "seq"), REVIEWS: ("id", "product_id")}
 
@@ -148,6 +162,93 @@ def test_a_feed_has_shapes_of_single_rows_and_no_column_goes_by_them(tmp_path: P
     made.log.cut()
     made.run()
     assert made.store.bodies() == {"1": {"id": 1, "name": "kettle", "seq": 1}, "2": {"id": 2, "name": "cup"}}
+
+
+class Sorted(DocumentConsumer):
+    """What a feed shows of a table late: the column of a join, of a filter, of an order."""
+
+    document = Document(
+        PRODUCTS,
+        category=One(CATEGORIES, on="category_id"),
+        reviews=Many(REVIEWS, by="product_id", where={"kind": "a"}, order=["price"]),
+    )
+
+    def render(self, row: Node) -> Row:
+        return {"category": row.category and row.category["name"], "reviews": [of["price"] for of in row.reviews]}
+
+
+NEW = {
+    PRODUCTS: ("id", "name", "category_id"),
+    REVIEWS: ("id", "product_id", "kind", "price"),
+    CATEGORIES: ("id", "name"),
+}
+
+
+class Fed(World):
+    """A feed whose readers know nothing when they are opened: `shown` are the shapes of the rows that each piece of one record has."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        super().__init__(Settings(state=str(tmp_path / "state"), feed="debezium"), Sorted, schemas={})
+        self.log.rows = {table: {} for table in NEW}
+        self.log.put(CATEGORIES, 5, {"id": 5, "name": "kitchen"})
+        self.log.put(PRODUCTS, 1, {"id": 1, "name": "kettle", "category_id": 5})
+        for id_, price in ((1, "10.00"), (2, "9.90")):
+            self.log.put(REVIEWS, id_, {"id": id_, "product_id": 1, "kind": "a", "price": price})
+        self.log.put(PRODUCTS, 2, {"id": 2, "name": "cup"})
+        self.log.put(REVIEWS, 3, {"id": 3, "product_id": 2})
+        self.log.cut()
+
+    def read(self, *shown: dict[str, tuple[str, ...]]) -> None:
+        """Open it and read on, a record at a time."""
+        consumer = self.start()
+        try:
+            for batch, columns in zip(self.log.batches(consumer.open(GENERATION), 1), shown, strict=False):
+                kinds = {"price": "numeric"}
+                shapes = {
+                    (table, 1): TableSchema(table, 1, tuple(Column(n, kinds.get(n, "integer")) for n in names), ("id",))
+                    for table, names in columns.items()
+                }
+                consumer.apply(replace(batch, schemas=shapes))
+        finally:
+            consumer.close()
+
+
+BODIES = {"1": {"category": "kitchen", "reviews": ["9.90", "10.00"]}, "2": {"category": None, "reviews": []}}
+
+
+def test_a_column_that_a_feed_shows_late_is_no_error_before_all_is_read(tmp_path: Path) -> None:
+    """S28: its newest shape is that of the rows so far, and the first ones may be old. A live view may be opened again at an old row."""
+    made = Fed(tmp_path)
+    made.read(OLD, OLD, NEW, OLD)
+    made.read(OLD, OLD)
+    assert made.store.bodies() == BODIES, "all was seen, by the one reader or by the other"
+    made.log.put(PRODUCTS, 2, {"id": 2, "name": "cup"})
+    made.log.put(REVIEWS, 3, {"id": 3, "product_id": 1, "kind": "a", "price": "9.95"})
+    made.log.cut()
+    made.read(OLD, OLD)
+    assert made.store.bodies()["1"] == {"category": "kitchen", "reviews": ["9.90", "9.95", "10.00"]}
+
+
+def test_a_column_that_no_row_of_a_feed_has_is_said_when_all_is_read(tmp_path: Path) -> None:
+    made = Fed(tmp_path)
+    made.read(OLD, OLD, OLD)
+    for _ in range(2):  # it is opened again
+        with pytest.raises(Misconfigured, match=r"public\.products has no column category_id") as caught:
+            made.read(*[OLD | {REVIEWS: NEW[REVIEWS]}] * 3)
+        assert caught.value.code == "document-column"
+    assert made.store.bodies() == {}
+
+
+def test_s9_a_key_of_other_columns_is_refused_of_a_feed(tmp_path: Path) -> None:
+    """Whoever reads on knows only the new one: what has the old one would stay."""
+    made = world(tmp_path, Alone, feed="debezium")
+    made.run()
+    shape = made.log.schemas[PRODUCTS, 1]
+    made.log.schemas = {(PRODUCTS, 2): replace(shape, version=2, key=("id", "seq"))}
+    made.log.put(PRODUCTS, 2, {"id": 2, "name": "cup", "seq": 2})
+    made.log.cut()
+    with pytest.raises(Misconfigured, match="was id, and is id, seq"):
+        made.run()
 
 
 @pytest.mark.parametrize("limit", [None, 1])

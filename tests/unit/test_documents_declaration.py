@@ -11,8 +11,23 @@ import pytest
 
 from headrace import codec
 from headrace.change import Column, TableSchema, Version
-from headrace.documents import Aggregate, Avg, Count, Document, Many, Max, Min, Node, One, Sum, count, mean, total
-from headrace.documents.checks import check, check_types
+from headrace.documents import (
+    Aggregate,
+    Avg,
+    Count,
+    Document,
+    Many,
+    Max,
+    Min,
+    Node,
+    One,
+    Sum,
+    Window,
+    count,
+    mean,
+    total,
+)
+from headrace.documents.checks import check, check_types, check_window
 from headrace.documents.local import Touched
 from headrace.documents.order import Shape
 from headrace.documents.rendering import rendered
@@ -303,6 +318,12 @@ def test_json_is_not_added_since_a_number_there_may_be_text(function: type[Sum |
     with pytest.raises(Misconfigured, match=f"b.n is {kind}, whose values are not added") as error:
         check(Document("public.a", b=Aggregate("public.b", by="a", n=function("n"))), newest)
     assert error.value.code == "document-column"
+
+
+def test_of_a_column_of_which_a_feed_has_shown_only_nulls_nothing_is_said() -> None:
+    newest = {"public.b": TableSchema("public.b", 1, (Column("id", "bigint"), Column("at", "unknown")), ("id",))}
+    check(Document("public.a", b=Many("public.b", by="id", where={"at": 1}, order=["at"])), newest)
+    check_window(Window("public.b", on="at", seconds=60, n=Count("at")), newest)
 
 
 def _join(refers: Column, referred: Column, *, one: bool = False) -> None:
