@@ -197,11 +197,13 @@ def table() -> list[tuple[str, str, str]]:
 
 def _read_file(path: Path, *, optional: bool = False) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         if optional:
             return {}
         raise Misconfigured("config-file", f"There is no file {path}.", "Change HEADRACE_CONFIG.") from error
+    except UnicodeDecodeError:  # its words hold bytes of the file
+        raise Misconfigured("config-file", f"{path} cannot be read: it is not UTF-8.", "Mend the file.") from None
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise Misconfigured("config-file", f"{path} cannot be read: {error}.", "Mend the file.") from error
 
@@ -211,6 +213,9 @@ def _value(setting: Field[Any], value: Any) -> Any:
         value = json.dumps(value, default=str) if isinstance(value, dict) else str(value)
         kafka_options(value)
     wanted = int if setting.type in (int, "int") else str
+    if isinstance(value, list | dict):  # of what may be an address with its password
+        kind, name = type(value).__name__.replace("dict", "table"), f"{_PREFIX}{setting.name.upper()}"
+        raise Misconfigured("bad-setting", f"{name} is a {kind}, not one value.", setting.metadata["doc"])
     if wanted is str:
         return str(value)
     try:

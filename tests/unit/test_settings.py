@@ -97,6 +97,26 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         load({}, config=file)
 
 
+def test_a_file_in_another_encoding_is_named_and_not_quoted(tmp_path: Path) -> None:
+    file = tmp_path / "headrace.toml"
+    file.write_bytes('dsn = "postgresql://x:geheimnisvoll-ü@db/shop"'.encode("latin-1"))
+    with pytest.raises(Misconfigured, match=r"headrace\.toml.*not UTF-8") as caught:
+        load({}, config=file)
+    assert (caught.value.code, caught.value.__cause__) == ("config-file", None)
+
+
+@pytest.mark.parametrize("text", ['["a:9092", "x:hidden@b:9092"]', '{host = "hidden"}'])
+@pytest.mark.parametrize("name", ["kafka", "partitions"])
+def test_several_values_where_one_is_wanted_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    """They were taken as the text of a list."""
+    file = tmp_path / "headrace.toml"
+    file.write_text(f"{name} = {text}")
+    with pytest.raises(Misconfigured, match=f"HEADRACE_{name.upper()} is a (list|table)") as caught:
+        load({}, config=file)
+    assert caught.value.code == "bad-setting"
+    assert "hidden" not in str(caught.value)
+
+
 def test_the_environment_of_settings_gives_them_back() -> None:
     settings = Settings(source="shop", partitions=4)
     assert environment(settings) == {"HEADRACE_SOURCE": "shop", "HEADRACE_PARTITIONS": "4"}
