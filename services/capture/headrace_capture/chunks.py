@@ -22,6 +22,7 @@ from headrace.settings import Settings
 from headrace_capture import append_only, catalog, fingerprints, watermarks
 from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.jobs import JOINED
+from headrace_capture.operators import operators
 from headrace_capture.published import row_filters
 from headrace_capture.replication import Stopped, postgres_errors
 from headrace_capture.spool import Spool
@@ -280,7 +281,7 @@ def _compared(connection: catalog.Connection, table: catalog.Table, texts: Seque
     values = [
         sql.SQL("{}::{}").format(sql.Literal(text), _plain(column)) for text, column in zip(texts, key, strict=True)
     ]
-    signs = catalog.operators(connection, [column.base for column in key])
+    signs = operators(connection, [column.base for column in key])
     if all(schema == "pg_catalog" for each in signs for schema, _ in each.values()):
         keys = sql.SQL(", ").join(operands)
         return sql.SQL("({}) {} ({})").format(keys, sql.SQL(how), sql.SQL(", ").join(values))

@@ -35,12 +35,11 @@ from headrace_capture.pgoutput import Message
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
 from headrace_capture.replication import postgres_errors
+from headrace_capture.telling import tell
 from headrace_capture.toast import Filler
 from headrace_capture.writing import Writing
 
 _AGAIN_SECONDS = 0.5
-_TOLD = 5
-"""So many jobs are told in a report."""
 
 
 @dataclass(slots=True)
@@ -377,23 +376,5 @@ class Resnapshot:
         return False
 
     def tell(self) -> None:
-        """Report what is to be read again, and what the log lacks since it could not be read: nothing else ever shows that."""
-        jobs = self._jobs.all.values()
-        told = [
-            f"{job.name}: {job.told()}" for job in jobs if job.open or (job.phase == FAILED and not self._lacks(job))
-        ]
-        self._progress.fact("resnapshot", "; ".join(_few(told)))
-        self._progress.fact("unread", _few([job.missed() for job in jobs if self._lacks(job)]))
-        if self._cut.snapshot:
-            initial = [job.phase == DONE for job in jobs if job.initial]
-            self._progress.phase("snapshot", progress=(sum(initial), len(initial)))
-
-    def _lacks(self, job: Job) -> bool:
-        """Whether its table could not be read, and the log has at most what came of it since, or the initial snapshot is not complete."""
-        never = job.initial or job.floor == JOINED or job.table not in self._relations.shapes
-        return job.phase == FAILED and never
-
-
-def _few(told: list[str]) -> list[str]:
-    more = [f"and {len(told) - _TOLD} more: headrace resnapshot --status"] if len(told) > _TOLD else []
-    return told[:_TOLD] + more
+        """Report what is to be read again, and what the log lacks."""
+        tell(self._jobs.all.values(), self._relations.shapes, self._progress, initial=bool(self._cut.snapshot))

@@ -33,6 +33,7 @@ from headrace.log import Log
 from headrace_capture import catalog
 from headrace_capture.fingerprints import widened
 from headrace_capture.live import LiveKeys
+from headrace_capture.operators import operators
 from headrace_capture.pgoutput import UNCHANGED, Datum, Datums, Update
 from headrace_capture.replication import postgres_errors
 from headrace_capture.tables import REREAD, Json, Table
@@ -277,7 +278,7 @@ class Filler:
         new = [type_ for type_ in types if type_ not in self._operators]
         if new:
             try:
-                found = [signs["="][0] for signs in catalog.operators(self._connection, new)]
+                found = [signs["="][0] for signs in operators(self._connection, new)]
             except errors.InsufficientPrivilege:
                 found = ["pg_catalog"] * len(new)
             self._operators |= zip(new, found, strict=True)
