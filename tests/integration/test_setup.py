@@ -325,24 +325,6 @@ def test_partitions_that_are_sent_under_their_own_names_go_by_the_root_s_again(
     assert sorted(published(db, source)) == ["public.p"]
 
 
-def test_a_generated_key_is_left_out_where_no_publication_sends_it(each_source: Settings) -> None:
-    """Capture died of it at each start, and captured nothing."""
-    with catalog.connect(each_source.dsn) as db:
-        db.execute("CREATE TABLE public.u (mail text, low text GENERATED ALWAYS AS (lower(mail)) STORED PRIMARY KEY)")
-        db.execute("CREATE TABLE public.k (id int PRIMARY KEY)")
-        made = prepared(db, each_source)
-        sent = made.server.version >= catalog.GENERATED
-        assert [table.full_name for table in made.tables] == ["public.k", *(["public.u"] if sent else [])]
-        assert [(left.table, "generated" in left.reason) for left in made.left_out] == [("public.u", True)] * (not sent)
-        ours = psycopg.sql.Identifier(each_source.publication).as_string()
-        db.execute(f"ALTER PUBLICATION {ours} SET TABLE public.k, public.u (mail)".encode())
-        told = {
-            table.full_name: (table.key, table.keyless)
-            for table in catalog.published_tables(db, each_source.publication)
-        }
-        assert told == {"public.k": (("id",), ""), "public.u": ((), "unsent")}
-
-
 def test_an_index_that_tells_more_apart_than_its_column_is_no_key(db: Connection, source: Settings) -> None:
     """A chunk goes on behind a value of the column: a row that the column takes for the same would be passed over, and deleted."""
     blind = "CREATE COLLATION public.blind (provider = icu, locale = 'und-u-ks-level2', deterministic = false)"

@@ -34,6 +34,11 @@ def check(table: Table) -> None:
         Misconfigured: `append-only-key`, `append-only-full`.
     """
     name = table.identifier.as_string()
+    if table.unsent:
+        why, mend = table.hidden()
+        raise Misconfigured(
+            "append-only-key", f"{table.full_name} has a key, so updates of it are not refused, and {why}.", mend
+        )
     if table.key or table.keyless == "deferrable":
         why = (
             f"has the key ({', '.join(table.key)})"

@@ -138,7 +138,7 @@ def _publish(
     named = {table.full_name: table for table in tables if table.key or table.full_name in appended}
     for table in tables:
         if table.full_name not in named:
-            progress.say(keyless(table.full_name, table.keyless))
+            progress.say(keyless(table.full_name, table))
         elif not table.key:
             append_only.check(table)
     writer.add_topic(*log.ensure_tables(named))  # before the first shape opens a cut, which may not last long (S5)

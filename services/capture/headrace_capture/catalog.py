@@ -6,7 +6,7 @@ are stated here once, for setup, snapshot and stream. Everything is read as of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -112,7 +112,7 @@ class Table:
         key: The key's columns in the key's order; empty when no key is usable, and then `keyless` says why.
         key_index: The name of the key's index.
         keyless: One of the empty string, ``none``, ``deferrable``, ``unsent``.
-        unsent: The key of which the publication asked about does not send every column; then `key` is empty.
+        unsent: The columns of its key that the publication does not send: such a key names no row of the stream, so it is not in `key`.
         unique: An index that could serve as replica identity if there is no key, empty if there is none.
         kind: ``r`` ordinary, ``p`` partitioned.
         identity: pg_class.relreplident: ``d f i n``; a partitioned table's own is without effect, see `leaves`.
@@ -145,6 +145,16 @@ class Table:
     def identifier(self) -> sql.Identifier:
         """Return the quoted, qualified name."""
         return sql.Identifier(self.schema, self.name)
+
+    def hidden(self) -> tuple[str, str]:
+        """Return why its key is not all sent, and what to do (see `unsent`)."""
+        names = ", ".join(self.unsent)
+        if any(column.generated for column in self.columns if column.name in self.unsent):
+            why = f"{names} of its key is generated, which Postgres sends from 18 on, where the publication says so"
+            other = "Give it a primary key of other columns, or: ALTER TABLE … REPLICA IDENTITY USING INDEX … (unique, NOT NULL)."
+            return why, other
+        why = f"the publication's column list leaves out {names} of its key"
+        return why, f"ALTER PUBLICATION … DROP TABLE {self.full_name}, then ADD it with its key in the list."
 
     def shape(self, version: int) -> TableSchema:
         """Return the table's shape as a version of the schemas topic."""
@@ -218,16 +228,22 @@ def check_operations(connection: Connection, publication: str) -> None:
 
 
 def _published(table: Table, sent: set[str]) -> Table:
-    """Mark the columns that the stream sends. A key that it does not send is none: no row of the table can be told from another."""
+    """Mark the columns that the stream sends."""
     columns = tuple(replace(column, published=column.name in sent) for column in table.columns)
-    if sent.issuperset(table.key):
-        return replace(table, columns=columns)
-    return replace(table, columns=columns, key=(), keyless="unsent", unsent=table.key)
+    return keyed(replace(table, columns=columns), sent)
+
+
+def keyed(table: Table, sent: Collection[str]) -> Table:
+    """Return the table without its key if not all of that is in what the stream sends."""
+    unsent = tuple(name for name in table.key if name not in sent)
+    return replace(table, key=(), keyless="unsent", unsent=unsent) if unsent else table
 
 
 def all_tables(connection: Connection) -> list[Table]:
     """Return every permanent table outside the system's schemas, partitioned ones under their root, by name."""
-    return _read(connection, [row[0] for row in connection.execute(_CANDIDATES)])
+    generated = connection.info.server_version >= GENERATED
+    found = _read(connection, [row[0] for row in connection.execute(_CANDIDATES)])
+    return [keyed(table, {c.name for c in table.columns if generated or not c.generated}) for table in found]
 
 
 def _read(connection: Connection, oids: list[int]) -> list[Table]:

@@ -67,6 +67,7 @@ class Chunk(NamedTuple):
         print: Its fingerprint, None when it is not published.
         rows: The published columns of each row.
         last: Whether the table has no more rows after these.
+        hidden: Why its key is not all sent, if that is why there is no table, and what to do.
         wanted: The values of the key that was asked for, in the key's order, as Postgres writes them.
         spool: All rows of an append-only table; whoever takes the chunk closes it.
     """
@@ -79,6 +80,7 @@ class Chunk(NamedTuple):
     print: Fingerprint | None
     rows: list[list[Any]]
     last: bool
+    hidden: tuple[str, str] | None = None
     wanted: list[bytes] | None = None
     spool: Spool | None = None
 
@@ -191,7 +193,7 @@ class ChunkReader:
         if table is not None and not table.key and (ask.appended or _is_named(connection, publication, ask.table)):
             return none._replace(table=table, spool=self._spooled(connection, table, ask))
         if table is None or not table.key:
-            return none
+            return none._replace(hidden=table.hidden() if table and table.unsent else None)
         if ask.after and len(ask.after) != len(table.key):  # changed in the middle of the pass: the fingerprint tells
             return none._replace(covered=False)
         wanted = _wanted(connection, table, ask.key) if ask.key is not None else None

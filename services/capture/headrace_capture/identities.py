@@ -93,11 +93,6 @@ def _refused(table: Table, version: int) -> bool:
     return version >= GENERATED and bool(_unsent(table, version))
 
 
-def never_sent(table: Table, version: int) -> list[str]:
-    """Return the columns of the key that our publication cannot send."""
-    return [column.name for column in _unsent(table, version) if column.name in table.key]
-
-
 def _unsent(table: Table, version: int) -> list[TableColumn]:
     """Return the generated columns that our publication leaves out: from 18 on it sends the stored ones."""
     sent = "s" if version >= GENERATED else "-"

@@ -91,14 +91,15 @@ class Relations:
             was = self.by_oid.get(relation.oid) if relation.oid not in oids else None
             self.moved(f"{relation.schema}.{relation.name}", oids, was.name if was else "")
         key = now.key if now else known.key if known else ()
-        if not key and not self._append_only(relation, known):
-            self._say(keyless(f"{relation.schema}.{relation.name}", now.keyless if now else "none"))
+        sent = {column.name for column in relation.columns}
+        unsent = not sent.issuperset(key)  # when it was written: by a column list, or the key is newer
+        if unsent and known is not None and known.key != key:
+            raise _key_changed(known.table, known.key, key)
+        if unsent or (not key and not self._append_only(relation, known)):
+            self._say(keyless(f"{relation.schema}.{relation.name}", catalog.keyed(now, sent) if now else None))
             if known is not None:  # what is passed over from now on is read again when the key is back
                 self._cut.inexact.add(known.table)
             return None
-        sent = {column.name for column in relation.columns}
-        if not sent.issuperset(key):
-            raise _key_changed(f"{relation.schema}.{relation.name}", sorted(sent.intersection(key)), key)
         plans = self._plans(relation, now)
         shape = self.version(
             known, TableSchema(f"{relation.schema}.{relation.name}", 1, tuple(p.column for p in plans), key)
@@ -192,14 +193,13 @@ def plans_of(shape: TableSchema, published: catalog.Table | None) -> list[Column
     ]
 
 
-def keyless(table: str, why: str) -> str:
-    """Return the warning for a table that is left out."""
-    if why == "unsent":
-        return (
-            f"warning: {table} is left out: the publication does not send all of its key: a column list leaves it out, or it is "
-            "generated, which needs Postgres 18. Do: give it a key that is sent; it is read then."
-        )
-    reason = "its key is deferrable, which is no key (rule S9)" if why == "deferrable" else "it has no primary key"
+def keyless(table: str, found: catalog.Table | None) -> str:
+    """Return the warning for a table that is left out, as it was `found`."""
+    if found is not None and found.unsent:
+        why, mend = found.hidden()
+        return f"warning: {table} is left out: {why}. {mend}"
+    deferrable = found is not None and found.keyless == "deferrable"
+    reason = "its key is deferrable, which is no key (rule S9)" if deferrable else "it has no primary key"
     return f"warning: {table} is left out: {reason}. Do: ALTER TABLE {table} ADD PRIMARY KEY (…); it is read then."
 
 

@@ -91,13 +91,13 @@ def plan(
     before = {name for _, name in memory.published} if memory else set()
     loose = _loose(connection, made, memory, appended, present)
     found = _found(connection, made, before, names, present) if names else catalog.all_tables(connection)
-    there = {table.oid for table in present}
+    there = {table.oid: table for table in present}
     taken = {_counted(table, settings): table.full_name for table in present}
-    out = {oid for oid, _ in (memory.published if memory and not names else ())} - there
+    out = {oid for oid, _ in (memory.published if memory and not names else ())} - there.keys()
     wanted = []
-    for table in [*loose, *(table for table in found if table.full_name not in made.append_only)]:
+    for table in [*loose, *(there.get(t.oid, t) for t in found if t.full_name not in made.append_only)]:
         appends = table.full_name in made.append_only
-        reason = (None if appends else unusable(table, settings, server.version)) or _same_topic(table, settings, taken)
+        reason = (None if appends else unusable(table, settings)) or _same_topic(table, settings, taken)
         spared = table.oid in there or (table.full_name in before and not appends)
         if reason and (names or appends) and not spared:
             raise Misconfigured(
@@ -108,7 +108,7 @@ def plan(
         made.left_out += [reason] if reason else []
         wanted += [] if reason else [table]
     made.tables = sorted({t.oid: t for t in [*wanted, *present]}.values(), key=lambda t: t.full_name)
-    _fill(connection, settings, made, memory, there, role)
+    _fill(connection, settings, made, memory, set(there), role)
     return made
 
 
@@ -135,10 +135,10 @@ def _loose(
     return [*before, *new]
 
 
-def unusable(table: Table, settings: Settings, version: int) -> LeftOut | None:
-    """Return why a table cannot be captured now by a server of `version`, None when it can."""
-    if keyless := _keyless(table, version):
-        return keyless
+def unusable(table: Table, settings: Settings) -> LeftOut | None:
+    """Return why a table cannot be captured now, None when it can."""
+    if table.keyless:
+        return _keyless(table)
     if "." in table.schema:
         why = "its schema has a dot in its name, and tables are named schema.table"
         return LeftOut(table.full_name, why, f"ALTER SCHEMA {sql.Identifier(table.schema).as_string()} RENAME TO …")
@@ -152,27 +152,21 @@ def unusable(table: Table, settings: Settings, version: int) -> LeftOut | None:
     return None
 
 
-def _keyless(table: Table, version: int) -> LeftOut | None:
-    """Return why a table has no usable key, None when it has one."""
+def _keyless(table: Table) -> LeftOut:
     name = table.identifier.as_string()
-    if unsent := identities.never_sent(table, version):
-        why = f"its key has the generated column {', '.join(unsent)}, which no publication sends before Postgres 18"
-        return LeftOut(
-            table.full_name, why, f"ALTER TABLE {name} ADD PRIMARY KEY of other columns, or use Postgres 18."
-        )
     if table.keyless == "deferrable":
         why = "its key is deferrable, so two rows may share it for a while (S9)"
         return LeftOut(table.full_name, why, f"Make the constraint of {name} NOT DEFERRABLE.")
-    if table.keyless:
-        why = "it has no usable key (S10)"
-        index = sql.Identifier(table.unique).as_string()
-        use = (
-            f"ALTER TABLE {name} REPLICA IDENTITY USING INDEX {index}"
-            if table.unique
-            else f"ALTER TABLE {name} ADD PRIMARY KEY (…); if its rows are only ever added, say also: --append-only {table.full_name}"
-        )
-        return LeftOut(table.full_name, why, f"Run: {use}")
-    return None
+    if table.unsent:
+        return LeftOut(table.full_name, *table.hidden())
+    why = "it has no usable key (S10)"
+    index = sql.Identifier(table.unique).as_string()
+    use = (
+        f"ALTER TABLE {name} REPLICA IDENTITY USING INDEX {index}"
+        if table.unique
+        else f"ALTER TABLE {name} ADD PRIMARY KEY (…); if its rows are only ever added, say also: --append-only {table.full_name}"
+    )
+    return LeftOut(table.full_name, why, f"Run: {use}")
 
 
 def _same_topic(table: Table, settings: Settings, taken: dict[str, str]) -> LeftOut | None:
@@ -270,7 +264,8 @@ def _fill(
     statements = [rights.give(grant) for grant in given]
     limited = identities.limits(connection, settings.publication)
     for table in [table for table in made.tables if table.key or table.unsent]:
-        _identities(made, table, after, statements, limited)
+        if table.key:
+            _identities(made, table, after, statements, limited)
         made.warnings += [
             f"UPDATE and DELETE of {table.full_name} fail as it is published (S8); run: {mend}"
             for mend in identities.past_mending(table, made.server.version, limited, settings.publication)

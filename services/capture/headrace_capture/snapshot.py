@@ -149,7 +149,7 @@ class Snapshot:
             if published.full_name in named:
                 append_only.check(published)
             elif not published.key:
-                self._progress.say(keyless(published.full_name, published.keyless))
+                self._progress.say(keyless(published.full_name, published))
                 continue
             if any(leaf.unlogged for leaf in published.leaves):
                 self._inexact.append(published.full_name)  # who streams says why

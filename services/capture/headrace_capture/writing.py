@@ -182,10 +182,11 @@ class Writing:
         if shape_then is not None and shape_then.key and chunk.print is not None:
             self._cut.inexact.add(job.table)
             job.initial = False  # the others' snapshot is complete without it
-            raise _key_missing(job.table, shape_then)
+            raise _key_missing(job.table, shape_then, chunk.hidden)
         if shape_then is None or chunk.exists:
             self.left_out[job.table] = chunk.print
-            self._progress.say(f"warning: {job.table} is left out: it is not published, or has no usable key")
+            why = chunk.hidden[0] if chunk.hidden else "it is not published, or has no usable key"
+            self._progress.say(f"warning: {job.table} is left out: {why}")
             self._cut.inexact.discard(job.table)
             if shape_then is None or job.request or job.key is not None or job.table in self._jobs.prints:
                 self._jobs.drop(job.name)
@@ -232,11 +233,11 @@ class Writing:
         self._progress.say(f"warning: {job.table} stays inexact (rule S12). {job.reason}")
 
 
-def _key_missing(table: str, shape: TableSchema) -> Misconfigured:
-    said = (
-        f"{table} has no primary key any more, or a deferrable one, which is none (rule S9), or the publication's column list "
-        "leaves it out: its changes are passed over."
-    )
+def _key_missing(table: str, shape: TableSchema, hidden: tuple[str, str] | None) -> Misconfigured:
+    if hidden:
+        why, mend = hidden
+        return Misconfigured("key-missing", f"{table} comes without its key: {why}. Its changes are passed over.", mend)
+    said = f"{table} has no primary key any more, or a deferrable one, which is none (rule S9): its changes are passed over."
     mend = f"Give it the primary key ({', '.join(shape.key)}) again, in place of a deferrable one: all of it is read again by itself then."
     return Misconfigured("key-missing", said, mend)
 
