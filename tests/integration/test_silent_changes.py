@@ -284,6 +284,22 @@ def test_a_table_that_was_unlogged_for_a_while(settings: Settings, what: str) ->
         assert sum("was read again" in said for said in capture.said) == 2
 
 
+def test_a_table_that_was_in_another_schema_for_a_while(settings: Settings) -> None:
+    """Where the publication names only its schema; within one transaction. All that was sent of it is as it was before."""
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 5) i", "CREATE SCHEMA old")
+    named = f"CREATE PUBLICATION {settings.publication} FOR TABLES IN SCHEMA public"
+    execute(settings, f"DROP PUBLICATION {settings.publication}", named)
+    changes = "UPDATE old.items SET n = -1 WHERE id = 1; DELETE FROM old.items WHERE id = 2"
+    with off(settings):
+        execute(settings, f"ALTER TABLE items SET SCHEMA old; {changes}; ALTER TABLE old.items SET SCHEMA public")
+    with capturing(settings) as capture:
+        exact(settings, capture, T)
+        execute(settings, "VACUUM FULL pg_depend", "ALTER TABLE items ADD COLUMN more text")
+        eventually("it was looked at once more", lambda: "more" in fingerprint(settings, T))
+        assert capture.reach().inexact == ()
+        assert sum("was read again" in said for said in capture.said) == 1
+
+
 DROPPED, ADDED = "ALTER TABLE items DROP CONSTRAINT items_pkey", "ALTER TABLE items ADD PRIMARY KEY (id)"
 
 

@@ -20,7 +20,8 @@ signs are chosen so that daily work is not taken for a change of rows:
   have had one key;
 - what makes a table published, its entry in the publication, has an oid of its own: another one means that the stream was silent between,
   or that the rows it sends are others (a row filter). So has the publication, and which transaction touched its own entry last tells that
-  its options were others for a while: it may have left operations out.
+  its options were others for a while: it may have left operations out. A table that is sent for its schema's sake may have been in another
+  one (SET SCHEMA and back): another transaction has touched what says that it is in this one.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Fingerprint:
         kind: ``r`` ordinary, ``p`` partitioned.
         columns: By number.
         leaves: (oid, file) of each table that holds its rows.
-        sent: The oids of the publication and of what in it names the table; empty: not known.
+        sent: The oids of the publication and of what in it names the table; where that is its schema, also which transaction put it
+            there. Empty: not known.
         altered: Which transaction touched the publication's entry; empty: not known.
         width: How many columns it ever had; 0: not known.
         key: The oid of what is the key, `NO_KEY` where nothing is; empty: not known.
@@ -246,7 +248,9 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
        concat_ws(' ', published.pub,
          (SELECT string_agg(r.oid::text, ' ' ORDER BY r.oid) FROM pg_publication_rel r WHERE r.prpubid = published.pub
           AND r.prrelid IN (SELECT c.oid UNION ALL SELECT a.ancestor FROM above a WHERE a.oid = c.oid)),
-         (SELECT s.oid::text FROM pg_publication_namespace s WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace)),
+         (SELECT concat_ws(' ', s.oid, d.xmin) FROM pg_publication_namespace s LEFT JOIN pg_depend d
+            ON (d.classid, d.objid, d.objsubid, d.refclassid) = ('pg_class'::regclass, c.oid, 0, 'pg_namespace'::regclass)
+          WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace)),
        (SELECT p.xmin::text FROM pg_publication p WHERE p.oid = published.pub),
        c.relnatts,
        coalesce((SELECT coalesce(k.oid, i.indexrelid)::text
