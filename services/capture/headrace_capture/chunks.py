@@ -40,8 +40,8 @@ _BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 class Ask(NamedTuple):
     """What to read: the rows of `table` after the key `after`, at most `most`; or the row of one `key`, texts by column.
 
-    `leaves` are the table's that are known (see `fingerprints.read`). A snapshot that does not cover `floor` reads nothing. `appended`:
-    the log has the table as append-only. `again`: it could not be read the last time.
+    `leaves` are the table's that are known (see `fingerprints.read`). Before all that `floor` sees is over (`_over`), nothing is read.
+    `appended`: the log has the table as append-only. `again`: it could not be read the last time.
     """
 
     mark: str
@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
     Attributes:
         snapshot: `pg_current_snapshot()` of the read.
         floor: What had to be covered; for `JOINED` what that came to.
-        covered: Whether the snapshot does; if not, nothing was read.
+        covered: Whether it was, before the low watermark; if not, nothing was read. `JOINED` never is (`_over`).
         exists: Whether there is such a table at all.
         table: As the catalogue has it; None when it is gone, is not published any more, or has no key and is not append-only.
         print: Its fingerprint, None when it is not published.
@@ -128,9 +128,10 @@ class ChunkReader:
                 before(self._check)
             with postgres_errors(f"reading {ask.table} again"):
                 connection = self._connected()
+                over = _over(connection, ask.floor)
                 watermarks.emit(connection, watermarks.LOW, ask.mark)
                 connection.execute(_BEGIN)
-                chunk = self._chunk(connection, ask)
+                chunk = self._chunk(connection, ask, covered=over)
                 watermarks.emit(connection, watermarks.HIGH, ask.mark)
                 connection.execute("COMMIT")
                 return chunk
@@ -164,27 +165,27 @@ class ChunkReader:
             connection.execute(_BEGIN)
             try:
                 connection.execute(_LOCK.format(sql.Identifier(*ask.table.split(".", 1))))
-                return ask.floor == JOINED or _nothing(connection, ask, exists=True).covered
+                return ask.floor == JOINED or _over(connection, ask.floor)
             except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
                 return True
             finally:
                 connection.execute("ROLLBACK")
 
-    def _chunk(self, connection: catalog.Connection, ask: Ask) -> Chunk:
+    def _chunk(self, connection: catalog.Connection, ask: Ask, *, covered: bool) -> Chunk:
         name = sql.Identifier(*ask.table.split(".", 1))
         try:
             connection.execute(_LOCK.format(name))
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             connection.execute("ROLLBACK")
             connection.execute(_BEGIN)
-            none = _nothing(connection, ask, exists=False)
+            none = _nothing(connection, ask, covered=covered, exists=False)
             gone = connection.execute("SELECT to_regclass(%s) IS NULL", [name.as_string()]).fetchone() == (True,)
             return none if gone else none._replace(covered=False)  # it was made anew: its rows may be in the log
-        return self._locked(connection, ask)
+        return self._locked(connection, ask, covered=covered)
 
-    def _locked(self, connection: catalog.Connection, ask: Ask) -> Chunk:
+    def _locked(self, connection: catalog.Connection, ask: Ask, *, covered: bool) -> Chunk:
         publication = self._settings.publication
-        none = _nothing(connection, ask, exists=True)
+        none = _nothing(connection, ask, covered=covered, exists=True)
         none = none._replace(print=fingerprints.read(connection, publication, ask.leaves, ask.table).get(ask.table))
         self._check()  # what was cancelled may have been a question whether a partition is empty
         if not none.covered:
@@ -222,13 +223,25 @@ def _is_named(connection: catalog.Connection, publication: str, table: str) -> b
     return table in append_only.named(connection, publication)
 
 
-def _nothing(connection: catalog.Connection, ask: Ask, *, exists: bool) -> Chunk:
-    """Return the chunk of the transaction's snapshot, without rows."""
+def _over(connection: catalog.Connection, floor: str) -> bool:
+    """Whether all that `floor` sees is over by now. Asked before the low watermark: what commits later counts as newer than what is read.
+
+    What `JOINED` comes to is known only once the fingerprint was read: until then the catalogue may change beside whoever writes.
+    """
+    return floor != JOINED and (not floor or watermarks.covers(_snapshot(connection), floor))
+
+
+def _snapshot(connection: catalog.Connection) -> str:
     row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
     assert row is not None
-    floor = watermarks.settled(row[0]) if ask.floor == JOINED else ask.floor
-    covered = not floor or watermarks.covers(row[0], floor)
-    return Chunk(row[0], floor, covered, exists, None, None, [], last=True)
+    return str(row[0])
+
+
+def _nothing(connection: catalog.Connection, ask: Ask, *, covered: bool, exists: bool) -> Chunk:
+    """Return the chunk of the transaction's snapshot, without rows."""
+    snapshot = _snapshot(connection)
+    floor = watermarks.settled(snapshot) if ask.floor == JOINED else ask.floor
+    return Chunk(snapshot, floor, covered, exists, None, None, [], last=True)
 
 
 def _rows(connection: catalog.Connection, query: sql.Composed, most: int) -> tuple[list[list[Any]], bool]:

@@ -138,8 +138,7 @@ def silent(before: Fingerprint, after: Fingerprint, logged: Collection[str] = ()
         return "it left the publication and came back, or its row filter or the publication's options changed"
     if before.key and before.key != after.key:
         return "its key was dropped or added"
-    labels = dict(before.labels)
-    if any(labels.get(oid, label) != label for oid, label in after.labels):
+    if _relabelled(before, after):
         return "a value of an enum was renamed, or a composite type has other attributes"
     return _columns(before, after, {*logged, *(column.name for column in before.columns)}) or _leaves(before, after)
 
@@ -147,6 +146,21 @@ def silent(before: Fingerprint, after: Fingerprint, logged: Collection[str] = ()
 def unsent(before: Fingerprint, after: Fingerprint) -> bool:
     """Whether the stream may have been silent about the table for a while between two fingerprints."""
     return bool((before.sent and before.sent != after.sent) or (before.altered and before.altered != after.altered))
+
+
+def outlived(before: Fingerprint, after: Fingerprint) -> bool:
+    """Whether rows as they were at `before` may come after `after`, from transactions that were open between.
+
+    What the publication sends, the labels and attributes of types, and partitions (DETACH … CONCURRENTLY) change beside whoever writes, and
+    the stream decodes a row as the catalogue was when it was written.
+    """
+    gone = dict(before.leaves).keys() - dict(after.leaves).keys()
+    return unsent(before, after) or _relabelled(before, after) or bool(gone)
+
+
+def _relabelled(before: Fingerprint, after: Fingerprint) -> bool:
+    labels = dict(before.labels)
+    return any(labels.get(oid, label) != label for oid, label in after.labels)
 
 
 def _columns(before: Fingerprint, after: Fingerprint, names: Collection[str]) -> str:

@@ -194,7 +194,7 @@ class Resnapshot:
         """Take a newer fingerprint of a table; return whether it must be read again because of what has changed since `known`."""
         why = fingerprints.silent(known, found, self._relations.names[table])
         if why:
-            self.mark(table, why, JOINED if fingerprints.unsent(known, found) else "")
+            self.mark(table, why, JOINED if fingerprints.outlived(known, found) else "")
         self._jobs.know(table, found)
         return bool(why)
 
@@ -355,7 +355,9 @@ class Resnapshot:
         if job.key is None and chunk.print is not None and not self._same(job, chunk.print, joining=joining):
             return False
         if not chunk.covered:
-            self._wait(job, "waits for transactions that began before it")
+            over = chunk.floor and watermarks.covers(chunk.snapshot, chunk.floor)
+            if not over:  # else it goes on at once
+                self._wait(job, "waits for transactions that began before it")
         elif not chunk.exists and job.key is None:  # its rows go now: nothing is left of it
             self._printed_at[job.table] = time.monotonic()
             self._jobs.know_only(self._jobs.prints.keys() - {job.table})
@@ -365,7 +367,7 @@ class Resnapshot:
         """Take the fingerprint that came with a chunk; return whether the job can go on with it."""
         table, known = job.table, self._jobs.prints.get(job.table)
         self._printed_at[table] = time.monotonic()
-        if joining or (known and not job.first and not fingerprints.unsent(known, print_)):
+        if joining or (known and not job.first and not fingerprints.outlived(known, print_)):
             if known and fingerprints.silent(known, print_, self._relations.names[table]):
                 self._cut.inexact.add(table)
             self._jobs.know(table, print_)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container
 
-from headrace_capture.jobs import DONE, FAILED, JOINED, Job
+from headrace_capture.jobs import DONE, FAILED, Job
 from headrace_capture.progress import Progress
 
 _TOLD = 5
@@ -29,8 +29,8 @@ def tell(jobs: Collection[Job], captured: Container[str], progress: Progress, *,
 
 def _lacks(job: Job, captured: Container[str]) -> bool:
     """Whether its table could not be read, and the log has at most what came of it since, or the initial snapshot is not complete."""
-    never = job.initial or job.floor == JOINED or job.table not in captured
-    return job.phase == FAILED and never
+    never = job.initial or (job.floor and not job.first) or job.table not in captured
+    return job.phase == FAILED and bool(never)
 
 
 def _few(told: list[str]) -> list[str]:
