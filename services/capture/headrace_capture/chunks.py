@@ -124,7 +124,7 @@ class ChunkReader:
 
     def _run(self, ask: Ask, before: Callable[[Callable[[], None]], None]) -> Chunk:
         try:
-            if not ask.again or self._can_go_on(ask):
+            if ask.floor != JOINED and (not ask.again or self._can_go_on(ask)):  # for JOINED no row is read yet
                 before(self._check)
             with postgres_errors(f"reading {ask.table} again"):
                 connection = self._connected()
@@ -165,7 +165,7 @@ class ChunkReader:
             connection.execute(_BEGIN)
             try:
                 connection.execute(_LOCK.format(sql.Identifier(*ask.table.split(".", 1))))
-                return ask.floor == JOINED or _over(connection, ask.floor)
+                return _over(connection, ask.floor)
             except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
                 return True
             finally:
