@@ -45,6 +45,20 @@ def test_a_table_that_goes_in_the_middle_of_a_pass_keeps_no_row(settings: Settin
     assert replay(settings, T) == {}
 
 
+@pytest.mark.usefixtures("often")
+def test_a_table_that_could_not_be_read_and_is_taken_out_keeps_no_initial_snapshot_waiting(settings: Settings) -> None:
+    """All others were read: nothing is read, or mended, after it."""
+    settings = replace(settings, message_max_bytes=100_000)
+    large = "CREATE TABLE large (id int PRIMARY KEY, a text)", "INSERT INTO large VALUES (1, repeat('x', 200000))"
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1)", *large)
+    with capturing(settings, chunked=True) as capture:
+        capture.eventually("one fails", lambda: phases(settings) == {T: "done", "public.large": "failed"})
+        execute(settings, f"ALTER PUBLICATION {settings.publication} DROP TABLE large")
+        capture.hear("the initial snapshot is complete")
+        assert capture.reach().snapshot is None
+    assert phases(settings)["public.large"] == "left"
+
+
 def test_a_row_of_a_table_that_is_gone_is_refused_and_the_stream_goes_on(commands: Settings) -> None:
     settings = commands
     prepare(settings, ITEMS, "CREATE TABLE others (id int PRIMARY KEY)", "INSERT INTO items VALUES (1, 1)")

@@ -107,6 +107,7 @@ class Resnapshot:
         findings = self._catalogue.take()
         if findings is not None:
             self._judge(findings)
+            self._complete()
             self._names = (
                 self._names or findings
             )  # what waits for the stream is not replaced, or it would wait for ever
@@ -342,12 +343,16 @@ class Resnapshot:
 
     def _written(self) -> None:
         """Write down what has become of the jobs in the cut that has their rows."""
+        self._complete()
+        self._jobs.write(self._cut.writer)
+        self.tell()
+
+    def _complete(self) -> None:
+        """Note that the initial snapshot is complete, once its last table was read, or is not published any more."""
         if self._cut.snapshot and not any(other.initial and other.phase != DONE for other in self._jobs.all.values()):
             self._cut.snapshot = None
             self._progress.phase("streaming")
             self._progress.say("the initial snapshot is complete")
-        self._jobs.write(self._cut.writer)
-        self.tell()
 
     def _usable(self, job: Job, chunk: Chunk) -> bool:
         """Whether the chunk sees what it must, and is of the table that the chunks before it were of."""
