@@ -110,7 +110,8 @@ class Generations:
                 worker.generation = replace(worker.generation, live=False)
                 if worker.still or worker.state.phase == "stopped":
                     self.end(worker)
-                    del self.workers[number]
+                    with self.reporting:
+                        del self.workers[number]
                     self._tidy = False
         self._listed = {each for number, each in self.workers.items() if number in held or each in self._listed}
 
