@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 
-from headrace.change import Checkpoint
+from headrace.change import Checkpoint, Row, Version
 from headrace.control import Control
+from headrace.documents import Document, DocumentConsumer, Node
 from headrace.errors import Misconfigured, Transient
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
+from headrace.stores.duckdb import DuckDBStore
+from headrace.stores.elasticsearch import ElasticsearchIndex
+from headrace.stores.kafka import KafkaTopic
+from headrace.stores.redis import RedisPages
 from headrace_capture import catalog, teardown
 from headrace_capture.recovery import recover
 from headrace_ops import artifacts, guard
@@ -140,12 +145,39 @@ def captured_by_half(settings: Settings) -> Checkpoint:
     return newest
 
 
+class Found(DocumentConsumer):
+    document = Document(T)
+    store = ElasticsearchIndex("failover-found", mappings={"properties": {"n": {"type": "integer"}}})
+
+    def render(self, row: Node) -> Row:
+        return {"n": row["n"]}
+
+
+class Streamed(Found):
+    store = KafkaTopic("failover-streamed")
+
+
+class Paged(DocumentConsumer):
+    document = Document(T)
+    store = RedisPages("failover-paged")
+
+    def render(self, row: Node) -> Row:
+        return {"html": str(row["n"])}
+
+
+class Tables(DuckDBStore):
+    """The built-in one without its endpoint."""
+
+
+OF_EVERY_STORE: dict[str, type[Any]] = {"found": Found, "streamed": Streamed, "paged": Paged, "tables": Tables}
+
+
 @contextmanager
-def seen(settings: Settings) -> Iterator[Plain]:
-    """A view of the log, from before what happens until after it."""
-    with serving(settings, plain=Plain) as control:
+def seen(settings: Settings, **others: type[Any]) -> Iterator[Plain]:
+    """A view of the log, and others, from before what happens until after it."""
+    with serving(settings, plain=Plain, **others) as control:
         view = Plain(settings, "plain")
-        await_live(control, "plain")
+        await_live(control, "plain", *others)
         eventually("it shows all rows", lambda: len(view.rows()) >= 20)
         yield view
 
@@ -194,8 +226,8 @@ def test_a_standby_without_the_slot_takes_over(pair: Pair) -> None:
         mend(pair.after, "slot-missing", view)
 
 
-def mend(settings: Settings, code: str, view: Plain) -> None:
-    """Capture refuses with `code`; the command that it names mends log and view."""
+def mend(settings: Settings, code: str, view: Plain, **others: type[Any]) -> Version:
+    """Capture refuses with `code`; the command that it names mends log and views. Return where the view was before."""
     error = refused(settings)
     assert error.code == code
     assert "headrace resnapshot --recover" in error.remedy
@@ -204,17 +236,24 @@ def mend(settings: Settings, code: str, view: Plain) -> None:
     with capturing(settings) as capture:
         capture.hear("public.items was read again")
         equal(settings, capture, view)
+        log = Log(settings)
+        for name, consumer in others.items():
+            (outcome,) = Verifier(log, Control(log), lambda *_: None, 60).verify({name: consumer})
+            with closing(outcome):
+                assert (outcome.rows, [*outcome.wrong(), *outcome.undecided()]) == (len(view.rows()), []), name
     assert (before.epoch, view.version(1).epoch) == (1, 2)
-    assert view.version(1) > before
+    return before
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("elasticsearch", "redis_server")
 def test_a_standby_that_lacks_what_was_published(pair: Pair) -> None:
-    """The log has transactions that the new server never had, and their LSNs are used again: a new epoch takes them back."""
+    """The log has transactions that the new server never had, and their LSNs are used again: a new epoch takes them back,
+    in every store, whatever its LSNs."""
     pair.copy(standby=True)
     with capturing(pair.settings) as capture:
         capture.reach()
-    with seen(pair.settings) as view:
+    with seen(pair.settings, **OF_EVERY_STORE) as view:
         pair.follow()
         pair.second.stop()
         with capturing(pair.settings) as capture:
@@ -230,19 +269,22 @@ def test_a_standby_that_lacks_what_was_published(pair: Pair) -> None:
         pair.second.start()
         pair.promote()
         execute(pair.after, "UPDATE items SET n = 7 WHERE id = 7", "INSERT INTO items VALUES (100, 100)")
-        mend(pair.after, "timeline-diverged", view)
+        before = mend(pair.after, "timeline-diverged", view, **OF_EVERY_STORE)
+        assert view.version(1).lsn < before.lsn
 
 
 @pytest.mark.timeout(300)
 def test_a_server_made_from_a_dump(pair: Pair) -> None:
-    """Its LSNs have nothing to do with those of the log, nor are its rows those of the log's end."""
+    """Its LSNs have nothing to do with those of the log, and are lower; nor are its rows those of the log's end."""
+    execute(pair.settings, "SELECT pg_switch_wal()")  # to the next file
     with capturing(pair.settings) as capture:
         capture.reach()
     with seen(pair.settings) as view:
         pair.first.kill()
         pair.second.start()
         prepare(pair.after, ITEMS, "INSERT INTO items SELECT i, -i FROM generate_series(5, 40) i")
-        mend(pair.after, "other-source", view)
+        before = mend(pair.after, "other-source", view)
+        assert view.version(1).lsn < before.lsn
 
 
 @pytest.mark.timeout(300)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from elasticsearch import ConflictError, NotFoundError
 from elasticsearch import Elasticsearch as Client
-from elasticsearch import NotFoundError
 
 from headrace.change import NOWHERE, Position, Source, Version
 from headrace.consumer import Generation, ViewRow
@@ -80,24 +82,46 @@ def test_an_older_version_never_replaces_a_newer_one_and_a_tie_may(open_store: O
     assert store.scan(None, 10)[0].value == {"name": "same"}
 
 
+def test_a_new_epoch_is_newer_though_its_lsns_are_lower(open_store: Open) -> None:
+    """S2: what the source has lost has LSNs above those of the new truth."""
+    store = open_store()
+    for number, (name, version) in enumerate(
+        (("lost", Version(1, 900)), ("true", Version(2, 5)), ("late", Version(1, 901)))
+    ):
+        store.write([Doc("1", {"name": name}, version)], at(number))
+    assert store.scan(None, 10) == [("", "1", {"name": "true"}, Version(2, 5))]
+
+
 def test_a_zombie_cannot_bring_a_deleted_document_back(open_store: Open, client: Client) -> None:
-    """S21: index v100, delete v110, and long after that index v100."""
+    """S21: index v100, delete v110, and long after that index v100: so long that a real delete is forgotten."""
     store = open_store()
     store.write([doc("1", 100)], at(100))
-    store.write([doc("1", 110, None)], at(110))
     client.indices.put_settings(index="products-g1", settings={"index.gc_deletes": "0s"})
+    store.write([doc("1", 110, None)], at(110))
+    raw = partial(client.index, index="products-g1", id="raw", version_type="external_gte", document={})
+    raw(version=100)
+    client.delete(index="products-g1", id="raw", version=110, version_type="external_gte")
+
+    def forgotten() -> bool:
+        with suppress(ConflictError):
+            return bool(raw(version=100))
+        return False
+
+    wait_for(forgotten)
     store.write([doc("1", 100)], at(111))
-    assert store.scan(None, 10) == []
+    found = client.get(index="products-g1", id="1")
+    assert (found["_source"]["headrace"]["kind"], found["_version"]) == ("deleted", Version(1, 110).packed())
+    assert [row.key for row in store.scan(None, 10)] == ["raw"]
 
 
 def test_deletes_are_removed_after_a_day(open_store: Open, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store()
     store.write([doc("1", 100, None)], at(100))
+    assert hidden_deletes(client) == 1
     monkeypatch.setattr(module, "_DELETED_SECONDS", -10)
     reopened = open_store()
     reopened.write([], at(101))
-    client.indices.refresh(index="products-g1")
-    assert client.count(index="products-g1", query={"term": {"headrace.kind": "deleted"}})["count"] == 0
+    assert hidden_deletes(client) == 0
 
 
 def test_more_deletes_than_are_removed_at_once_go_with_the_next_writes(
@@ -105,13 +129,19 @@ def test_more_deletes_than_are_removed_at_once_go_with_the_next_writes(
 ) -> None:
     store = open_store()
     store.write([doc(str(number), 100, None) for number in range(5)], at(100))
+    assert hidden_deletes(client) == 5
     monkeypatch.setattr(module, "_DELETED_SECONDS", -10)
     monkeypatch.setattr(module, "BULK_DOCS", 2)
     reopened = open_store()
     for version in (101, 102, 103):
         reopened.write([], at(version))
+    assert hidden_deletes(client) == 0
+
+
+def hidden_deletes(client: Client) -> int:
+    """Return how many deletes the index holds."""
     client.indices.refresh(index="products-g1")
-    assert client.count(index="products-g1", query={"term": {"headrace.kind": "deleted"}})["count"] == 0
+    return int(client.count(index="products-g1", query={"term": {"headrace.kind": "deleted"}})["count"])
 
 
 def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, client: Client) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from headrace import codec
-from headrace.change import NOWHERE, Position, Row
+from headrace.change import NOWHERE, Position, Row, Version
 from headrace.consumer import Generation
 from headrace.documents import Document, DocumentConsumer, Node
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
@@ -19,6 +19,7 @@ from headrace.log.kafka import partition_of, producer
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.settings import Settings
+from headrace.stores import Doc
 from headrace.stores.kafka import KafkaTopic, live_topic, topic
 from headrace.testing import History, shape
 from headrace_ops.kafka import Kafka
@@ -82,6 +83,21 @@ def test_tombstones_last_as_long_as_a_reader_may_be_away(stream: Stream) -> None
     stream.catch_up()
     kept = {"delete.retention.ms": "7000000", "min.compaction.lag.ms": "50000"}
     assert Log(stream.settings).topics.configure({"titles.g1": kept}) == []
+
+
+def test_a_new_epoch_is_newer_though_its_lsns_are_lower(stream: Stream) -> None:
+    """S2: what the source has lost has LSNs above those of the new truth."""
+    stream.commit("kettle")
+    stream.catch_up(promote=True)
+    consumer, position = stream.open()
+    assert position is not None
+    true, late = Version(2, 1), Version(1, position.version.lsn + 1)
+    with closing(consumer):
+        consumer.store.write([Doc("0", {"name": "true"}, true)], replace(position, version=true))
+        assert stream.read() == {"0": "true"}
+        consumer.store.write([Doc("0", {"name": "late"}, late)], replace(position, version=late))
+        consumer.store.write([], replace(position, version=Version(2, 2)))
+        assert stream.read() == {"0": "true"}
 
 
 def test_a_view_of_another_source_is_read_and_not_taken_over(stream: Stream) -> None:

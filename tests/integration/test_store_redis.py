@@ -90,6 +90,16 @@ def test_an_older_version_never_replaces_a_newer_one_and_a_tie_may(open_store: O
     assert store.scan(None, 10)[0] == ("", "1", {"html": "large"}, Version(2, 2**48 - 1))
 
 
+def test_a_new_epoch_is_newer_though_its_lsns_are_lower(open_store: Open) -> None:
+    """S2: what the source has lost has LSNs above those of the new truth."""
+    store = open_store()
+    for number, (name, version) in enumerate(
+        (("lost", Version(1, 900)), ("true", Version(2, 5)), ("late", Version(1, 901)))
+    ):
+        store.write([Doc("1", {"html": name}, version)], at(number))
+    assert store.scan(None, 10) == [("", "1", {"html": "true"}, Version(2, 5))]
+
+
 def test_a_delete_leaves_nothing_and_a_zombie_cannot_undo_it(open_store: Open, client: redis.Redis) -> None:
     """S21, S23: whoever was replaced does not write at all."""
     zombie = open_store()
