@@ -1,4 +1,4 @@
-"""SIGKILL of capture under load: an independent reader sees each committed number exactly once and no other."""
+"""SIGKILL of capture under load: a reader of committed records, Kafka's own too, sees each committed number exactly once and no other."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from headrace.log import Log
 from headrace.settings import Settings
+from headrace_ops.kafka import Kafka
 from tests.fixtures.capture import (
     capturing,
     changes,
@@ -27,6 +28,7 @@ from tests.fixtures.capture import (
     selected,
     spawn,
 )
+from tests.fixtures.processes import console
 from tests.fixtures.ticks import repeating
 
 T = "public.items"
@@ -77,7 +79,7 @@ class Load:
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_six_kills_under_load(settings: Settings, seed: int) -> None:
+def test_six_kills_under_load(settings: Settings, kafka: Kafka, seed: int) -> None:
     """Each at another moment of the stream; after the last one the log equals the table."""
     prepare(settings, ITEMS)
     with capturing(settings) as capture:
@@ -100,6 +102,7 @@ def test_six_kills_under_load(settings: Settings, seed: int) -> None:
     with capturing(settings) as capture:
         capture.reach()
     exactly(settings, load)
+    seen_by_kafkas_own_consumer(settings, kafka, load)
 
 
 def killed(settings: Settings, load: Load, more: int) -> int:
@@ -113,6 +116,18 @@ def killed(settings: Settings, load: Load, more: int) -> int:
     finally:
         end(process)
     return committed - sum(change.row is not None for change in changes(settings, T))
+
+
+def seen_by_kafkas_own_consumer(settings: Settings, kafka: Kafka, load: Load) -> None:
+    """The same for who knows nothing of headrace, and each delete with the one tombstone behind it."""
+    records = sorted(console(kafka, settings.source + "." + T, quiet_ms=3000), key=lambda record: record["place"])
+    assert [record["after"]["no"] for record in records if record.get("after")] == load.committed
+    deletes = [at for at, record in enumerate(records) if record["op"] == "d"]
+    tombstones = [at for at, record in enumerate(records) if record["op"] is None]
+    assert [at + 1 for at in deletes] == tombstones != []
+    assert all(records[at]["key"] == records[at + 1]["key"] for at in deletes)
+    last = {record["key"].encode(): record for record in records}
+    assert {key: record["after"] for key, record in last.items() if record["op"]} == selected(settings, T)
 
 
 def exactly(settings: Settings, load: Load) -> None:
