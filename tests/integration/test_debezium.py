@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +27,20 @@ from headrace.documents import Document, DocumentConsumer, Many, Max, Min, Node,
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient
 from headrace.log import FeedReader, Log, Reader
 from headrace.log.plain import PlainWriter
-from headrace.log.tail import Tail
+from headrace.log.tail import BEGINNING, Tail, read_to_end
 from headrace.log.topics import CONTROL, Topics, checkpoints_topic
 from headrace.settings import Settings, environment
 from headrace.stores.duckdb import DuckDBStore
 from headrace.stores.redis import PageReader, RedisPages
 from headrace_capture.recovery import recover
-from tests.fixtures.capture import eventually, execute, prepare, refused, rows, selected
+from tests.fixtures import plain
+from tests.fixtures.capture import eventually, execute, now, prepare, refused, rows, selected
 from tests.fixtures.debezium import connecting
 from tests.fixtures.feed import add_partition
 from tests.fixtures.plain import Plain
+from tests.fixtures.processes import System
 from tests.fixtures.serving import await_live, serving
+from tests.fixtures.ticks import repeating
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, n int)"
 
@@ -71,36 +78,84 @@ def headrace(settings: Settings, *words: str) -> subprocess.CompletedProcess[str
     return subprocess.run(program, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_real_connector_feeds_a_view_over_every_change_and_kills_of_either(fed: Settings, tmp_path: Path) -> None:
-    """Snapshot, inserts, updates, deletes, a changed key; the connector is killed and sends again, the view goes on where it was."""
+def test_a_real_connector_feeds_a_view_over_every_change(fed: Settings, tmp_path: Path) -> None:
+    """Snapshot, inserts, updates, deletes, a changed key; the view is stopped, and goes on where it was; it is rebuilt."""
     execute(fed, ITEMS, "INSERT INTO items SELECT i, 'n' || i, i FROM generate_series(1, 50) i")
-    with connecting(fed, tmp_path, "public.items"), serving(fed, plain=Plain) as control:
-        equal(fed)
-        execute(
-            fed,
-            "INSERT INTO items VALUES (100, 'new \" \\ ü', NULL)",
-            "UPDATE items SET n = n + 1 WHERE id < 20",
-            "DELETE FROM items WHERE id BETWEEN 30 AND 35",
-            "BEGIN; UPDATE items SET id = 200 WHERE id = 7; UPDATE items SET n = 0 WHERE id = 200; COMMIT",
-        )
-        equal(fed)
-        eventually("it is live", lambda: (found := report(control)) and found.phase == "live")
-        _says_no_checkpoints(fed)
-    execute(fed, "UPDATE items SET n = 77 WHERE id = 1", "DELETE FROM items WHERE id = 2")
     with connecting(fed, tmp_path, "public.items"):
-        with serving(fed, plain=Plain):
+        with serving(fed, plain=Plain) as control:
             equal(fed)
-        execute(fed, "UPDATE items SET n = 78 WHERE id = 1", "INSERT INTO items VALUES (2, 'again', 2)")
+            execute(
+                fed,
+                "INSERT INTO items VALUES (100, 'new \" \\ ü', NULL)",
+                "UPDATE items SET n = n + 1 WHERE id < 20",
+                "DELETE FROM items WHERE id BETWEEN 30 AND 35",
+                "BEGIN; UPDATE items SET id = 200 WHERE id = 7; UPDATE items SET n = 0 WHERE id = 200; COMMIT",
+            )
+            equal(fed)
+            eventually("it is live", lambda: (found := report(control)) and found.phase == "live")
+            _says_no_checkpoints(fed)
+        execute(fed, "UPDATE items SET n = 78 WHERE id = 1", "DELETE FROM items WHERE id = 2")
         with serving(fed, plain=Plain) as control:
             equal(fed)
             eventually("it is live", lambda: _phase(control, 1) == "live")
             assert control.ask("plain", "rebuild") == {"generation": 2}
-            execute(fed, "UPDATE items SET n = 79 WHERE id = 1")
+            execute(fed, "UPDATE items SET n = 79 WHERE id = 1", "INSERT INTO items VALUES (2, 'again', 2)")
             eventually("it follows", lambda: _phase(control, 2) == "following")
             eventually("it is promoted", lambda: _promoted(control))
             equal(fed)
     assert checkpoints_topic(fed.source) not in Log(fed).topics.names()
     assert CONTROL in Log(fed).topics.names()
+
+
+@pytest.mark.timeout(300)
+def test_what_a_killed_connector_sends_again_is_taken_by_a_view_that_is_killed_too(
+    fed: Settings, tmp_path: Path
+) -> None:
+    """Updates go on all the time; the second connector notes nothing, so that the third sends again all that it has sent."""
+    execute(fed, ITEMS, "INSERT INTO items SELECT i, 'n' || i, 0 FROM generate_series(1, 3) i")
+    view, run = System(fed, tmp_path), ("run", "--consumer", f"{plain.__file__}:Plain")
+    connector = partial(connecting, fed, tmp_path, "public.items")
+    updates = [f"UPDATE items SET n = n + 1 WHERE id = {id_}" for id_ in (1, 2, 3)]
+
+    def killed(what: str, condition: Callable[[], Any]) -> None:
+        eventually(what, condition)
+        view.kill("plain")
+        view.start("plain", *run)
+
+    with ExitStack() as last:
+        last.callback(view.stop_all)
+        view.start("plain", *run)
+        with connector():
+            equal(fed)
+            lsn = now(fed)
+            execute(fed, *updates)
+            eventually("it has noted an update", lambda: noted(tmp_path / "offsets") >= lsn)
+        with repeating(fed, *updates, every=0.02):
+            with connector(noting_ms=3_600_000):
+                killed("the view follows", lambda: shown(fed)[b'{"id":3}']["n"] > 10)
+            last.enter_context(connector())
+            killed("it is sent again", lambda: any(map(goes_back, sent(fed).values())))
+        equal(fed)
+
+
+def sent(settings: Settings) -> dict[bytes, list[int]]:
+    """Return of each key of items the LSNs that were sent, in their order."""
+    found = defaultdict[bytes, list[int]](list)
+    for record in read_to_end(settings, {(Log(settings).topic_of("public.items"), 0): BEGINNING}):
+        if record.value is not None:
+            found[record.key].append(orjson.loads(record.value)["source"]["lsn"])
+    return found
+
+
+def goes_back(lsns: list[int]) -> bool:
+    """Whether one stands there again after a later one."""
+    return any(lsn < before and lsn in lsns[:at] for at, (before, lsn) in enumerate(pairwise(lsns)))
+
+
+def noted(offsets: Path) -> int:
+    """Return the highest LSN in the connector's file of what it has read."""
+    said = offsets.read_bytes() if offsets.exists() else b""
+    return max(map(int, re.findall(rb'"lsn":(\d+)', said)), default=0)
 
 
 def _says_no_checkpoints(settings: Settings) -> None:
