@@ -9,7 +9,8 @@ complete batch comes before the end that there was at the opening: what a reader
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,25 @@ _STILL_SECONDS = 60.0
 """Without changes the position is handed out once in so long: it says how long ago the view was fed (S19)."""
 
 
+_NEW_FEED = "Begin a new feed: another topic.prefix, HEADRACE_SOURCE, a snapshot."
+
+
+@contextmanager
+def _of_the_connector() -> Iterator[None]:
+    """Where a topic is gone, or what was in it, name its writer: capture, which makes it anew for other readers, does not write it."""
+    try:
+        yield
+    except Misconfigured as error:
+        if error.code not in {"topic-missing", "log-lost-records"}:
+            raise
+        remedy = f"The connector writes it; what was in it no start of it brings back. {_NEW_FEED}"
+        raise Misconfigured(error.code, error.message, remedy) from error
+
+
 class FeedReader:
     """Reads the topics of one connector for one generation."""
 
+    @_of_the_connector()
     def __init__(self, log: Log, tables: Collection[str], position: Position | None, group: str) -> None:
         """Go on from `position`, from zero when None; `group` is the consumer group that mirrors it [I6].
 
@@ -68,13 +85,14 @@ class FeedReader:
         self._next: tuple[float, Ends] | None = None
         self._check_position()
 
+    @_of_the_connector()
     def poll(self, timeout: float) -> Batch | None:
         """Return the next batch, or None when there is nothing new within about `timeout` seconds.
 
         Raises:
             Transient: `kafka-away`, `feed-topic-missing`.
             Poison: `undecodable-record`, `debezium-placeholder`, `debezium-truncate`.
-            Misconfigured: `feed-incomplete`, `partitions-changed` (S9).
+            Misconfigured: `feed-incomplete`, `partitions-changed`, `key-changed` (S9), `topic-missing`, `log-lost-records`.
             Refused: `build-too-slow`, `away-too-long` (S19), `topic-replaced`.
         """
         self._require_tables()
@@ -92,6 +110,7 @@ class FeedReader:
         due = reached and (not self._whole or time.monotonic() - self._told > _STILL_SECONDS)
         return self._batch(changes, reached=reached) if changes or due else None
 
+    @_of_the_connector()
     def lag(self) -> Lag:
         """Return what is missing up to where the topics end; there is no WAL to count."""
         self._ask_ends()
@@ -220,7 +239,7 @@ class FeedReader:
             raise Misconfigured(
                 "partitions-changed",
                 f"Topic {topic} has {count} partitions, the view knows {known}: keys are in others now, and their order is gone.",
-                "Begin a new feed: another topic.prefix, HEADRACE_SOURCE, a snapshot.",
+                _NEW_FEED,
             )
 
     def _reads(self, topic: str) -> bool:
@@ -243,6 +262,10 @@ class FeedReader:
 
     def _check_position(self) -> None:
         """Refuse a position that lies beyond the feed, or so far back that tombstones before its end may be gone (S19)."""
+        if gone := self.position.offsets.keys() - {topic for topic, _ in self._read_to}:
+            raise Misconfigured(
+                "topic-missing", f"The view was built from {', '.join(sorted(gone))}: Kafka has it no more."
+            )
         for place, end in self._goal.items():
             if self._read_to[place] > end:
                 raise refused(

@@ -109,7 +109,7 @@ class Registry:
             return Misconfigured(
                 "schema-refused",
                 f"The registry at {self._address} refuses the new schema of {about}: {said}.",
-                f"Set the compatibility of the subject {about} to NONE, or delete the subject, then start capture again.",
+                f"Set the compatibility of the subject {about} to NONE, then start capture again.",
             )
         if error.error_code == _UNKNOWN_SCHEMA:
             return Misconfigured(

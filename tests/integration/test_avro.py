@@ -238,6 +238,7 @@ def test_a_schema_that_the_registry_refuses_stops_capture_and_says_what_to_do(
     assert error.code == "schema-refused"
     assert isinstance(error, Misconfigured)
     assert subject(avro) in error.remedy
+    assert "delete" not in error.remedy, "the records name its schemas"
     client(registry).set_config(subject(avro), ANYTHING)
     with capturing(avro) as capture:
         eventually("it was read again (S12)", lambda: capture.reach().inexact == ())

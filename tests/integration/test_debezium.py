@@ -369,6 +369,20 @@ def test_a_topic_that_goes_while_it_is_looked_at_ends_no_load(items: Settings, m
     assert next(gone, None) is None
 
 
+def test_a_topic_that_is_gone_is_the_connectors(items: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither capture nor `resnapshot --recover` makes it."""
+    monkeypatch.setattr("headrace.log.feed._ENDS_SECONDS", 0.0)
+    with closing(Log(items).reader(["public.items"], None)) as reader:
+        position = read(reader, 1)[-1].position
+        Log(items).topics.delete([Log(items).topic_of("public.items")], wait=True)
+        for again in (lambda: reader.poll(0.1), reader.lag, lambda: Log(items).reader(["public.items"], position)):
+            with pytest.raises(Misconfigured) as caught:
+                again()
+            assert caught.value.code == "topic-missing"
+            assert "another topic.prefix" in caught.value.remedy
+            assert "--recover" not in caught.value.remedy
+
+
 def test_capture_does_not_take_the_topics_of_a_feed_over(items: Settings) -> None:
     """Neither does recovery, which cannot tell what their records are: nothing is written, and it is said whose they may be."""
     writing(items)("public.items", 1, None, 20)
