@@ -17,9 +17,11 @@ from headrace.settings import Settings
 from headrace.stores.kafka import KafkaTopic
 from headrace.waiting import reached
 from headrace_verify.ledger import MISSING
+from headrace_verify.postgres import connect, without_key
 from headrace_verify.verify import Verifier
 from tests.fixtures.capture import capturing, eventually, execute, now, prepare
 from tests.fixtures.serving import await_live, serving
+from tests.integration.test_capture_append_only import prepare_append_only
 from tests.integration.test_silent_changes import ATTACH, HIGH, LOW, PARTS, ROWS, fingerprint
 from tests.integration.test_verify import ITEMS, Mirror, T, found, kept, meddle
 
@@ -145,3 +147,14 @@ def test_what_is_published_and_left_out_keeps_no_table_from_being_compared(setti
         assert (counted.found, counted.differing) == ({T: 1, "public.named": 1}, {})
         meddle(settings, "DELETE FROM rows WHERE collection = ?", T)
         assert [d.kind for d in found(settings, Mirror).wrong] == [MISSING]
+
+
+def test_what_capture_has_not_read_yet_is_not_left_out(settings: Settings) -> None:
+    """It is read by a key, by another index that is the replica identity, or was named as append-only."""
+    execute(settings, "CREATE TABLE named (id int NOT NULL UNIQUE)", "CREATE TABLE audit (n int)")
+    execute(settings, "ALTER TABLE named REPLICA IDENTITY USING INDEX named_id_key")
+    prepare_append_only(settings, ITEMS, "CREATE TABLE events (n int)")
+    tables = {T, "public.named", "public.events", "public.audit"}
+    with connect(settings) as connection:
+        assert without_key(connection, settings.publication, tables) == {"public.audit"}
+        assert without_key(connection, "another", tables) == {"public.audit", "public.events"}
