@@ -85,6 +85,10 @@ class Job:
         self.phase = PAUSED if self.phase == PAUSED else WAITING
         self.first, self.seen, self.after, self.rows, self.removed, self.reason = 0, "", [], 0, 0, ""
 
+    def awaits(self, why: str) -> bool:
+        """Whether nothing was read yet of what is to be read again for this reason."""
+        return self.phase in {WAITING, PAUSED} and not self.first and self.why == why
+
     def told(self) -> str:
         """Return one line for people."""
         told = {"phase": self.phase, "rows": f"{self.rows} rows read", "why": self.why, "reason": self.reason}

@@ -143,6 +143,14 @@ class Resnapshot:
         self._jobs.put(job)
         self._progress.say(f"warning: {table} is inexact: {why} (rule S12); it is read again beside the stream")
 
+    def left_out(self, table: str, why: str) -> None:
+        """A change could not be written: read its table again, which is written down and said once until something of it was read."""
+        job = self._jobs.all.get(table)
+        if job is None or table not in self._cut.inexact or not job.awaits(why):
+            self.mark(table, why)
+        else:
+            self._disturb(table)
+
     def suspect(self, table: str, why: str | None) -> None:
         """The stream shows a table in another shape (`why` that may have changed rows, or empty), or for the first time (None).
 

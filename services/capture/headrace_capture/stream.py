@@ -287,7 +287,9 @@ class Stream:
         try:
             row, read = self._filler.fill(table, keys, new, self._open_stamp.xid, self._seal_partial)
         except Nowhere as error:
-            self._beside.mark(table.name, str(error))
+            for key in keys:
+                self._filler.memory.forget(table, key)
+            self._beside.left_out(table.name, str(error))
             return None
         self._filler.memory.changed(table, *keys, row, WORTH_REMEMBERING, read)
         return table.row_of_any(row), read

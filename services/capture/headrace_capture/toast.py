@@ -211,9 +211,7 @@ class Filler:
             again = self._reread(table, whole, xid)
         except _Locked as error:
             if self.doubted(table.name):
-                raise Nowhere(
-                    f"a value of {keys[0].decode()} was not in the stream, and the table is locked"
-                ) from error
+                raise Nowhere(f"a value of {table.name} was not in the stream, and the table is locked") from error
             again = None
         if again is not None:
             return [then if value is UNCHANGED else value for value, then in zip(whole, again, strict=True)], REREAD
@@ -304,7 +302,7 @@ class Filler:
                 name, type_ = plan.column.name, plan.column.type
                 if name not in known or not widened(types.get(name, ""), type_):
                     raise Nowhere(
-                        f"column {name} of {key.decode()} was neither in the stream nor in Postgres, nor in the log as {type_}"
+                        f"column {name} of {table.name} was neither in the stream nor in Postgres, nor in the log as {type_}"
                     )
                 row[at] = Json(known[name])
         return row, REREAD if headers.get("read") == REREAD else None
