@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -14,11 +16,13 @@ from headrace.control import Control
 from headrace.errors import HeadraceError
 from headrace.log import Log
 from headrace.settings import Settings
-from headrace_capture import catalog, copies, fingerprints, snapshot
+from headrace_capture import catalog, copies, fingerprints, snapshot, toast
+from headrace_capture.chunks import ChunkReader
 from headrace_capture.named import named_tables
 from headrace_capture.progress import Progress
 from headrace_capture.published import row_filters
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows, selected
+from tests.fixtures.mortal import Died, DyingOfCuts, Life
 from tests.integration.test_resnapshot import ask, jobs
 
 
@@ -221,6 +225,40 @@ def test_a_large_value_of_a_locked_table_is_taken_from_the_log(settings: Setting
         capture.eventually("all is exact", lambda: capture.reach().inexact == ())
     for table in ("held", "doubted"):
         assert replay(settings, f"public.{table}") == selected(settings, table)
+
+
+def test_what_was_left_out_before_a_kill_is_read_though_the_pass_was_beyond_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cut amid the transaction names the table as inexact: it says, too, that the pass begins again."""
+    settings, begin, chunks = replace(settings, cut_records=10), ChunkReader.begin, iter(range(10))
+    prepare(
+        settings,
+        "CREATE TABLE docs (id int PRIMARY KEY, n int, big text); ALTER TABLE docs ALTER COLUMN big SET STORAGE EXTERNAL",
+        "INSERT INTO docs SELECT i, i, repeat('W', 5000) FROM generate_series(1, 15) i",
+        "CREATE TABLE others (id int PRIMARY KEY)",
+    )
+    execute(settings, "ALTER TABLE docs REPLICA IDENTITY DEFAULT")
+    monkeypatch.setattr(toast, "_REREAD_SECONDS", 0.2)
+    with monkeypatch.context() as patch, capturing(settings) as capture:
+        patch.setattr(ChunkReader, "begin", lambda *args: Future() if next(chunks) else begin(*args))
+        capture.hear("streaming")
+        ask(settings, tables=["public.docs"])
+        eventually("it has read some", lambda: jobs(settings)["public.docs"]["phase"] == "reading")
+    change = "UPDATE docs SET n = -1 WHERE id < 5; INSERT INTO others SELECT generate_series(1, 30)"
+    execute(settings, f"BEGIN; {change}; COMMIT")
+    with locked(settings, "docs"):
+        dying = Running(settings, DyingOfCuts(settings, Life(), 1, after=True))
+        dying.join()
+    assert isinstance(dying.error, Died)
+    assert sum("inexact" in line for line in dying.said) == 1, dying.said
+    half = Log(settings).newest_checkpoint()
+    assert half
+    assert half.partial
+    assert half.inexact == ("public.docs",)
+    with capturing(settings) as capture:
+        capture.eventually("all is exact", lambda: capture.reach().inexact == ())
+    assert replay(settings, "public.docs") == selected(settings, "docs")
 
 
 def test_a_lock_that_waits_for_the_snapshot_does_not_stop_it(

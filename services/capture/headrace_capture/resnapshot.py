@@ -118,6 +118,10 @@ class Resnapshot:
                 self.mark(table, "its checkpoints say so", JOINED)
         self._read_doubted()
         self._go_on()
+        self.note()
+
+    def note(self) -> None:
+        """Write down what has become of the jobs: in each cut, as one that names a table as inexact must not go without its job."""
         if self._jobs.dirty:
             self._jobs.write(self._cut.writer)
             self.tell()

@@ -356,18 +356,17 @@ class Stream:
             self._seal()
             self._beside.look()
         elif self._stamp is not None:
-            self._cut.seal((self._stamp.lsn, max(self._ordinal, self._skip)))  # what is skipped is in the log
-            self._sealed()
+            self._seal((self._stamp.lsn, max(self._ordinal, self._skip)))  # what is skipped is in the log
 
     def _seal_partial(self) -> dict[str, list[int]]:
         """Commit all that came before the change that is at hand; return where the log ends by then."""
         if self._writer.opened_at:
-            self._cut.seal((self._open_stamp.lsn, self._ordinal - 1))
-            self._sealed()
+            self._seal((self._open_stamp.lsn, self._ordinal - 1))
         return self._cut.sealed.ends
 
-    def _seal(self) -> None:
-        self._cut.seal()
+    def _seal(self, partial: tuple[int, int] | None = None) -> None:
+        self._beside.note()
+        self._cut.seal(partial)
         self._sealed()
 
     def _sealed(self) -> None:
