@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from headrace.errors import HeadraceError
-from headrace.log import Log
+from headrace.log import Log, tail
 from headrace.settings import Settings
 from headrace_capture import known
+from headrace_capture.live import LiveKeys
 from headrace_ops import Stack
 from tests.fixtures.capture import capturing, changes, eventually, execute, now, prepare, replay, rows, selected
 from tests.fixtures.processes import System
@@ -69,6 +70,41 @@ def test_a_kafka_that_is_slow_is_waited_for_in_little_memory(system: System, sta
     assert peak < 150, f"{peak} MB"
     assert "the replication connection is closed" not in system.output("capture").read_text()
     assert replay(settings, T) == selected(settings, "items")
+
+
+@pytest.mark.timeout(400)
+def test_a_kafka_that_is_paused_while_live_keys_are_read_back_does_not_hold_postgres(
+    settings: Settings, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream stands still at a TRUNCATE then, and nothing comes of what the log has of the table."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)", "INSERT INTO items VALUES (1), (2)")
+    walsender = f"SELECT active FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
+    catch_up, end, paused = LiveKeys.catch_up, tail.Tail._end, threading.Event()
+
+    def pausing(keys: LiveKeys, *args: Any) -> None:
+        if not paused.is_set():
+            stack.server("kafka").pause()
+            paused.set()
+        catch_up(keys, *args)
+
+    def ends(of: tail.Tail, place: tuple[str, int]) -> int:
+        return 0 if paused.is_set() else end(of, place)  # what the checkpoint names is read to all the same
+
+    monkeypatch.setattr(LiveKeys, "catch_up", pausing)
+    with capturing(settings) as capture:
+        capture.reach()
+        monkeypatch.setattr(tail.Tail, "_end", ends)
+        try:
+            execute(settings, "TRUNCATE items")
+            assert paused.wait(60)
+            capture.hear("the replication connection is closed")
+            eventually("the slot is free", lambda: rows(settings, walsender) == [(False,)])
+        finally:
+            stack.server("kafka").resume()
+            monkeypatch.setattr(tail.Tail, "_end", end)
+        capture.eventually("it streams again", lambda: rows(settings, walsender) == [(True,)], 180)
+        capture.reach()
+    assert replay(settings, T) == {}
 
 
 @pytest.mark.timeout(400)

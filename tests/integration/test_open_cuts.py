@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
+
+import pytest
 
 from headrace.control import Control, record_key
 from headrace.log import Log, kafka
 from headrace.log.topics import CONTROL
 from headrace.settings import Settings
+from headrace_capture import jobs
 from headrace_capture.jobs import Job, Jobs
-from tests.fixtures.capture import capturing, execute, prepare, replay, selected
+from tests.fixtures.capture import capturing, execute, prepare, replay, rows, selected
 
 T = "public.items"
 
@@ -23,7 +25,9 @@ def test_what_a_newer_version_adds_to_a_job_is_passed_over(settings: Settings) -
     assert Jobs(log).all == {T: Job(T, phase="failed")}
 
 
-def test_capture_begins_with_all_that_it_has_committed_though_another_ones_cut_is_open(settings: Settings) -> None:
+def test_capture_begins_with_all_that_it_has_committed_though_another_ones_cut_is_open(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It went by older fingerprints, and without its jobs: tables were read again in vain, and what was under way was forgotten."""
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, no int)", "INSERT INTO items VALUES (1, 1)")
     other = kafka.producer(
@@ -38,8 +42,12 @@ def test_capture_begins_with_all_that_it_has_committed_though_another_ones_cut_i
         execute(settings, "ALTER TABLE items ALTER COLUMN no TYPE text USING 'was ' || no")
         capture.hear("items was read again")
         capture.reach()
-    with capturing(settings) as capture:  # and it hears that it is to stop
-        time.sleep(3)
+    monkeypatch.setattr(jobs, "_TELL_SECONDS", 0.0)
+    with capturing(settings) as capture:  # and it hears that it is to stop, and holds no Postgres up (S15)
+        capture.hear("waiting for headrace.control")
+        assert rows(settings, f"SELECT active FROM pg_replication_slots WHERE slot_name = '{settings.slot}'") == [
+            (False,)
+        ]
     assert not any("streaming" in line or "inexact" in line for line in capture.said)
     other.abort_transaction(30)
     with capturing(settings) as capture:

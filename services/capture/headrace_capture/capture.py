@@ -22,6 +22,7 @@ from headrace.settings import Settings
 from headrace_capture import beginnings, catalog, identity, unmarked
 from headrace_capture.cut import Cut
 from headrace_capture.identity import Here, Slot, slot_of
+from headrace_capture.jobs import Jobs
 from headrace_capture.progress import Progress
 from headrace_capture.relations import Relations
 from headrace_capture.replication import Replication, Stopped, check, postgres_errors
@@ -233,6 +234,7 @@ class Capture:
         loading = "chunked" if checkpoint.snapshot == "chunked" else None
         cut = Cut(writer, self._settings, replace(checkpoint, snapshot=loading), self._progress.sealed)
         self._progress.sealed(checkpoint)
+        jobs = Jobs(self._log, self._check_stopped, self._say)  # may take a minute, in which nobody reads a stream
         with (
             closing(Replication(self._settings.dsn)) as replication,
             closing(Watch(self._settings, self._progress)),
@@ -240,10 +242,12 @@ class Capture:
         ):
             relations = Relations(self._log, cut, connection, self._say)
             replication.start(self._settings.slot, self._settings.publication, checkpoint.version.lsn)
-            tick = self._tick(replication)
+            tick, idle = self._tick(replication), self._check_stopped
             with (
-                closing(Filler(self._log, connection, relations.versions, cut.approximate, tick)) as filler,
-                closing(Resnapshot(self._log, cut, relations, connection, self._progress, tick, filler)) as beside,
+                closing(Filler(self._log, connection, relations.versions, cut.approximate, tick, idle)) as filler,
+                closing(
+                    Resnapshot(self._log, cut, relations, connection, self._progress, tick, filler, jobs)
+                ) as beside,
             ):
                 relations.suspected, relations.moved = beside.suspect, beside.moved
                 self._say(f"streaming from {format_lsn(checkpoint.version.lsn)}")

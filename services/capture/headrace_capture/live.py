@@ -48,15 +48,17 @@ class LiveKeys:
         """Remove the file."""
         self.close()
 
-    def catch_up(self, ends: Sequence[int], tick: Callable[[], None]) -> None:
-        """Read the topic on to its end, at least to `ends`, as the newest checkpoint names them; `tick` is called now and then.
+    def catch_up(self, ends: Sequence[int], tick: Callable[[], None], idle: Callable[[], None]) -> None:
+        """Read the topic on to its end, at least to `ends`, as the newest checkpoint names them.
+
+        `tick` is called when much has come, `idle` while nothing does: capture does not come on then, and must not say that it lives (S15).
 
         Raises:
             Transient: `kafka-away`; Misconfigured: `spool-full`.
         """
         bunch: list[Record] = []
         wanted = {(self._topic, partition): end for partition, end in enumerate(ends)}
-        for record in read_to_end(self._settings, dict(self._next), wanted, idle=tick):
+        for record in read_to_end(self._settings, dict(self._next), wanted, idle=idle):
             bunch.append(record)
             if len(bunch) >= _BUNCH:
                 self._take(bunch)

@@ -65,8 +65,9 @@ class Resnapshot:
         progress: Progress,
         tick: Callable[[], None],
         filler: Filler,
+        jobs: Jobs,
     ) -> None:
-        """Go on with what the log says; `filler` must forget values that can no longer be believed."""
+        """Go on with `jobs`, as the log has them; `filler` must forget values that can no longer be believed."""
         self._log = log
         self._cut = cut
         self._relations = relations
@@ -75,7 +76,7 @@ class Resnapshot:
         self._tick = tick
         self._forget = filler.memory.forget_named
         filler.doubted = self._doubted
-        self._jobs = Jobs(log, tick, progress.say)
+        self._jobs = jobs
         control = Control(log)
         self._requests = Requests(control)
         self._asked = Asked(control, self._jobs, relations, cut, self._disturb)

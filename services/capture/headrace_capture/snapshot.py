@@ -250,7 +250,7 @@ class Snapshot:
                 continue
             ends = self._seal(version, "running").ends
             with LiveKeys(self._log, name) as live:
-                live.catch_up(ends.get(table.topic, []), self._beat)
+                live.catch_up(ends.get(table.topic, []), self._beat, self._beat)
                 for count, key in enumerate(live.each(self._beat, version, seal), start=1):
                     self._writer.produce(table.topic, key, stamp.value(table, 0, DELETE, NULL), stamp.headers(table, 0))
                     self._writer.produce(table.topic, key, None, stamp.headers(table, 0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from headrace.change import Version, format_lsn
@@ -322,7 +323,7 @@ class Stream:
         for table in tables:
             ends = self._seal_partial()
             with LiveKeys(self._log, table.name) as live:
-                live.catch_up(ends.get(table.topic, []), self._tick)
+                live.catch_up(ends.get(table.topic, []), self._tick, partial(check, self._stopped))
                 for key in live.each(self._tick):
                     self._put_delete(table, key)
                     if self._cut.full or self._cut.age >= LONGEST_SECONDS:

@@ -166,8 +166,9 @@ class Filler:
         versions: Mapping[tuple[str, int], TableSchema],
         approximate: dict[str, int],
         tick: Callable[[], None],
+        idle: Callable[[], None],
     ) -> None:
-        """Read again by `connection`; `versions` are the schema versions of all tables; `tick` says in long work that capture lives.
+        """Read again by `connection`; `versions` are the schema versions of all tables; for `tick` and `idle` see `LiveKeys.catch_up`.
 
         `approximate` is told up to which LSN a table's values were read again: they may be of a later moment than their rows (S7).
         """
@@ -178,6 +179,7 @@ class Filler:
         self._connection = connection
         self._versions = versions
         self._tick = tick
+        self._idle = idle
         self._live: dict[str, LiveKeys] = {}
         self._locked_until: dict[str, float] = {}
         self._operators: dict[str, str] = {}
@@ -290,7 +292,7 @@ class Filler:
     def _from_log(self, table: Table, key: bytes, row: list[Datum], ends: list[int]) -> Row:
         if table.name not in self._live:
             self._live[table.name] = LiveKeys(self._log, table.name)
-        self._live[table.name].catch_up(ends, self._tick)
+        self._live[table.name].catch_up(ends, self._tick, self._idle)
         found = self._live[table.name].newest(key)
         headers = dict(found.headers) if found else {}
         version = int(headers.get("schema", 0))
