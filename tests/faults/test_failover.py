@@ -25,6 +25,7 @@ from headrace.stores.elasticsearch import ElasticsearchIndex
 from headrace.stores.kafka import KafkaTopic
 from headrace.stores.redis import RedisPages
 from headrace_capture import catalog, teardown
+from headrace_capture.capture import Capture
 from headrace_capture.recovery import recover
 from headrace_ops import artifacts, guard
 from headrace_ops.postgres import Postgres
@@ -271,6 +272,36 @@ def test_a_standby_that_lacks_what_was_published(pair: Pair) -> None:
         execute(pair.after, "UPDATE items SET n = 7 WHERE id = 7", "INSERT INTO items VALUES (100, 100)")
         before = mend(pair.after, "timeline-diverged", view, **OF_EVERY_STORE)
         assert view.version(1).lsn < before.lsn
+
+
+@pytest.mark.timeout(300)
+def test_a_standby_takes_over_between_the_look_at_the_server_and_the_stream(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lacks what was published and has the slot, which goes on wherever it is told to: nothing is streamed from there."""
+    pair.copy(standby=True)
+    with capturing(pair.settings) as capture:
+        pair.sync_slot(capture)
+        pair.follow()
+        pair.second.stop()
+        execute(pair.settings, "INSERT INTO items SELECT i, 0 FROM generate_series(200, 3000) i")
+        before = capture.reach()
+    stream = Capture._stream
+
+    def late(of: Capture, *args: Any) -> None:
+        if of._settings is pair.settings:
+            pair.first.kill()
+            pair.second.start()
+            pair.promote()
+            execute(pair.after, "UPDATE items SET n = 7 WHERE id = 7")
+            of._settings = pair.after
+        stream(of, *args)
+
+    monkeypatch.setattr(Capture, "_stream", late)
+    assert refused(pair.settings).code == "timeline-diverged"
+    after = Log(pair.settings).newest_checkpoint()
+    assert after
+    assert (after.version, after.source) == (before.version, before.source)
 
 
 @pytest.mark.timeout(300)

@@ -241,6 +241,7 @@ class Capture:
             self._progress.watching(replication.cut_off),
         ):
             relations = Relations(self._log, cut, connection, self._say)
+            identity.check_same(checkpoint.source, replication.identify())
             replication.start(self._settings.slot, self._settings.publication, checkpoint.version.lsn)
             tick, idle = self._tick(replication), self._check_stopped
             with (

@@ -137,6 +137,16 @@ def check_source(log: Source, here: Source) -> None:
         )
 
 
+def check_same(source: Source, answers: catalog.Identity) -> None:
+    """Raise Transient: `postgres-away`, where a connection does not lead to the server that was looked at a moment ago.
+
+    One that was promoted between the two looks would send what comes after the log's end, whatever it lacks before that.
+    """
+    if (source.system_id, source.timeline) != (answers.system_id, answers.timeline):
+        said = f"Another server answers by now: it is on timeline {answers.timeline}, that of a moment ago on {source.timeline}."
+        raise Transient("postgres-away", said, "It is looked at and tried again.")
+
+
 def foreign(name: str, slot: Slot) -> str:
     """Say whose a slot is that does not fit."""
     return f"Slot {name} is of {slot.plugin} in database {slot.database}: it is not ours to drop."
