@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 from headrace.errors import Misconfigured, Transient
 from headrace.settings import Settings
 from headrace_capture import catalog, identities, setup, teardown
+from headrace_capture import connection as connecting
 from headrace_capture.cli import setup as setup_command
 from headrace_capture.slot import slot_facts
 from headrace_ops.postgres import Postgres
 from headrace_verify import postgres as postgres_of_verify
-from tests.fixtures.capture import eventually
+from tests.fixtures.capture import capturing, eventually, prepare
+from tests.fixtures.versions import NEWEST
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 PARTITION = "CREATE TABLE public.{} PARTITION OF public.parts FOR VALUES FROM ({}) TO ({})"
@@ -727,3 +729,18 @@ def test_setup_says_when_a_failover_could_lose_what_was_published(
                 server.execute("ALTER SYSTEM RESET synchronized_standby_slots")
                 server.execute("SELECT pg_reload_conf()")
             server.execute("SELECT pg_drop_replication_slot('standby')")
+
+
+def test_of_a_server_that_may_keep_changes_of_a_new_table_back_setup_and_capture_warn(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its minor version: nothing in the stream tells."""
+    last = (150012, 150013), (160008, 160009), (170004, 170005)
+    assert all(connecting.silent_joins(bad) and not connecting.silent_joins(good) for bad, good in last)
+    prepare(settings, "CREATE TABLE t (id int PRIMARY KEY)")
+    monkeypatch.setattr(connecting, "_MENDED", {int(NEWEST): 99})
+    with closing(catalog.connect(settings.dsn)) as db:
+        (warning,) = setup.plan(db, settings, []).warnings
+    assert f"Postgres {NEWEST}." in warning
+    with capturing(settings) as capture:
+        capture.hear(f"warning: {warning}")

@@ -20,6 +20,7 @@ from headrace.errors import HeadraceError, Transient
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
 from headrace_capture import beginnings, catalog, identity, unmarked
+from headrace_capture.connection import silent_joins
 from headrace_capture.cut import Cut
 from headrace_capture.identity import Here, Slot, slot_of
 from headrace_capture.jobs import Jobs
@@ -115,6 +116,8 @@ class Capture:
                 unmarked.note_tables(self._log, before.ends if before else {}, self._say, self._check_stopped)
                 writer.open()  # fences every predecessor: only now is the newest checkpoint the newest (S3)
                 here, slot = self._look(connection), slot_of(connection, self._settings.slot)
+                if not self._answered and (warning := silent_joins(connection.info.server_version)):
+                    self._say(f"warning: {warning}")
                 self._answered = True
                 unmarked.show_spine(self._log, writer, before, slot.confirmed if slot else 0, self._check_stopped)
                 checkpoint = self._resume(writer, here, slot)

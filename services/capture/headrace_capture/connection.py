@@ -104,6 +104,18 @@ def _explain(error: psycopg.OperationalError, given: dict[str, Any], setting: st
     )
 
 
+def silent_joins(version: int) -> str:
+    """Return the warning for a server that may keep a table's changes from the stream (mended in the minors of `_MENDED`), or ""."""
+    major, minor = divmod(version, 10_000)
+    if minor >= _MENDED.get(major, 0):
+        return ""
+    return (
+        f"Postgres {major}.{minor} may send nothing more of a table that joins the publication while a transaction that has written it "
+        f"is open, for an unknown time, and nobody sees what is missing: use 15.14, 16.10, 17.6 or newer"
+    )
+
+
+_MENDED = {15: 13, 16: 9, 17: 5}  # the next minor of each mends a failure to decode that came with it
 SETUP = (
     "Run `headrace setup … --apply` as an administrator, with the same --table, --append-only, --role and --dsn as before: what setup "
     "remembered went with the publication, and with no --table it captures every table with a key."

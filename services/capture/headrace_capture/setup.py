@@ -19,6 +19,7 @@ from headrace.log import Log
 from headrace.settings import Settings
 from headrace_capture import append_only, catalog, identities, rights, standby
 from headrace_capture.catalog import Connection, Server, Table
+from headrace_capture.connection import silent_joins
 from headrace_capture.memory import Memory, database, recall
 from headrace_capture.named import named_tables
 from headrace_capture.replication import postgres_errors
@@ -284,6 +285,7 @@ def _fill(
         if leaf.unlogged
     ]
     made.warnings += _standby_warnings(connection, made.server)
+    made.warnings += filter(None, [silent_joins(made.server.version)])
     if not made.tables and memory is None:  # a publication that has lost its tables may stay without
         reasons = "; ".join(f"{left.table}: {left.reason}" for left in made.left_out[:3])
         said = f"There is no table with a usable key{reasons and f' ({reasons})'}."
