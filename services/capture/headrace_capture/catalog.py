@@ -310,7 +310,7 @@ WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND NOT c.relispartitio
 _PARTITIONED = f"""
 WITH RECURSIVE {published("p.pubname = %(publication)s")}
 SELECT c.oid, n.nspname || '.' || c.relname FROM published JOIN pg_class c ON c.oid = published.oid
-JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'p'
+JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'p' AND strpos(n.nspname, '.') = 0
 """
 
 _LEFT_OUT = """

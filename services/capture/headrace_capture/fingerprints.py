@@ -65,8 +65,10 @@ class Fingerprint:
             is, the numbers of its attributes.
         links: (oid, transactions that touched its links up to the root) of each partition.
         unlogged: For each leaf whose changes are not in the WAL, the statement that mends it.
+        placed: Which transaction put the table into its schema, where the publication names only that; empty: not known.
         empty: Leaves that were new to who asked, and empty. Not part of the print.
         unnamed: Whether no entry of the publication is the table's own. Not part of the print either: `sent` is.
+        leaving: Partitions that DETACH … CONCURRENTLY is about to take, from any table. No part of the print.
     """
 
     kind: str
@@ -79,8 +81,10 @@ class Fingerprint:
     labels: tuple[tuple[int, str], ...] = ()
     links: tuple[tuple[int, str], ...] = ()
     unlogged: tuple[str, ...] = ()
+    placed: str = ""
     empty: frozenset[int] = field(default=frozenset(), compare=False)
     unnamed: bool = field(default=False, compare=False)
+    leaving: frozenset[int] = field(default=frozenset(), compare=False)
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
@@ -93,6 +97,7 @@ class Fingerprint:
             "labels": [list(label) for label in self.labels],
             "links": [list(link) for link in self.links],
             "unlogged": list(self.unlogged),
+            "placed": self.placed,
         }
         return {"kind": self.kind, "columns": columns, "leaves": leaves} | rest
 
@@ -102,9 +107,11 @@ class Fingerprint:
         columns = tuple(ColumnPrint(*column) for column in plain["columns"])
         leaves = tuple((oid, file) for oid, file in plain["leaves"])
         labels, links = (tuple((oid, text) for oid, text in plain.get(name, ())) for name in ("labels", "links"))
-        sent, altered, key = (plain.get(name, "") for name in ("sent", "altered", "key"))
+        sent, altered, key, placed = (plain.get(name, "") for name in ("sent", "altered", "key", "placed"))
         unlogged = tuple(plain.get("unlogged", ()))
-        return cls(plain["kind"], columns, leaves, sent, altered, plain.get("width", 0), key, labels, links, unlogged)
+        return cls(
+            plain["kind"], columns, leaves, sent, altered, plain.get("width", 0), key, labels, links, unlogged, placed
+        )
 
 
 def read(
@@ -115,7 +122,7 @@ def read(
     One that is locked cannot be asked, and counts as not there yet. Without any that are known nothing is asked, nor is an unlogged one.
     """
     found: dict[str, Fingerprint] = {}
-    for name, kind, columns, leaves, sent, altered, width, key, labels, unnamed in connection.execute(
+    for name, kind, columns, leaves, sent, placed, altered, width, key, labels, unnamed, leaving in connection.execute(
         _PRINTS, {"publication": publication, "table": table}
     ):
         new = [leaf for leaf in leaves if known and kind == "p" and leaf[0] not in known and not leaf[-1]]
@@ -125,7 +132,8 @@ def read(
         unlogged = tuple(leaf[-1] for leaf in leaves if leaf[-1])
         empty = frozenset(oid for oid, said in is_empty.items() if said)
         prints, told = tuple(ColumnPrint(*c) for c in columns), tuple((oid, label) for oid, label in labels)
-        found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, links, unlogged, empty, unnamed)
+        rest = (links, unlogged, placed, empty, unnamed, frozenset(leaving))
+        found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, *rest)
     return found
 
 
@@ -145,17 +153,18 @@ def silent(before: Fingerprint, after: Fingerprint, logged: Collection[str] = ()
 
 def unsent(before: Fingerprint, after: Fingerprint) -> bool:
     """Whether the stream may have been silent about the table for a while between two fingerprints."""
-    return bool((before.sent and before.sent != after.sent) or (before.altered and before.altered != after.altered))
+    pairs = [(before.sent, after.sent), (before.altered, after.altered), (before.placed, after.placed)]
+    return any(was and was != now for was, now in pairs)
 
 
 def outlived(before: Fingerprint, after: Fingerprint) -> bool:
     """Whether rows as they were at `before` may come after `after`, from transactions that were open between.
 
-    What the publication sends, the labels and attributes of types, and partitions (DETACH … CONCURRENTLY) change beside whoever writes, and
-    the stream decodes a row as the catalogue was when it was written.
+    What the publication sends, the labels and attributes of types, and partitions (DETACH … CONCURRENTLY, which waits for the writers only
+    then) change beside whoever writes, and the stream decodes a row as the catalogue was when it was written.
     """
-    gone = dict(before.leaves).keys() - dict(after.leaves).keys()
-    return unsent(before, after) or _relabelled(before, after) or bool(gone)
+    leaving = after.leaving.intersection(dict(before.leaves))
+    return unsent(before, after) or _relabelled(before, after) or bool(leaving)
 
 
 def _relabelled(before: Fingerprint, after: Fingerprint) -> bool:
@@ -262,9 +271,10 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
        concat_ws(' ', published.pub,
          (SELECT string_agg(r.oid::text, ' ' ORDER BY r.oid) FROM pg_publication_rel r WHERE r.prpubid = published.pub
           AND r.prrelid IN (SELECT c.oid UNION ALL SELECT a.ancestor FROM above a WHERE a.oid = c.oid)),
-         (SELECT concat_ws(' ', s.oid, d.xmin) FROM pg_publication_namespace s LEFT JOIN pg_depend d
-            ON (d.classid, d.objid, d.objsubid, d.refclassid) = ('pg_class'::regclass, c.oid, 0, 'pg_namespace'::regclass)
-          WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace)),
+         (SELECT s.oid::text FROM pg_publication_namespace s WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace)),
+       coalesce((SELECT d.xmin::text FROM pg_publication_namespace s JOIN pg_depend d
+                   ON (d.classid, d.objid, d.objsubid, d.refclassid) = ('pg_class'::regclass, c.oid, 0, 'pg_namespace'::regclass)
+                 WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace), ''),
        (SELECT p.xmin::text FROM pg_publication p WHERE p.oid = published.pub),
        c.relnatts,
        coalesce((SELECT coalesce(k.oid, i.indexrelid)::text
@@ -272,7 +282,9 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
                  WHERE i.indrelid = c.oid AND i.indimmediate AND i.indisvalid
                  AND CASE WHEN c.relkind = 'r' AND c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END), '{NO_KEY}'),
        coalesce(labels.told, '[]'),
-       NOT EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = published.pub AND r.prrelid = c.oid)
+       NOT EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = published.pub AND r.prrelid = c.oid),
+       ARRAY(SELECT inhrelid::bigint FROM pg_inherits WHERE inhdetachpending
+             UNION SELECT a.oid::bigint FROM above a JOIN pg_inherits i ON i.inhrelid = a.ancestor WHERE i.inhdetachpending)
 FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN (
   SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname, coalesce(link.told, ''),

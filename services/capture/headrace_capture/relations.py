@@ -90,6 +90,11 @@ class Relations:
             oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
             was = self.by_oid.get(relation.oid) if relation.oid not in oids else None
             self.moved(f"{relation.schema}.{relation.name}", oids, was.name if was else "")
+        if "." in relation.schema:
+            self._say(
+                f"warning: {relation.schema}.{relation.name} is left out: its schema has a dot in its name. Rename the schema."
+            )
+            return None
         key = now.key if now else known.key if known else ()
         sent = {column.name for column in relation.columns}
         unsent = not sent.issuperset(key)  # when it was written: by a column list, or the key is newer
