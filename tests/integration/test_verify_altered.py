@@ -123,7 +123,7 @@ def test_rows_that_came_silently_and_were_read_again_are_counted_again(settings:
 
 
 def test_what_is_published_and_left_out_keeps_no_table_from_being_compared(settings: Settings) -> None:
-    """Capture says so of a table without a key that it can use: the log never knows it."""
+    """Capture says so of a table without a key that it can use, or in a schema with a dot: the log never knows it."""
     execute(
         settings,
         ITEMS,
@@ -134,6 +134,8 @@ def test_what_is_published_and_left_out_keeps_no_table_from_being_compared(setti
         "ALTER TABLE named REPLICA IDENTITY USING INDEX named_id_key",
         "INSERT INTO audit VALUES (1)",
         "INSERT INTO named VALUES (1)",
+        'CREATE SCHEMA "a.b" CREATE TABLE t (id int PRIMARY KEY)',
+        'INSERT INTO "a.b".t VALUES (1)',
         f"CREATE PUBLICATION {settings.publication} FOR ALL TABLES",
     )
     with kept(settings, Mirror):
@@ -142,6 +144,7 @@ def test_what_is_published_and_left_out_keeps_no_table_from_being_compared(setti
         assert [note for note in seen.notes if "left out" in note] == [
             f"public.{name} is published and left out (no usable key): not compared" for name in ("audit", "late")
         ]
+        assert not [note for note in seen.notes if "a.b.t" in note]
         log = Log(settings)
         (counted,) = Verifier(log, Control(log), lambda *_: None, 60).count({"view": Mirror})
         assert (counted.found, counted.differing) == ({T: 1, "public.named": 1}, {})

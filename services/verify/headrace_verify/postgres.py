@@ -238,8 +238,11 @@ Published = Mapping[str, str | None]
 
 
 def published(connection: Connection, publication: str) -> Published:
-    """Return what a publication sends, as Postgres says it."""
-    query = "SELECT schemaname || '.' || tablename, rowfilter FROM pg_publication_tables WHERE pubname = %s"
+    """Return what a publication sends, as Postgres says it, but for schemas with a dot: their tables have no name here."""
+    query = (
+        "SELECT schemaname || '.' || tablename, rowfilter FROM pg_publication_tables "
+        "WHERE pubname = %s AND strpos(schemaname, '.') = 0"
+    )
     return dict(connection.execute(query, [publication]).fetchall())
 
 
