@@ -13,7 +13,6 @@ from headrace_ops.stack import Stack
 from tests.fixtures.processes import SMALL, System
 
 RATE = "40/s"
-MINUTE = 60.0
 HUNG = 15.0
 """Seconds after which a fast shutdown of Postgres hangs."""
 GRACE = 30.0
@@ -28,15 +27,14 @@ def loaded(system: System) -> System:
 
 
 @pytest.mark.usefixtures("elasticsearch", "redis_server")
-def test_elasticsearch_down_for_a_minute_the_others_go_on_and_it_catches_up(loaded: System, stack: Stack) -> None:
+def test_elasticsearch_down_the_others_go_on_and_it_catches_up(loaded: System, stack: Stack) -> None:
     loaded.up("search", "pages", "warehouse")
     loaded.start("work", "shop", "work", "--rate", RATE)
     loaded.busy(30)
     stack.server("elasticsearch").kill()
-    killed = time.monotonic()
     loaded.wait("search to say that it waits", lambda: _waits(loaded, "search", "elasticsearch-away"))
     stopped_at = _version(loaded, "search")
-    loaded.wait("a minute to pass", lambda: time.monotonic() > killed + MINUTE)
+    loaded.busy(200)
     loaded.settle("pages", "warehouse")
     assert _version(loaded, "search") == stopped_at
     stack.server("elasticsearch").start()

@@ -157,27 +157,6 @@ def captured(settings: Settings) -> Settings:
     return settings
 
 
-def test_a_slot_that_is_gone(captured: Settings) -> None:
-    drop_slot(captured)
-    error = refused(captured)
-    assert error.code == "slot-missing"
-    assert "headrace resnapshot --recover" in error.remedy
-
-
-def test_a_slot_beyond_its_checkpoint(captured: Settings) -> None:
-    """Somebody else read from it."""
-    execute(captured, "INSERT INTO items VALUES (2, 'b')")
-    execute(captured, f"SELECT pg_replication_slot_advance('{captured.slot}', pg_current_wal_lsn())")
-    assert refused(captured).code == "slot-beyond-checkpoint"
-
-
-def test_a_slot_made_anew_under_its_name(captured: Settings) -> None:
-    drop_slot(captured)
-    execute(captured, "INSERT INTO items VALUES (2, 'b')")
-    execute(captured, f"SELECT pg_create_logical_replication_slot('{captured.slot}', 'pgoutput')")
-    assert refused(captured).code == "slot-beyond-checkpoint"
-
-
 def test_a_slot_of_another_log(settings: Settings) -> None:
     """It may belong to somebody: it is neither used nor dropped. Who knows that nobody needs it is told how it goes."""
     prepare(settings, ITEMS)
