@@ -100,6 +100,21 @@ def test_also_when_capture_was_off(settings: Settings) -> None:
         exact(settings, capture)
 
 
+def test_a_table_that_came_and_went_while_capture_was_off_is_passed_over(settings: Settings) -> None:
+    """The stream has its rows, the catalogue has nothing: nobody is told to give it a key, which it had."""
+    prepare(settings, ITEMS, ROWS)
+    with capturing(settings) as capture:
+        capture.reach()
+    publish = f"ALTER PUBLICATION {settings.publication} ADD TABLE staging"
+    made = ("CREATE TABLE staging (id int PRIMARY KEY)", publish, "INSERT INTO staging VALUES (1)")
+    execute(settings, *made, "DROP TABLE staging")
+    with capturing(settings) as capture:
+        capture.hear("public.staging is passed over")
+        capture.reach()
+    assert not any("ADD PRIMARY KEY" in line for line in capture.said)
+    assert Log(settings).tables() == [T]
+
+
 def test_a_table_that_is_dropped_and_made_anew_is_read_with_what_it_was_loaded_with(settings: Settings) -> None:
     """Of the same shape; the rows of the old one are gone from the log."""
     prepare(settings, ITEMS, ROWS)

@@ -90,10 +90,9 @@ class Relations:
             oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
             was = self.by_oid.get(relation.oid) if relation.oid not in oids else None
             self.moved(f"{relation.schema}.{relation.name}", oids, was.name if was else "")
-        if "." in relation.schema:
-            self._say(
-                f"warning: {relation.schema}.{relation.name} is left out: its schema has a dot in its name. Rename the schema."
-            )
+        dotted = "." in relation.schema
+        if dotted or (now is None and known is None and not self._append_only(relation, known)):
+            self._say(unpublished(f"{relation.schema}.{relation.name}", dotted=dotted))
             return None
         key = now.key if now else known.key if known else ()
         sent = {column.name for column in relation.columns}
@@ -206,6 +205,13 @@ def keyless(table: str, found: catalog.Table | None) -> str:
     deferrable = found is not None and found.keyless == "deferrable"
     reason = "its key is deferrable, which is no key (rule S9)" if deferrable else "it has no primary key"
     return f"warning: {table} is left out: {reason}. Do: ALTER TABLE {table} ADD PRIMARY KEY (…); it is read then."
+
+
+def unpublished(table: str, *, dotted: bool) -> str:
+    """Return the note for a table of which the stream has rows, still or already; what can be seen later comes with its shape again."""
+    if dotted:
+        return f"warning: {table} is left out: its schema has a dot in its name. Rename the schema."
+    return f"note: {table} is passed over: the catalogue does not show it as published (any more, or yet)"
 
 
 def silent_change(old: TableSchema, new: TableSchema, with_default: set[str]) -> str:
