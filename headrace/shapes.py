@@ -49,6 +49,8 @@ def wider(one: str, other: str) -> str:
         return max(one, other, key=_WHOLE.__getitem__)
     if {one, other} <= {*_WHOLE, *_FLOATS}:
         return "double precision"
+    if one.endswith("[]") and other.endswith("[]") and (element := wider(one[:-2], other[:-2])) != "text":
+        return f"{element}[]"
     of_numbers = {one.partition("(")[0], other.partition("(")[0]} <= {*_WHOLE, *_FLOATS, "numeric"}
     return _numeric(one, other) if of_numbers and "[]" not in one + other else "text"
 

@@ -10,6 +10,7 @@ from headrace.cli import building, forget, together
 from headrace.cli.building import Gate
 from headrace.cli.show import out, print_json
 from headrace.control import Control
+from headrace.effects import EffectConsumer
 from headrace.errors import USAGE
 from headrace.fingerprint import fingerprint
 from headrace.log import Log
@@ -50,7 +51,7 @@ def rebuild(
     lost, these are loaded again first.
 
     With --wait the gate expects what the code of the views makes of Postgres: that has to be here (see --consumer), and to be what their
-    processes run, or nothing is built; not so with --gate none.
+    processes run, or that view is not built, nor those named after it; not so with --gate none.
 
     With --wait and several views they are promoted at the same LSN, one after the other: all live ones stop, all new ones reach where the
     furthest of them stopped, and each store's pointer moves. That is not atomic over all stores: for a moment some views are new and some
@@ -77,7 +78,7 @@ def rebuild(
         log.require_checkpoints()
     control = Control(log)
     here = building.here(names, gate, consumer or []) if wait else {}
-    prints = {name: fingerprint(each.made) for name, each in here.items()}
+    prints = {name: fingerprint(each.made) for name, each in here.items() if not issubclass(each.made, EffectConsumer)}
     began = together.rebuild(control, names, prints)
     if not wait:
         lines = [

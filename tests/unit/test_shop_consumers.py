@@ -144,14 +144,20 @@ def test_a_missing_folder_names_the_setting(tmp_path: Path) -> None:
 
 
 def test_templates_are_part_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an editor leaves beside them is not."""
-    folder = shutil.copytree(TEMPLATES, tmp_path / "templates")
+    """Also where a folder is a link; what an editor leaves beside them is not, nor a hidden folder, as that of a mounted ConfigMap."""
+    folder, parts = shutil.copytree(TEMPLATES, tmp_path / "templates"), tmp_path / "parts"
     for name in (".product.html.swp", "product.html~", "#product.html#"):
         (folder / name).touch()
+    parts.mkdir()
+    (parts / "one.html").touch()
+    (folder / "parts").symlink_to(parts)
+    (folder / "..2026").mkdir()
+    (folder / "..2026" / "hidden.html").touch()
     monkeypatch.setenv("HEADRACE_TEMPLATES", str(folder))
     assert {path.name for path in Pages.fingerprint_files()} == {
         "base.html",
         "category.html",
+        "one.html",
         "product.html",
         "stars.html",
     }

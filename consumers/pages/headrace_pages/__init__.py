@@ -7,6 +7,7 @@ code, whose pages are built beside the live ones by a rebuild.
 from __future__ import annotations
 
 import hashlib
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,12 @@ _PAGE_OF = {"public.products": "product", "public.categories": "category"}
 
 
 def _files(folder: Path) -> list[Path]:
-    found = folder.rglob("*")
-    return [path for path in found if path.is_file() and path.name[0] not in ".#" and path.name[-1] != "~"]
+    """Return its files, also below folders that are links; not those of hidden folders, which a mounted ConfigMap makes anew."""
+    found: list[Path] = []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [Path(at, name) for name in names if name[0] not in ".#" and name[-1] != "~"]
+    return [path for path in found if path.is_file()]
 
 
 def _product(row: Node) -> dict[str, Any]:

@@ -151,8 +151,8 @@ class Table:
         names = ", ".join(self.unsent)
         if any(column.generated for column in self.columns if column.name in self.unsent):
             why = f"{names} of its key is generated, which Postgres sends from 18 on, where the publication says so"
-            other = "Give it a primary key of other columns, or: ALTER TABLE … REPLICA IDENTITY USING INDEX … (unique, NOT NULL)."
-            return why, other
+            other = "Give it a primary key of other columns, or: ALTER TABLE … REPLICA IDENTITY USING INDEX … (unique, NOT NULL)"
+            return why, f"{other}. On 18 or newer: headrace setup --table {self.full_name} --apply"
         why = f"the publication's column list leaves out {names} of its key"
         return why, f"ALTER PUBLICATION … DROP TABLE {self.full_name}, then ADD it with its key in the list."
 
