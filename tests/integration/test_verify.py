@@ -313,6 +313,7 @@ def test_what_changes_while_the_view_stands_still_is_undecided_and_that_is_said(
 
 def test_a_commit_that_the_snapshot_does_not_see_excuses_although_it_is_logged_before(settings: Settings) -> None:
     """A commit that waits for a synchronous standby is in the log and in the view, and no snapshot sees it (S7)."""
+    settings = replace(settings, heartbeat_ms=0)  # which has a transaction of its own, after that
     prepare(settings, ITEMS, f"INSERT INTO {T} VALUES (1, 0, 'old')")
     with kept(settings, Mirror) as control:
         with psycopg.connect(settings.dsn, autocommit=True) as waiting, closing_sync(settings):
