@@ -12,7 +12,7 @@ from headrace.errors import Misconfigured
 from headrace.settings import Settings
 from headrace_capture import resnapshot as beside
 from headrace_capture.resnapshot_cli import resnapshot
-from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay
+from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
 from tests.integration.test_resnapshot import ITEMS, T, ask, commands, done, jobs, phases, reporting
 
 __all__ = ["commands"]
@@ -57,6 +57,31 @@ def test_a_table_that_could_not_be_read_and_is_taken_out_keeps_no_initial_snapsh
         capture.hear("the initial snapshot is complete")
         assert capture.reach().snapshot is None
     assert phases(settings)["public.large"] == "left"
+
+
+@pytest.mark.usefixtures("often")
+def test_what_could_not_be_read_of_a_table_that_is_taken_out_is_forgotten(settings: Settings) -> None:
+    """Of one that the log knows it is noted that it left, of one that it never had nothing; the first is read when it comes back."""
+    settings = replace(settings, message_max_bytes=100_000)
+    never = f"never{'$' * 40}"  # Kafka takes no name that long
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, a text)", "INSERT INTO items VALUES (1, 'a')")
+    publication = f"ALTER PUBLICATION {settings.publication}"
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        execute(settings, f"{publication} DROP TABLE items")
+        capture.eventually("it has left", lambda: phases(settings) == {T: "left"})
+        execute(
+            settings, "INSERT INTO items VALUES (2, repeat('x', 200000))", f"CREATE TABLE {never} (id int PRIMARY KEY)"
+        )
+        execute(settings, f"{publication} ADD TABLE items, {never}")
+        capture.eventually("both fail", lambda: phases(settings) == {T: "failed", f"public.{never}": "failed"})
+        execute(settings, f"{publication} DROP TABLE items, {never}")
+        capture.eventually("nothing failed any more", lambda: phases(settings) == {T: "left"})
+        execute(settings, "DELETE FROM items WHERE id = 2", "INSERT INTO items VALUES (3, 'c')")
+        execute(settings, f"{publication} ADD TABLE items")
+        done(settings, capture)
+        assert capture.reach().inexact == ()
+    assert replay(settings, T) == selected(settings, T)
 
 
 def test_a_row_of_a_table_that_is_gone_is_refused_and_the_stream_goes_on(commands: Settings) -> None:
