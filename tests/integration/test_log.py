@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -427,6 +428,19 @@ def test_a_state_older_than_the_compaction_lag_is_not_exact_while_more_follows(f
     assert [batch.position.version for batch in batches if batch.complete] == [second.version]
     assert rows(batches) == {(ITEMS, b'{"id":1}'): 11, (ITEMS, b'{"id":2}'): 12}
     reader.close()
+
+
+def test_a_state_that_is_read_to_its_end_is_not_exact_before_it_is_known_that_nothing_follows(
+    feed: Feed, settings: Settings
+) -> None:
+    """What follows may be there, and not here yet. This reader takes one record at a time."""
+    first = feed.cut((ITEMS, 1, 10))
+    feed.cut((ITEMS, 2, 20))
+    impatient = Log(replace(settings, min_compaction_lag_ms=0, batch_records=0))
+    with closing(impatient.reader([ITEMS], None, until=first.version)) as reader:
+        batch = eventually("the record", lambda: reader.poll(0.2))
+        assert (len(batch.changes), batch.complete) == (1, False)
+        assert reader.poll(0.2) is None
 
 
 def test_a_state_is_no_younger_because_the_clock_here_is_behind_the_brokers(
