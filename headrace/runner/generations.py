@@ -312,6 +312,13 @@ class Generations:
 
     # Beginning and ending
 
+    def begin_again(self) -> None:
+        """Know nothing, as at the start: all have ended, and another process has run the view meanwhile."""
+        with self.reporting:
+            self.workers.clear()
+        self._listed, self._first, self.unpromoted = set(), None, {}
+        self._remembers = self._tidy = False
+
     def begin(self, generation: Generation) -> Worker:
         """Serve a generation; one of other code stays still."""
         still = generation.fingerprint != self.code.fingerprint

@@ -25,8 +25,9 @@ from headrace.runner.verbs import Verbs
 from headrace.runner.worker import State
 
 _STOP_SECONDS, _FLUSH_SECONDS = 5.0, 1.0
+_ASK_SECONDS = 2.0  # all of control is read for that
 _TAKEN_OVER = {"view-taken-over", "writer-taken-over"}
-"""Who is stopped by these has no more part in the view, whichever generation it was: waiters would believe either process (S30)."""
+"""Who is stopped by these has no more part in a view that runs, whichever generation it was: waiters would believe either process (S30)."""
 _MEANWHILE = {"pause", "resume"}
 
 
@@ -41,7 +42,8 @@ class Runner:
         self._control = control
         self._failure: HeadraceError | None = None
         self._placeholder = True
-        self._reported = time.monotonic()
+        self._reported = self._heard = time.monotonic()
+        self._asks = 0.0
         self._ended = False
         rows = self._rows = Rows(self.generations, control)
         verbs = Verbs(self.generations, self._tell)
@@ -52,17 +54,38 @@ class Runner:
     def look(self) -> None:
         """Look at the store, and begin what is missing. Called about once a second; what it fails by is in the report.
 
-        Where another process has taken a generation over, all of the view is its: then everything here ends.
+        Where another process has taken a generation over, all of the view is its, as long as one runs it: then everything here ends.
         """
         if self._taken_over():
             for worker in self.generations.workers.values():
                 worker.stop()
-            return
+            if not self._is_free():
+                return
+            self.generations.begin_again()
         try:
             self.generations.look()
             self._failure = None
         except Exception as error:  # noqa: BLE001  a plugin may raise anything; the consumers beside it go on
             self._failure = as_ours(error, self.name)
+
+    def _is_free(self) -> bool:
+        """Whether nobody runs a view that was taken over: two may have taken each other's generations, or the other has ended.
+
+        Who does not say that he ends is not heard for long enough by Kafka that answers: while that is away nobody is heard.
+        """
+        now = time.monotonic()
+        if now < self._asks:
+            return False
+        self._asks, heard = now + _ASK_SECONDS, True
+        if not any(worker.is_alive() for worker in self.generations.workers.values()):
+            with suppress(HeadraceError):
+                running = [each for each in self._control.reports().get(self.name, []) if not each.ended]
+                if not running:
+                    return True
+                heard = any(report.age <= DEAD_SECONDS for report in running)
+        if heard:
+            self._heard = now
+        return now - self._heard > DEAD_SECONDS
 
     def _tell(self) -> None:
         self.look()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -921,5 +922,31 @@ def test_who_was_taken_over_has_no_more_part_in_the_view(
     if beside:
         assert first.alive
         assert "Another process" in str(first.runner.failed())
+        assert second.control.ask("told", "rollback")["generation"] == 2
+        second.stop()
+        first.await_phase(2, "live")  # each of two may have stopped the other: who is left goes on
+        assert first.runner.failed() is None
+        first.await_phase(3, "following")
+        assert first.report(3).facts["left"]
+        assert first.control.ask("told", "rebuild") == {"generation": 4}
     else:
         wait_for(lambda: not first.alive)
+
+
+def test_of_two_that_have_put_each_other_aside_one_goes_on(
+    feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has opened a generation of the other's, so neither says anything any more, and neither has said that it ends."""
+    monkeypatch.setattr("headrace.runner.runner.DEAD_SECONDS", 1.0)
+    feed.cut((ITEMS, 1, 10))
+    first = serve(Told, "told", plain=Plain)
+    wait_for(lambda: first.report(1).live)
+    second = serve(Told, "told")
+    wait_for(lambda: second.runner.phases().get("told-g1") == "live")
+    with sqlite3.connect(settings.path(f"{settings.source}/told-effects.sqlite")) as connection:
+        connection.execute("UPDATE generations SET owner = 'another'")
+    last = feed.cut((ITEMS, 2, 20))
+    wait_for(lambda: not second.alive)
+    assert not second.report(1).ended
+    assert reached(first.control, "told", last.version, 20).phase == "live"
+    assert first.runner.failed() is None
