@@ -112,6 +112,8 @@ class Generations:
                     self.end(worker)
                     with self.reporting:
                         del self.workers[number]
+                    if held:  # else its number is not used again, and effects that were done are not to begin anew
+                        self._unmark(number)
                     self._tidy = False
         self._listed = {each for number, each in self.workers.items() if number in held or each in self._listed}
 
@@ -316,8 +318,7 @@ class Generations:
         """Know nothing, as at the start: all have ended, and another process has run the view meanwhile."""
         with self.reporting:
             self.workers.clear()
-        self._listed, self._first, self.unpromoted = set(), None, {}
-        self._remembers = self._tidy = False
+        self._first, self.unpromoted, self._remembers, self._tidy = None, {}, False, False
 
     def begin(self, generation: Generation) -> Worker:
         """Serve a generation; one of other code stays still."""
@@ -379,6 +380,10 @@ class Generations:
             self.unpromoted = {each: error for each, error in self.unpromoted.items() if each != number}
             self._control.forget(self.name, number)
         self._shelf.clear(self.name, lambda each: each == number)
+        self._unmark(number)
+
+    def _unmark(self, number: int) -> None:
+        """Keep no more of a number that is used again what readers saw of it."""
         left = {each: to for each, to in self._left.items() if each != number}
         self._keep_shown([each for each in self._shown if each != number], left)
 

@@ -314,6 +314,12 @@ def standing(position: Position, *, hurry: bool = False) -> Batch:
     return Batch([], position, checkpoint, loading=False, hurry=hurry)
 
 
+def is_due(consumer: Consumer) -> bool:
+    """Whether something that the consumer delays is to be shown now."""
+    due = getattr(consumer, "due", None)
+    return bool(due and due())
+
+
 def delayed(consumer: Consumer) -> Version | None:
     """Return the version up to which a view shows everything that it delays, None when it delays nothing."""
     delays: Callable[[], Version | None] | None = getattr(consumer, "pending", None)

@@ -21,7 +21,8 @@ from headrace.change import NOWHERE, Position, Version, source_of
 from headrace.consumer import Batch, Consumer, Generation
 from headrace.errors import HeadraceError, Refused, Transient, Wiped, as_ours
 from headrace.log import FeedReader, Lag, Log, Reader
-from headrace.runner.parking import Parking, delayed, standing
+from headrace.runner.held import check_held
+from headrace.runner.parking import Parking, delayed, is_due, standing
 from headrace.runner.rate import Rate
 
 _POLL_SECONDS = 0.25
@@ -231,6 +232,8 @@ class Worker(threading.Thread):
         consumer = self._make()
         consumer.progress, self.state.progress = self._progress, (0, 0)
         try:
+            if self.still and self.state.error:
+                check_held(consumer, self.generation)
             self.state.begun = time.monotonic()
             position, resting = consumer.open(self.generation), self._resting
             self.state.begun = None
@@ -286,7 +289,7 @@ class Worker(threading.Thread):
                 time.sleep(_STEP_SECONDS)
                 continue
             batch = reader.poll(_POLL_SECONDS if self._calls.empty() else 0.0)
-            if batch is None and self._stood is not None and _is_due(consumer):
+            if batch is None and self._stood is not None and is_due(consumer):
                 batch = standing(self._stood.copy())
             if batch is not None:
                 self._apply(consumer, batch)
@@ -356,6 +359,7 @@ class Worker(threading.Thread):
     def _answer_still(self, error: HeadraceError) -> None:
         try:
             with closing(self._make()) as consumer:
+                check_held(consumer, self.generation)
                 consumer.open(self.generation)
                 if shows := getattr(consumer, "shows", None):
                     self._set_held(consumer)
@@ -393,8 +397,3 @@ def _at_a_state(reader: Reader | FeedReader) -> bool:
     if isinstance(reader, FeedReader):
         return not reader.position.loading
     return reader.newest is not None and reader.newest.version == reader.position.version
-
-
-def _is_due(consumer: Consumer) -> bool:
-    due = getattr(consumer, "due", None)
-    return bool(due and due())

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from headrace import codec, plugins
 from headrace.change import NOWHERE, Change, Position, Version
 from headrace.cli import app, together
-from headrace.consumer import Batch, Generation
+from headrace.consumer import Batch, Consumer, Generation
 from headrace.control import Control, Report
 from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, Wiped
@@ -777,6 +777,50 @@ def test_a_view_that_applies_nothing_and_whose_store_was_lost_begins_anew(
             control.ask("plain", "drop", {"generation": 2})
         assert refused.value.code == "drops-the-live-one"
         assert view.rows() == {KEY: 3}
+
+
+def test_a_generation_that_applies_nothing_is_not_made_again_empty(feed: Feed, settings: Settings) -> None:
+    """It would then be one that the store has, and nobody would begin anew."""
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+    still = Worker(Log(settings), lambda: Newer(settings, "plain"), view.generations()[0], still=True)
+    still.start()
+    eventually("it stands", lambda: still.state.phase == "stale")
+    view.wipe()
+    still.call(_is_away)
+    eventually("it has tried again", lambda: _code(still) == "view-wiped" or view.generations())
+    assert view.generations() == []
+    still.stop()
+    still.join(20)
+
+
+def _code(served: Worker) -> str:
+    return served.state.error.code if served.state.error else ""
+
+
+def _is_away(_consumer: Consumer) -> None:
+    raise Transient("plain-away", "The plain store is away.", "Wait.")
+
+
+def test_the_number_of_a_lost_generation_is_as_new(feed: Feed, settings: Settings) -> None:
+    """The next rebuild has it again, and nobody has seen that."""
+    view = Plain(settings, "plain")
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+        assert control.ask("plain", "rebuild") == {"generation": 2}
+        await_phase(control, "plain", 2, "following")
+        control.ask("plain", "promote")
+    with serving(settings, plain=Newer) as control:
+        await_phase(control, "plain", 2, "stale")
+        assert control.kept("plain", "shown") == [KEPT]
+        lost = Plain(settings, "plain")
+        lost.open(view.generations()[1])
+        lost.drop()
+        eventually("it is let go", lambda: [each.generation for each in control.reports()["plain"]] == [1])
+        assert control.kept("plain", "shown") == [{"": KEPT[""] | {"generations": [1]}}]
 
 
 class Newest(Plain):
