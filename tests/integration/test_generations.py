@@ -1534,6 +1534,25 @@ def test_effects_whose_file_is_lost_are_not_left_out_in_silence(
         eventually("it begins anew", lambda: Calls.told == [2, 4])
 
 
+class CallsAnew(Calls):
+    """Other code."""
+
+
+def test_effects_that_are_lost_while_they_stand_still_are_not_begun_anew(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Calls, "told", [])
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, calls=Calls) as control:
+        await_live(control, "calls")
+    with serving(settings, calls=CallsAnew) as control:
+        await_phase(control, "calls", 1, "stale")
+        with sqlite3.connect(settings.path(f"{settings.source}/calls-effects.sqlite")) as connection:
+            connection.execute("DELETE FROM generations")
+        eventually("it says so", lambda: report(control, "calls", 0).code == "effects-lost")
+        assert CallsAnew(settings, "calls").generations() == []
+
+
 class Slow(Calls):
     """Its first generation tells when it may."""
 
