@@ -40,7 +40,7 @@ def types_of(schema: TableSchema) -> dict[str, str]:
 
 
 def wider(one: str, other: str) -> str:
-    """Return the narrowest type that keeps the values of both; text where they have nothing in common."""
+    """Return the narrowest type that keeps the values of both; text where they have nothing in common, or are arrays."""
     if other in {one, UNKNOWN_TYPE}:
         return one
     if one == UNKNOWN_TYPE:
@@ -49,8 +49,6 @@ def wider(one: str, other: str) -> str:
         return max(one, other, key=_WHOLE.__getitem__)
     if {one, other} <= {*_WHOLE, *_FLOATS}:
         return "double precision"
-    if one.endswith("[]") and other.endswith("[]") and (element := wider(one[:-2], other[:-2])) != "text":
-        return f"{element}[]"
     of_numbers = {one.partition("(")[0], other.partition("(")[0]} <= {*_WHOLE, *_FLOATS, "numeric"}
     return _numeric(one, other) if of_numbers and "[]" not in one + other else "text"
 

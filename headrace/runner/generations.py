@@ -112,23 +112,22 @@ class Generations:
                     self.end(worker)
                     with self.reporting:
                         del self.workers[number]
+                    self._tidy = False
                     if held:  # else its number is not used again, and effects that were done are not to begin anew
                         self._unmark(number)
-                    self._tidy = False
-        self._listed = {each for number, each in self.workers.items() if number in held or each in self._listed}
 
     def _serve(self, held: dict[int, Generation]) -> None:
         """Begin what the store holds and nothing serves, the first build when there is none."""
+        stored = held
         if not held and not self.workers:
             number = self.next()
             held = {number: Generation(self.name, number, self.code.fingerprint)}
         for number in [each for each, worker in self.workers.items() if each not in held and not worker.is_alive()]:
             self.forget(number)  # who asked for the drop did not wait for so long
         for number, generation in held.items():
-            if number in self.workers:
-                self.workers[number].generation = generation
-            else:
-                self.begin(generation)
+            worker = self.workers.get(number) or self.begin(generation)
+            worker.generation = generation
+        self._listed = {each for number, each in self.workers.items() if number in stored or each in self._listed}
         self._headless = not any(generation.live for generation in held.values())
         if not self._headless:
             self.unpromoted = {}

@@ -25,7 +25,7 @@ from headrace.runner.verbs import Verbs
 from headrace.runner.worker import State
 
 _STOP_SECONDS, _FLUSH_SECONDS = 5.0, 1.0
-_ASK_SECONDS = 2.0  # all of control is read for that
+_ASK_SECONDS = 5.0  # all of control is read for that
 _TAKEN_OVER = {"view-taken-over", "writer-taken-over"}
 """Who is stopped by these has no more part in a view that runs, whichever generation it was: waiters would believe either process (S30)."""
 _MEANWHILE = {"pause", "resume"}
@@ -73,16 +73,17 @@ class Runner:
 
         Who does not say that he ends is not heard for long enough by Kafka that answers: while that is away nobody is heard.
         """
-        now = time.monotonic()
-        if now < self._asks:
+        if time.monotonic() < self._asks:
             return False
-        self._asks, heard = now + _ASK_SECONDS, True
+        heard = True
         if not any(worker.is_alive() for worker in self.generations.workers.values()):
             with suppress(HeadraceError):
-                running = [each for each in self._control.reports().get(self.name, []) if not each.ended]
-                if not running:
+                said = self._control.reports().get(self.name, [])
+                if said and all(report.ended for report in said):
                     return True
-                heard = any(report.age <= DEAD_SECONDS for report in running)
+                heard = any(report.age <= DEAD_SECONDS and not report.ended for report in said)
+        now = time.monotonic()  # Kafka may have taken its time, and who runs it is heard again only after us
+        self._asks = now + _ASK_SECONDS
         if heard:
             self._heard = now
         return now - self._heard > DEAD_SECONDS

@@ -21,8 +21,7 @@ from headrace.shapes import wider
         ("date", "timestamp without time zone", "text"),
         ("integer", "text", "text"),
         ("numeric(4,2)[]", "numeric(4,2)", "text"),
-        ("integer[]", "bigint[]", "bigint[]"),
-        ("integer[]", "date[]", "text"),
+        ("integer[]", "bigint[]", "text"),
         ("jsonb", "jsonb", "jsonb"),
     ],
 )

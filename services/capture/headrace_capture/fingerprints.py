@@ -56,8 +56,7 @@ class Fingerprint:
         kind: ``r`` ordinary, ``p`` partitioned.
         columns: By number.
         leaves: (oid, file) of each table that holds its rows.
-        sent: The oids of the publication and of what in it names the table; where that is its schema, also which transaction put it
-            there. Empty: not known.
+        sent: The oids of the publication and of what in it names the table; empty: not known.
         altered: Which transaction touched the publication's entry; empty: not known.
         width: How many columns it ever had; 0: not known.
         key: The oid of what is the key, `NO_KEY` where nothing is; empty: not known.
@@ -274,7 +273,8 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
          (SELECT s.oid::text FROM pg_publication_namespace s WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace)),
        coalesce((SELECT d.xmin::text FROM pg_publication_namespace s JOIN pg_depend d
                    ON (d.classid, d.objid, d.objsubid, d.refclassid) = ('pg_class'::regclass, c.oid, 0, 'pg_namespace'::regclass)
-                 WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace), ''),
+                 WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace AND NOT EXISTS (
+                   SELECT FROM pg_publication_rel r WHERE r.prpubid = published.pub AND r.prrelid = c.oid)), ''),
        (SELECT p.xmin::text FROM pg_publication p WHERE p.oid = published.pub),
        c.relnatts,
        coalesce((SELECT coalesce(k.oid, i.indexrelid)::text
