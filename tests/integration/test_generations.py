@@ -987,21 +987,28 @@ def test_a_rollback_that_is_asked_twice_goes_back_once(feed: Feed, settings: Set
     assert {"stale": False, "from": 2} in [said["args"] for said in mine if said.get("verb") == "rollback"]
 
 
-def test_a_rollback_whose_process_died_before_it_was_taken_away_goes_back_once(
-    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    feed.cut((ITEMS, 1, 1))
+@contextmanager
+def killed_before_it_takes_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A process carries requests out, and is killed before it takes the first away: then the event is set."""
     died = threading.Event()
 
     def take_away(*_: object) -> None:
         died.set()
         raise Transient("kafka-away", "It is killed here.")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(Control, "take_away", take_away)
+        yield died
+
+
+def test_a_rollback_whose_process_died_before_it_was_taken_away_goes_back_once(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
         build_and_promote(control, 2, 3)
-        with monkeypatch.context() as patch:
-            patch.setattr(Control, "take_away", take_away)
+        with killed_before_it_takes_away(monkeypatch) as died:
             control._request("plain", "1", {"verb": "rollback", "args": {"from": 3}, "timeout": 300})
             assert died.wait(30)
             assert live_of(settings) == [2]
@@ -1015,18 +1022,11 @@ def test_a_promotion_whose_process_died_before_it_was_taken_away_is_answered_as_
     feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feed.cut((ITEMS, 1, 1))
-    died = threading.Event()
-
-    def take_away(*_: object) -> None:
-        died.set()
-        raise Transient("kafka-away", "It is killed here.")
-
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
         assert control.ask("plain", "rebuild") == {"generation": 2}
         await_phase(control, "plain", 2, "following")
-        with monkeypatch.context() as patch:
-            patch.setattr(Control, "take_away", take_away)
+        with killed_before_it_takes_away(monkeypatch) as died:
             asked = {"verb": "promote", "args": {"generation": None, "from": 1}, "timeout": 300}
             control._request("plain", "1", asked)
             assert died.wait(30)
