@@ -19,8 +19,9 @@ from headrace.settings import Settings
 from headrace_capture import known
 from headrace_capture.live import LiveKeys
 from headrace_ops import Stack
-from tests.fixtures.capture import capturing, changes, eventually, execute, now, prepare, replay, rows, selected
+from tests.fixtures.capture import capturing, changes, eventually, execute, now, prepare, replay, selected
 from tests.fixtures.processes import System
+from tests.fixtures.slots import await_free, is_read
 from tests.integration.test_resnapshot import ask, done
 
 T = "public.items"
@@ -30,18 +31,17 @@ T = "public.items"
 def test_a_kafka_that_is_paused_does_not_hold_postgres(settings: Settings, stack: Stack) -> None:
     """The replication connection is closed, the slot keeps the WAL, and each change is in the log once afterwards."""
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
-    walsender = f"SELECT active FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
     with capturing(settings) as capture:
         capture.hear("streaming from")  # the snapshot's checkpoint comes before
         stack.server("kafka").pause()
         try:
             execute(settings, "INSERT INTO items VALUES (1)")
             capture.hear("the replication connection is closed")
-            eventually("the slot is free", lambda: rows(settings, walsender) == [(False,)])
+            await_free(settings)
             execute(settings, "INSERT INTO items VALUES (2)")
         finally:
             stack.server("kafka").resume()
-        capture.eventually("it streams again", lambda: rows(settings, walsender) == [(True,)], 180)
+        capture.eventually("it streams again", lambda: is_read(settings), 180)
         execute(settings, "INSERT INTO items VALUES (3)")
         capture.reach()
     assert [c.row["id"] for c in changes(settings, T) if c.row] == [1, 2, 3]
@@ -78,7 +78,6 @@ def test_a_kafka_that_is_paused_while_live_keys_are_read_back_does_not_hold_post
 ) -> None:
     """The stream stands still at a TRUNCATE then, and nothing comes of what the log has of the table."""
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)", "INSERT INTO items VALUES (1), (2)")
-    walsender = f"SELECT active FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
     catch_up, end, paused = LiveKeys.catch_up, tail.Tail._end, threading.Event()
 
     def pausing(keys: LiveKeys, *args: Any) -> None:
@@ -98,11 +97,11 @@ def test_a_kafka_that_is_paused_while_live_keys_are_read_back_does_not_hold_post
             execute(settings, "TRUNCATE items")
             assert paused.wait(60)
             capture.hear("the replication connection is closed")
-            eventually("the slot is free", lambda: rows(settings, walsender) == [(False,)])
+            await_free(settings)
         finally:
             stack.server("kafka").resume()
             monkeypatch.setattr(tail.Tail, "_end", end)
-        capture.eventually("it streams again", lambda: rows(settings, walsender) == [(True,)], 180)
+        capture.eventually("it streams again", lambda: is_read(settings), 180)
         capture.reach()
     assert replay(settings, T) == {}
 
@@ -113,7 +112,6 @@ def test_a_kafka_that_is_paused_while_keys_are_read_back_does_not_hold_postgres(
 ) -> None:
     """The stream stands still at a high watermark then, and reads what the log has of the table."""
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)", "INSERT INTO items VALUES (1), (2)")
-    walsender = f"SELECT active FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
     catch_up, paused = known.KnownKeys.catch_up, threading.Event()
 
     def pausing(keys: known.KnownKeys, *args: Any) -> None:
@@ -138,11 +136,11 @@ def test_a_kafka_that_is_paused_while_keys_are_read_back_does_not_hold_postgres(
         try:
             assert paused.wait(60)
             capture.hear("the replication connection is closed")
-            eventually("the slot is free", lambda: rows(settings, walsender) == [(False,)])
+            await_free(settings)
             capture.eventually("it says why", lambda: capture._heard("kafka-away"), 120)
         finally:
             stack.server("kafka").resume()
             asker.join()
-        capture.eventually("it streams again", lambda: rows(settings, walsender) == [(True,)], 180)
+        capture.eventually("it streams again", lambda: is_read(settings), 180)
         done(settings, capture, T)
     assert replay(settings, T) == selected(settings, "items")

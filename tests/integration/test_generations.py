@@ -482,8 +482,7 @@ def test_a_process_that_has_not_come_to_its_store_yet_says_so_whatever_it_is_ask
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        await_phase(control, "plain", 2, "following")
+        build(control, 2)
     monkeypatch.setattr(Plain, "away", True)
     second, every = {"generation": 2}, {"all": True}
     with serving(settings, plain=Plain) as control:
@@ -614,8 +613,7 @@ def test_all_generations_of_a_view_stand_when_one_was_too_busy_to_be_paused_at_o
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Stuck) as control:
         await_live(control, "plain")
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        await_phase(control, "plain", 2, "following")
+        build(control, 2)
         Stuck.may.clear()
         if waited:
             Stuck.late.set()
@@ -810,8 +808,7 @@ def test_the_number_of_a_lost_generation_is_as_new(feed: Feed, settings: Setting
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        await_phase(control, "plain", 2, "following")
+        build(control, 2)
         control.ask("plain", "promote")
     with serving(settings, plain=Newer) as control:
         await_phase(control, "plain", 2, "stale")
@@ -837,13 +834,11 @@ def test_a_rollback_goes_to_what_readers_saw_and_not_to_a_build_that_they_never_
         await_live(control, "plain")
     with serving(settings, plain=Newer) as control:
         await_phase(control, "plain", 1, "stale")
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        await_phase(control, "plain", 2, "following")
+        build(control, 2)
     last = feed.cut((ITEMS, 1, 2))
     with serving(settings, plain=Newest) as control:
         await_phase(control, "plain", 2, "stale")
-        assert control.ask("plain", "rebuild") == {"generation": 3}
-        await_phase(control, "plain", 3, "following")
+        build(control, 3)
         control.ask("plain", "promote")
         assert view.rows() == {KEY: 2}
         refused = command(settings, "rollback", "plain").exception
@@ -871,11 +866,9 @@ def test_after_an_upgrade_a_rollback_goes_to_what_is_older(feed: Feed, settings:
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        await_phase(control, "plain", 2, "following")
+        build(control, 2)
         control.ask("plain", "promote")
-        assert control.ask("plain", "rebuild") == {"generation": 3}
-        await_phase(control, "plain", 3, "following")
+        build(control, 3)
     control.keep("plain", "shown", None)
     with serving(settings, plain=Plain) as control:
         await_phase(control, "plain", 2, "live")
@@ -891,8 +884,7 @@ def test_rollbacks_go_back_the_way_that_readers_were_led(feed: Feed, settings: S
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
         for number in (2, 3, 4):
-            assert control.ask("plain", "rebuild") == {"generation": number}
-            await_phase(control, "plain", number, "following")
+            build(control, number)
             control.ask("plain", "promote")
         control.ask("plain", "drop", {"generation": 3})
         assert control.ask("plain", "rollback")["generation"] == 2, "the third is gone"
@@ -940,8 +932,7 @@ def test_a_promotion_says_what_stays_of_what_was_there_before(feed: Feed, settin
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
         assert promoted("--generation", "1") == "generation 1 of plain is live"
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        await_phase(control, "plain", 2, "following")
+        build(control, 2)
         assert promoted() == "generation 2 of plain is live; the one before stays until: headrace drop plain"
         assert promoted("--generation", "1") == (
             "generation 1 of plain is live; the one before stays until: headrace drop plain 2"
@@ -959,10 +950,15 @@ def lose_pointer(settings: Settings, *gone: int) -> None:
         db.executemany("DELETE FROM generations WHERE number = ?", [(number,) for number in gone])
 
 
+def build(control: Control, number: int) -> None:
+    """Build a generation, of this number, beside the live one."""
+    assert control.ask("plain", "rebuild") == {"generation": number}
+    await_phase(control, "plain", number, "following")
+
+
 def build_and_promote(control: Control, *numbers: int) -> None:
     for number in numbers:
-        assert control.ask("plain", "rebuild") == {"generation": number}
-        await_phase(control, "plain", number, "following")
+        build(control, number)
         control.ask("plain", "promote")
 
 
@@ -1024,8 +1020,7 @@ def test_a_promotion_whose_process_died_before_it_was_taken_away_is_answered_as_
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        await_phase(control, "plain", 2, "following")
+        build(control, 2)
         with killed_before_it_takes_away(monkeypatch) as died:
             asked = {"verb": "promote", "args": {"generation": None, "from": 1}, "timeout": 300}
             control._request("plain", "1", asked)
@@ -1143,8 +1138,7 @@ def test_neither_what_a_gate_refused_nor_what_was_rolled_back_from_goes_live_by_
         build_and_promote(control, 2)
         control.ask("plain", "rollback")
         lose_pointer(settings)
-        assert control.ask("plain", "rebuild") == {"generation": 3}
-        await_phase(control, "plain", 3, "following")
+        build(control, 3)
         control.ask("plain", "refuse", {"generation": 3})
     lose_pointer(settings, 1)
     with serving(settings, plain=Plain) as control:
@@ -1401,8 +1395,7 @@ def test_a_build_of_a_log_that_was_begun_anew_is_promoted_though_its_versions_ar
     anew.cut((ITEMS, 1, 2))
     with serving(settings, plain=code) as control:
         assert await_phase(control, "plain", 1, phase).code == ("position-ahead" if code is Plain else "")
-        assert control.ask("plain", "rebuild") == {"generation": 2}
-        await_phase(control, "plain", 2, "following")
+        build(control, 2)
         (promoted,) = together.promote(control, {"plain": None})
         assert (promoted["generation"], Version(*promoted["version"]).epoch) == (2, 1)
 

@@ -51,9 +51,8 @@ class Build:
 
     def learn(self, schemas: dict[tuple[str, int], TableSchema]) -> None:
         """Take note of table schemas. Raises Misconfigured: `key-changed`."""
-        for name in sorted(
-            schemas if self._grows else schemas.keys() - self._schemas.keys()
-        ):  # but of a feed a version stays as it is (S13)
+        # But of a feed a version stays as it is (S13).
+        for name in sorted(schemas if self._grows else schemas.keys() - self._schemas.keys()):
             if (new := schemas[name]) == (before := self._schemas.get(name)):
                 continue
             table = self.tables.get(name[0])

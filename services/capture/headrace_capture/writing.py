@@ -181,10 +181,8 @@ class Writing:
         shape_then: TableSchema | None = self._relations.shapes.get(job.table)
         if shape_then is not None and shape_then.key and chunk.print is not None:
             self._cut.inexact.add(job.table)
-            job.initial, job.floor = (
-                False,
-                "",
-            )  # the others' snapshot is complete without it; what is there was read before
+            job.initial = False  # the others' snapshot is complete without it
+            job.floor = ""  # what is there was read before
             raise _key_missing(job.table, shape_then, chunk.hidden)
         if shape_then is None or chunk.exists:
             self.left_out[job.table] = chunk.print
