@@ -254,6 +254,24 @@ def test_s8_another_publication_that_leaves_columns_out_keeps_full_away(
     db.execute("UPDATE public.t SET n = 2; DELETE FROM public.t")
 
 
+def test_s8_a_generated_key_that_our_publication_sends_no_more_is_told_and_mended(each_source: Settings) -> None:
+    """Of 18 on: before it sends none, and nothing fails."""
+    with catalog.connect(each_source.dsn) as db:
+        key = "low int GENERATED ALWAYS AS (n + 1) STORED PRIMARY KEY"
+        db.execute(f"CREATE TABLE public.mails (n int, {key}); CREATE TABLE public.t (id int PRIMARY KEY)".encode())
+        prepared(db, each_source)
+        assert identities.failing(db, each_source.publication) == []
+        if db.info.server_version < catalog.GENERATED:
+            return
+        ours = psycopg.sql.Identifier(each_source.publication).as_string()
+        db.execute(f"ALTER PUBLICATION {ours} SET (publish_generated_columns = none)".encode())
+        assert broken(db, ["mails"]) == ["mails"]
+        (mend,) = identities.failing(db, each_source.publication)
+        db.execute(mend.encode())
+        assert broken(db, ["mails"]) == []
+        assert identities.failing(db, each_source.publication) == []
+
+
 def test_s8_what_people_narrow_in_our_publication_is_told_and_mended(each_source: Settings) -> None:
     """Postgres takes no column list beside FULL, and no row filter beyond the replica identity: UPDATE and DELETE fail."""
     tables = ["listed", "filtered", "mixed", "keyless", "theirs", "parts"]
