@@ -262,7 +262,8 @@ class Trial:
             (jobs,) = self.system.control.kept("capture", "resnapshot")
             return all(job["phase"] == "done" for job in jobs.values())
 
-        self.system.waiting(f"{table or ', '.join(TABLES)} to be read again", done)
+        # In small cuts ten thousand rows are hundreds of chunks, each in a Kafka transaction of its own.
+        self.system.waiting(f"{table or ', '.join(TABLES)} to be read again", done, 600.0)
         self.say(f"{table or ', '.join(TABLES)} read again")
         self.record("reread", table or "several")
 
