@@ -14,7 +14,9 @@ signs are chosen so that daily work is not taken for a change of rows:
 - a new partition that is empty changes nothing; one with rows may have brought them; so may one that was detached and attached again:
   another transaction has touched what links it to its root;
 - changes of an unlogged or foreign partition are not in the WAL: its table cannot be exact until it is mended (see `writing`);
-- a label of an enum has an oid of its own: another label at the same one is a rename, and rows show it. Added labels change no row;
+- a label of an enum has an oid of its own: another label at the same one is a rename, and rows show it; so is one that another transaction
+  has touched, for it may have been taken back. Added labels change no row;
+- a column that was not sent (a generated one, before 18) and is sent now shows values in old rows;
 - a composite type that gains or loses an attribute is not written anew: rows show one value more or less at once;
 - so has the constraint (or, as a replica identity, the index) that is the key: while there was none, changes named no row, and two rows may
   have had one key;
@@ -32,6 +34,7 @@ from typing import Any, NamedTuple
 
 from psycopg import errors, sql
 
+from headrace.change import TableSchema
 from headrace_capture.catalog import Connection
 from headrace_capture.published import UNLOGGED, published
 
@@ -39,13 +42,17 @@ NO_KEY = "none"
 
 
 class ColumnPrint(NamedTuple):
-    """A column: its number, name and type, whether rows from before it show a value, and which transaction touched its entry."""
+    """A column.
+
+    Its number, name and type, whether rows from before it show a value, which transaction touched its entry, and whether it is sent.
+    """
 
     number: int
     name: str
     type: str
     filled: bool
     touched: str
+    sent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +67,8 @@ class Fingerprint:
         altered: Which transaction touched the publication's entry; empty: not known.
         width: How many columns it ever had; 0: not known.
         key: The oid of what is the key, `NO_KEY` where nothing is; empty: not known.
-        labels: (oid, label) of each enum that is the type of a column, below arrays, domains, ranges and composites; of a composite that
-            is, the numbers of its attributes.
+        labels: (oid, label, which transaction touched it) of each enum that is the type of a column, below arrays, domains, ranges and
+            composites; of a composite that is, the numbers of its attributes. The last is empty where it is not known.
         links: (oid, transactions that touched its links up to the root) of each partition.
         unlogged: For each leaf whose changes are not in the WAL, the statement that mends it.
         placed: Which transaction put the table into its schema, where the publication names only that; empty: not known.
@@ -77,7 +84,7 @@ class Fingerprint:
     altered: str = ""
     width: int = 0
     key: str = ""
-    labels: tuple[tuple[int, str], ...] = ()
+    labels: tuple[tuple[int, str, str], ...] = ()
     links: tuple[tuple[int, str], ...] = ()
     unlogged: tuple[str, ...] = ()
     placed: str = ""
@@ -105,7 +112,8 @@ class Fingerprint:
         """Undo `plain`."""
         columns = tuple(ColumnPrint(*column) for column in plain["columns"])
         leaves = tuple((oid, file) for oid, file in plain["leaves"])
-        labels, links = (tuple((oid, text) for oid, text in plain.get(name, ())) for name in ("labels", "links"))
+        labels = tuple((oid, text, "".join(touched)) for oid, text, *touched in plain.get("labels", ()))
+        links = tuple((oid, text) for oid, text in plain.get("links", ()))
         sent, altered, key, placed = (plain.get(name, "") for name in ("sent", "altered", "key", "placed"))
         unlogged = tuple(plain.get("unlogged", ()))
         return cls(
@@ -130,7 +138,7 @@ def read(
         links = tuple((oid, link) for oid, *_, link, _ in leaves if link and is_empty.get(oid, False) is not None)
         unlogged = tuple(leaf[-1] for leaf in leaves if leaf[-1])
         empty = frozenset(oid for oid, said in is_empty.items() if said)
-        prints, told = tuple(ColumnPrint(*c) for c in columns), tuple((oid, label) for oid, label in labels)
+        prints, told = tuple(ColumnPrint(*c) for c in columns), tuple((oid, *label) for oid, *label in labels)
         rest = (links, unlogged, placed, empty, unnamed, frozenset(leaving))
         found[name] = Fingerprint(kind, prints, files, sent, altered, width, key, told, *rest)
     return found
@@ -167,8 +175,23 @@ def outlived(before: Fingerprint, after: Fingerprint) -> bool:
 
 
 def _relabelled(before: Fingerprint, after: Fingerprint) -> bool:
-    labels = dict(before.labels)
-    return any(labels.get(oid, label) != label for oid, label in after.labels)
+    known = {oid: (label, touched) for oid, label, touched in before.labels}
+    pairs = [(known[oid], (label, touched)) for oid, label, touched in after.labels if oid in known]
+    return any(was[0] != now[0] or (was[1] and was != now) for was, now in pairs)
+
+
+def taken_back(shape: TableSchema, now: Fingerprint) -> str:
+    """Return why rows of `shape`, which the stream shows, would be others by now; empty when they would not.
+
+    Asked where two prints do not differ: DDL may have been taken back before anybody looked. Columns that were dropped since change no row,
+    nor do those that are still to come.
+    """
+    there = {column.name: column.type for column in now.columns if column.sent}
+    both = {column.name: column.type for column in shape.columns if column.name in there}
+    if len(both) < min(len(shape.columns), len(there)) or list(both) != [name for name in there if name in both]:
+        return "columns had other names for a while"
+    retyped = [name for name, type_ in both.items() if not widened(type_, there[name])]
+    return f"{', '.join(retyped)} had another type for a while" if retyped else ""
 
 
 def _columns(before: Fingerprint, after: Fingerprint, names: Collection[str]) -> str:
@@ -183,6 +206,8 @@ def _columns(before: Fingerprint, after: Fingerprint, names: Collection[str]) ->
                 return f"column {column.name} was dropped and added again"
         elif was.name != column.name:
             return f"column {was.name} was renamed to {column.name}"
+        elif column.sent and not was.sent:
+            return f"column {column.name} is sent now, and was not before"
         elif not widened(was.type, column.type):
             return f"the type of {column.name} changed from {was.type} to {column.type}"
     passed = after.width - before.width - len(new) if before.width else 0
@@ -264,7 +289,8 @@ WITH RECURSIVE {published("p.pubname = %(publication)s")}, filled(root, name) AS
 SELECT n.nspname || '.' || c.relname, c.relkind::text,
        (SELECT coalesce(json_agg(json_build_array(a.attnum, a.attname, format_type(a.atttypid, a.atttypmod),
                                                   a.attgenerated = 'v' OR (c.oid, a.attname) IN (SELECT root, name FROM filled),
-                                                  a.xmin::text) ORDER BY a.attnum), '[]')
+                                                  a.xmin::text, coalesce(a.attnum = ANY(own.prattrs), a.attgenerated = ''
+                                                    OR a.attgenerated = of.generated, false)) ORDER BY a.attnum), '[]')
         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
        coalesce(leaves.told, '[]'),
        concat_ws(' ', published.pub,
@@ -275,17 +301,20 @@ SELECT n.nspname || '.' || c.relname, c.relkind::text,
                    ON (d.classid, d.objid, d.objsubid, d.refclassid) = ('pg_class'::regclass, c.oid, 0, 'pg_namespace'::regclass)
                  WHERE s.pnpubid = published.pub AND s.pnnspid = c.relnamespace AND NOT EXISTS (
                    SELECT FROM pg_publication_rel r WHERE r.prpubid = published.pub AND r.prrelid = c.oid)), ''),
-       (SELECT p.xmin::text FROM pg_publication p WHERE p.oid = published.pub),
+       of.altered,
        c.relnatts,
        coalesce((SELECT coalesce(k.oid, i.indexrelid)::text
                  FROM pg_index i LEFT JOIN pg_constraint k ON k.conrelid = c.oid AND k.conindid = i.indexrelid AND k.contype IN ('p', 'u')
                  WHERE i.indrelid = c.oid AND i.indimmediate AND i.indisvalid
                  AND CASE WHEN c.relkind = 'r' AND c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END), '{NO_KEY}'),
        coalesce(labels.told, '[]'),
-       NOT EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = published.pub AND r.prrelid = c.oid),
+       own.oid IS NULL,
        ARRAY(SELECT inhrelid::bigint FROM pg_inherits WHERE inhdetachpending
              UNION SELECT a.oid::bigint FROM above a JOIN pg_inherits i ON i.inhrelid = a.ancestor WHERE i.inhdetachpending)
 FROM published JOIN pg_class c ON c.oid = published.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN (SELECT oid, xmin::text AS altered, nullif(to_jsonb(p) ->> 'pubgencols', 'n') AS generated FROM pg_publication p OFFSET 0) of
+  ON of.oid = published.pub
+LEFT JOIN pg_publication_rel own ON own.prpubid = published.pub AND own.prrelid = c.oid
 LEFT JOIN (
   SELECT x.root, json_agg(json_build_array(l.oid::bigint, l.relfilenode::bigint, ln.nspname, l.relname, coalesce(link.told, ''),
                                                     {UNLOGGED.format("l")}) ORDER BY l.oid) AS told
@@ -293,11 +322,12 @@ LEFT JOIN (
   GROUP BY x.root
 ) leaves ON leaves.root = c.oid
 LEFT JOIN (
-  SELECT a.attrelid, jsonb_agg(DISTINCT jsonb_build_array(s.oid::bigint, s.label)) AS told
+  SELECT a.attrelid, jsonb_agg(DISTINCT jsonb_build_array(s.oid::bigint, s.label, s.touched)) AS told
   FROM type y JOIN pg_attribute a ON a.atttypid = y.oid AND a.attnum > 0 AND NOT a.attisdropped
   CROSS JOIN LATERAL (
-    SELECT l.oid, l.enumlabel::text AS label FROM pg_enum l WHERE l.enumtypid = y.below
-    UNION ALL SELECT t.oid, string_agg(p.attnum::text, ' ' ORDER BY p.attnum) FROM pg_type t JOIN pg_attribute p ON p.attrelid = t.typrelid
+    SELECT l.oid, l.enumlabel::text AS label, l.xmin::text AS touched FROM pg_enum l WHERE l.enumtypid = y.below
+    UNION ALL SELECT t.oid, string_agg(p.attnum::text, ' ' ORDER BY p.attnum), ''
+    FROM pg_type t JOIN pg_attribute p ON p.attrelid = t.typrelid
     WHERE t.oid = y.below AND t.typtype = 'c' AND p.attnum > 0 AND NOT p.attisdropped GROUP BY t.oid
   ) s GROUP BY a.attrelid
 ) labels ON labels.attrelid = c.oid

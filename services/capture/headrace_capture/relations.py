@@ -50,7 +50,7 @@ class Relations:
         self.names: dict[str, set[str]] = defaultdict(set)
         for shape in self.versions.values():
             self._name(shape)
-        self.suspected: Callable[[str, str | None], None] = lambda table, _why: cut.inexact.add(table)
+        self.suspected: Callable[[TableSchema, str | None], None] = lambda shape, _why: cut.inexact.add(shape.table)
         self.moved: Callable[[str, frozenset[int], str], None] = lambda _table, _oids, _was: None
         self.by_oid = _ByOid()
         self._told: dict[int, tuple[Relation, int]] = {}
@@ -172,7 +172,7 @@ class Relations:
 
     def _judge(self, known: TableSchema | None, shape: TableSchema, oid: int) -> None:
         """Say whether rows may have changed, or have been there, without an event: before the new version is among those known."""
-        self.suspected(shape.table, silent_change(known, shape, self._with_default(oid)) if known else None)
+        self.suspected(shape, silent_change(known, shape, self._with_default(oid)) if known else None)
 
     def _with_default(self, oid: int) -> set[str]:
         rows = self._connection.execute(

@@ -21,6 +21,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+from headrace.change import TableSchema
 from headrace.control import Control
 from headrace.errors import HeadraceError, Misconfigured, Poison
 from headrace.log import Log
@@ -109,9 +110,8 @@ class Resnapshot:
         if findings is not None:
             self._judge(findings)
             self._complete()
-            self._names = (
-                self._names or findings
-            )  # what waits for the stream is not replaced, or it would wait for ever
+            # What waits for the stream is not replaced, or it would wait for ever.
+            self._names = self._names or findings
         self._rename()
         for table in list(self._cut.inexact):
             job = self._jobs.all.get(table)
@@ -156,25 +156,23 @@ class Resnapshot:
         else:
             self._disturb(table)
 
-    def suspect(self, table: str, why: str | None) -> None:
-        """The stream shows a table in another shape (`why` that may have changed rows, or empty), or for the first time (None).
-
-        The catalogue is asked at each new shape: what is looked at later must not take a column that is new for one that came back.
-        """
+    def suspect(self, shape: TableSchema, why: str | None) -> None:
+        """The stream shows a table in another shape (`why` that may have changed rows, or empty), or for the first time (None)."""
+        # The catalogue is asked at each new shape: what is looked at later must not take a column that is new for one that came back.
+        table = shape.table
         if why is None:
             self.mark(table, "it joined the publication", JOINED)
             return
         known = self._jobs.prints.get(table)
         if known is not None:
             with postgres_errors(f"reading the catalogue of {table}"):
-                found = fingerprints.read(self._connection, self._log.settings.publication, table=table).get(
-                    table, known
-                )
-            if (
-                found.kind == known.kind == "p"
-            ):  # whether a new one has rows is asked beside the stream: it may be locked
+                prints = fingerprints.read(self._connection, self._log.settings.publication, table=table)
+                found = prints.get(table, known)
+            # Whether a new one has rows is asked beside the stream: it may be locked.
+            if found.kind == known.kind == "p":
                 found = replace(found, leaves=known.leaves)
-            self._compare(table, known, found)
+            if not self._compare(table, known, found) and (passed := fingerprints.taken_back(shape, found)):
+                self.mark(table, passed)
             self._printed_at[table] = time.monotonic()
         elif why:
             self.mark(table, why)
@@ -193,6 +191,8 @@ class Resnapshot:
             self._printed_at.update(dict.fromkeys(gone, time.monotonic()))
         if was != table and was in known:
             self.mark(was, f"rows of {table} went by its name", JOINED)
+        if table in known and known[table].leaves and oids.isdisjoint(dict(known[table].leaves)):
+            self.mark(table, "rows of another table came by its name", JOINED)
 
     def _rename(self) -> None:
         """Let rows go by their table's name of now, once the stream is where it has that name, and read again what went by another."""
