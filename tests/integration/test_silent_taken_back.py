@@ -9,7 +9,8 @@ import pytest
 
 from headrace.settings import Settings
 from headrace_capture import attention, resnapshot
-from tests.fixtures.capture import Running, capturing, execute, prepare, replay, selected
+from headrace_capture.recovery import recover
+from tests.fixtures.capture import Running, capturing, execute, prepare, refused, replay, selected
 
 pytestmark = pytest.mark.usefixtures("often")
 
@@ -84,3 +85,30 @@ def test_two_tables_that_had_each_others_names(settings: Settings, looks: Looks)
     execute(settings, *exchange, "INSERT INTO items VALUES (1, 'theirs')", *exchange)
     with capturing(settings) as capture:
         equal(settings, capture, looks, "items", "others")
+
+
+def test_a_column_that_is_generated_no_more(each_version: Settings, looks: Looks) -> None:
+    """Before 18 Postgres sends it from then on, and old rows have values of it as well."""
+    settings = each_version
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, a int, twice int GENERATED ALWAYS AS (a * 2) STORED)")
+    execute(settings, "INSERT INTO items SELECT i, i FROM generate_series(1, 3) i")
+    with capturing(settings) as capture:
+        capture.reach()
+        execute(settings, "ALTER TABLE items ALTER twice DROP EXPRESSION", "UPDATE items SET a = 0 WHERE id = 1")
+        equal(settings, capture, looks, "items")
+
+
+def test_old_rows_that_were_named_by_another_index_for_a_while(settings: Settings, looks: Looks) -> None:
+    """Which row was deleted is not known: refused, and what is said mends it."""
+    prepare(settings, "CREATE TABLE items (id int PRIMARY KEY, a int NOT NULL UNIQUE)")
+    execute(settings, "INSERT INTO items SELECT i, i FROM generate_series(1, 3) i")
+    with capturing(settings) as capture:
+        capture.reach()
+    identity = "ALTER TABLE items REPLICA IDENTITY"
+    execute(settings, f"{identity} USING INDEX items_a_key", "DELETE FROM items WHERE id = 2", f"{identity} DEFAULT")
+    error = refused(settings)
+    assert (error.code, "the table, or a partition of it" in error.message) == ("key-not-sent", True)
+    assert "headrace resnapshot --recover" in error.remedy
+    recover(settings, print)
+    with capturing(settings) as capture:
+        equal(settings, capture, looks, "items")

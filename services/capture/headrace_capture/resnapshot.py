@@ -191,7 +191,7 @@ class Resnapshot:
             self._printed_at.update(dict.fromkeys(gone, time.monotonic()))
         if was != table and was in known:
             self.mark(was, f"rows of {table} went by its name", JOINED)
-        if table in known and known[table].leaves and oids.isdisjoint(dict(known[table].leaves)):
+        if table in known and known[table].kind == "r" and oids.isdisjoint(dict(known[table].leaves)):
             self.mark(table, "rows of another table came by its name", JOINED)
 
     def _rename(self) -> None:

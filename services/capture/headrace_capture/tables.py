@@ -173,10 +173,10 @@ def _bad_key(table: str, names: Sequence[str], values: Datums, error: Exception)
     if None in values:  # of an old row, which comes with its replica identity only
         return Misconfigured(
             "key-not-sent",
-            f"A change of {table} came without the old row's key ({', '.join(names)}): a partition has REPLICA IDENTITY USING INDEX of "
-            "other columns, since setup.",
-            "ALTER TABLE that partition REPLICA IDENTITY DEFAULT, so that it stays mended; then run: headrace resnapshot --recover, "
-            "and capture. It reads all tables again beside the stream.",
+            f"A change of {table} came without the old row's key ({', '.join(names)}): the table, or a partition of it, had REPLICA "
+            "IDENTITY USING INDEX of other columns then.",
+            "Where one still has it: ALTER TABLE that one REPLICA IDENTITY DEFAULT, so that it stays mended. Then run: "
+            "headrace resnapshot --recover, and capture. It reads all tables again beside the stream.",
         )
     return Poison("bad-value", f"A key of {table} cannot be read: {error}.", _BAD)
 
