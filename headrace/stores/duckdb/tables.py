@@ -24,6 +24,7 @@ from headrace.stores.duckdb.kinds import WHOLE, Kind, kind_of
 from headrace.stores.duckdb.names import quoted, reader_schema, text, unique
 
 KEY, VERSION, EXACT = "_headrace_key", "_headrace_version", "_headrace_exact"
+_BESIDE = "_headrace_beside"
 _RAW = "headrace_raw"
 _FEW = 100
 """Rows up to which they are parameters: DuckDB takes longer to learn of an Arrow table than to insert a few."""
@@ -123,7 +124,7 @@ def evolve(cursor: duckdb.DuckDBPyConnection, table: Table, schema: TableSchema)
             there[column.name] = added = _mapped(column, list(there.values()))
             cursor.execute(f"ALTER TABLE {table.path} ADD COLUMN {quoted(added.name)} {added.duck}")
         elif there[column.name].postgres not in {_below(column), column.type}:  # a domain's own name: `is_old`
-            there[column.name] = _retype(cursor, table, there[column.name], column)
+            there[column.name] = _retype(cursor, table, there, column)
     columns = tuple(there[column.name] for column in schema.columns)
     return replace(table, version=schema.version, columns=columns)
 
@@ -276,15 +277,23 @@ def is_old(table: Table, schema: TableSchema) -> bool:
     )
 
 
-def _retype(cursor: duckdb.DuckDBPyConnection, table: Table, mapped: Mapped, column: Column) -> Mapped:
-    """Give a column another type, by way of text, which every type has."""
+def _retype(cursor: duckdb.DuckDBPyConnection, table: Table, there: dict[str, Mapped], column: Column) -> Mapped:
+    """Give a column another type, by way of text, which every type has.
+
+    Not by ALTER … USING: who opens the file after a kill evaluates that again, before DuckDB knows functions of JSON, and cannot open it.
+    """
+    mapped = there[column.name]
     changed = mapped._replace(postgres=_below(column), duck=kind_of(_below(column)).duck)
     if changed.duck != mapped.duck:
         name = quoted(mapped.name)
+        beside = quoted(unique(_BESIDE, [other.name for other in there.values()]))
         old = mapped.kind.raw.format(name)
         exact = f"json_extract_string({EXACT}, {text(_pointer(mapped.name) + '/0')})"
         new = changed.kind.parse.format(f"coalesce({exact}, CAST({old} AS VARCHAR))")
-        cursor.execute(f"ALTER TABLE {table.path} ALTER COLUMN {name} TYPE {changed.duck} USING {new}")
+        cursor.execute(f"ALTER TABLE {table.path} ADD COLUMN {beside} {changed.duck}")
+        cursor.execute(f"UPDATE {table.path} SET {beside} = {new}")
+        cursor.execute(f"ALTER TABLE {table.path} DROP COLUMN {name}")
+        cursor.execute(f"ALTER TABLE {table.path} RENAME COLUMN {beside} TO {name}")
         _forget_exact(cursor, table, mapped)
     return changed
 
