@@ -52,7 +52,7 @@ from headrace.documents.declaration import Node
 from headrace.documents.layout import discard, errors, of_the_store, place
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
-from headrace.documents.rendering import rendered
+from headrace.documents.rendering import meant, rendered
 from headrace.documents.unshown import CHUNK, Sent, Showing, Unshown, chunk_of, rows_of
 from headrace.documents.when import EVER, Left, When, held_back, now
 from headrace.documents.windows import Root, Window, is_joined
@@ -332,6 +332,7 @@ class DocumentConsumer:
             rows = scan((rows[-1].collection, rows[-1].key), CHUNK)
 
     def _doc(self, touched: Touched, cursor: Cursor, version: Version, unshown: Unshown) -> Doc | None:
+        touched = meant(self._opened(), self.id, touched, cursor[1])
         try:
             return rendered(self, touched, touched.node, cursor[1], version)
         except Poison as error:

@@ -14,9 +14,9 @@ from operator import itemgetter
 from headrace import codec
 from headrace.change import Row
 from headrace.documents import layout
-from headrace.documents.declaration import Aggregate, Folding, Join, Level, Many, Node, One
+from headrace.documents.declaration import Aggregate, Document, Folding, Join, Level, Many, Node, One
 from headrace.documents.order import Shape
-from headrace.documents.paths import Paths, named, value_of
+from headrace.documents.paths import Paths, named, text_of, value_of
 from headrace.documents.when import When
 from headrace.documents.windows import Root, Window
 
@@ -72,6 +72,12 @@ class Nodes:
     def within(self, number: int, window: Window, key: str) -> Iterator[tuple[Row, str]]:
         """Yield the rows that the document `number` of one window is over, each with its own key."""
         return self._wanted(window, self._under(self._paths.windows[number], window.table, key))
+
+    def root(self, document: Document, key: Row) -> Node | None:
+        """Return a root row with all that is joined to it, None where it is not there."""
+        packed = text_of(key.values())
+        row = self.row(document.table, packed)
+        return self._node(document, row, packed, {}) if row is not None else None
 
     def row(self, table: str, key: str) -> Row | None:
         """Return a row."""

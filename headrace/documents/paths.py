@@ -11,8 +11,10 @@ the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 from headrace import codec
@@ -155,3 +157,22 @@ def value_of(row: Row, columns: Sequence[str]) -> str | None:
     """Return what a row's `columns` refer to, None when one of them is NULL (or not there yet: an older schema's row)."""
     values = [row.get(column) for column in columns]
     return None if None in values else text_of(values)
+
+
+def written_otherwise(key: Row) -> Iterator[Row]:
+    """Yield the keys that are like this one but for a number that is text there, or text that is a number: once a column has another type
+    the log writes its values so."""
+    for values in islice(product(*map(_forms, key.values())), 1, 1 << _REWRITTEN):
+        yield dict(zip(key, values, strict=True))
+
+
+_REWRITTEN = 4
+"""Most columns of a key of which all forms are looked at."""
+
+
+def _forms(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            number = codec.loads(value)
+            return [value, number] if type(number) in {int, float} and str(number) == value else [value]
+    return [value, str(value)] if type(value) in {int, float} else [value]

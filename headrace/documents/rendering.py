@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from headrace import codec
 from headrace.change import Row, Version
-from headrace.documents.declaration import Node
-from headrace.documents.local import Touched
+from headrace.documents.declaration import Document, Node
+from headrace.documents.local import LocalRows, Touched
+from headrace.documents.paths import written_otherwise
 from headrace.errors import HeadraceError, Misconfigured, Poison, described
 from headrace.stores import Doc
 
@@ -22,6 +24,17 @@ class Renders(Protocol):
 
     def render(self, row: Node) -> Row | None:
         """See `DocumentConsumer`."""
+
+
+def meant(local: LocalRows, id_of: Callable[[str, Row], str], touched: Touched, id_: str) -> Touched:
+    """Return what the document `id_` of a root that is gone is of: a row that is there, where the key's type has changed (1 is "1" now)."""
+    document = touched.document
+    if touched.node is None and isinstance(document, Document):
+        for key in written_otherwise(touched.key):
+            node = local.nodes.root(document, key)
+            if node is not None and id_of(document.table, key) == id_:
+                return Touched(document, key, node)
+    return touched
 
 
 def rendered(consumer: Renders, touched: Touched, node: Node | None, id_: str, version: Version) -> Doc:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace import codec
 from headrace.change import Column, Row, TableSchema
 from headrace.documents import (
     Aggregate,
@@ -262,3 +263,64 @@ def test_rows_without_a_key_are_in_order_by_what_they_hold_also_from_before_a_co
     ]
     found = [row["said"] for row, _ in many.picked([(row, None) for row in rows], shape)]
     assert found == ["a", "b", "c"][:limit]
+
+
+def test_a_key_of_another_type_takes_no_document_away(tmp_path: Path) -> None:
+    """1 is "1" now: all rows come by their new keys, the old ones go, and a document of either has the same id."""
+    world = World(Settings(state=str(tmp_path / "state")), Whole)
+    numbers, texts = [9, 10], ["9", "10"]
+
+    def product(each: int | str) -> Row:
+        return {"id": each, "category_id": None, "name": f"p{each}"}
+
+    def review(each: int | str) -> Row:
+        return {"id": each, "product_id": each, "stars": 5}
+
+    def keyed(ids: list[int] | list[str]) -> None:
+        for each in ids:
+            world.log.put(PRODUCTS, each, product(each))  # type: ignore[arg-type]
+            world.log.put(REVIEWS, each, review(each))  # type: ignore[arg-type]
+
+    def gone(ids: list[int] | list[str]) -> None:
+        for each in ids:
+            world.log.put(REVIEWS, each, None)  # type: ignore[arg-type]
+            world.log.put(PRODUCTS, each, None)  # type: ignore[arg-type]
+
+    def shown(ids: list[int] | list[str]) -> None:
+        world.log.cut()
+        world.run()
+        assert world.store.bodies() == {str(each): product(each) | {"reviews": [review(each)]} for each in ids}
+
+    keyed(numbers)
+    shown(numbers)
+    keyed(texts)
+    gone(numbers)
+    shown(texts)
+    world.lose_local()
+    world.log.put(PRODUCTS, "9", product("9"))  # type: ignore[arg-type]
+    shown(texts)
+    keyed(numbers)
+    world.log.cut()
+    world.run()
+    gone(texts)
+    shown(numbers)
+    gone(numbers)
+    shown([])
+
+
+def test_of_a_row_that_is_gone_no_other_is_shown(tmp_path: Path) -> None:
+    """Where the plugin's ids tell 1 and "1" apart, they are two documents."""
+
+    class Apart(Whole):
+        def id(self, table: str, key: Row) -> str:
+            return f"{table} {codec.dumps(key).decode()}"
+
+    world = World(Settings(state=str(tmp_path / "state")), Apart)
+    for each in (1, "1"):
+        world.log.put(PRODUCTS, each, {"id": each, "name": "p"})  # type: ignore[arg-type]
+    world.log.cut()
+    world.run()
+    world.log.put(PRODUCTS, 1, None)
+    world.log.cut()
+    world.run()
+    assert list(world.store.bodies()) == [f'{PRODUCTS} {{"id":"1"}}']
