@@ -43,8 +43,7 @@ _AGREE_SECONDS = 2.0
 _CLOCK_SECONDS = 60.0
 _CUT_ENDS_SECONDS = 90.0  # one that a killed capture has left: after a minute (`transaction.timeout.ms`), and ten seconds until Kafka looks
 PAGE_BYTES = 512 * 1024
-LEAVE = "leave"
-"""The request that has no answer: who asked for a scan reads it no more."""
+LEAVE = "leave"  # it has no answer: who asked for a scan reads it no more
 _KINDS = {"Transient": Transient, "Misconfigured": Misconfigured, "Poison": Poison}
 
 
@@ -64,8 +63,8 @@ class Report:
         reason, code, remedy: Why it stopped, or it or its snapshot waits; of one that follows, why it is not promoted though none is live.
         facts: What a service adds.
         ended: The process has ended by itself, and this is its last word.
-        age: Seconds since it was written.
-        at: The broker's time of that, ms.
+        process: Which process wrote it; empty of an older headrace's.
+        age, at: Seconds since it was written; the broker's time of that, ms.
     """
 
     name: str
@@ -83,6 +82,7 @@ class Report:
     remedy: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     ended: bool = False
+    process: str = ""
     age: float = 0.0
     at: int = 0
 

@@ -19,7 +19,7 @@ from headrace.effects import EffectConsumer, lost
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.log import Log
 from headrace.parked import Shelf
-from headrace.runner.another import check_not_of_another
+from headrace.runner.another import check_not_of_another, check_stands
 from headrace.runner.code import Code
 from headrace.runner.parking import Lacking
 from headrace.runner.worker import Worker
@@ -95,6 +95,8 @@ class Generations:
             # What a drop that was cut short has left. A store with nothing in it may be another one: there it is all of what is parked.
             self._shelf.clear(self.name, lambda number: number not in held and number not in self.workers)
         if self.standing == DROPPED:
+            if held:
+                check_stands(self._control, self.name, DROPPED)
             self.drop_all()
         else:
             self._serve(held)
@@ -151,9 +153,8 @@ class Generations:
             there = [each for each in self._shown if each in self.workers]
             shown = [*takewhile(lambda each: each != number, there), number]
             left = self._left | {each: number for each in there if each not in shown}
-            self._keep_shown(
-                shown, {each: to for each, to in left.items() if each in self.workers and each not in shown}
-            )
+            left = {each: to for each, to in left.items() if each in self.workers and each not in shown}
+            self._keep_shown(shown, left)
 
     def _seed_shown(self, held: dict[int, Generation]) -> None:
         """Take what is not newer than the live one for what readers have seen: an older headrace kept no record of it."""

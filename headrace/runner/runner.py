@@ -8,6 +8,7 @@ unasked. Requests come through `headrace.control` and are carried out one at a t
 from __future__ import annotations
 
 import time
+import uuid
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +18,8 @@ from headrace.control import DEAD_SECONDS, LEAVE, Control, Report, refusal
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.log import Log
 from headrace.requests import Request
-from headrace.runner.generations import DROPPED, Generations
+from headrace.runner.another import check_alone
+from headrace.runner.generations import DROPPED, PAUSED, Generations
 from headrace.runner.rate import seconds_left
 from headrace.runner.rows import Rows
 from headrace.runner.unparking import Unparking
@@ -45,6 +47,7 @@ class Runner:
         self._reported = self._heard = time.monotonic()
         self._asks = 0.0
         self._ended = False
+        self._process = uuid.uuid4().hex
         rows = self._rows = Rows(self.generations, control)
         verbs = Verbs(self.generations, self._tell)
         parked = Unparking(self.generations, self._tell)
@@ -56,6 +59,8 @@ class Runner:
 
         Where another process has taken a generation over, all of the view is its, as long as one runs it: then everything here ends.
         """
+        if self._stood() and not self._is_alone():
+            return
         if self._taken_over():
             for worker in self.generations.workers.values():
                 worker.stop()
@@ -67,6 +72,23 @@ class Runner:
             self._failure = None
         except Exception as error:  # noqa: BLE001  a plugin may raise anything; the consumers beside it go on
             self._failure = as_ours(error, self.name)
+
+    def _stood(self) -> bool:
+        """Whether this process has said nothing for so long that all took it for dead: it was frozen, say."""
+        return time.monotonic() - self._reported > DEAD_SECONDS and not (self._ended or self._taken_over())
+
+    def _is_alone(self) -> bool:
+        """Find out, after it has stood, whether another process has taken the view over meanwhile; until that is known it does nothing.
+
+        What is paused, dropped or of other code writes nothing to its store, and so would never notice.
+        """
+        try:
+            check_alone(self._control, self.name, self._process)
+        except HeadraceError as error:
+            self._failure = error
+            return not isinstance(error, Transient)
+        self._reported = time.monotonic()
+        return True
 
     def _is_free(self) -> bool:
         """Whether nobody runs a view that was taken over: two may have taken each other's generations, or the other has ended.
@@ -98,7 +120,7 @@ class Runner:
         Called about once a second, from any thread.
         """
         with self.generations.reporting, suppress(HeadraceError):
-            if self._taken_over() or time.monotonic() - self._reported < not_since:
+            if self._taken_over() or self._stood() or time.monotonic() - self._reported < not_since:
                 return
             self._reported = time.monotonic()
             for worker in list(self.generations.workers.values()):
@@ -131,7 +153,9 @@ class Runner:
 
         It is left to the other process where that has taken the view over.
         """
-        if self._taken_over():
+        if self._stood():
+            self.look()
+        if self._taken_over() or self._stood():
             return
         with suppress(HeadraceError):  # nobody hears it: with Kafka away, or refusing what this process writes
             if request.verb == LEAVE:
@@ -169,7 +193,7 @@ class Runner:
 
     def phases(self) -> dict[str, str]:
         """Return the phase of each generation, with its reason, for a line to people when it changes."""
-        if self._failure and not self.generations.workers:
+        if self._failure and (not self.generations.workers or self._failure.code in _TAKEN_OVER):
             return {self.name: str(self._failure)}
         phases: dict[str, str] = {}
         for worker in self.generations.workers.values():
@@ -188,7 +212,7 @@ class Runner:
         return final[0] if final and len(final) == len(self.generations.workers) else None
 
     def _taken_over(self) -> HeadraceError | None:
-        errors = (worker.state.error for worker in list(self.generations.workers.values()))
+        errors = [self._failure, *(worker.state.error for worker in list(self.generations.workers.values()))]
         return next((error for error in errors if error is not None and error.code in _TAKEN_OVER), None)
 
     def stop(self) -> None:
@@ -223,6 +247,7 @@ class Runner:
             remedy=error.remedy if error else "",
             facts=self._facts(generation, state),
             ended=self._ended,
+            process=self._process,
         )
 
     def _error(self, generation: Generation, state: State) -> HeadraceError | None:
@@ -242,8 +267,9 @@ class Runner:
         if self.generations.standing == DROPPED != state.phase:
             return f"it is to be dropped as soon as that is possible: to keep it run headrace rebuild {self.name}"
         hours = self._log.settings.delete_retention_ms / 3_600_000
+        first = f"headrace resume {self.name}, then " if self.generations.standing == PAUSED else ""
         return {
-            "stale": f"stale since {format_lsn(state.version.lsn)}, built by other code: run headrace rebuild {self.name}",
+            "stale": f"stale since {format_lsn(state.version.lsn)}, built by other code: run {first}headrace rebuild {self.name}",
             "paused": f"somebody asked for it; one paused for {hours:.0f} hours must be rebuilt (S19): run headrace resume {self.name}",
             DROPPED: f"somebody asked for it, and no other is begun: run headrace rebuild {self.name}",
         }.get(state.phase, "")

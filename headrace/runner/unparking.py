@@ -82,8 +82,8 @@ def _short(said: str) -> str:
     return said if len(said) <= _CHARACTERS else f"{said[:_CHARACTERS]}…"
 
 
-def _check(worker: Worker) -> None:
-    """Refuse what applies nothing, and what shows nothing yet."""
+def check_goes_on(worker: Worker) -> None:
+    """Refuse what applies nothing, and will not by itself."""
     name = worker.generation.consumer
     if worker.still:
         raise Misconfigured("stale-generation", f"{worker.name} is of other code.", f"Run: headrace rebuild {name}")
@@ -91,6 +91,11 @@ def _check(worker: Worker) -> None:
         raise Misconfigured("view-paused", f"{name} is paused.", f"Run: headrace resume {name}")
     if worker.state.phase == "stopped" and worker.state.error:
         raise worker.state.error
+
+
+def _check(worker: Worker) -> None:
+    """Refuse what applies nothing, and what shows nothing yet."""
+    check_goes_on(worker)
     if worker.state.phase != "waiting" and not worker.state.exact:
         said = f"{worker.name} is still {worker.state.phase}."
         raise Misconfigured("not-caught-up", said, "Wait; headrace status --watch shows it.")

@@ -21,6 +21,7 @@ from headrace.parked import records_parked
 from headrace.requests import Request
 from headrace.runner.generations import CALL_SECONDS, DROPPED, PAUSED, Generations
 from headrace.runner.parking import Lacking
+from headrace.runner.unparking import check_goes_on
 from headrace.runner.worker import Worker
 
 _PATIENCE_SECONDS = 30.0
@@ -302,6 +303,7 @@ def _final(target: Worker) -> HeadraceError | None:
 
 def _check_caught_up(target: Worker) -> None:
     if not target.state.exact:
+        check_goes_on(target)  # who waits for one that does not waits for ever
         raise _not_caught_up(target)
 
 

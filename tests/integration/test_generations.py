@@ -820,6 +820,25 @@ def test_the_number_of_a_lost_generation_is_as_new(feed: Feed, settings: Setting
         assert control.kept("plain", "shown") == [{"": KEPT[""] | {"generations": [1]}}]
 
 
+def test_nobody_is_told_to_wait_for_a_build_that_does_not_go_on(feed: Feed, settings: Settings) -> None:
+    """It has come to no state and is of other code than its process; nor is a rebuild told that a pause refuses."""
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, plain=Plain) as control:
+        await_live(control, "plain")
+    Plain(settings, "plain").open(Generation("plain", 2, "other code"))
+    with serving(settings, plain=Plain) as control:
+        await_phase(control, "plain", 2, "stale")
+        with pytest.raises(Misconfigured) as refused:
+            control.ask("plain", "promote")
+        assert (refused.value.code, refused.value.remedy) == ("stale-generation", "Run: headrace rebuild plain")
+        control.ask("plain", "pause")
+        assert (
+            "run headrace resume plain, then headrace rebuild plain" in await_phase(control, "plain", 2, "stale").reason
+        )
+        control.ask("plain", "resume")
+        build_and_promote(control, 3)
+
+
 class Newest(Plain):
     """Other code once more."""
 
