@@ -159,6 +159,27 @@ def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, clie
     assert all(row.value == {"name": row.key} for row in found if row.key != "aa")
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 100])
+def test_copies_of_documents_under_other_ids_are_shown_once_each_and_hide_nothing(
+    open_store: Open, client: Client, limit: int
+) -> None:
+    """A copy repeats the id of what it was copied from, by which pages are read; one may lie over another document."""
+    store = open_store()
+    store.write([doc(str(number), 5) for number in range(1, 9)], at(5))
+    source = client.get(index="products-g1", id="3")["_source"]
+    for id_ in "9999", "0", "1", "7", "3 ":
+        client.index(index="products-g1", id=id_, document=source)
+    strange = {"55": "", "56": ["5", "56"], "57": ["zz", "2"]}
+    for id_, said in strange.items():
+        client.index(index="products-g1", id=id_, document={"headrace": {"id": said}})
+    client.index(index="products-g1", id="33", document={}, refresh=True)
+    seen: list[str] = []
+    while len(page := store.scan(("", seen[-1]) if seen else None, limit)) >= limit and len(seen) < 100:
+        seen += [row.key for row in page]
+    seen += [row.key for row in page]
+    assert sorted(seen) == sorted([*"12345678", "9999", "0", "3 ", *strange, "33"])
+
+
 def test_readers_see_complete_writes_only(open_store: Open, client: Client) -> None:
     store = open_store()
     store.promote()

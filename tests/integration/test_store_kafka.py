@@ -239,6 +239,27 @@ def test_what_somebody_writes_into_the_topic_is_shown_and_goes_when_the_view_beg
     assert set(stream.newest("titles.g1").values()) == {None}
 
 
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_a_document_in_a_partition_that_is_not_its_own_is_shown_beside_it(stream: Stream, limit: int) -> None:
+    """Another client's partitioner puts it there; a tombstone there takes nothing away. So with keys that are not UTF-8."""
+    stream.commit("kettle", "pot", "cup")
+    stream.catch_up()
+    own = {r.key: r.partition for r in read_to_end(stream.settings, {("titles.g1", p): BEGINNING for p in range(3)})}
+    stranger = producer(stream.settings)
+    for key, value in (b"0", b'{"name":"other"}'), (b"1", None), (b"2", b'{"name":"cup"}'):
+        stranger.produce("titles.g1", key=key, value=value, partition=(own[key] + 1) % 3)
+    for partition, (key, value) in enumerate(((b"\xff", b"{}"), (b"\xfe", None), (b"\xfe", b"{}"))):
+        stranger.produce("titles.g1", key=key, value=value, partition=partition)
+    assert stranger.flush(30) == 0
+    consumer, _ = stream.open()
+    seen: list[str] = []
+    with closing(consumer):
+        while len(page := consumer.scan(("", seen[-1]) if seen else None, limit)) >= limit:
+            seen += [row.key for row in page]
+        seen += [row.key for row in page]
+    assert seen == ["0", "0", "1", "2", "2", "\ufffd", "\ufffd"]
+
+
 def test_a_topic_of_which_somebody_has_deleted_records_is_shown_from_where_it_begins(stream: Stream) -> None:
     stream.commit("kettle")
     stream.catch_up()

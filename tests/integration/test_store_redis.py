@@ -209,6 +209,16 @@ def test_a_load_that_was_killed_starts_without_pages(open_store: Open) -> None:
     assert [row.key for row in store.scan(None, 10)] == ["1"]
 
 
+def test_a_key_that_is_not_utf_8_is_shown_as_near_as_can_be(open_store: Open, client: redis.Redis) -> None:
+    store = open_store()
+    store.write([doc(id_, 5) for id_ in ("a", "\ufffd", "z")], at(5))
+    for key in b"pages:1:b\xff", b"pages:1:y\xff":
+        client.hset(key, mapping={"html": "foreign"})
+    seen = [row for after in (None, "b\ufffd", "z") for row in store.scan(after and ("", after), 2)]
+    assert [row.key for row in seen] == ["a", "b\ufffd", "y\ufffd", "z", "\ufffd"]
+    assert [row.value for row in seen if "@error" in row.value] == [{"@error": "its key is not UTF-8"}] * 2
+
+
 def test_scan_gives_bodies_as_rendered_by_id_page_by_page(open_store: Open, client: redis.Redis) -> None:
     store = open_store()
     other = open_store(Generation("pages", 11, "abc"))

@@ -77,6 +77,30 @@ def test_a_file_that_must_be_opened_anew_waits_for_a_query_that_runs(store: Duck
     database.release()
 
 
+@pytest.mark.parametrize("limit", [1, 2, 1000])
+def test_a_row_that_somebody_wrote_without_a_key_is_shown(store: DuckDBStore, settings: Settings, limit: int) -> None:
+    """As who does not know of our columns writes it: readers see it, and so must verify. The view goes on, also after a restart."""
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
+    database = Database.opened(settings.warehouse, settings.warehouse_memory)
+    with database.cursor() as cursor:
+        cursor.execute('CREATE TEMP TABLE first AS FROM g1."public.items"')
+        cursor.execute('DELETE FROM g1."public.items"')
+        cursor.execute("INSERT INTO g1.\"public.items\" (id, name) VALUES (7, 'x')")
+        cursor.execute('INSERT INTO g1."public.items" FROM first')
+    database.release()
+    store.close()
+    store.open(FIRST)
+    store.apply(batch(20, put(ITEMS, 20, id=2, name="b"), schemas=(ITEMS,)))
+    seen: list[Any] = []
+    while page := store.scan((seen[-1].collection, seen[-1].key) if seen else None, limit):
+        seen += page
+    assert [(row.key, row.value["id"], row.version.lsn) for row in seen] == [
+        ("", 7, 0),
+        ('{"id":1}', 1, 10),
+        ('{"id":2}', 2, 20),
+    ]
+
+
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_delete_that_says_no_schema_leaves_the_table_as_it_is(store: DuckDBStore, staged: bool) -> None:
     """So are those that a Debezium feed begins with; of a table that never had a row there is nothing to delete."""

@@ -211,9 +211,11 @@ def merge(cursor: duckdb.DuckDBPyConnection, table: Table, staging: str) -> None
 def read(cursor: duckdb.DuckDBPyConnection, table: Table, after: str | None, limit: int) -> list[ViewRow]:
     """Return up to `limit` rows after the key `after`, by key, in the log's form.
 
-    And one more that has the last one's key: no index forbids that somebody doubles a row, and the next page begins after it.
+    And one more that has the last one's key: no index forbids that somebody doubles a row, and the next page begins after it. What
+    somebody wrote without a key comes first, with the key "".
     """
-    found = _select(cursor, table, f"WHERE {KEY} > $1 ORDER BY {KEY} LIMIT $2", [after or "", limit + 1])
+    which, values = ("true", [limit + 1]) if after is None else (f"{KEY} > $2", [limit + 1, after])
+    found = _select(cursor, table, f"WHERE {which} ORDER BY {KEY} NULLS FIRST LIMIT $1", values)
     return found if len({row.key for row in found[limit - 1 :]}) == 1 else found[:limit]
 
 
@@ -225,7 +227,7 @@ def count(cursor: duckdb.DuckDBPyConnection, table: Table) -> int:
 
 def key_columns(cursor: duckdb.DuckDBPyConnection, table: Table) -> tuple[str, ...]:
     """Return the columns of the key of a row that is there, nothing where none is."""
-    found = cursor.execute(f"SELECT {KEY} FROM {table.path} LIMIT 1").fetchall()
+    found = cursor.execute(f"SELECT {KEY} FROM {table.path} WHERE {KEY} > '' LIMIT 1").fetchall()
     return tuple(codec.decode_key(found[0][0].encode())) if found else ()
 
 
@@ -238,8 +240,9 @@ def _select(cursor: duckdb.DuckDBPyConnection, table: Table, which: str, values:
     raws = [mapped.kind.raw.format(quoted(mapped.name)) for mapped in table.columns]
     printed = ", ".join(f"CAST({raw} AS VARCHAR)" for raw in raws)
     found = cursor.execute(
-        f"SELECT {KEY}, {VERSION}, {EXACT}, CASE WHEN {EXACT} IS NOT NULL THEN [{printed}] END, {', '.join(raws)} "
-        f"FROM (SELECT * FROM {table.path} {which}) ORDER BY {KEY}",
+        f"SELECT coalesce({KEY}, ''), coalesce({VERSION}, 0), {EXACT}, "
+        f"CASE WHEN {EXACT} IS NOT NULL THEN [{printed}] END, {', '.join(raws)} "
+        f"FROM (SELECT * FROM {table.path} {which}) ORDER BY {KEY} NULLS FIRST",
         values,
     ).fetchall()
     return [_row(table, found_row[:4], found_row[4:]) for found_row in found]

@@ -136,9 +136,11 @@ def body_of(hit: Mapping[str, Any]) -> Row:
     return {name: value for name, value in hit["_source"].items() if name != "headrace"}
 
 
-def search(server: Elasticsearch, index: str, query: Mapping[str, Any], size: int, **how: Any) -> list[ViewRow]:
-    """Return what is found as rows of the view."""
-    found = server.search(
+def hits_of(
+    server: Elasticsearch, index: str, query: Mapping[str, Any], size: int, **how: Any
+) -> list[Mapping[str, Any]]:
+    """Return the hits of a query."""
+    answer = server.search(
         index=index,
         query=query,
         size=size,
@@ -147,10 +149,11 @@ def search(server: Elasticsearch, index: str, query: Mapping[str, Any], size: in
         allow_partial_search_results=False,  # what a shard that is away has would look missing
         **how,
     )
-    return [_row_of(hit) for hit in found["hits"]["hits"]]
+    hits: list[Mapping[str, Any]] = answer["hits"]["hits"]
+    return hits
 
 
-def _row_of(hit: Mapping[str, Any]) -> ViewRow:
+def row_of(hit: Mapping[str, Any]) -> ViewRow:
     """Return a hit as a row of the view."""
     return ViewRow("", hit["_id"], body_of(hit), Version.unpacked(hit["_version"]))
 

@@ -65,24 +65,22 @@ from headrace.stores.elasticsearch.client import (
     drop_aliases,
     errors,
     held,
+    hits_of,
     live,
-    search,
+    row_of,
     sequence_of,
     settings_of,
     wiped,
 )
+from headrace.stores.elasticsearch.paging import INTERNAL, Paging
 from headrace.stores.sending import MOST, Sending
 
-_INTERNAL = {"exists": {"field": "headrace.kind"}}
-_VISIBLE = {"bool": {"must_not": [_INTERNAL]}}
-_NAMED = {"exists": {"field": "headrace.id"}}
-_BY_ID = [{"headrace.id": "asc"}]
+_VISIBLE = {"bool": {"must_not": [INTERNAL]}}
 _PAUSES = (0.1, 0.5, 1.0, 2.0, 4.0)
 _MOMENTS = (0.0, 0.2, 0.5, 1.0)
 _DELETED_SECONDS = 24 * 3600
 _PURGE_SECONDS = 3600
 _LOOK_SECONDS = 60.0
-_FOREIGN = 1000
 
 
 class ElasticsearchIndex:
@@ -127,6 +125,7 @@ class ElasticsearchIndex:
         """Take the index of `generation` if it is whole, else make it anew, empty. Raises Misconfigured: `view-of-another`."""
         self._owner, self._other = uuid.uuid4().hex, ""
         self._index = f"{self.alias}-g{generation.number}"
+        self._paging = Paging(self._client, self._index)
         with errors(self._settings):
             others = [(f"{self.alias}-g{each.number}", each.consumer) for each in held(self._client, self.alias)]
             check_alone(generation.consumer, others)
@@ -181,9 +180,9 @@ class ElasticsearchIndex:
 
     def get(self, ids: Sequence[str]) -> Sequence[ViewRow]:
         """Return some documents as readers see them."""
-        query = {"bool": {"must_not": [_INTERNAL], "filter": [{"ids": {"values": ids}}]}}
+        query = {"bool": {"must_not": [INTERNAL], "filter": [{"ids": {"values": ids}}]}}
         with errors(self._settings):
-            return search(self._client, self._index, query, len(ids))
+            return [row_of(hit) for hit in hits_of(self._client, self._index, query, len(ids))]
 
     def count(self) -> dict[str, int]:
         """Return how many documents readers see."""
@@ -194,19 +193,9 @@ class ElasticsearchIndex:
             return {"": found["hits"]["total"]["value"]}
 
     def scan(self, after: Cursor | None, limit: int) -> Sequence[ViewRow]:
-        """Return documents as readers see them, by id.
-
-        Documents that somebody else put there lack `headrace.id`; up to a thousand of them are found apart and put in
-        place.
-        """
-        start = after[1] if after else ""
-        query = {"bool": {"must_not": [_INTERNAL], "filter": [_NAMED]}}
+        """Return documents as readers see them, by id; what somebody else put there too."""
         with errors(self._settings):
-            ours = search(self._client, self._index, query, limit, search_after=[start], sort=_BY_ID)
-            foreign = search(self._client, self._index, {"bool": {"must_not": [_INTERNAL, _NAMED]}}, _FOREIGN)
-        last = ours[-1].key if len(ours) == limit else None
-        placed = [row for row in foreign if row.key > start and (last is None or row.key < last)]
-        return sorted([*ours, *placed], key=lambda row: row.key)[:limit]
+            return self._paging.next(after[1] if after else None, limit)
 
     # Opening
 

@@ -17,15 +17,23 @@ from headrace.log.tail import Record
 
 
 class Rows:
-    """The newest document of each id at one moment, on disk in SQLite's temporary database [I10]."""
+    """The newest document of each key in each partition at one moment, on disk in SQLite's temporary database [I10].
+
+    An id may be there twice: in a partition that is not its own somebody else has put it, or it was its own before there were more.
+    """
 
     def __init__(self, records: Iterable[Record]) -> None:
         """Keep what they say in the end."""
         self.since = time.monotonic()
         self._db = sqlite3.connect("", check_same_thread=False)
-        self._db.execute("CREATE TABLE docs (id TEXT PRIMARY KEY, key BLOB, body BLOB, version INT) WITHOUT ROWID")
-        found = ((id_of(each.key), each.key, each.value, version_of(each.headers).packed()) for each in records)
-        self._db.executemany("INSERT OR REPLACE INTO docs VALUES (?, ?, ?, ?)", found)
+        self._db.execute(
+            "CREATE TABLE docs (id TEXT, key BLOB, part INT, body BLOB, version INT, PRIMARY KEY (id, key, part)) WITHOUT ROWID"
+        )
+        found = (
+            (id_of(each.key), each.key, each.partition, each.value, version_of(each.headers).packed())
+            for each in records
+        )
+        self._db.executemany("INSERT OR REPLACE INTO docs VALUES (?, ?, ?, ?, ?)", found)
 
     def named(self, ids: Sequence[str]) -> list[ViewRow]:
         """Return the documents of some ids."""
@@ -33,14 +41,18 @@ class Rows:
         return [_row(found) for id_ in ids for found in self._db.execute(query, (id_,))]
 
     def next(self, after: str | None, limit: int) -> list[ViewRow]:
-        """Return the documents that follow an id."""
+        """Return the documents that follow an id; more than `limit` where there are several of the last id."""
         than = ">=" if after is None else ">"  # the empty text is an id too
         query = f"SELECT id, body, version FROM docs WHERE id {than} ? AND body IS NOT NULL ORDER BY id LIMIT ?"
-        return [_row(found) for found in self._db.execute(query, (after or "", limit))]
+        found = [_row(found) for found in self._db.execute(query, (after or "", limit))]
+        if len(found) < limit:
+            return found
+        last = found[-1].key
+        return [row for row in found if row.key < last] + self.named([last])
 
     def keys(self) -> Iterator[bytes]:
         """Yield the keys of all documents, as they are in the topic."""
-        return (key for (key,) in self._db.execute("SELECT key FROM docs WHERE body IS NOT NULL"))
+        return (key for (key,) in self._db.execute("SELECT DISTINCT key FROM docs WHERE body IS NOT NULL"))
 
 
 def id_of(key: bytes) -> str:

@@ -238,7 +238,7 @@ class KafkaTopic:
         rows = self._scans.take(start)
         rows = rows or Rows(self._documents())
         found = rows.next(start, limit)
-        if len(found) == limit:  # else it is at the end
+        if len(found) >= limit:  # else it is at the end
             self._scans.put(found[-1].key, rows)
         return found
 

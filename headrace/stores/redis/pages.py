@@ -200,7 +200,7 @@ class RedisPages:
             all_ids = all_ids or _Ids(self._page_ids())
             found: list[ViewRow] = []
             while len(found) < limit and (ids := all_ids.next(start, limit - len(found))):
-                found += self._read(ids)
+                found += _told(ids, self._read(ids))
                 start = ids[-1]
         if len(found) == limit:  # else it is at the end
             self._scans.put(found[-1].key, all_ids)
@@ -357,6 +357,13 @@ def _arguments(doc: Doc) -> list[str | int]:
             )
     fields = [part for item in body.items() for part in item]
     return [doc.id, version_text(doc.version), len(body), *fields]
+
+
+def _told(ids: Sequence[str], found: Sequence[ViewRow]) -> list[ViewRow]:
+    """Return what was found, and in its place what has a key that is not UTF-8: its id is as near as can be, and finds nothing."""
+    shown = {row.key: row for row in found}
+    strange = {id_: ViewRow("", id_, {"@error": "its key is not UTF-8"}, NOWHERE) for id_ in ids if "\ufffd" in id_}
+    return [row for id_ in ids if (row := shown.get(id_) or strange.get(id_))]
 
 
 def _row(id_: str, fields: Any) -> ViewRow:

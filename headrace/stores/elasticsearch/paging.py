@@ -1,0 +1,66 @@
+"""Documents by id, page by page, whoever has written them: verify is to tell what somebody has done to the index.
+
+Elasticsearch does not sort by `_id`; `headrace.id` repeats it, and is each document's *place*. A document that somebody else put there has
+none, or that of the document which it was copied from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from elasticsearch import Elasticsearch
+
+from headrace.consumer import ViewRow
+from headrace.stores.elasticsearch.client import hits_of, row_of
+
+INTERNAL = {"exists": {"field": "headrace.kind"}}
+_NAMED = {"exists": {"field": "headrace.id"}}
+_OURS = {"bool": {"must_not": [INTERNAL], "filter": [_NAMED]}}
+_FOREIGN = {"bool": {"must_not": [INTERNAL, _NAMED]}}
+_BY_PLACE = [{"headrace.id": "asc"}]
+_MOST, _STANDING = 1000, 4
+"""Most documents without a place, and at one place; and at how many places off their keys scans stand."""
+
+
+class Paging:
+    """Pages of the documents of an index."""
+
+    def __init__(self, server: Elasticsearch, index: str) -> None:
+        """Nothing is read yet."""
+        self._server, self._index = server, index
+        self._places: dict[str, str] = {}
+
+    def next(self, key: str | None, limit: int) -> list[ViewRow]:
+        """Return the documents that follow a key, by place; and more than `limit` where there are several at the last place.
+
+        Up to a thousand without a place are found apart and put where their keys belong.
+        """
+        at = None if key is None else self._places.get(key, key)
+        how = {} if at is None else {"search_after": [at]}
+        placed = self._placed(_OURS, limit + 1, sort=_BY_PLACE, **how)
+        end = placed[limit][0] if len(placed) > limit else None
+        if end is not None:
+            same = {"bool": {**_OURS["bool"], "filter": [{"term": {"headrace.id": end}}]}}
+            there = self._placed(same, _MOST, sort=_BY_PLACE)  # a document may have several ids: the first is its place
+            placed = [each for each in placed if each[0] < end] + [each for each in there if each[0] == end]
+        foreign = self._placed(_FOREIGN, _MOST)
+        placed += [each for each in foreign if (at is None or each[0] > at) and (end is None or each[0] <= end)]
+        placed.sort(key=lambda each: each[0])
+        if len(placed) > limit:
+            placed = [each for each in placed if each[0] <= placed[limit - 1][0]]
+        if placed:
+            self._stand(*placed[-1])
+        return [row for _, row in placed]
+
+    def _stand(self, place: str, row: ViewRow) -> None:
+        """Know the place from which a scan goes on."""
+        self._places.pop(row.key, None)
+        if place != row.key:
+            self._places[row.key] = place
+            if len(self._places) > _STANDING:  # of a scan that was given up nobody says so
+                del self._places[next(iter(self._places))]
+
+    def _placed(self, query: Mapping[str, Any], size: int, **how: Any) -> list[tuple[str, ViewRow]]:
+        hits = hits_of(self._server, self._index, query, size, **how)
+        return [(hit.get("sort", [hit["_id"]])[0], row_of(hit)) for hit in hits]
