@@ -21,8 +21,8 @@ from headrace.change import Row
 from headrace_verify.ledger import EXTRA, MISSING, Difference
 
 _SHOWN = 200
-_EXACT = float(1 << 63)
-"""Whole floats below are written as integers: to JSON 1 is 1.0."""
+_LEAST, _BEYOND = -float(1 << 63), float(1 << 64)
+"""Whole floats between are written as integers, as far as there are any: to JSON 1 is 1.0."""
 
 
 class Multiset:
@@ -99,7 +99,7 @@ class Multiset:
 
 def _plain(value: Any) -> Any:
     """Return a value so that those which mean the same have the same JSON (see `compare.same`)."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+    if isinstance(value, float) and value.is_integer() and _LEAST <= value < _BEYOND:
         return int(value)
     if isinstance(value, list):
         return [_plain(each) for each in value]
