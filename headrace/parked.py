@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from headrace import codec
-from headrace.change import NOWHERE, Change, Version
+from headrace.change import NOWHERE, Change, TableSchema, Version
 from headrace.consumer import Cursor
 from headrace.errors import Misconfigured
 from headrace.log import Log
@@ -43,7 +43,8 @@ class Entry:
         code, reason, remedy: The error. Of a change that waits behind another of its key the code is empty.
         held: Tokens are answered up to here while it is parked.
         version: Of the change, or of the state in which the document could not be shown.
-        body: The change as JSON; of a document its rows or what was made of them. The beginning of its text when it is `cut`.
+        body: The change as JSON, of a Debezium feed with the shape of its table; of a document its rows or what was made of them. The
+            beginning of its text when it is `cut`.
         where: Where its records are in the log; of a document those among which they are.
         when: When it was parked, in ms since the Unix epoch.
     """
@@ -82,8 +83,13 @@ class Entry:
         """Return the change that was parked. Raises Misconfigured: `parked-body-cut`."""
         if self.cut:
             raise self.body_cut()
-        read = dict(self.body)
+        read = {name: said for name, said in self.body.items() if name != "shape"}
         return Change(**read | {"key": read["key"].encode(), "version": Version(*read["version"])})
+
+    def shape(self) -> TableSchema | None:
+        """Return the shape that the change names, where it was kept because no log has it (S28)."""
+        said = None if self.cut else self.body.get("shape")
+        return codec.decode_schema(codec.dumps(said)) if said else None
 
 
 def pasted(word: str) -> str:

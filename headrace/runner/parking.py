@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from headrace import codec
 from headrace.change import Change, Checkpoint, Position, Source, TableSchema, Version
 from headrace.consumer import Batch, Consumer, Cursor, Generation
 from headrace.effects import EffectConsumer
@@ -34,6 +35,7 @@ from headrace.log import Log
 from headrace.log.topics import PARKED
 from headrace.parked import Entry, Shelf
 from headrace.runner.poison import among, placed, places
+from headrace.shapes import grown, types_of
 
 Schemas = dict[tuple[str, int], TableSchema]
 _UNKNOWN = Source("", 0, "", "", "")
@@ -196,6 +198,9 @@ class Parking:
         version = change.version
         entry = self._entry(_cursor(change), _at(change), version.before(), version)
         body = change._asdict() | {"key": change.key.decode(), "version": list(version)}
+        shape = self._schemas.get((change.table, change.schema)) if self._log.fed_by_debezium else None
+        if shape is not None:  # the next reader will give it another version
+            body["shape"] = codec.loads(codec.encode_schema(shape))
         return replace(entry, reason=_BEHIND, body=body, where=places([change], self._log.topic_of))
 
     def _entry(self, cursor: Cursor, at: str, held: Version, version: Version) -> Entry:
@@ -233,6 +238,11 @@ class Parking:
         failed: dict[Cursor, Poison] = {}
         wanted = {entry.cursor for entry in entries}
         changes = [] if _leaves(consumer) else sorted((entry.change() for entry in entries), key=_in_order)
+        for shape in filter(None, [entry.shape() for entry in entries if changes]):
+            # Two readers may have given one version to two shapes.
+            known = self._schemas.get((shape.table, shape.version))
+            now = grown(types_of(known), shape) if known else shape
+            self._schemas = self._schemas | {(shape.table, shape.version): now}
         while True:
             left = {cursor: held for cursor, held in self._held.items() if cursor not in wanted or cursor in failed}
             some = [change for change in changes if _cursor(change) not in failed]
@@ -287,7 +297,8 @@ class Parking:
     def _standing(self, position: Position, held: dict[Cursor, dict[str, Version]], changes: list[Change]) -> Batch:
         """Return a batch that changes nothing but what is parked: it ends where the view stands."""
         now = replace(position, held=_oldest(held), parked=_collections(held))
-        schemas = self._schemas | self._log.schemas() if changes else {}
+        of_log = self._log.schemas() if changes and not self._log.fed_by_debezium else {}
+        schemas = self._schemas | of_log if changes else {}
         return replace(standing(now, hurry=True), changes=changes, schemas=schemas, parked=frozenset(held))
 
     def _told(self, entry: Entry, error: Poison) -> Entry:

@@ -115,3 +115,23 @@ def test_s9_a_key_of_other_columns_is_refused_also_where_only_rows_with_the_new_
         assert caught.value.code == "key-changed"
     made.feed(({"id": 2, "n": 5}, fields))
     assert made.rows() == [{"id": 1, "n": 5}, {"id": 2, "n": 5}]
+
+
+def test_what_the_wider_type_cannot_hold_either_stays_beside_it(tmp_path: Path) -> None:
+    """No DECIMAL is NaN, nor infinite."""
+    made, numbers = Warehouse(tmp_path), ["NaN", "1.50", "NaN", None, "9.99"]
+    made.feed(*(({"id": id_, "n": n}, [ID, decimal(6)]) for id_, n in enumerate(numbers, 1)))
+    made.feed(({"id": 5, "n": "123456.78"}, [ID, decimal(8)]), ({"id": 3, "n": "2.00"}, [ID, decimal(8)]))
+    assert made.ask("typeof(n), CAST(n AS VARCHAR)") == [
+        ("DECIMAL(8,2)", n) for n in (None, "1.50", "2.00", None, "123456.78")
+    ]
+    assert [row["n"] for row in made.rows()] == ["NaN", "1.50", "2.00", None, "123456.78"]
+    made.feed(({"id": 6, "n": "x"}, [ID, NOTE | {"field": "n"}]))
+    assert [row["n"] for row in made.rows()] == ["NaN", "1.50", "2.00", None, "123456.78", "x"]
+    assert made.ask("n")[0] == ("NaN",)
+
+
+def decimal(digits: int) -> dict[str, Any]:
+    said = {"type": "NUMERIC", "length": str(digits), "scale": "2"}
+    parameters = {f"__debezium.source.column.{name}": each for name, each in said.items()}
+    return {"field": "n", "type": "string", "parameters": parameters}

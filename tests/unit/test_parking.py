@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from headrace.change import Position, Version
+from headrace import codec
+from headrace.change import Checkpoint, Position, Version
 from headrace.consumer import Batch, Generation
 from headrace.errors import Poison
 from headrace.log import Log
+from headrace.log.debezium import Decoder
 from headrace.parked import Entry
 from headrace.runner import parking
 from headrace.settings import Settings
+from headrace.stores.duckdb import DuckDBStore
+from tests.fixtures.envelopes import key, value
+from tests.fixtures.tables import FIRST, SOURCE
 
 
 class Shelf:
@@ -109,3 +116,54 @@ def test_what_is_opened_is_not_compared_each_with_each(monkeypatch: pytest.Monke
     monkeypatch.setattr(Entry, "__eq__", None)
     made.open(Delays(None), Position({}, {}, Version(1, 110), None, 0))  # type: ignore[arg-type]  what it needs of a consumer
     assert (made.count, len(made._done)) == (0, 3)
+
+
+class Written(Shelf):
+    """Has what was put, as Kafka would give it back."""
+
+    there: ClassVar[list[Entry]] = []
+
+    def entries(self, *_: object, bodies: bool = True) -> list[Entry]:
+        return list(self.there)
+
+    def put(self, entry: Entry) -> None:
+        self.there.append(replace(entry, body=codec.loads(codec.dumps(entry.body))))
+
+
+class Moody(DuckDBStore):
+    """Cannot do the row 2 as long as it is `moody`."""
+
+    moody = True
+
+    def apply(self, batch: Batch) -> None:
+        if self.moody and any(change.key == b'{"id":2}' for change in batch.changes):
+            raise Poison("moody", "It is not in the mood.", "Mend it.", cursor=("public.t", '{"id":2}'))
+        super().apply(batch)
+
+
+def test_s28_a_change_of_a_feed_that_was_parked_before_a_restart_is_done_after_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No log has the shapes of a feed, and each reader gives them versions of its own."""
+    monkeypatch.setattr(parking, "Shelf", Written)
+    monkeypatch.setattr(Written, "there", [])
+    settings = Settings(source="crm", feed="debezium", warehouse=str(tmp_path / "w.duckdb"), warehouse_memory="256MB")
+    made = count(1_000_000, 10)
+    monkeypatch.setattr("headrace.log.debezium.time.time", lambda: next(made))
+    row_1, row_2 = {"id": 1, "n": 1}, {"id": 2, "n": 2, "note": "of its own"}
+    for lsn, rows, retried in ((10, [row_1, row_2], False), (20, [row_1], True)):
+        decoder, store, parked = Decoder(0), Moody(settings, "tables"), parking.Parking(Log(settings), FIRST)
+        position = store.open(FIRST)
+        parked.open(store, position)
+        changes = [
+            decoder.change("public.t", 0, lsn + at, key(row["id"]), value("c", row, [lsn, lsn]))
+            for at, row in enumerate(rows)
+        ]
+        now = Position({"crm.public.t": [lsn + 5]}, {"crm.public.t": "t"}, Version(1, lsn), None, 1)
+        checkpoint = Checkpoint(now.version, 0, 0, now.offsets, SOURCE)
+        parked.apply(store, Batch(changes, now, checkpoint, position is None, decoder.schemas))
+        if retried:
+            store.moody = False
+            assert parked.retry(store, lambda _: True, now).left == []
+            assert [row.value for row in store.scan(None, 10)] == [row_1 | {"note": None}, row_2]
+        store.close()

@@ -288,7 +288,7 @@ def _retype(cursor: duckdb.DuckDBPyConnection, table: Table, there: dict[str, Ma
     mapped = there[column.name]
     changed = mapped._replace(postgres=_below(column), duck=kind_of(_below(column)).duck)
     if changed.duck != mapped.duck:
-        name = quoted(mapped.name)
+        name, at = quoted(mapped.name), text(_pointer(mapped.name))
         beside = quoted(unique(_BESIDE, [other.name for other in there.values()]))
         old = mapped.kind.raw.format(name)
         exact = f"json_extract_string({EXACT}, {text(_pointer(mapped.name) + '/0')})"
@@ -297,7 +297,14 @@ def _retype(cursor: duckdb.DuckDBPyConnection, table: Table, there: dict[str, Ma
         cursor.execute(f"UPDATE {table.path} SET {beside} = {new}")
         cursor.execute(f"ALTER TABLE {table.path} DROP COLUMN {name}")
         cursor.execute(f"ALTER TABLE {table.path} RENAME COLUMN {beside} TO {name}")
-        _forget_exact(cursor, table, mapped)
+        # What the new type has as it was need not be kept beside it any more; what it has not, such as NaN, stays.
+        again = f"CAST({changed.kind.raw.format(name)} AS VARCHAR)"
+        value = f"json_extract({EXACT}, {text(_pointer(mapped.name) + '/0')})"
+        pair = f"CASE WHEN {exact} IS DISTINCT FROM {again} THEN json_array({value}, {again}) END"
+        cursor.execute(
+            f"UPDATE {table.path} SET {EXACT} = json_merge_patch({EXACT}, json_object({text(mapped.name)}, {pair})) "
+            f"WHERE json_extract({EXACT}, {at}) IS NOT NULL"
+        )
     return changed
 
 
