@@ -6,7 +6,7 @@ markers arrive partition by partition, so some partitions run ahead of the targe
 there is no target. What comes then is kept, and such partitions are paused while it is much, in records or in bytes; the checkpoints
 never are. A target is exact when it was still younger than `min.compaction.lag.ms` when reached: before that age no record below
 its `ends` can have been removed for a later one beyond them. So it is when nothing at all follows it (capture has been off). Otherwise
-the next checkpoint is the target.
+the next checkpoint is the target. Of what followed only tombstones can be gone again, which the checkpoints tell.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Reader:
         self._fed = self._looked = self._now()  # what was written of its tables before the first is read (S19)
         self._resumed = self._fed if position and not position.loading else 0.0
         self._old_half = -1
+        self._later = False  # whether a checkpoint came after the newest complete one that may be a target
         self._schemas: dict[tuple[str, int], TableSchema] = {}
         self._schemas_end = BEGINNING
         self._kept: dict[Place, deque[Message]] = {}
@@ -159,19 +160,22 @@ class Reader:
 
     def _take_other(self, message: Message, place: Place) -> None:
         if not end_of_partition(message, self._check_topics if place in self._read_to else None):
+            self._at_end.discard(place)
             self._take_checkpoint(message)
-        elif place in self._read_to:
+            return
+        self._at_end.add(place)
+        if place in self._read_to:
             self._read_to[place] = max(self._read_to[place], message.offset() or 0)
-            self._at_end.add(place)
 
     def _take_checkpoint(self, message: Message) -> None:
         checkpoint = self._spine.take(message.value(), message.offset() or 0, message.timestamp()[1])
+        self._later = self._later or checkpoint is not None
         if checkpoint is None or (self._until is not None and checkpoint.version > self._until):
             return
         if not checkpoint.complete:
             self._note_half(checkpoint)
             return
-        before, self._newest = self._newest, checkpoint
+        before, self._newest, self._later = self._newest, checkpoint, False
         if checkpoint.version != self.position.version:  # capture writes of its jobs where the view stands, too
             self._behind_since = self._behind_since or time.time()
         if before is None or before.version.epoch != checkpoint.version.epoch:
@@ -285,10 +289,7 @@ class Reader:
 
     def _batch(self, changes: list[Change], checkpoint: Checkpoint | None, *, loading: bool) -> Batch:
         if loading:
-            last: dict[tuple[str, bytes], Change] = {}
-            for change in changes:
-                last[change.table, change.key] = change
-            changes = list(last.values())
+            changes = list({(change.table, change.key): change for change in changes}.values())
         else:
             changes.sort(key=_ORDER)
         return Batch(changes, self.position.copy(), checkpoint, loading, self._schemas)
@@ -347,9 +348,16 @@ class Reader:
         if self._now() * 1000 - target.appended < self._settings.min_compaction_lag_ms:
             return True
         # Nothing follows the target anywhere, so nothing below its ends can have given way to something beyond them.
-        return self._at_end >= self._read_to.keys() and not any(
+        return self._is_last(target) and not any(
             kept and (kept[-1].offset() or 0) >= target.end(*place) for place, kept in self._kept.items()
         )
+
+    def _is_last(self, target: Checkpoint) -> bool:
+        """Whether all is read. Of what follows only tombstones may be gone, and then a checkpoint says that something did."""
+        if not self._at_end > self._read_to.keys():  # the checkpoints too
+            return False
+        may_be_gone = self._now() * 1000 - target.appended > self._settings.delete_retention_ms
+        return not may_be_gone or (target is self._newest and not self._later)
 
     def _now(self) -> float:
         """Return the broker's time, seconds, as far as is known: no earlier than its word, for the clock here may be hours behind."""
