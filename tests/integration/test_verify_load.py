@@ -1,8 +1,8 @@
 """Verify, again and again, while all that may happen to rows and processes does: it never calls a right view wrong.
 
 Tables with keys of several columns, of text, without a key and partitioned; transactions that stay open, keys that change, TRUNCATE, and
-columns that come and go; capture and the views started again; three partitions, small cuts, small pages. What verify may say beside that all is
-right is that it cannot say: a table was altered meanwhile, the view did not come that far in time, or no process ran it.
+columns that come and go; capture and the views started again; three partitions, small cuts, small pages. What verify may say beside
+that all is right is that it cannot say: a table was altered meanwhile, the view did not come that far in time, or no process ran it.
 More seeds by SOAK_SEEDS=1,2,3; rounds of each by LOAD_ROUNDS.
 """
 
