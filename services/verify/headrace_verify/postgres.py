@@ -96,7 +96,7 @@ class Table:
         return sql.SQL("(SELECT row_to_json(r.*) FROM (SELECT {}) r)").format(sql.SQL(", ").join(values))
 
     def matches(self, alias: str, key: Row) -> sql.Composed:
-        """Return the SQL that is true of the row of this key."""
+        """Return the SQL that is true of the row of this key, and perhaps of others (see `_equals`)."""
         by_name = {column.name: column for column in self.columns}
         return sql.SQL(" AND ").join(_equals(by_name[name], alias, key[name]) for name in self.key)
 
@@ -140,6 +140,8 @@ class _Column(NamedTuple):
     base: str
     element: str
     collation: int = 0
+    equality: str = ""
+    """The schema of its operator, of a type that is not built in."""
 
     @property
     def number(self) -> bool:
@@ -302,16 +304,29 @@ _SCALARS = {
 _ARRAYS = {"oid": "to_json({v}::int8[])"}
 
 
-def _equals(column: _Column, alias: str, value: Any) -> sql.Composed:
-    """Compare a key's column with a value in the codec's form, by the type's own equality so that an index serves."""
-    if column.element or isinstance(value, dict):
+def _equals(column: _Column, alias: str, value: Any) -> sql.Composable:
+    """Compare a key's column with a value in the codec's form, by the type's own equality so that an index serves.
+
+    Arrays of what Python finishes are not compared: others may have that key then, which who asks passes over.
+    """
+    name = sql.Identifier(alias, column.name)
+    if column.element:
+        if column.element in _FINISH_ELEMENT:
+            return sql.SQL("true")
         said = sql.SQL("to_json({})::jsonb").format(_expression(column, alias))
         return sql.SQL("{} = {}::jsonb").format(said, sql.Literal(orjson.dumps(value).decode()))
+    text = sql.Literal(value if isinstance(value, str) else orjson.dumps(value).decode())
+    if column.base == "jsonb" and isinstance(
+        value, str
+    ):  # a document that is a text, or the text of one that readers round
+        return sql.SQL("({0} = to_jsonb({1}::text) OR {0}::text = {1})").format(name, text)
     if column.base == "bytea":
-        return sql.SQL("{} = decode({}, 'base64')").format(sql.Identifier(alias, column.name), sql.Literal(value))
-    text = value if isinstance(value, str) else orjson.dumps(value).decode()
-    type_ = sql.SQL(column.type)
-    return sql.SQL("{} = CAST({} AS {})").format(sql.Identifier(alias, column.name), sql.Literal(text), type_)
+        return sql.SQL("{} = decode({}, 'base64')").format(name, text)
+    if not column.equality:
+        return sql.SQL("{} = CAST({} AS {})").format(name, text, sql.SQL(column.type))
+    equal = sql.SQL("OPERATOR({}.=)").format(sql.Identifier(column.equality))
+    type_ = sql.SQL(column.base)  # below domains, for which it may not be found
+    return sql.SQL("CAST({} AS {}) {} CAST({} AS {})").format(name, type_, equal, text, type_)
 
 
 def _document(text: str) -> Any:
@@ -351,7 +366,9 @@ SELECT c.relkind::text, EXISTS (SELECT FROM pg_class l WHERE l.reltoastrelid <> 
        a.attname, format_type(a.atttypid, a.atttypmod),
        CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN t.typname ELSE format_type(t.oid, NULL) END,
        coalesce(CASE WHEN et.typnamespace = 'pg_catalog'::regnamespace THEN et.typname ELSE format_type(et.oid, NULL) END, ''),
-       CASE WHEN a.attcollation <> 'pg_catalog."default"'::regcollation THEN a.attcollation ELSE 0 END
+       CASE WHEN a.attcollation <> 'pg_catalog."default"'::regcollation THEN a.attcollation ELSE 0 END,
+       CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN '' WHEN t.typtype <> 'b' THEN 'pg_catalog'
+         ELSE (SELECT nspname FROM pg_namespace WHERE oid = t.typnamespace) END
 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN base b ON b.oid = a.atttypid JOIN pg_type t ON t.oid = b.below
 LEFT JOIN base e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type et ON et.oid = e.below
