@@ -14,7 +14,7 @@ from tests.fixtures.capture import Running, capturing, execute, prepare, refused
 
 pytestmark = pytest.mark.usefixtures("often")
 
-ITEMS = "CREATE TABLE items (id int PRIMARY KEY, a text, b text, at timestamp, n mood)"
+ITEMS = "CREATE TABLE items (id int PRIMARY KEY, a text, b text, at timestamp, n mood, p pair)"
 PAIR = "CREATE TABLE {} (id int PRIMARY KEY, a text)"
 WRITE = "UPDATE items SET {} WHERE id = 2"
 
@@ -40,6 +40,11 @@ TAKEN_BACK = {
         WRITE.format("n = 'blue'"),
         "ALTER TYPE mood RENAME VALUE 'blue' TO 'sad'",
     ],
+    "an attribute": [
+        "ALTER TYPE pair ADD ATTRIBUTE c int",
+        WRITE.format("p = (3, 4, 5)"),
+        "ALTER TYPE pair DROP ATTRIBUTE c",
+    ],
 }
 
 
@@ -55,25 +60,27 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
     return found
 
 
-def equal(settings: Settings, capture: Running, looks: Looks, *tables: str) -> None:
-    """Wait until capture has seen everything, and what it has to read again is read; compare."""
+def equal(settings: Settings, capture: Running, looks: Looks, **tables: str) -> None:
+    """Wait until capture has seen everything, and what it has to read again is read; compare tables with what they are in SQL."""
     capture.reach()
     seen = len(looks)
     capture.eventually("it has looked", lambda: len(looks) > seen + 1)
     capture.eventually("it is exact", lambda: capture.reach().inexact == ())
-    assert [replay(settings, f"public.{table}") for table in tables] == [selected(settings, table) for table in tables]
+    assert [replay(settings, f"public.{name}") for name in tables] == [
+        selected(settings, tables[name]) for name in tables
+    ]
 
 
 @pytest.mark.parametrize("how", ["by and by", "at once"])
 @pytest.mark.parametrize("ddl", list(TAKEN_BACK.values()), ids=list(TAKEN_BACK))
 def test_what_was_written_before_it_was_taken_back(settings: Settings, looks: Looks, ddl: list[str], how: str) -> None:
-    rows = "INSERT INTO items SELECT i, 'a', 'b', '2024-01-01', 'glad' FROM generate_series(1, 3) i"
-    prepare(settings, "CREATE TYPE mood AS ENUM ('sad', 'glad')", ITEMS, rows)
+    rows = "INSERT INTO items SELECT i, 'a', 'b', '2024-01-01', 'glad', (1, 2) FROM generate_series(1, 3) i"
+    prepare(settings, "CREATE TYPE mood AS ENUM ('sad', 'glad'); CREATE TYPE pair AS (a int, b int)", ITEMS, rows)
     with capturing(settings) as capture:
         capture.reach()
     execute(settings, "SET timezone = 'UTC'", *(ddl if how == "by and by" else ["; ".join(ddl)]))
     with capturing(settings) as capture:
-        equal(settings, capture, looks, "items")
+        equal(settings, capture, looks, items="(SELECT id, a, b, at, n, p::text FROM items)")
 
 
 def test_two_tables_that_had_each_others_names(settings: Settings, looks: Looks) -> None:
@@ -84,7 +91,7 @@ def test_two_tables_that_had_each_others_names(settings: Settings, looks: Looks)
         capture.reach()
     execute(settings, *exchange, "INSERT INTO items VALUES (1, 'theirs')", *exchange)
     with capturing(settings) as capture:
-        equal(settings, capture, looks, "items", "others")
+        equal(settings, capture, looks, items="items", others="others")
 
 
 def test_a_column_that_is_generated_no_more(each_version: Settings, looks: Looks) -> None:
@@ -95,7 +102,7 @@ def test_a_column_that_is_generated_no_more(each_version: Settings, looks: Looks
     with capturing(settings) as capture:
         capture.reach()
         execute(settings, "ALTER TABLE items ALTER twice DROP EXPRESSION", "UPDATE items SET a = 0 WHERE id = 1")
-        equal(settings, capture, looks, "items")
+        equal(settings, capture, looks, items="items")
 
 
 def test_old_rows_that_were_named_by_another_index_for_a_while(settings: Settings, looks: Looks) -> None:
@@ -111,4 +118,4 @@ def test_old_rows_that_were_named_by_another_index_for_a_while(settings: Setting
     assert "headrace resnapshot --recover" in error.remedy
     recover(settings, print)
     with capturing(settings) as capture:
-        equal(settings, capture, looks, "items")
+        equal(settings, capture, looks, items="items")

@@ -68,7 +68,7 @@ class Fingerprint:
         width: How many columns it ever had; 0: not known.
         key: The oid of what is the key, `NO_KEY` where nothing is; empty: not known.
         labels: (oid, label, which transaction touched it) of each enum that is the type of a column, below arrays, domains, ranges and
-            composites; of a composite that is, the numbers of its attributes. The last is empty where it is not known.
+            composites; of a composite that is, the numbers of its attributes and how many it ever had. The last: empty where not known.
         links: (oid, transactions that touched its links up to the root) of each partition.
         unlogged: For each leaf whose changes are not in the WAL, the statement that mends it.
         placed: Which transaction put the table into its schema, where the publication names only that; empty: not known.
@@ -326,9 +326,10 @@ LEFT JOIN (
   FROM type y JOIN pg_attribute a ON a.atttypid = y.oid AND a.attnum > 0 AND NOT a.attisdropped
   CROSS JOIN LATERAL (
     SELECT l.oid, l.enumlabel::text AS label, l.xmin::text AS touched FROM pg_enum l WHERE l.enumtypid = y.below
-    UNION ALL SELECT t.oid, string_agg(p.attnum::text, ' ' ORDER BY p.attnum), ''
+    UNION ALL SELECT t.oid, string_agg(p.attnum::text, ' ' ORDER BY p.attnum),
+                     (SELECT k.relnatts::text FROM pg_class k WHERE k.oid = t.typrelid)
     FROM pg_type t JOIN pg_attribute p ON p.attrelid = t.typrelid
-    WHERE t.oid = y.below AND t.typtype = 'c' AND p.attnum > 0 AND NOT p.attisdropped GROUP BY t.oid
+    WHERE t.oid = y.below AND t.typtype = 'c' AND p.attnum > 0 AND NOT p.attisdropped GROUP BY t.oid, t.typrelid
   ) s GROUP BY a.attrelid
 ) labels ON labels.attrelid = c.oid
 WHERE strpos(n.nspname, '.') = 0 AND (%(table)s::text IS NULL OR %(table)s::text = n.nspname || '.' || c.relname)
