@@ -253,7 +253,7 @@ class Capture:
                     Resnapshot(self._log, cut, relations, connection, self._progress, tick, filler, jobs)
                 ) as beside,
             ):
-                relations.suspected, relations.moved = beside.suspect, beside.moved
+                relations.suspected, relations.moved, relations.held = beside.suspect, beside.moved, beside.held
                 self._say(f"streaming from {format_lsn(checkpoint.version.lsn)}")
                 self._progress.phase("streaming")
                 beside.tell()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Container, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from headrace import codec
@@ -20,7 +20,7 @@ from headrace.control import Control, record_key
 from headrace.errors import Transient
 from headrace.log import CutWriter, Log
 from headrace.log.topics import CONTROL, checkpoints_topic
-from headrace_capture.fingerprints import Fingerprint
+from headrace_capture.fingerprints import UNSEEN, Fingerprint
 from headrace_capture.progress import NAME
 
 JOB, CATALOGUE, DOUBTED = "resnapshot", "catalogue", "doubted"
@@ -217,6 +217,17 @@ class Jobs:
         if self.prints.get(table) != print_:
             self.prints[table] = print_
             self._dirty_prints.add(table)
+
+    def hold(self, table: str, oid: int) -> bool:
+        """Take note of a partition of which the stream has rows; return whether it was not among those that are known.
+
+        It may be gone when the catalogue is read next, with its rows or back to what it was, and was none before: nothing else would tell.
+        """
+        known = self.prints.get(table)
+        if known is None or oid in dict(known.leaves):
+            return False
+        self.know(table, replace(known, leaves=(*known.leaves, (oid, UNSEEN))))
+        return True
 
     def know_only(self, tables: Container[str]) -> None:
         """Forget the fingerprints of all other tables."""

@@ -37,6 +37,8 @@ class Relations:
             table's first.
         moved: Is told, with each Relation message, the name, the oids of the tables that hold the rows, and the name that those of a
             partitioned one went by until now, or empty.
+        held: Is told the name by which the rows of a partition come, and its oid: Postgres tells its shape right after its root's.
+        root: The partitioned table whose shape was told last, if that of a partition must follow now.
     """
 
     def __init__(self, log: Log, cut: Cut, connection: catalog.Connection, say: Callable[[str], None]) -> None:
@@ -52,7 +54,9 @@ class Relations:
             self._name(shape)
         self.suspected: Callable[[TableSchema, str | None], None] = lambda shape, _why: cut.inexact.add(shape.table)
         self.moved: Callable[[str, frozenset[int], str], None] = lambda _table, _oids, _was: None
+        self.held: Callable[[str, int], None] = lambda _table, _oid: None
         self.by_oid = _ByOid()
+        self.root = ""
         self._told: dict[int, tuple[Relation, int]] = {}
 
     def take(self, relation: Relation, lsn: int) -> Table | None:
@@ -61,8 +65,11 @@ class Relations:
         Raises:
             Misconfigured: `key-changed`.
         """
+        root, self.root = self.root, ""
         with postgres_errors(f"reading the catalogue of {relation.schema}.{relation.name}"):
-            found = self._learn(relation)
+            found = self._learn(relation, root)
+        if root:
+            self.held(root, relation.oid)
         self.by_oid[relation.oid] = found
         self._told[relation.oid] = relation, lsn
         return found
@@ -77,19 +84,21 @@ class Relations:
             return False
         schema, _, alone = name.partition(".")
         self.take(relation._replace(schema=schema, name=alone), lsn)
+        self.root = ""
         return True
 
-    def _learn(self, relation: Relation) -> Table | None:
+    def _learn(self, relation: Relation, root: str) -> Table | None:
         known = self.shapes.get(f"{relation.schema}.{relation.name}")
         published = catalog.published_tables(self._connection, self._cut.source.publication, holding=relation.oid)
         now = next((table for table in published if table.oid == relation.oid), None)
-        if now is None and any(leaf.oid == relation.oid for table in published for leaf in table.leaves):
-            if known is None:  # a partition: its rows come in its root's name, which was told just before
-                return None
+        if root or (now is None and any(leaf.oid == relation.oid for table in published for leaf in table.leaves)):
+            if now is None and known is None:
+                return None  # a partition: its rows come in its root's name, which was told just before
         else:
             oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
             was = self.by_oid.get(relation.oid) if relation.oid not in oids else None
             self.moved(f"{relation.schema}.{relation.name}", oids, was.name if was else "")
+            self.root = f"{relation.schema}.{relation.name}" if now and now.kind == "p" else ""
         dotted = "." in relation.schema
         if dotted or (now is None and known is None and not self._append_only(relation, known)):
             self._say(unpublished(f"{relation.schema}.{relation.name}", dotted=dotted))

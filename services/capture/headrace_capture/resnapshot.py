@@ -81,9 +81,8 @@ class Resnapshot:
         control = Control(log)
         self._requests = Requests(control)
         self._asked = Asked(control, self._jobs, relations, cut, self._disturb)
-        self._catalogue = CatalogueWatch(
-            log.settings, self._leaves, cut.writer.check_topics, partial(progress.fact, "catalogue")
-        )
+        tell_how = partial(progress.fact, "catalogue")
+        self._catalogue = CatalogueWatch(log.settings, self._leaves, cut.writer.check_topics, tell_how)
         self._reader = ChunkReader(log.settings)
         self._reading: _Reading | None = None
         self._writing = Writing(log, cut, relations, self._jobs, progress, tick)
@@ -193,6 +192,12 @@ class Resnapshot:
             self.mark(was, f"rows of {table} went by its name", JOINED)
         if table in known and known[table].kind == "r" and oids.isdisjoint(dict(known[table].leaves)):
             self.mark(table, "rows of another table came by its name", JOINED)
+
+    def held(self, table: str, oid: int) -> None:
+        """The stream has rows of a partition, by this name (see `Jobs.hold`). What that was by a name of its own lacks them."""
+        if self._jobs.hold(table, oid):
+            self.moved(table, frozenset({oid}), "")
+            self._printed_at[table] = time.monotonic()
 
     def _rename(self) -> None:
         """Let rows go by their table's name of now, once the stream is where it has that name, and read again what went by another."""

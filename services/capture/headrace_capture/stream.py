@@ -315,6 +315,7 @@ class Stream:
     def _truncate(self, truncate: Truncate) -> None:
         """Delete every live key of each table; the log itself is the list of them (S11). All have one ordinal."""
         self._ordinal += 1
+        self._relations.root = ""  # of a root that is truncated no partition's shape follows
         tables = [table for table in map(self._tables.get, truncate.oids) if table is not None]
         for table in tables:
             self._filler.memory.forget_table(table)
