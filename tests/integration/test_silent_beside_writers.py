@@ -91,3 +91,39 @@ def test_what_ends_between_the_low_watermark_and_the_read_is_not_over(
             execute(settings, RENAME)
             done(settings, capture)
     assert replay(settings, T) == selected(settings, "items") == {b'{"id":9}': {"id": 9, "n": "z"}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE items SET n = 'b' WHERE id = 1; ALTER TABLE items ALTER n TYPE text USING n::text || '!'",
+        "INSERT INTO parts VALUES (9, 9) ON CONFLICT (id) DO UPDATE SET n = -1; TRUNCATE low",
+        "UPDATE parts SET n = -1 WHERE id = 9; DROP TABLE low",
+    ],
+    ids=["written anew", "truncated", "dropped"],
+)
+def test_what_commits_with_the_ddl_between_the_low_watermark_and_the_read(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """What it wrote is newer than the watermark, but not than what is read, which has the DDL."""
+    prepare(settings, *ENUM, "INSERT INTO items VALUES (1, 'a')", PARTS, LOW, HIGH, ROWS)
+    table = "items" if "items" in change else "parts"
+    emit, lows = watermarks.emit, []
+    with psycopg.connect(settings.dsn) as application:
+
+        def emitting(connection: Connection, which: str, mark: str) -> None:
+            emit(connection, which, mark)
+            lows.extend([mark] * (which == watermarks.LOW))
+            if len(lows) == 1:
+                application.commit()
+
+        with capturing(settings) as capture:
+            capture.reach()
+            eventually("it was looked at", lambda: fingerprint(settings, f"public.{table}") != "null")
+            monkeypatch.setattr(resnapshot.Resnapshot, "_judge", lambda *_: None)
+            monkeypatch.setattr(watermarks, "emit", emitting)
+            application.execute(change.encode())
+            ask(settings, tables=[f"public.{table}"])
+            done(settings, capture, f"public.{table}")
+            assert capture.reach().inexact == ()
+    assert replay(settings, f"public.{table}") == selected(settings, table)

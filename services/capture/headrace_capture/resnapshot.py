@@ -390,15 +390,14 @@ class Resnapshot:
         """Take the fingerprint that came with a chunk; return whether the job can go on with it."""
         table, known = job.table, self._jobs.prints.get(job.table)
         self._printed_at[table] = time.monotonic()
-        if joining or (known and not job.first and not fingerprints.outlived(known, print_)):
-            if known and fingerprints.silent(known, print_, self._relations.names[table]):
-                self._cut.inexact.add(table)
-            self._jobs.know(table, print_)
-            return True
-        if known:
+        if known and not joining:  # what changed after the low watermark counts as newer than what is read
             return not self._compare(table, known, print_)
-        self._came(table, print_)
-        return False
+        if not joining:
+            self._came(table, print_)
+        elif known and fingerprints.silent(known, print_, self._relations.names[table]):
+            self._cut.inexact.add(table)
+        self._jobs.know(table, print_)
+        return joining
 
     def tell(self) -> None:
         """Report what is to be read again, and what the log lacks."""
