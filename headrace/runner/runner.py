@@ -67,6 +67,7 @@ class Runner:
             if not self._is_free():
                 return
             self.generations.begin_again()
+            self._reported = time.monotonic()  # nobody else runs it: that is known
         try:
             self.generations.look()
             self._failure = None

@@ -78,9 +78,10 @@ TO_A_BUILD: tuple[tuple[str, ...], ...] = (
     ("rollback", "VIEW"),
     ("pause", "VIEW"),
 )
+TO_BEGIN = (("rebuild", "VIEW"), ("rebuild", "VIEW", "--wait", "--gate", "none"))
 BESIDE_OLDER: tuple[tuple[str, ...], ...] = (
-    *[("rebuild", "VIEW")] * 2,
-    ("rollback", "VIEW"),
+    ("rebuild", "VIEW"),
+    *[("rollback", "VIEW")] * 3,
     ("rollback", "VIEW", "--stale"),
     ("drop", "VIEW"),
     ("drop", "VIEW", "?"),
@@ -248,7 +249,7 @@ class History:
 
     def step(self) -> None:
         hit = (self.hit, self.other_host, self.other_code, self.lose_folder, self.lose_store, self.poison, self.away)
-        (what,) = self.chance.choices((self.command, *hit), (62, 12, 6, 6, 4, 3, 4, 3))
+        (what,) = self.chance.choices((self.command, *hit), (60, 11, 6, 10, 4, 2, 4, 3))
         what()
         time.sleep(self.chance.choice((0, 0, 0.3, 1.0, 2.5)))
 
@@ -276,7 +277,7 @@ class History:
         useful = ANYTHING
         if self.chance.random() > 0.4:
             newer = any(each.generation > live for each in found)
-            useful = TO_A_BUILD if newer else BESIDE_OLDER if len(found) > 1 else (("rebuild", "VIEW"),)
+            useful = TO_A_BUILD if newer else BESIDE_OLDER if len(found) > 1 else TO_BEGIN
         if any(each.phase == "paused" for each in found) and self.chance.random() < 0.4:
             useful = (("resume", "VIEW"),)
         known = [each.generation for each in found if each.generation] or [1]
@@ -403,6 +404,7 @@ class History:
         self.unfit.unlink(missing_ok=True)
         target, deadline, starts, tried = now(self.settings), time.monotonic() + PATIENCE, 0, list[str]()
         self.say(f"left alone, to come to {target}")
+        self.since = max(self.since, time.monotonic() + 1.0)  # what was asked just now takes a moment to be said
         looked = time.monotonic()
         while not self.has(target):
             if not self.running():
