@@ -39,6 +39,19 @@ def kept(settings: Settings, topics: Topics, tick: Callable[[], None]) -> deque[
     return deque(keys)
 
 
+def outdated(keys: deque[bytes], most: int) -> list[bytes]:
+    """Take the oldest of some checkpoints' keys away once they are twice as many, and return those to be tombstoned.
+
+    The last state of an earlier epoch stays: a view that stands behind it, and not at it, has what the log lost.
+    """
+    if len(keys) < 2 * most:
+        return []
+    read = [(key, codec.decode_key(key)) for key in keys]
+    last = {said["epoch"]: key for key, said in read if "partial" not in said}
+    stay = {key for epoch, key in last.items() if epoch < read[-1][1]["epoch"]}
+    return [key for key in (keys.popleft() for _ in range(most)) if key not in stay]
+
+
 class Named:
     """Chooses which ends the records of a writer's checkpoints name: with many partitions only those touched since its base."""
 

@@ -20,7 +20,7 @@ from headrace.change import Checkpoint, Source, TableSchema, Version
 from headrace.codec import Headers
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import kafka
-from headrace.log.spine import Named, kept
+from headrace.log.spine import Named, kept, outdated
 from headrace.log.tail import Record, records_lost
 from headrace.log.topics import Ends, Topics, checkpoints_topic, partitions_changed, schemas_topic, topic_replaced
 from headrace.log.unmarked import Breaks
@@ -372,9 +372,8 @@ class CutWriter:
     def _trim(self, key: bytes) -> None:
         if not self._kept or self._kept[-1] != key:
             self._kept.append(key)
-        if len(self._kept) >= 2 * KEPT_CHECKPOINTS:
-            for _ in range(KEPT_CHECKPOINTS):
-                self._send(self._checkpoints, self._kept.popleft(), None, [], 0)
+        for old in outdated(self._kept, KEPT_CHECKPOINTS):
+            self._send(self._checkpoints, old, None, [], 0)
 
     def _commit(self) -> None:
         deadline = time.monotonic() + _COMMIT_SECONDS

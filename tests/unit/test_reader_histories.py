@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from headrace.log.spine import Named
 from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.settings import Settings
 from tests.fixtures.feed import encode_headers
-from tests.fixtures.simulated import Broker, Place, simulate
+from tests.fixtures.simulated import Broker, Place, SimulatedTopics, simulate
 
 SOURCE = Source("7", 1, "shop", "headrace", "headrace")
 SEEDS = int(os.environ.get("READER_SEEDS", "60"))
@@ -40,7 +41,7 @@ class Capture:
         self.rows: State = {}
         self.states: dict[Version, State] = {}
         self.named = Named()
-        self.keys: list[bytes] = []
+        self.keys = deque[bytes]()
         self.pending: list[tuple[Place, int, bool]] = []
         self.schemas: dict[str, int] = {}
         for topic in (checkpoints_topic(settings.source), schemas_topic(settings.source)):
@@ -129,14 +130,14 @@ class Capture:
             self.states[version] = dict(self.rows)
         if not self.keys or self.keys[-1] != key:
             self.keys.append(key)
-        if len(self.keys) >= 12:
-            for old in self.keys[:6]:
-                self._write(spine_, old, None, [], of, places)
-            self.keys = self.keys[6:]
+        for old in spine.outdated(self.keys, 6):
+            self._write(spine_, old, None, [], of, places)
 
     def restart(self) -> None:
         """Begin anew after the newest checkpoint."""
-        self.named = Named()
+        self.settle()
+        self.named, topics = Named(), SimulatedTopics(self.broker)
+        self.keys = spine.kept(self.settings, topics, lambda: None)  # type: ignore[arg-type]  what it needs of topics
 
     def begin_epoch(self) -> None:
         """Go on from another server, whose LSNs may be lower."""
@@ -329,6 +330,34 @@ def test_a_state_whose_rows_were_deleted_so_long_ago_that_their_tombstones_are_g
     if half:
         world.finish(view)
         assert view.shown == {}
+
+
+def test_a_log_that_lost_its_end_and_forgot_what_came_before_is_not_the_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new epoch grows past the view, and the checkpoints of the old one were trimmed, but for its last."""
+    world = World(monkeypatch, 1)
+    capture, broker = world.capture, world.broker
+    view = View(world.log, ALL)
+    ends = []
+    for _ in range(2):
+        capture.cut(10)
+        capture.settle()
+        ends.append({place: broker.at(place).end for place in broker.places()})
+    world.finish(view)
+    view.reader = None
+    for place, end in ends[0].items():
+        broker.truncate(place, end)
+    capture.begin_epoch()
+    for _ in range(60):
+        capture.cut(5)
+    capture.settle()
+    spines = checkpoints_topic("s"), 0
+    broker.roll(spines)
+    broker.compact(spines, 0, 0, whole=True)
+    assert sum(record.value is not None for record in broker.at(spines).records) < 20
+    with pytest.raises(Refused, match="has lost the state"):
+        view.poll()
+    fresh = View(world.log, ALL)
+    world.finish(fresh)
 
 
 def history(monkeypatch: pytest.MonkeyPatch, seed: int) -> tuple[int, int]:
