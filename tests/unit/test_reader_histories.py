@@ -344,6 +344,7 @@ def test_a_log_that_lost_its_end_and_forgot_what_came_before_is_not_the_views(mo
         ends.append({place: broker.at(place).end for place in broker.places()})
     world.finish(view)
     view.reader = None
+    del ends[0][schemas_topic("s"), 0]  # capture knows which are there
     for place, end in ends[0].items():
         broker.truncate(place, end)
     capture.begin_epoch()
