@@ -26,7 +26,7 @@ from tests.fixtures.envelopes import value, with_schema
 from tests.fixtures.simulated import Broker, simulate
 from tests.fixtures.tables import FIRST
 
-SEEDS = int(os.environ.get("FEED_SEEDS", "20"))
+SEEDS = int(os.environ.get("FEED_SEEDS", "12"))
 HOUR = 3_600_000
 T, U = "public.t", "public.u"
 TEMPORAL = "io.debezium.time."
