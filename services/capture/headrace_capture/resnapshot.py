@@ -109,8 +109,7 @@ class Resnapshot:
         if findings is not None:
             self._judge(findings)
             self._complete()
-            # What waits for the stream is not replaced, or it would wait for ever.
-            self._names = self._names or findings
+            self._names = self._names or findings  # what waits for the stream stays, or it would wait for ever
         self._rename()
         for table in list(self._cut.inexact):
             job = self._jobs.all.get(table)
@@ -245,9 +244,8 @@ class Resnapshot:
         self._jobs.know_only(there)
         self._jobs.drop_failed(there | self._relations.shapes.keys())
         # Of one that was being read then the job is not LEFT: it goes on, it is paused, or it failed.
-        whole = {
-            job.table for job in self._jobs.all.values() if job.key is None and job.phase in {LEFT, PAUSED, FAILED}
-        }
+        resting = {LEFT, PAUSED, FAILED}
+        whole = {job.table for job in self._jobs.all.values() if job.key is None and job.phase in resting}
         self._progress.unpublished(sorted(whole & self._relations.shapes.keys() - there))
 
     def _left(self, tables: set[str]) -> None:
@@ -312,9 +310,8 @@ class Resnapshot:
     def _fail(self, job: Job, error: HeadraceError) -> None:
         job.phase, job.reason = FAILED, f"{error.message} {error.remedy}".strip()
         self._jobs.put(job)
-        self._progress.say(
-            f"warning: {job.name} cannot be read again: {error}. When that is mended: headrace resnapshot {job.table}"
-        )
+        then = f"When that is mended: headrace resnapshot {job.table}"
+        self._progress.say(f"warning: {job.name} cannot be read again: {error}. {then}")
 
     def _wait(self, job: Job, reason: str) -> None:
         self._not_before = time.monotonic() + _AGAIN_SECONDS
@@ -378,8 +375,7 @@ class Resnapshot:
         if job.key is None and chunk.print is not None and not self._same(job, chunk.print, joining=joining):
             return False
         if not chunk.covered:
-            over = chunk.floor and watermarks.covers(chunk.snapshot, chunk.floor)
-            if not over:  # else it goes on at once
+            if not (chunk.floor and watermarks.covers(chunk.snapshot, chunk.floor)):  # else it goes on at once
                 self._wait(job, "waits for transactions that began before it")
         elif not chunk.exists and job.key is None:  # its rows go now: nothing is left of it
             self._printed_at[job.table] = time.monotonic()
