@@ -8,7 +8,7 @@ import pytest
 
 from headrace.settings import Settings
 from headrace_capture import attention, resnapshot
-from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, selected
+from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, replay, selected
 from tests.integration.test_resnapshot import jobs
 from tests.integration.test_silent_changes import HIGH, ITEMS, LOW, PARTS, ROWS, fingerprint
 
@@ -171,3 +171,31 @@ def test_partitions_that_change_let_nothing_be_read_again(settings: Settings, lo
             assert capture.reach().inexact == ()
         assert not [said for said in capture.said if "left out" in said or "inexact" in said]
     assert jobs(settings) == {}
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "in one transaction"])
+@pytest.mark.parametrize("other", ["there before", "made and dropped"])
+def test_rows_of_another_table_that_had_its_name_for_a_while_do_not_stay(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, other: str, *, together: bool
+) -> None:
+    """Between two looks; of the table itself nothing changed."""
+    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1)", ITEMS.replace("items", "other"))
+    everything = f"CREATE PUBLICATION {settings.publication} FOR ALL TABLES"
+    execute(settings, f"DROP PUBLICATION {settings.publication}", everything)
+    made, gone = ITEMS, "DROP TABLE items"
+    if other == "there before":
+        made, gone = "ALTER TABLE other RENAME TO items", "ALTER TABLE items RENAME TO other"
+    rename, back = "ALTER TABLE items RENAME TO away", "ALTER TABLE away RENAME TO items"
+    statements = [rename, made, "INSERT INTO items VALUES (77, 77), (1, -1)", gone, back]
+    with capturing(settings) as capture:
+        capture.reach()
+        eventually("it was looked at", lambda: fingerprint(settings, "public.other") != "null")
+        with monkeypatch.context() as patch:
+            patch.setattr(attention.CatalogueWatch, "take", lambda _: None)
+            execute(settings, *(["; ".join(statements)] if together else statements))
+            capture.reach()
+            assert b'{"id":77}' in {change.key for change in changes(settings, "public.items")}, "it went by the name"
+        capture.hear("public.items was read again")
+        capture.eventually("all is exact", lambda: capture.reach().inexact == ())
+    for table in ("items", "other"):
+        assert replay(settings, f"public.{table}") == selected(settings, table)
