@@ -156,7 +156,10 @@ class Log:
                 yield checkpoint
 
     def newest_checkpoint(self, *, complete: bool = False, until: Version | None = None) -> Checkpoint | None:
-        """Return the newest committed checkpoint, or the newest complete one, up to `until`; None when there is none."""
+        """Return the newest committed checkpoint, or the newest complete one, up to `until`; None when there is none.
+
+        None of an earlier epoch than that of `until`: of these but the last is kept, whatever is trimmed after it.
+        """
         self.require_checkpoints()
         topic = checkpoints_topic(self.settings.source)
         if topic not in self.topics.names():
@@ -164,7 +167,8 @@ class Log:
         end, begin = self._span(topic)
         for start in _back_from(end, begin):
             spine = Spine()
-            within = (c for c in self._checkpoints(spine, start) if until is None or c.version <= until)
+            read = self._checkpoints(spine, start)
+            within = (c for c in read if until is None or (until.epoch, 0) <= c.version <= until)
             found = [c for c in within if c.complete or not complete]
             # Half a transaction needs no base: it is found, though newer states are passed over, whose base lies before `start`.
             if found and (found[-1].offset > spine.passed_over or start == begin):

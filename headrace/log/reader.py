@@ -170,7 +170,7 @@ class Reader:
     def _take_checkpoint(self, message: Message) -> None:
         checkpoint = self._spine.take(message.value(), message.offset() or 0, message.timestamp()[1])
         self._later = self._later or checkpoint is not None
-        if checkpoint is None or (self._until is not None and checkpoint.version > self._until):
+        if checkpoint is None or (self._until and not (self._until.epoch, 0) <= checkpoint.version <= self._until):
             return
         if not checkpoint.complete:
             self._note_half(checkpoint)
