@@ -42,7 +42,9 @@ def check_state(position: Position, newest: Checkpoint, kept: Sequence[Checkpoin
     if beyond:
         raise refused("position-ahead", f"The view has read further than {newest.version}, the end of the log.")
     versions = [checkpoint.version for checkpoint in kept]
-    if position.version not in (NOWHERE, *versions) and any(version < position.version for version in versions):
+    # Of its epoch all are kept since the oldest; of an earlier one the last, though what came after it was trimmed.
+    known = [version for version in versions if version.epoch == position.version.epoch] or versions
+    if position.version not in (NOWHERE, *versions) and any(version < position.version for version in known):
         raise refused("position-ahead", f"The log has lost the state {position.version} that the view is at.")
 
 

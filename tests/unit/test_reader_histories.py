@@ -368,6 +368,12 @@ def history(monkeypatch: pytest.MonkeyPatch, seed: int) -> tuple[int, int]:
     return world.seen, world.refused
 
 
+@pytest.mark.parametrize("seed", [564, 1001])
+def test_what_was_found_stays_mended(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last state of an earlier epoch is there, and those after it were trimmed: a reader stops at one of these, a view is at one."""
+    history(monkeypatch, seed)
+
+
 def test_every_state_that_is_called_exact_is_one_that_the_writer_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """READER_SEEDS: how many histories; each is known by its number."""
     seen = refused = 0
