@@ -74,7 +74,7 @@ def equal(settings: Settings, capture: Running, looks: Looks, **tables: str) -> 
 @pytest.mark.parametrize("how", ["by and by", "at once"])
 @pytest.mark.parametrize("ddl", list(TAKEN_BACK.values()), ids=list(TAKEN_BACK))
 def test_what_was_written_before_it_was_taken_back(settings: Settings, looks: Looks, ddl: list[str], how: str) -> None:
-    rows = "INSERT INTO items SELECT i, 'a', 'b', '2024-01-01', 'glad', (1, 2) FROM generate_series(1, 3) i"
+    rows = "INSERT INTO items SELECT i, 'a', 'b', '2024-01-01', 'glad', (1, 2)::pair FROM generate_series(1, 3) i"
     prepare(settings, "CREATE TYPE mood AS ENUM ('sad', 'glad'); CREATE TYPE pair AS (a int, b int)", ITEMS, rows)
     with capturing(settings) as capture:
         capture.reach()
