@@ -45,7 +45,7 @@ LOOKED: dict[str, float] = {}
 
 
 def seeds() -> list[int]:
-    first, dash, last = os.environ.get("MIGRATIONS", "1,2").partition("-")
+    first, dash, last = os.environ.get("MIGRATIONS", "1").partition("-")
     return list(range(int(first), int(last) + 1)) if dash else [int(seed) for seed in first.split(",")]
 
 
@@ -317,7 +317,7 @@ def begin(lab: Lab) -> None:
 
 def live(settings: Settings, server: Postgres, seed: int) -> str:
     """Live through one history; return what went wrong, with all that was done."""
-    steps = history(seed, int(os.environ.get("MIGRATIONS_STEPS", "40")), AROUND)
+    steps = history(seed, int(os.environ.get("MIGRATIONS_STEPS", "15")), AROUND)
     with lab_of(settings, server, seed) as lab:
         begin(lab)
         with closing(Sessions(lab.settings)) as sessions:
