@@ -13,7 +13,8 @@ signs are chosen so that daily work is not taken for a change of rows:
   only of what is named Postgres refuses SET UNLOGGED, and after SET LOGGED nothing but the file tells that changes were not in the WAL;
 - a new partition that is empty changes nothing; one with rows may have brought them; so may one that was detached and attached again:
   another transaction has touched what links it to its root;
-- a partition of which the stream has rows belongs to its root's print at once (`Jobs.hold`): it may have come and gone between two looks;
+- a table whose rows the stream brings by a name belongs to that print at once (`Jobs.hold`): a partition may have come and gone between two
+  looks, or another table may have had the name;
 - changes of an unlogged or foreign partition are not in the WAL: its table cannot be exact until it is mended (see `writing`);
 - a label of an enum has an oid of its own: another label at the same one is a rename, and rows show it; so is one that another transaction
   has touched, for it may have been taken back. Added labels change no row;
@@ -41,7 +42,7 @@ from headrace_capture.published import UNLOGGED, published
 
 NO_KEY = "none"
 UNSEEN = -1
-"""The file of a partition of which the stream had rows before the catalogue showed it."""
+"""The file of a table that holds rows of one, as the stream said before the catalogue did."""
 
 
 class ColumnPrint(NamedTuple):
@@ -224,7 +225,8 @@ def _leaves(before: Fingerprint, after: Fingerprint) -> str:
     if before.kind != "p" or after.kind != "p":
         why = "with other columns" if before.columns != after.columns else ""
         why = why or ("and may have been unlogged meanwhile" if after.unnamed else "")
-        return f"it was written anew {why}" if old != new and why else ""
+        another = "rows of another table went by its name" if UNSEEN in old.values() else ""
+        return another or (f"it was written anew {why}" if old != new and why else "")
     if old.keys() - new.keys():
         return "a partition was detached or dropped"
     if new.keys() - old.keys() - after.empty or UNSEEN in old.values():

@@ -219,9 +219,9 @@ class Jobs:
             self._dirty_prints.add(table)
 
     def hold(self, table: str, oid: int) -> bool:
-        """Take note of a partition of which the stream has rows; return whether it was not among those that are known.
+        """Take note of what holds rows that come by this name; return whether it was not among what is known.
 
-        It may be gone when the catalogue is read next, with its rows or back to what it was, and was none before: nothing else would tell.
+        A partition may be gone when the catalogue is read next, or a table that had the name, and was not there before: nothing else tells.
         """
         known = self.prints.get(table)
         if known is None or oid in dict(known.leaves):

@@ -37,7 +37,7 @@ class Relations:
             table's first.
         moved: Is told, with each Relation message, the name, the oids of the tables that hold the rows, and the name that those of a
             partitioned one went by until now, or empty.
-        held: Is told the name by which the rows of a partition come, and its oid: Postgres tells its shape right after its root's.
+        held: Is told the name by which the rows of a table come, and its oid. A partition's shape Postgres tells right after its root's.
         root: The partitioned table whose shape was told last, if that of a partition must follow now.
     """
 
@@ -95,10 +95,7 @@ class Relations:
             if now is None and known is None:
                 return None  # a partition: its rows come in its root's name, which was told just before
         else:
-            oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
-            was = self.by_oid.get(relation.oid) if relation.oid not in oids else None
-            self.moved(f"{relation.schema}.{relation.name}", oids, was.name if was else "")
-            self.root = f"{relation.schema}.{relation.name}" if now and now.kind == "p" else ""
+            self._named(relation, now)
         dotted = "." in relation.schema
         if dotted or (now is None and known is None and not self._append_only(relation, known)):
             self._say(unpublished(f"{relation.schema}.{relation.name}", dotted=dotted))
@@ -123,6 +120,17 @@ class Relations:
         return Table(
             shape, self._log.topic_of(shape.table), plans, (self._log.settings.source, self._cut.source.database)
         )
+
+    def _named(self, relation: Relation, now: catalog.Table | None) -> None:
+        """Tell by which name the rows of which tables come from now on."""
+        name = f"{relation.schema}.{relation.name}"
+        oids = frozenset(leaf.oid for leaf in now.leaves) if now else frozenset({relation.oid})
+        was = self.by_oid.get(relation.oid) if relation.oid not in oids else None
+        self.moved(name, oids, was.name if was else "")
+        if now and now.kind == "p":
+            self.root = name
+        else:
+            self.held(name, relation.oid)
 
     def _append_only(self, relation: Relation, known: TableSchema | None) -> bool:
         """Whether a table without a key is one of those that are captured so (S10)."""

@@ -189,11 +189,9 @@ class Resnapshot:
             self._printed_at.update(dict.fromkeys(gone, time.monotonic()))
         if was != table and was in known:
             self.mark(was, f"rows of {table} went by its name", JOINED)
-        if table in known and known[table].kind == "r" and oids.isdisjoint(dict(known[table].leaves)):
-            self.mark(table, "rows of another table came by its name", JOINED)
 
     def held(self, table: str, oid: int) -> None:
-        """The stream has rows of a partition, by this name (see `Jobs.hold`). What that was by a name of its own lacks them."""
+        """The stream has rows of a partition, or another table, by this name (see `Jobs.hold`). By a name of its own that lacks them."""
         if self._jobs.hold(table, oid):
             self.moved(table, frozenset({oid}), "")
             self._printed_at[table] = time.monotonic()
