@@ -21,8 +21,8 @@ from headrace_capture.live import LiveKeys
 from headrace_ops import Stack
 from tests.fixtures.capture import capturing, changes, eventually, execute, now, prepare, replay, selected
 from tests.fixtures.processes import System
+from tests.fixtures.resnapshots import ask, done
 from tests.fixtures.slots import await_free, is_read
-from tests.integration.test_resnapshot import ask, done
 
 T = "public.items"
 

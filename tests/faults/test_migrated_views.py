@@ -34,7 +34,7 @@ from headrace.settings import Settings, environment
 from tests.fixtures import migrated
 from tests.fixtures.capture import capturing, eventually, execute, prepare
 from tests.fixtures.migrated_sources import Edits
-from tests.integration.test_verify import found
+from tests.fixtures.verified import found
 
 SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
 ROUNDS = int(os.environ.get("SOAK_MIGRATIONS", "1"))

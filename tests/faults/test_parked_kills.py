@@ -18,7 +18,7 @@ from tests.fixtures.feed import ITEMS, Feed
 from tests.fixtures.parked import AFTER, BEFORE, FILE, applied, forbid
 from tests.fixtures.plain import Plain
 from tests.fixtures.processes import System
-from tests.integration.test_parked import FILMS, ONE, TWO, documents_or_none, parked
+from tests.fixtures.shelf import FILMS, ONE, TWO, documents_or_none, parked
 
 
 def start(system: System, name: str, cls: str) -> None:

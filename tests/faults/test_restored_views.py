@@ -25,8 +25,8 @@ from headrace.stores.redis import RedisPages
 from tests.fixtures.capture import capturing, eventually, execute, prepare
 from tests.fixtures.debounced import MAKE, Carts
 from tests.fixtures.serving import await_live, serving
+from tests.fixtures.verified import SHOP, Found, Products, found
 from tests.integration.test_debounce import Pages, made_wait
-from tests.integration.test_verify import SHOP, Found, Products, found
 
 pytestmark = pytest.mark.usefixtures("elasticsearch", "redis_server")
 

@@ -28,8 +28,8 @@ from tests.fixtures.capture import capturing, eventually, execute, prepare, rows
 from tests.fixtures.disk import Disk
 from tests.fixtures.processes import System
 from tests.fixtures.serving import await_live, serving
+from tests.fixtures.statuses import status
 from tests.fixtures.ticks import MAKE, TICK, TicksFound, TicksPages
-from tests.integration.test_status import status
 
 MORE = "INSERT INTO ticks SELECT i, 0 FROM generate_series(1000, 1400) i"
 WIDE = "ALTER TABLE ticks ADD COLUMN wide text"

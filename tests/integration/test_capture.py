@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
 
-from headrace.change import Checkpoint, format_lsn, parse_lsn
+from headrace.change import parse_lsn
 from headrace.log import CutWriter, Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
-from headrace_capture import catalog, stream
+from headrace_capture import catalog
 from headrace_shop.edits import Made
 from headrace_shop.writes import commit
-from tests.fixtures.capture import (
-    capturing,
-    changes,
-    eventually,
-    execute,
-    prepare,
-    reached,
-    refused,
-    replay,
-    rows,
-    selected,
-)
+from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, reached, replay, rows, selected
 from tests.fixtures.serving import said
-from tests.integration.test_resnapshot_order import waiting
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, n int)"
 T = "public.items"
@@ -63,28 +49,6 @@ def test_snapshot_then_stream_is_the_table(settings: Settings, monkeypatch: pyte
     assert {change.op for change in changes(settings, T)} == {"r", "c", "u", "d"}
 
 
-def test_a_checkpoint_ends_every_cut_and_names_the_ends(settings: Settings) -> None:
-    """`ends` is where the topic ends, versions never fall, and Postgres is told no more than a checkpoint covers (S4)."""
-    prepare(settings, ITEMS)
-    log = Log(settings)
-    ends: list[list[int]] = []
-    with capturing(settings) as capture:
-        capture.reach()
-        for n in range(5):
-            execute(settings, f"INSERT INTO items VALUES ({n}, 'x', {n})")
-            ends.append(capture.reach().ends[log.topic_of(T)])
-            eventually("Kafka says so", lambda: log.ends(T) == [end + 1 for end in ends[-1]])  # the commit's marker
-    checkpoints = list(log.checkpoints())
-    assert [c.version for c in checkpoints] == sorted(c.version for c in checkpoints)
-    told = [c.ends.get(log.topic_of(T), [0]) for c in checkpoints]
-    assert [end for end, _ in groupby(told) if any(end)] == ends, "one for each commit"
-    newest = checkpoints[-1]
-    (confirmed,) = rows(
-        settings, f"SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
-    )[0]
-    assert parse_lsn(confirmed) <= newest.version.lsn
-
-
 def test_deletes_and_their_tombstones_stand_next_to_each_other(settings: Settings) -> None:
     """A delete is a `d` record and then a tombstone, both with the headers of the change."""
     prepare(settings, ITEMS, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 50) i")
@@ -101,104 +65,6 @@ def test_deletes_and_their_tombstones_stand_next_to_each_other(settings: Setting
             assert before.headers == record.headers
             assert before.offset + 1 == record.offset
     assert sum(record.value is None for record in records) == 50
-
-
-def test_an_empty_cut_follows_what_is_not_captured(settings: Settings) -> None:
-    """An idle source's WAL is confirmed, and the token of a transaction without captured tables is reached (S4)."""
-    settings = replace(settings, heartbeat_ms=0)  # a heartbeat is a transaction that is in the stream
-    prepare(settings, ITEMS)
-    execute(settings, "CREATE TABLE other (id int)")
-    with capturing(settings) as capture:
-        capture.reach()
-        for n in range(3):
-            execute(settings, f"INSERT INTO other VALUES ({n})")
-            checkpoint = capture.reach()
-            assert checkpoint.xid == 0
-        slot = f"SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
-        eventually("Postgres is told", lambda: parse_lsn(rows(settings, slot)[0][0]) >= checkpoint.version.lsn)
-
-
-def test_empty_cuts_come_at_most_every_100_ms(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two hundred commits of uncaptured tables in a row do not make two hundred checkpoints."""
-    monkeypatch.setattr(stream, "_IDLE_SECONDS", 1.0)  # as capture has it
-    prepare(settings, ITEMS)
-    execute(settings, "CREATE TABLE other (id int)")
-    with capturing(settings) as capture:
-        capture.reach()
-
-        def empties() -> list[Checkpoint]:
-            execute(settings, *["INSERT INTO other VALUES (1)"] * 20)
-            return [c for c in Log(settings).checkpoints() if c.xid == 0 and c.snapshot is None]
-
-        for _ in range(10):
-            empties()
-        eventually("some come", lambda: len(empties()) > 3)
-        capture.reach()
-    empty = empties()
-    assert all(later.appended - earlier.appended >= 90 for earlier, later in pairwise(empty))
-
-
-def partials(settings: Settings) -> list[tuple[int, int]]:
-    """Return for each cut that ended inside a transaction the ordinal where, and when its checkpoint came, ms."""
-    return [(c.partial[1], c.appended) for c in Log(settings).checkpoints() if c.partial]
-
-
-def test_a_transaction_that_takes_long_is_cut_by_the_clock(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few rows there are by then: who reads its partitions would wait for all of it (S5)."""
-    monkeypatch.setattr(stream, "LONGEST_SECONDS", 0.1)
-    settings = replace(settings, cut_records=10**9)
-    prepare(settings, ITEMS)
-    with capturing(settings) as capture:
-        capture.reach()
-        execute(settings, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 100000) i")
-        capture.reach()
-    found = partials(settings)
-    assert len(found) > 1, "it took a second or so"
-    assert all(later[1] - earlier[1] >= 90 for earlier, later in pairwise(found))
-    assert len(replay(settings, T)) == 100_000
-
-
-def test_a_transaction_of_which_no_more_comes_for_a_while_is_cut_by_the_clock(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Postgres sends a part of it, and then nothing: what has come does not wait for the rest (S5)."""
-    monkeypatch.setattr(stream, "LONGEST_SECONDS", 3.0)
-    prepare(settings, ITEMS)
-    sender = f"SELECT active_pid FROM pg_replication_slots WHERE slot_name = '{settings.slot}'"
-    with capturing(settings) as capture:
-        capture.hear("streaming")
-        capture.reach()
-        ((pid,),) = rows(settings, sender)
-        execute(settings, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 300000) i")
-        capture.eventually("it has begun", lambda: partials(settings))
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            full = settings.cut_records
-            capture.eventually("that is cut", lambda: any(ordinal % full for ordinal, _ in partials(settings)), 20)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        capture.reach()
-    assert len(replay(settings, T)) == 300_000
-
-
-def test_a_transaction_larger_than_a_cut_spans_several(settings_of_small_cuts: Settings) -> None:
-    """Their checkpoints say partial and keep the LSN; the last one does not (S5)."""
-    settings = settings_of_small_cuts
-    prepare(settings, ITEMS)
-    with capturing(settings) as capture:
-        capture.reach()
-        execute(settings, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 95) i")
-        capture.reach()
-    partial = [c for c in Log(settings).checkpoints() if c.partial]
-    assert [c.partial[1] for c in partial if c.partial] == list(range(10, 91, 10))
-    assert len({c.version for c in partial}) == 1
-    assert len(replay(settings, T)) == 95
-
-
-@pytest.fixture
-def settings_of_small_cuts(settings: Settings) -> Settings:
-    """Settings with cuts of ten records."""
-    return replace(settings, cut_records=10)
 
 
 def test_stopped_and_started_it_goes_on(settings: Settings) -> None:
@@ -399,159 +265,6 @@ def test_s25_a_token_is_beyond_its_commit_where_an_lsn_from_inside_is_reached_wi
     assert checkpoint.version.epoch == ours.version.epoch == 1
 
 
-# S8, S9: keys
-
-
-def test_s8_under_full_the_key_is_the_catalogues(settings: Settings) -> None:
-    """FULL flags all columns as key in Relation; a changed value of another column is no changed key."""
-    prepare(
-        settings,
-        "CREATE TABLE items (b int, name text, a int, PRIMARY KEY (a, b))",
-        "ALTER TABLE items REPLICA IDENTITY FULL",
-    )
-    with capturing(settings) as capture:
-        capture.hear("streaming")
-        execute(
-            settings,
-            "INSERT INTO items VALUES (1, 'x', 2)",
-            "UPDATE items SET name = 'y'",
-            "UPDATE items SET a = 3",
-            "DELETE FROM items",
-        )
-        capture.reach()
-    assert [(c.op, c.key) for c in changes(settings, T) if c.row is not None or c.op == "d"][:3] == [
-        ("c", b'{"a":2,"b":1}'),
-        ("u", b'{"a":2,"b":1}'),
-        ("d", b'{"a":2,"b":1}'),
-    ]
-    assert replay(settings, T) == {}
-
-
-def test_s9_a_deferrable_key_is_no_key(settings: Settings) -> None:
-    """The table is left out with a warning; the others go on."""
-    prepare(settings, ITEMS)
-    execute(
-        settings,
-        "CREATE TABLE shifted (id int PRIMARY KEY DEFERRABLE)",
-        f"ALTER PUBLICATION {settings.publication} ADD TABLE shifted",
-    )
-    with capturing(settings) as capture:
-        assert "deferrable" in capture.hear("public.shifted is left out")
-        execute(settings, "INSERT INTO shifted VALUES (1)", "INSERT INTO items VALUES (1, 'x', 1)")
-        capture.reach()
-    assert Log(settings).tables() == [T]
-
-
-def test_a_table_without_a_key_is_left_out_with_what_to_do(settings: Settings) -> None:
-    """Named in the warning, with the statement."""
-    prepare(settings, ITEMS)
-    execute(settings, "CREATE TABLE loose (n int)", f"ALTER PUBLICATION {settings.publication} ADD TABLE loose")
-    with capturing(settings) as capture:
-        assert "ALTER TABLE public.loose ADD PRIMARY KEY" in capture.hear("public.loose is left out")
-
-
-# S11: TRUNCATE
-
-
-@pytest.mark.parametrize("cut_records", [10, 20_000])
-def test_s11_truncate_is_a_delete_for_each_live_key(settings: Settings, cut_records: int) -> None:
-    """In bounded cuts, whole with its transaction, with rows before and after it in the same one."""
-    settings = replace(settings, cut_records=cut_records)
-    prepare(settings, ITEMS, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 35) i")
-    with capturing(settings) as capture:
-        capture.hear("streaming")
-        execute(
-            settings,
-            "BEGIN; INSERT INTO items VALUES (100, 'before', 1); TRUNCATE items; INSERT INTO items VALUES (5, 'after', 1); COMMIT",
-        )
-        capture.reach()
-    dead = [c for c in changes(settings, T) if c.row is None]
-    assert len(dead) == 2 * 36
-    assert {c.ordinal for c in dead} == {2}
-    assert replay(settings, T) == selected(settings, T)
-
-
-def test_s11_capture_that_is_asked_to_stop_amid_a_truncate_stops(settings: Settings) -> None:
-    """At the end of a cut, not when all is deleted; the next one goes on there, and each key is deleted once."""
-    rows = 20_000
-    settings = replace(settings, cut_records=100)
-    prepare(settings, ITEMS, f"INSERT INTO items SELECT i, 'x', i FROM generate_series(1, {rows}) i")
-    with capturing(settings) as capture:
-        capture.hear("streaming")
-        execute(settings, "BEGIN; TRUNCATE items; INSERT INTO items VALUES (5, 'after', 1); COMMIT")
-        capture.eventually("it deletes", lambda: any(c.partial for c in Log(settings).checkpoints()))
-    assert replay(settings, T).keys() > {b'{"id":5}'}
-    with capturing(settings) as capture:
-        capture.reach()
-    assert len([c for c in changes(settings, T) if c.row is None]) == 2 * rows
-    assert replay(settings, T) == selected(settings, T)
-
-
-# S14: sessions
-
-
-def test_s14_the_servers_settings_do_not_shape_values(settings: Settings) -> None:
-    """A database that prints dates, intervals, floats, bytes and money in its own way: snapshot and stream say the same."""
-    name = settings.dsn.rpartition("/")[2]
-    odd = {
-        "DateStyle": "German",
-        "IntervalStyle": "sql_standard",
-        "TimeZone": "Asia/Tokyo",
-        "extra_float_digits": "-3",
-        "bytea_output": "escape",
-    }
-    execute(settings, *[f"ALTER DATABASE {name} SET {setting} = '{value}'" for setting, value in odd.items()])
-    values = "'2024-02-03 04:05:06.7+00', '2024-02-03', '1 day 2 hours', 0.1::float8 + 0.2, '\\x00ff'"
-    prepare(
-        settings,
-        "CREATE TABLE items (id int PRIMARY KEY, at timestamptz, day date, took interval, f float8, raw bytea)",
-        f"INSERT INTO items VALUES (1, {values})",
-    )
-    with capturing(settings) as capture:
-        capture.hear("streaming")
-        execute(settings, f"INSERT INTO items VALUES (2, {values})")
-        capture.reach()
-    first, second = ({k: v for k, v in row.items() if k != "id"} for row in replay(settings, T).values())
-    assert (
-        first
-        == second
-        == {
-            "at": "2024-02-03T04:05:06.7+00:00",
-            "day": "2024-02-03",
-            "took": "1 day 02:00:00",
-            "f": 0.30000000000000004,
-            "raw": "AP8=",
-        }
-    )
-
-
-@pytest.mark.parametrize("connect", [catalog.connect, catalog.connect_replication])
-def test_s14_every_connection_sets_what_shapes_a_value(
-    settings: Settings, connect: Callable[[str], catalog.Connection]
-) -> None:
-    """Money too. Whether a server has a locale with other money depends on its machine; C and POSIX print the same, and all have both."""
-    name = settings.dsn.rpartition("/")[2]
-    odd = {"lc_monetary": "POSIX", "DateStyle": "German", "row_security": "on", "search_path": "public"}
-    execute(settings, *[f"ALTER DATABASE {name} SET {setting} = '{value}'" for setting, value in odd.items()])
-    assert rows(settings, "SHOW lc_monetary") == [("POSIX",)]
-    with closing(connect(settings.dsn)) as connection:
-        said = {setting: connection.execute(f"SHOW {setting}".encode()).fetchone() for setting in odd}
-    assert said == {"lc_monetary": ("C",), "DateStyle": ("ISO, MDY",), "row_security": ("off",), "search_path": ("",)}
-
-
-def test_s14_row_security_is_an_error_not_an_empty_snapshot(settings: Settings) -> None:
-    """COPY by a role under row security shows no rows and no error; row_security=off makes it refuse."""
-    role = f"r_{settings.source}"
-    prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 'hidden', 1)", "ALTER TABLE items ENABLE ROW LEVEL SECURITY")
-    execute(settings, f"CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'x'", f"GRANT SELECT ON items TO {role}")
-    try:
-        error = refused(replace(settings, dsn=settings.dsn.replace("//postgres@", f"//{role}:x@")))
-        assert error.code == "postgres-rights"
-        assert "row-level security" in error.message
-    finally:
-        execute(settings, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
-
-
 # S12, S13: shapes
 
 
@@ -613,68 +326,3 @@ def test_a_table_that_joins_the_publication_is_read_by_itself(settings: Settings
         assert capture.reach().inexact == ()
     for name in ("busy", "idle"):
         assert replay(settings, f"public.{name}") == selected(settings, name)
-
-
-# S17: heartbeat
-
-
-def test_s17_a_heartbeat_moves_an_idle_source(settings: Settings) -> None:
-    """With nobody writing, checkpoints go on, and a change right after a heartbeat survives a restart (dbz#2058)."""
-    settings = replace(settings, heartbeat_ms=100)
-    prepare(settings, ITEMS)
-    with capturing(settings) as capture:
-        start = capture.reach().version.lsn
-        eventually(
-            "a heartbeat to be a cut of its own",
-            lambda: any(c.xid and c.version.lsn > start for c in Log(settings).checkpoints()),
-        )
-        execute(settings, "SELECT pg_logical_emit_message(true, 'headrace', '')")
-        capture.reach()  # capture goes on from behind a message
-    emit = "SELECT pg_logical_emit_message(true, 'headrace', '')"
-    execute(settings, emit, "INSERT INTO items VALUES (1, 'after', 1)")
-    with capturing(settings) as capture:
-        capture.reach()
-    assert [c.key for c in changes(settings, T)] == [b'{"id":1}'], format_lsn(start)
-
-
-@pytest.mark.parametrize("heartbeat_ms", [200, 0])
-def test_s4_the_wal_of_an_idle_database_is_let_go_while_its_neighbours_write(
-    settings: Settings, fresh_database: Callable[[], str], heartbeat_ms: int
-) -> None:
-    """The slot needs nothing of what another database on the same server writes; held back, it fills the server's disk."""
-    settings = replace(settings, heartbeat_ms=heartbeat_ms)
-    prepare(settings, ITEMS)
-    slot = "SELECT restart_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
-    with capturing(settings) as capture, psycopg.connect(fresh_database(), autocommit=True) as neighbour:
-        capture.reach()
-        neighbour.execute("CREATE TABLE busy (t text)")
-        began = neighbour.execute("SELECT pg_current_wal_lsn()::text").fetchone()
-
-        def let_go() -> bool:
-            neighbour.execute("INSERT INTO busy SELECT repeat('x', 1000) FROM generate_series(1, 2000)")
-            neighbour.execute(
-                "SELECT pg_log_standby_snapshot()"
-            )  # Postgres does it every 15 s: only then can a slot move on
-            held = neighbour.execute(slot, [settings.slot]).fetchone()
-            return bool(held and began) and parse_lsn(held[0]) > parse_lsn(began[0]) + 4_000_000
-
-        eventually("Postgres may remove it", let_go)
-        assert capture.reach().version.lsn > parse_lsn(began[0]) + 4_000_000
-
-
-def test_s17_a_heartbeat_that_hangs_does_not_stop_the_stream(settings: Settings) -> None:
-    """Its commit waits for a standby that is away, longer than its timeout; who does not wait for one is in the log all the same."""
-    settings = replace(settings, heartbeat_ms=100)
-    prepare(settings, ITEMS)
-    hangs = f"datname = '{settings.source}' AND wait_event = 'SyncRep' AND application_name = 'headrace heartbeat'"
-    with capturing(settings) as capture:
-        capture.hear("streaming")
-        with waiting(settings, "INSERT INTO items VALUES (1, 'waits', 1)"):
-            query = f"SELECT pid FROM pg_stat_activity WHERE {hangs} AND clock_timestamp() - query_start > '6 s'"
-            hanging = capture.eventually("the heartbeat hangs", lambda: rows(settings, query))
-            execute(settings, "SET synchronous_commit = local; INSERT INTO items VALUES (2, 'does not', 2)")
-            capture.reach()
-            assert rows(settings, query) == hanging
-            assert [c.key for c in changes(settings, T)] == [b'{"id":1}', b'{"id":2}']
-        beyond = capture.reach().version.lsn
-        reached(settings, beyond + 1)

@@ -28,12 +28,12 @@ from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import Running, eventually, execute, now, rows
 from tests.fixtures.migrations import Migrations
 from tests.fixtures.mortal import Died, Life, MortalLog
+from tests.fixtures.resnapshots import jobs
 from tests.fixtures.sessions import Sessions, Step, history
 from tests.fixtures.stack import drop_database
 from tests.fixtures.states import State, difference, newest_shape, of_log, of_postgres, states_of
 from tests.fixtures.versions import NEWEST
 from tests.fixtures.writes import IDENTIFIED, MADE, MOOD, TABLES
-from tests.integration.test_resnapshot import jobs
 
 pytestmark = pytest.mark.usefixtures("often")
 

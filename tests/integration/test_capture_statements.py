@@ -4,55 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
-from collections import Counter
 from contextlib import ExitStack, suppress
-from itertools import groupby, pairwise
 
-import orjson
 import psycopg
 import pytest
 
-from headrace.change import DELETE
 from headrace.log import Log
 from headrace.settings import Settings
-from tests.fixtures.capture import capturing, changes, execute, loopback, prepare, replay, rows, selected
+from tests.fixtures.capture import capturing, execute, loopback, prepare, replay, rows, selected
+from tests.fixtures.statements import ITEMS, ROWS, TABLES, equal, numbered, play, play_while_captured
 from tests.fixtures.versions import NEWEST
 
-ITEMS = "CREATE TABLE items (id int PRIMARY KEY, n int, name text)"
 OTHERS = "CREATE TABLE others (id int PRIMARY KEY, item int REFERENCES items ON DELETE CASCADE ON UPDATE CASCADE)"
-ROWS = [
-    "INSERT INTO items SELECT i, i, 'x' FROM generate_series(1, 40) i",
-    "INSERT INTO others SELECT i, i FROM generate_series(1, 20) i",
-]
-TABLES = ("items", "others")
-
-
-def play(settings: Settings, script: str) -> None:
-    """Run a script, each line in the session that its first word names; `{source}` is a name of the test's own."""
-    with ExitStack() as ending:
-        sessions: dict[str, psycopg.Connection] = {}
-        for line in script.replace("{source}", settings.source).strip().splitlines():
-            name, _, statement = line.strip().partition(" ")
-            if name not in sessions:
-                sessions[name] = ending.enter_context(
-                    psycopg.connect(settings.dsn, autocommit=True, options="-c lock_timeout=9s")
-                )
-            sessions[name].execute(statement.encode())
-
-
-def equal(settings: Settings, *tables: str, script: str = "") -> None:
-    """Every table replayed is the table selected, and every transaction is one run of the log, in commit order."""
-    for table in tables or TABLES:
-        assert replay(settings, f"public.{table}") == selected(settings, table), script
-        log = changes(settings, f"public.{table}")
-        assert [version for version, _ in groupby(log, key=lambda c: c.version)] == sorted({c.version for c in log})
-        assert all(a.ordinal <= b.ordinal for a, b in pairwise(log) if a.version == b.version and a.xid)
-        times = Counter((change.version, change.ordinal, change.key, change.op) for change in log)
-        # A delete has two records: its own and the tombstone.
-        assert all(many == (2 if op == DELETE else 1) for (*_, op), many in times.items()), script
-
-
 SCRIPTS = {
     "truncate of several": """
         a BEGIN
@@ -154,13 +117,6 @@ SCRIPTS = {
         c ROLLBACK PREPARED '{source}_never'
     """,
 }
-
-
-def numbered(number: int, *statements: str) -> list[str]:
-    """Return statements about tables of their own, so that many scripts can share one capture."""
-    return [
-        re.sub(r"\b(items|others|fresh|docs|docs_code)\b", rf"\g<1>{number}", statement) for statement in statements
-    ]
 
 
 @pytest.mark.parametrize("each_postgres", ["15", NEWEST], indirect=True)
@@ -323,21 +279,6 @@ def test_ddl_among_the_changes(settings: Settings, late: bool) -> None:
         compared(settings, numbered(number, *TABLES, "fresh"), name)
 
 
-def play_while_captured(settings: Settings, scripts: list[str], *, late: bool) -> None:
-    """Let capture see the snapshot, then the scripts: at once, or when all of them are over."""
-    with capturing(settings) as capture:
-        capture.hear("streaming")
-        if late:
-            capture.stop()
-        for script in scripts:
-            play(settings, script)
-        if not late:
-            capture.reach()
-    if late:
-        with capturing(settings) as capture:
-            capture.reach()
-
-
 def compared(settings: Settings, tables: list[str], script: str) -> None:
     """Rows from before a nullable column was added lack it in the log: null, as Postgres shows it; of a dropped one nothing is read."""
     for table in tables:
@@ -373,87 +314,3 @@ def test_unlogged_temporary_and_foreign_tables_are_ignored(settings: Settings) -
         capture.reach()
     assert Log(settings).tables() == ["public.items"]
     equal(settings, "items")
-
-
-IDENTITIES = ("DEFAULT", "USING INDEX docs_code", "FULL")
-LARGE = "repeat(md5('{}'), 200)"
-DOCS = [
-    "CREATE TABLE docs (id int PRIMARY KEY, code text NOT NULL, n int, big text, other text)",
-    "CREATE UNIQUE INDEX docs_code ON docs (code)",
-    "ALTER TABLE docs ALTER big SET STORAGE EXTERNAL, ALTER other SET STORAGE EXTERNAL",
-    "INSERT INTO docs SELECT i, 'c' || i, 0, repeat(md5(i::text), 200), repeat(md5('o' || i), 200) FROM generate_series(1, 4) i",
-]
-UNCHANGED = """
-    a INSERT INTO docs VALUES (10, 'c10', 0, {1}, {2})
-    a UPDATE docs SET n = 1
-    a UPDATE docs SET big = {3} WHERE id = 1
-    a UPDATE docs SET n = 2 WHERE id = 1
-    a UPDATE docs SET id = id + 100
-    a UPDATE docs SET code = code || 'x'
-    a BEGIN
-    a UPDATE docs SET other = {4} WHERE id = 102
-    a UPDATE docs SET n = 3
-    a UPDATE docs SET code = code || 'y', n = 4
-    a COMMIT
-    a BEGIN
-    a UPDATE docs SET big = 'small' WHERE id = 103
-    a SAVEPOINT s
-    a UPDATE docs SET big = {5}
-    a ROLLBACK TO s
-    a UPDATE docs SET n = 5
-    a COMMIT
-    a DELETE FROM docs WHERE id = 102
-    a UPDATE docs SET n = 6
-""".format(*[LARGE.format(n) for n in range(6)])
-
-
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-def test_values_left_alone_are_whole_under_each_replica_identity(settings: Settings, late: bool) -> None:
-    """Two large values, either of them left alone; also when capture comes after all of it."""
-    chosen = [f"ALTER TABLE docs REPLICA IDENTITY {identity}" for identity in IDENTITIES]
-    tables = [numbered(number, *DOCS, identity) for number, identity in enumerate(chosen)]
-    prepare(settings, *itertools.chain(*tables))
-    execute(settings, *numbered(0, chosen[0]))  # setup gave it FULL
-    play_while_captured(settings, [*itertools.chain(*[numbered(number, UNCHANGED) for number in range(3)])], late=late)
-    for number, key in enumerate(("id", "code", "id")):
-        assert replay(settings, f"public.docs{number}") == selected(settings, f"docs{number}", key), IDENTITIES[number]
-
-
-def test_with_replica_identity_nothing_inserts_go_on(settings: Settings) -> None:
-    """Postgres refuses UPDATE and DELETE of such a published table; what it still takes is in the log."""
-    prepare(settings, ITEMS, *ROWS[:1])
-    with capturing(settings) as capture:
-        capture.hear("streaming")
-        execute(settings, "ALTER TABLE items REPLICA IDENTITY NOTHING", "INSERT INTO items VALUES (50, 5, 'n')")
-        capture.reach()
-        equal(settings, "items")
-        execute(settings, "TRUNCATE items", "INSERT INTO items VALUES (51, 5, 'n')")
-        capture.reach()
-    equal(settings, "items")
-
-
-def test_a_replica_identity_index_is_the_key_of_a_table_without_a_primary_key(settings: Settings) -> None:
-    """The table has lost a column, gained one, and counts by itself; keys change and go."""
-    prepare(
-        settings,
-        "CREATE TABLE loose (gone int, code text NOT NULL, part int NOT NULL, n int GENERATED ALWAYS AS IDENTITY)",
-        "CREATE UNIQUE INDEX by_code ON loose (part, code); ALTER TABLE loose REPLICA IDENTITY USING INDEX by_code",
-        "INSERT INTO loose SELECT i, 'c' || i, i % 3 FROM generate_series(1, 20) i",
-        "ALTER TABLE loose DROP COLUMN gone, ADD COLUMN more text",
-    )
-    with capturing(settings) as capture:
-        capture.hear("streaming")
-        execute(
-            settings,
-            "INSERT INTO loose VALUES ('new', 1, DEFAULT, 'm')",
-            "UPDATE loose SET more = code WHERE part = 1",
-            "UPDATE loose SET code = code || '!', part = 9 WHERE part = 2",
-            "DELETE FROM loose WHERE part = 0",
-            "ALTER TABLE loose DROP COLUMN n",
-            "UPDATE loose SET more = 'last' WHERE part = 9",
-        )
-        capture.reach()
-    keyed = "SELECT json_build_object('part', part, 'code', code), row_to_json(l) FROM loose l"
-    wanted = {orjson.dumps(key): row for key, row in rows(settings, keyed)}
-    log = replay(settings, "public.loose")
-    assert {key: {name: row.get(name) for name in ("code", "part", "more")} for key, row in log.items()} == wanted

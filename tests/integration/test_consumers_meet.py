@@ -33,8 +33,8 @@ from headrace_verify.postgres import connect
 from headrace_verify.verify import Verifier
 from headrace_warehouse import Warehouse
 from tests.fixtures.capture import Running, capturing, eventually, execute, now, prepare, rows
+from tests.fixtures.resnapshots import ask, done
 from tests.fixtures.serving import serving
-from tests.integration.test_resnapshot import ask, done
 
 SCHEMA = (Path(headrace_shop.__file__).parent / "sql/schema.sql").read_text()
 ROWS = [

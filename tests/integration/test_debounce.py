@@ -24,7 +24,7 @@ from tests.fixtures import debounced
 from tests.fixtures.capture import capturing, eventually, execute, now, prepare, rows
 from tests.fixtures.debounced import Carts
 from tests.fixtures.serving import await_live, serving
-from tests.integration.test_verify import found, loaded
+from tests.fixtures.verified import found, loaded
 
 pytestmark = pytest.mark.usefixtures("redis_server")
 

@@ -23,7 +23,7 @@ from headrace_capture.progress import Progress
 from headrace_capture.published import row_filters
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, rows, selected
 from tests.fixtures.mortal import Died, DyingOfCuts, Life
-from tests.integration.test_resnapshot import ask, jobs
+from tests.fixtures.resnapshots import ask, jobs
 
 
 @pytest.fixture

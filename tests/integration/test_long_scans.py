@@ -15,7 +15,7 @@ from headrace.log import CutWriter, Log
 from headrace.settings import Settings
 from headrace_capture import known, live, snapshot, spool, stream, writing
 from tests.fixtures.capture import capturing, execute, prepare, refused, replay, selected
-from tests.integration.test_resnapshot import T, ask, done, unseen
+from tests.fixtures.resnapshots import T, ask, done, unseen
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
 OTHERS = "CREATE TABLE others (id int PRIMARY KEY, no int)"

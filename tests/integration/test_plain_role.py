@@ -18,8 +18,8 @@ from headrace.settings import Settings, environment
 from headrace_capture import catalog, setup
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import capturing, changes, eventually, execute, replay, rows, selected
-from tests.integration.test_resnapshot import ask
-from tests.integration.test_silent_changes import exact
+from tests.fixtures.resnapshots import ask
+from tests.fixtures.silent import exact
 
 pytestmark = pytest.mark.usefixtures("often")
 

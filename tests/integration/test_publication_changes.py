@@ -16,9 +16,9 @@ from headrace.settings import Settings, environment
 from headrace_capture import attention, catalog, setup
 from headrace_capture.recovery import recover
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, refused, replay, rows, selected
+from tests.fixtures.resnapshots import ask, jobs, phases
+from tests.fixtures.silent import fingerprint
 from tests.fixtures.slots import await_free
-from tests.integration.test_resnapshot import ask, jobs, phases
-from tests.integration.test_silent_changes import fingerprint
 
 pytestmark = pytest.mark.usefixtures("often")
 

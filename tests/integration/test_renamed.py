@@ -9,8 +9,8 @@ import pytest
 from headrace.settings import Settings
 from headrace_capture import attention, resnapshot
 from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, selected
-from tests.integration.test_resnapshot import jobs
-from tests.integration.test_silent_changes import HIGH, ITEMS, LOW, PARTS, ROWS, fingerprint
+from tests.fixtures.resnapshots import jobs
+from tests.fixtures.silent import HIGH, ITEMS, LOW, PARTS, ROWS, fingerprint
 
 pytestmark = pytest.mark.usefixtures("often")
 

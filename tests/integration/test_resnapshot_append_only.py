@@ -32,9 +32,9 @@ from tests.fixtures.capture import (
 )
 from tests.fixtures.disk import no_room
 from tests.fixtures.mortal import DyingOfCuts, Life
+from tests.fixtures.resnapshots import ask, done, jobs, phases, reporting, unnoticed
 from tests.fixtures.slots import drop_slot
 from tests.integration.test_capture_append_only import EVENTS, SOME, T, equal, prepare_append_only
-from tests.integration.test_resnapshot import ask, done, jobs, phases, reporting, unnoticed
 from tests.integration.test_resnapshot_order import waiting
 
 MANY = "INSERT INTO events SELECT 'many', i, NULL FROM generate_series(1, 3000) i"

@@ -22,9 +22,9 @@ from tests.fixtures.capture import (
     spawn,
 )
 from tests.fixtures.mortal import Life
+from tests.fixtures.resnapshots import Load, ask, done, jobs, unnoticed, unseen
 from tests.integration.test_avro import ANYTHING, BACKWARD, client, subject, values
 from tests.integration.test_capture_append_only import EVENTS, T, equal, prepare_append_only
-from tests.integration.test_resnapshot import Load, ask, done, jobs, unnoticed, unseen
 from tests.integration.test_resnapshot_append_only import MANY, DyingOfCuts
 
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int, j jsonb, d int[], f float8)"

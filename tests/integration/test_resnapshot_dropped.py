@@ -13,7 +13,7 @@ from headrace.settings import Settings
 from headrace_capture import resnapshot as beside
 from headrace_capture.resnapshot_cli import resnapshot
 from tests.fixtures.capture import Running, capturing, eventually, execute, prepare, replay, selected
-from tests.integration.test_resnapshot import ITEMS, T, ask, commands, done, jobs, phases, reporting
+from tests.fixtures.resnapshots import ITEMS, T, ask, commands, done, jobs, phases, reporting
 
 __all__ = ["commands"]
 

@@ -15,7 +15,7 @@ import pytest
 
 from headrace.settings import Settings
 from tests.fixtures.capture import Running, capturing, changes, eventually, execute, prepare, replay, rows, selected
-from tests.integration.test_resnapshot import ask, done, jobs
+from tests.fixtures.resnapshots import ask, done, jobs
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"

@@ -14,8 +14,8 @@ from headrace.settings import Settings
 from headrace_capture import resnapshot, watermarks
 from headrace_capture.catalog import Connection
 from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, rows, selected
-from tests.integration.test_resnapshot import ask, done, jobs
-from tests.integration.test_silent_changes import HIGH, LOW, PARTS, ROWS, T, fingerprint
+from tests.fixtures.resnapshots import ask, done, jobs
+from tests.fixtures.silent import HIGH, LOW, PARTS, ROWS, T, fingerprint
 
 pytestmark = pytest.mark.usefixtures("often")
 

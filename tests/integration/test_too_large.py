@@ -21,7 +21,7 @@ from headrace_ops import guard
 from headrace_ops.elasticsearch import Elasticsearch
 from tests.fixtures.capture import eventually, execute
 from tests.fixtures.parked import Unlucky
-from tests.integration.test_parked import await_parked, differing, documents, films, parked, retried
+from tests.fixtures.shelf import await_parked, differing, documents, films, parked, retried
 from tests.integration.test_store_elasticsearch import at
 
 LARGE, HEAVY, WIDE = 2_000_000, 900_000, 300_000

@@ -21,9 +21,9 @@ from headrace_verify.postgres import connect, without_key
 from headrace_verify.verify import Verifier
 from tests.fixtures.capture import capturing, eventually, execute, now, prepare
 from tests.fixtures.serving import await_live, serving
+from tests.fixtures.silent import ATTACH, HIGH, LOW, PARTS, ROWS, fingerprint
+from tests.fixtures.verified import ITEMS, Mirror, T, found, kept, meddle
 from tests.integration.test_capture_append_only import prepare_append_only
-from tests.integration.test_silent_changes import ATTACH, HIGH, LOW, PARTS, ROWS, fingerprint
-from tests.integration.test_verify import ITEMS, Mirror, T, found, kept, meddle
 
 PARTED = "public.parts"
 

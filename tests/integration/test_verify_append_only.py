@@ -21,10 +21,10 @@ from headrace_verify.postgres import connect, moment
 from headrace_verify.verify import Verifier
 from headrace_verify.view import write
 from tests.fixtures.capture import Running, capturing, eventually, execute, rows
+from tests.fixtures.resnapshots import ask, done
 from tests.fixtures.serving import await_live, serving
+from tests.fixtures.verified import Found, Mirror, closing_sync, found, kept, loaded, meddle
 from tests.integration.test_capture_append_only import EVENTS, SOME, T, prepare_append_only
-from tests.integration.test_resnapshot import ask, done
-from tests.integration.test_verify import Found, Mirror, closing_sync, found, kept, loaded, meddle
 
 
 def test_rows_changed_removed_and_doubled_are_found(settings: Settings) -> None:

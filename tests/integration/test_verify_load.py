@@ -29,8 +29,8 @@ from headrace_verify.verify import Verifier
 from tests.fixtures.capture import capturing, eventually, now
 from tests.fixtures.documents_deep import COLUMNS, Deep
 from tests.fixtures.serving import await_live, serving
+from tests.fixtures.verified import Found, Warehouse
 from tests.integration.test_capture_append_only import prepare_append_only
-from tests.integration.test_verify import Found, Warehouse
 
 SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
 ROUNDS = int(os.environ.get("LOAD_ROUNDS", "1"))

@@ -16,8 +16,8 @@ from headrace.stores.elasticsearch import ElasticsearchIndex
 from headrace_verify.ledger import MISSING, Difference
 from headrace_verify.verify import Verifier
 from tests.fixtures.capture import execute, replay
+from tests.fixtures.verified import SHOP, Mirror, T, found, kept, meddle
 from tests.integration.test_capture_append_only import EVENTS, SOME, prepare_append_only
-from tests.integration.test_verify import SHOP, Mirror, T, found, kept, meddle
 
 
 def published(settings: Settings, *tables: str) -> None:

@@ -27,8 +27,8 @@ from tests.fixtures.capture import capturing
 from tests.fixtures.documents_deep import COLUMNS, Deep, plain
 from tests.fixtures.serving import await_live, serving
 from tests.fixtures.tampered import ALIAS, ANY, KEYLESS, PAGES, PARTITIONS, STORES, TOPIC, Done, Named
+from tests.fixtures.verified import TYPES, VALUES, Found, Warehouse
 from tests.integration.test_capture_append_only import prepare_append_only
-from tests.integration.test_verify import TYPES, VALUES, Found, Warehouse
 
 pytestmark = pytest.mark.usefixtures("elasticsearch", "redis_server")
 SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]

@@ -31,9 +31,9 @@ from headrace_verify.postgres import Connection, connect, moment, stream
 from headrace_verify.verify import Verifier, _postgres_errors
 from tests.fixtures.capture import execute, prepare
 from tests.fixtures.documents import World
+from tests.fixtures.verified import found, kept, loaded
 from tests.fixtures.windows import COLUMNS, ORDERS, SCHEMAS, Sales
 from tests.integration.test_capture_append_only import prepare_append_only
-from tests.integration.test_verify import found, kept, loaded
 
 TABLE = f"CREATE TABLE {ORDERS} ({', '.join(f'{name} {kind}' for name, kind in COLUMNS.items())}, PRIMARY KEY (id))"
 

@@ -9,26 +9,21 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from typer.testing import CliRunner
 
-from headrace.change import Version
-from headrace.cli import app
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
 from headrace.stores.duckdb import DuckDBStore
 from headrace_warehouse import Warehouse, endpoint
-from headrace_warehouse.cli import ask, sql
+from headrace_warehouse.cli import ask
 from headrace_warehouse.endpoint import Endpoint
-from tests.fixtures.tables import FIRST, SECOND, batch, put, schema
-
-ITEMS = schema("public.items", id="integer", n="integer", price="numeric(6,2)")
-SALES = schema("sales.orders", id="integer")
+from tests.fixtures.endpoints import address, fill
+from tests.fixtures.tables import FIRST, batch
 
 
 @pytest.fixture
@@ -65,16 +60,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     yield Served(store, folder, f"127.0.0.1:{server.port}")
     server.stop()
     store.close()
-
-
-def address() -> str:
-    (only,) = endpoint._serving.values()
-    return f"127.0.0.1:{only.port}"
-
-
-def fill(store: DuckDBStore, n: int = 0, lsn: int = 10) -> None:
-    changes = [put(ITEMS, lsn, id=number, n=n, price="1.50") for number in range(50)]
-    store.apply(batch(lsn, *changes, put(SALES, lsn, id=1), schemas=(ITEMS, SALES)))
 
 
 def raw(method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
@@ -311,226 +296,6 @@ def test_an_answer_does_not_wait_until_its_headers_are_acknowledged(settings: Se
         assert server._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     finally:
         server.stop()
-
-
-# While generations come and go
-
-
-class Poller(threading.Thread):
-    """A reader that never stops asking."""
-
-    def __init__(self, at: str, query: str) -> None:
-        super().__init__(daemon=True)
-        self.at, self.query = at, query
-        self.seen: list[tuple[Version, Any]] = []
-        self.failed: Exception | None = None
-        self.enough = threading.Event()
-
-    def run(self) -> None:
-        try:
-            while not self.enough.is_set():
-                answer = ask(self.at, self.query)
-                epoch, _, lsn = answer["version"].partition("@0/")
-                self.seen.append((Version(int(epoch), int(lsn, 16)), answer["rows"]))
-        except Exception as error:  # noqa: BLE001  shown by the test
-            self.failed = error
-
-
-@contextmanager
-def polling(query: str) -> Iterator[Poller]:
-    with ExitStack() as last:
-        poller = Poller(address(), query)
-        poller.start()
-        last.callback(poller.join, 30)
-        last.callback(poller.enough.set)
-        while not poller.seen and poller.failed is None:
-            time.sleep(0.001)
-        yield poller
-    assert poller.failed is None
-
-
-def test_a_polling_reader_sees_whole_states_only_and_never_goes_back(store: Warehouse, settings: Settings) -> None:
-    fill(store)
-    store.promote()
-    second = Warehouse(settings, "warehouse")
-    second.open(SECOND)
-    with polling("SELECT count(*), min(n), max(n) FROM items") as poller:
-        for lsn in range(11, 40):
-            fill(store, n=lsn, lsn=lsn)
-            half = [put(ITEMS, lsn, id=number, n=-lsn) for number in range(25)]
-            store.apply(batch(lsn, *half, schemas=(ITEMS,), shown=lsn))
-            second.apply(batch(lsn, *half, schemas=(ITEMS,), shown=0))
-        fill(second, n=40, lsn=40)
-        second.promote()
-        fill(second, n=41, lsn=41)
-        until = time.monotonic() + 20
-        while poller.seen[-1][0] < Version(1, 41) and time.monotonic() < until and poller.failed is None:
-            time.sleep(0.001)
-    second.close()
-    versions = [version for version, _ in poller.seen]
-    assert versions == sorted(versions)
-    assert versions[-1] == Version(1, 41)
-    for version, rows in poller.seen:
-        n = 0 if version.lsn == 10 else version.lsn
-        assert rows == [[50, n, n]], version
-    assert len(set(versions)) > 10
-
-
-def test_the_live_one_goes_on_while_another_loads(store: Warehouse, settings: Settings) -> None:
-    fill(store)
-    store.promote()
-    second = Warehouse(settings, "warehouse")
-    second.open(SECOND)
-    loading = threading.Event()
-
-    def load() -> None:
-        for lsn in range(1, 16):
-            rows = [put(ITEMS, lsn, id=lsn * 10_000 + number, n=number, price="1.00") for number in range(10_000)]
-            second.apply(batch(lsn, *rows, schemas=(ITEMS,), shown=0))
-        loading.set()
-
-    loader = threading.Thread(target=load)
-    loader.start()
-    lsn, longest = 10, 0.0
-    while not loading.is_set():
-        lsn, began = lsn + 1, time.monotonic()
-        fill(store, n=lsn, lsn=lsn)
-        assert ask(address(), "SELECT max(n), count(*) FROM items")["rows"] == [[lsn, 50]]
-        longest = max(longest, time.monotonic() - began)
-    loader.join()
-    second.apply(batch(1000, schemas=(ITEMS,)))
-    second.promote()
-    assert ask(address(), "SELECT count(*) FROM items")["rows"] == [[150_000]]
-    second.close()
-    assert lsn > 15
-    assert longest < 20
-
-
-def test_the_endpoint_outlives_the_generations_and_stops_with_the_process(store: Warehouse) -> None:
-    fill(store)
-    store.promote()
-    store.close()
-    assert ask(address(), "SELECT count(*) FROM items")["rows"] == [[50]]
-    at = address()
-    endpoint.stop()
-    with pytest.raises(Transient) as raised:
-        ask(at, "SELECT 1")
-    assert "headrace run warehouse" in raised.value.remedy
-
-
-# The command line
-
-
-@pytest.fixture
-def at_warehouse(store: Warehouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(store)
-    store.promote()
-    monkeypatch.setenv("HEADRACE_WAREHOUSE_LISTEN", address())
-
-
-@pytest.fixture
-def command() -> Any:
-    app.command("sql")(sql)
-    yield lambda *words: CliRunner().invoke(app, ["sql", *words])
-    app.registered_commands.pop()
-
-
-@pytest.mark.usefixtures("at_warehouse")
-def test_the_command_prints_a_table_json_or_csv(command: Any) -> None:
-    query = "SELECT id, price, NULL AS nothing, '[red]' AS markup FROM items WHERE id < 2 ORDER BY id"
-    shown = command(query)
-    assert shown.exit_code == 0
-    assert "1.50" in shown.output
-    assert "[red]" in shown.output
-    assert "2 rows at LSN 0/A" in shown.output
-    assert json.loads(command("--json", query).output)["rows"] == [
-        [0, "1.50", None, "[red]"],
-        [1, "1.50", None, "[red]"],
-    ]
-    assert command("--csv", query).output.splitlines() == ["id,price,nothing,markup", "0,1.50,,[red]", "1,1.50,,[red]"]
-
-
-@pytest.mark.usefixtures("at_warehouse")
-def test_a_csv_that_lacks_rows_says_so_and_fails(command: Any) -> None:
-    whole, cut = (command("--csv", f"FROM range({rows})") for rows in (endpoint.ROWS, endpoint.ROWS + 1))
-    assert (whole.exit_code, whole.stderr) == (0, "")
-    assert cut.stdout == whole.stdout
-    assert cut.exit_code == 1
-    assert "more rows than these 10000" in cut.stderr
-    assert "more rows than these" in command(f"FROM range({endpoint.ROWS + 1})").output
-
-
-@pytest.mark.usefixtures("at_warehouse")
-def test_the_command_says_why_a_query_failed(command: Any) -> None:
-    failed = command("SELECT nothing FROM items")
-    assert isinstance(failed.exception, HeadraceError)
-    assert failed.exception.exit_code == 3, "somebody must change the query"
-    assert "nothing" in failed.exception.message
-
-
-def test_without_a_warehouse_the_command_names_the_next_one(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEADRACE_WAREHOUSE_LISTEN", "127.0.0.1:1")
-    failed = command("SELECT 1")
-    assert isinstance(failed.exception, Transient), "it may be there later"
-    assert failed.exception.exit_code == 5
-    assert "headrace run warehouse" in failed.exception.remedy
-
-
-@pytest.mark.parametrize(
-    ("answer", "kind"),
-    [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{", Transient),
-        (b"HTTP/1.1 400 Bad\r\nContent-Length: 1000\r\n\r\n{", Transient),
-        (b"220 mail.example ESMTP\r\n", Misconfigured),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>", Misconfigured),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", Misconfigured),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", Misconfigured),
-        (b"", Transient),
-    ],
-)
-def test_what_is_no_warehouse_or_ends_while_it_answers_is_told_as_such(
-    command: Any, monkeypatch: pytest.MonkeyPatch, answer: bytes, kind: type[HeadraceError]
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            with server.accept()[0] as asked:
-                asked.recv(65536)
-                asked.sendall(answer)
-                asked.shutdown(socket.SHUT_WR)
-                while asked.recv(65536):
-                    pass
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        monkeypatch.setenv("HEADRACE_WAREHOUSE_LISTEN", f"127.0.0.1:{server.getsockname()[1]}")
-        failed = command("--json", "SELECT 1")
-        thread.join()
-    assert type(failed.exception) is kind, failed.exception
-    assert failed.exception.code == "warehouse-not-running"
-    assert "HEADRACE_WAREHOUSE_LISTEN" in failed.exception.remedy
-
-
-@pytest.mark.parametrize(
-    "listen",
-    [
-        "localhost:abc",
-        "[::1:8790",
-        "nowhere at all:1",
-        "",
-        "nonsense",
-        ":1",
-        "127.0.0.1",
-        "[::1]",
-        *(f"127.0.0.1:{n}" for n in (-1, 0, 65536)),
-    ],
-)
-def test_an_address_that_is_none_names_the_setting(command: Any, monkeypatch: pytest.MonkeyPatch, listen: str) -> None:
-    monkeypatch.setenv("HEADRACE_WAREHOUSE_LISTEN", listen)
-    failed = command("SELECT 1")
-    assert isinstance(failed.exception, Misconfigured), failed.exception
-    assert failed.exception.code == "warehouse-not-running"
-    assert "HEADRACE_WAREHOUSE_LISTEN" in failed.exception.remedy
 
 
 def test_a_loopback_address_of_version_6_is_answered_too(settings: Settings, store: Warehouse) -> None:

@@ -21,7 +21,7 @@ from tests.fixtures.capture import eventually, execute, now, prepare, rows
 from tests.fixtures.parked import Found as Parking
 from tests.fixtures.parked import forbid
 from tests.fixtures.serving import serving
-from tests.integration.test_verify import ITEMS, SHOP, Mirror, Products, kept
+from tests.fixtures.verified import ITEMS, SHOP, Mirror, Products, kept
 
 pytestmark = pytest.mark.usefixtures("elasticsearch")
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow as pa
 import pytest
 
-from headrace.change import UNKNOWN_SCHEMA, Version
+from headrace.change import Version
 from headrace.errors import HeadraceError, Misconfigured, Poison, Transient, Wiped
 from headrace.settings import Settings
-from headrace.stores.duckdb import Database, DuckDBStore, Result, query
+from headrace.stores.duckdb import Database, DuckDBStore
 from tests.fixtures.tables import FIRST, SECOND, batch, gone, put, schema
-
-ITEMS = schema("public.items", id="integer", name="text")
-TAGS = schema("sales.tags", id="integer", tag="text")
+from tests.fixtures.warehouses import ITEMS, TAGS, ask, rows
 
 
 @pytest.fixture
@@ -35,46 +29,6 @@ def store(settings: Settings) -> Iterator[DuckDBStore]:
     assert made.open(FIRST) is None
     yield made
     made.close()
-
-
-def ask(settings: Settings, sql: str) -> Result:
-    database = Database.opened(settings.warehouse, settings.warehouse_memory)
-    try:
-        return query(database, sql, rows=1000, seconds=10)
-    finally:
-        database.release()
-
-
-def rows(store: DuckDBStore) -> dict[tuple[str, str], Any]:
-    return {(row.collection, row.key): row.value for row in store.scan(None, 1000)}
-
-
-def test_a_file_that_must_be_opened_anew_waits_for_a_query_that_runs(store: DuckDBStore, settings: Settings) -> None:
-    """What holds the file is told as busy, and not as a fault; without the query it is opened, with what was committed."""
-    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
-    database = Database.opened(settings.warehouse, settings.warehouse_memory)
-    running, ended = threading.Event(), threading.Event()
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        running.set()
-        ended.wait(60)
-        yield pa.record_batch({"n": [1]})
-
-    with database.cursor() as cursor:
-        cursor.register("slow", pa.RecordBatchReader.from_batches(pa.schema({"n": pa.int64()}), batches()))
-        asker = threading.Thread(target=lambda: cursor.execute("SELECT sum(n) FROM slow").fetchall())
-        asker.start()
-        running.wait(60)
-        database._gave_up = True
-        with pytest.raises(Transient, match="cannot write"):
-            database.renew()
-        ended.set()
-        asker.join()
-    store.close()
-    database.renew()
-    assert store.open(FIRST) is not None
-    assert rows(store) == {("public.items", '{"id":1}'): {"id": 1, "name": "a"}}
-    database.release()
 
 
 @pytest.mark.parametrize("limit", [1, 2, 1000])
@@ -99,33 +53,6 @@ def test_a_row_that_somebody_wrote_without_a_key_is_shown(store: DuckDBStore, se
         ('{"id":1}', 1, 10),
         ('{"id":2}', 2, 20),
     ]
-
-
-@pytest.mark.parametrize("staged", [False, True])
-def test_a_delete_that_says_no_schema_leaves_the_table_as_it_is(store: DuckDBStore, staged: bool) -> None:
-    """So are those that a Debezium feed begins with; of a table that never had a row there is nothing to delete."""
-    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), put(ITEMS, 10, id=2, name="b"), schemas=(ITEMS,)))
-    store.close()
-    store.open(FIRST)
-    first, never = (gone(shape, 20, 1)._replace(schema=UNKNOWN_SCHEMA) for shape in (ITEMS, TAGS))
-    if staged:
-        store.apply(batch(20, first, never, schemas=(), shown=10))
-        store.apply(batch(30, put(TAGS, 30, id=2, tag="t"), schemas=(TAGS,)))
-    else:
-        store.apply(batch(20, first, never, schemas=()))
-        store.apply(batch(30, never, put(TAGS, 30, id=2, tag="t"), schemas=(TAGS,)))
-    assert rows(store) == {
-        ("public.items", '{"id":2}'): {"id": 2, "name": "b"},
-        ("sales.tags", '{"id":2}'): {"id": 2, "tag": "t"},
-    }
-
-
-def test_a_table_of_nothing_but_deletes_that_say_no_schema_is_not_made(store: DuckDBStore) -> None:
-    unknown = gone(TAGS, 20, 1)._replace(schema=UNKNOWN_SCHEMA)
-    store.apply(batch(10, unknown, schemas=()))
-    store.apply(batch(20, unknown, schemas=(), shown=10))
-    store.apply(batch(30, schemas=()))
-    assert store.count() == {}
 
 
 # Exact states only
@@ -319,254 +246,7 @@ def test_generations_makes_no_file(settings: Settings) -> None:
     assert not Path(settings.warehouse).exists()
 
 
-# The file
-
-
-def test_a_lost_file_is_made_anew(store: DuckDBStore, settings: Settings) -> None:
-    store.apply(batch(10, put(ITEMS, 10, id=1), schemas=(ITEMS,)))
-    store.close()
-    Path(settings.warehouse).unlink()
-    assert store.generations() == []
-    assert store.open(FIRST) is None
-
-
-@pytest.mark.parametrize("damage", ["garbage", "cut", "flipped", "empty"])
-def test_a_damaged_file_is_set_aside_and_made_anew(store: DuckDBStore, settings: Settings, damage: str) -> None:
-    store.apply(batch(10, *(put(ITEMS, 10, id=n, name=str(n)) for n in range(5000)), schemas=(ITEMS,)))
-    store.close()
-    file = Path(settings.warehouse)
-    data = bytearray(file.read_bytes())
-    if damage == "garbage":
-        data = bytearray(b"not a database" * 1000)
-    elif damage == "cut":
-        del data[len(data) // 2 :]
-    elif damage == "flipped":
-        data[4096 : 3 * 4096] = b"\xff" * 8192
-    else:
-        data.clear()
-    file.write_bytes(data)
-    if damage == "cut":  # DuckDB opens this one and finds out when it reads
-        with pytest.raises(Misconfigured, match="is damaged"):
-            store.open(FIRST)
-        store.close()
-    assert store.generations() == []
-    assert store.open(FIRST) is None
-    assert file.with_name("w.duckdb.broken").read_bytes() == bytes(data)
-    store.apply(batch(10, put(ITEMS, 10, id=1), schemas=(ITEMS,)))
-    assert len(store.scan(None, 9)) == 1
-
-
-@pytest.mark.parametrize("scarce", ["files", "memory"])
-def test_a_whole_file_that_cannot_be_opened_now_is_left_as_it_is(
-    store: DuckDBStore, settings: Settings, scarce: str
-) -> None:
-    """The process is short of something as it starts; the next attempt finds the view where it was."""
-    store.apply(batch(10, *(put(ITEMS, 10, id=n, name=str(n) * 500) for n in range(9000)), schemas=(ITEMS,)))
-    store.close()
-    script = f"""
-import os, resource, duckdb
-real = duckdb.connect
-if {scarce == "memory"}:
-    with real({settings.warehouse!r}, config={{"checkpoint_threshold": "1GB"}}) as large:
-        large.execute("PRAGMA disable_checkpoint_on_shutdown")
-        large.execute("CREATE TABLE g1.more AS SELECT range AS n, repeat(md5(range::text), 2) AS text FROM range(300000)")
-        large.execute("UPDATE g1.more SET text = text || 'x' WHERE n % 2 = 0")
-    duckdb.connect = lambda path, config: real(path, config=config | {{"memory_limit": "8MB"}})
-from headrace.settings import Settings
-from headrace.stores.duckdb import Database
-if {scarce == "files"}:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    last = max(os.dup(0) for _ in range(64 - len(os.listdir("/proc/self/fd")) + 1))
-    os.close(last)
-try:
-    Database.opened({settings.warehouse!r}, "1GB")
-except Exception as error:
-    print(type(error).__name__, error.code, error.remedy)
-"""
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    expected = {"files": "Transient warehouse-io See the message", "memory": "Transient warehouse-memory"}
-    assert said.startswith(expected[scarce])
-    assert not list(Path(settings.warehouse).parent.glob("*.broken"))
-    assert [found.number for found in store.generations()] == [1]
-
-
-def test_an_attempt_that_failed_while_the_file_was_given_up_can_be_closed(
-    store: DuckDBStore, settings: Settings
-) -> None:
-    other = DuckDBStore(settings, "warehouse")
-    database = Database.opened(settings.warehouse, settings.warehouse_memory)
-    database._root.close()
-    with pytest.raises(Transient):
-        other.open(FIRST)
-    other.close()
-    assert database.users == 2
-    database.release()
-
-
-def test_what_was_set_aside_before_is_kept(store: DuckDBStore, settings: Settings) -> None:
-    store.close()
-    file = Path(settings.warehouse)
-    for text in ("first", "second"):
-        file.write_text(text)
-        assert store.generations() == []
-    assert [file.with_name(f"w.duckdb.{name}").read_text() for name in ("broken", "broken2")] == ["first", "second"]
-
-
-def test_a_file_that_another_process_has_is_refused(settings: Settings) -> None:
-    script = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", script, settings.warehouse], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"open\n"
-        with pytest.raises(Misconfigured, match=rf"w\.duckdb.*PID {other.pid}") as raised:
-            DuckDBStore(settings, "warehouse").open(FIRST)
-        assert raised.value.code == "warehouse-locked"
-        other.communicate()
-
-
-def test_somebody_elses_database_is_refused_and_left_alone(settings: Settings) -> None:
-    with duckdb.connect(settings.warehouse) as bare:
-        bare.execute("CREATE TABLE mine AS SELECT 1")
-    store = DuckDBStore(settings, "warehouse")
-    with pytest.raises(Misconfigured, match="did not make"):
-        store.open(FIRST)
-    store.close()
-    with duckdb.connect(settings.warehouse) as bare:
-        assert bare.execute("SHOW TABLES").fetchall() == [("mine",)]
-
-
-def test_a_folder_in_place_of_the_file_is_misconfigured(settings: Settings) -> None:
-    Path(settings.warehouse).mkdir()
-    with pytest.raises(Misconfigured, match="cannot be opened"):
-        DuckDBStore(settings, "warehouse").open(FIRST)
-
-
-def test_a_size_that_is_none_names_the_setting(tmp_path: Path) -> None:
-    with pytest.raises(Misconfigured, match="HEADRACE_WAREHOUSE_MEMORY='much'"):
-        DuckDBStore(Settings(warehouse=str(tmp_path / "w"), warehouse_memory="much"), "warehouse").open(FIRST)
-
-
 # Names and schemas
-
-
-def test_names_that_differ_only_in_case_and_taken_names_all_have_a_place(
-    store: DuckDBStore, settings: Settings, caplog: pytest.LogCaptureFixture
-) -> None:
-    many = [
-        schema("public.Users", id="integer", Id="text", _headrace_key="text"),
-        schema("public.users", id="integer"),
-        schema('public.odd"na.me', id="integer", **{'a "quoted" column': "text"}),
-        schema("main.items", id="integer"),
-        schema("g1.items", id="integer"),
-        schema("headrace.live", id="integer"),
-        schema("Sales.tags", id="integer"),
-        schema("sales.tags", id="integer"),
-        schema("w.items", id="integer"),
-    ]
-    changes = [put(of, 10, id=n, **dict.fromkeys((c.name for c in of.columns[1:]), "x")) for n, of in enumerate(many)]
-    store.apply(batch(10, *changes, schemas=tuple(many)))
-    store.promote()
-    assert rows(store) == {(change.table, change.key.decode()): change.row for change in changes}
-    assert "public.users is called public.users_2 here" in caplog.text
-    assert "public.Users is" not in caplog.text
-    assert len(ask(settings, "SELECT * FROM duckdb_views() WHERE NOT internal AND schema_name <> 'main'").rows) == 9
-    assert ask(settings, 'SELECT id, "Id_2", "_headrace_key_2" FROM "Users"').rows == [[0, "x", "x"]]
-    assert ask(settings, "SELECT * FROM users_2").rows == [[1]]
-    assert ask(settings, 'SELECT "a ""quoted"" column" FROM "odd""na.me"').rows == [["x"]]
-    assert ask(settings, "SELECT a.id, b.id, c.id FROM main_.items a, g1_.items b, w_.items c").rows == [[3, 4, 8]]
-    assert ask(settings, "SELECT * FROM headrace_.live").rows == [[5]]
-
-
-def test_a_known_table_without_rows_appears(store: DuckDBStore, settings: Settings) -> None:
-    store.apply(batch(10, schemas=(ITEMS,)))
-    store.promote()
-    assert ask(settings, "SELECT count(*) FROM items").rows == [[0]]
-    store.apply(batch(20, schemas=(ITEMS, TAGS)))
-    assert ask(settings, "SELECT count(*) FROM sales.tags").rows == [[0]]
-
-
-def test_columns_come_and_go_and_change_their_type(store: DuckDBStore, settings: Settings) -> None:
-    v1 = schema("public.t", 1, id="integer", n="integer", gone="text", note="character varying(10)")
-    v2 = schema("public.t", 2, id="integer", n="bigint", note="text", new="numeric(6,2)")
-    v3 = schema("public.t", 3, id="integer", n="text", new="date", note="integer", gone="integer")
-    store.apply(
-        batch(10, put(v1, 10, id=1, n=1, gone="x", note="7"), put(v1, 10, id=2, note="odd", n=5), schemas=(v1,))
-    )
-    store.promote()
-    store.apply(batch(20, put(v2, 20, id=3, n=2**40, new="1.50"), schemas=(v1, v2)))
-    assert ask(settings, "SELECT * FROM t ORDER BY id").rows == [
-        [1, 1, "7", None],
-        [2, 5, "odd", None],
-        [3, 2**40, None, "1.50"],
-    ]
-    store.apply(batch(30, put(v1, 30, id=4, n=4, gone="late", note="n"), schemas=(v1, v2)))
-    assert rows(store)["public.t", '{"id":4}'] == {"id": 4, "n": 4, "note": "n", "new": None}, (
-        "an older schema's record"
-    )
-    store.apply(batch(40, put(v3, 40, id=5, n="five", new="2026-01-01", gone=5, note=5), schemas=(v3,)))
-    answer = ask(settings, "SELECT * FROM t ORDER BY id")
-    assert answer.columns == ["id", "n", "new", "note", "gone"]
-    assert answer.rows == [
-        [1, "1", None, 7, None],
-        [2, "5", None, None, None],
-        [3, str(2**40), None, None, None],
-        [4, "4", None, None, None],
-        [5, "five", "2026-01-01", 5, 5],
-    ]
-    store.close()
-    store.open(FIRST)
-    assert [list(row.value) for row in store.scan(None, 1)] == [answer.columns]
-
-
-KINDS = ["integer", "text", "boolean", "double precision", "numeric(6,2)", "numeric", "date", "jsonb", "bytea", "uuid"]
-KINDS += ["timestamp without time zone", "timestamp with time zone", "integer[]", "text[]", "real"]
-
-
-@pytest.mark.parametrize("old", KINDS)
-def test_no_change_of_type_stops_the_consumer(store: DuckDBStore, old: str) -> None:
-    values = {"integer": 7, "boolean": True, "double precision": 1.5, "real": "NaN", "jsonb": {"a": 1}}
-    values |= {
-        "date": "0044-03-15 BC",
-        "numeric(6,2)": "1.50",
-        "bytea": "AP8=",
-        "integer[]": [[1], [2]],
-        "text[]": ["a"],
-    }
-    before = schema("public.t", 1, id="integer", **{f"c{n}": old for n in range(len(KINDS))})
-    after = schema("public.t", 2, id="integer", **{f"c{n}": new for n, new in enumerate(KINDS)})
-    value = values.get(old, "2026-01-01")
-    first = {f"c{n}": value for n in range(len(KINDS))}
-    store.apply(batch(10, put(before, 10, id=1, **first), put(before, 10, id=3, **first), schemas=(before,)))
-    second = {f"c{n}": values.get(new, "2026-01-01") for n, new in enumerate(KINDS)}
-    store.apply(batch(20, put(after, 20, id=2, **second), put(before, 15, id=1, **first), schemas=(before, after)))
-    kept = {row.key: row.value for row in store.scan(None, 9)}
-    # A uuid or a timestamp that was never one is kept as it came.
-    assert kept['{"id":2}'] == {"id": 2, **second}
-    same = f"c{KINDS.index(old)}"
-    assert kept['{"id":1}'][same] == kept['{"id":3}'][same] == value
-
-
-def test_a_column_that_comes_back_does_not_bring_old_values(store: DuckDBStore) -> None:
-    v1 = schema("public.t", 1, id="integer", d="date")
-    v2 = schema("public.t", 2, id="integer")
-    v3 = schema("public.t", 3, id="integer", d="date")
-    store.apply(batch(10, put(v1, 10, id=1, d="0044-03-15 BC"), schemas=(v1,)))
-    store.apply(batch(20, put(v2, 20, id=2), schemas=(v2,)))
-    store.apply(batch(30, put(v3, 30, id=3, d="2026-01-01"), schemas=(v3,)))
-    assert [row.value.get("d") for row in store.scan(None, 9)] == [None, None, "2026-01-01"]
-
-
-def test_staged_rows_of_several_schemas_are_merged_after_a_restart(store: DuckDBStore) -> None:
-    v1 = schema("public.t", 1, id="integer", a="text")
-    v2 = schema("public.t", 2, id="integer", a="text", b="integer")
-    store.apply(batch(1, schemas=()))
-    store.apply(batch(10, put(v1, 10, id=1, a="x"), schemas=(v1,), shown=1))
-    store.apply(batch(20, put(v2, 20, id=2, a="y", b=2), schemas=(v2,), shown=1))
-    store.close()
-    store.open(FIRST)
-    store.apply(batch(30, schemas=()))
-    assert [row.value for row in store.scan(None, 9)] == [{"id": 1, "a": "x", "b": None}, {"id": 2, "a": "y", "b": 2}]
 
 
 def test_a_store_of_some_tables_knows_no_others(settings: Settings) -> None:
@@ -583,78 +263,3 @@ def test_a_store_of_some_tables_knows_no_others(settings: Settings) -> None:
     with pytest.raises(HeadraceError, match="tags"):
         ask(settings, "SELECT count(*) FROM sales.tags")
     made.close()
-
-
-def test_a_file_of_another_consumer_is_refused_and_left_as_it_is(store: DuckDBStore, settings: Settings) -> None:
-    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
-    store.promote()
-    sales = DuckDBStore(settings, "sales")
-    for attempt in (sales.generations, lambda: sales.open(FIRST), lambda: sales.open(SECOND)):
-        with pytest.raises(Misconfigured, match="is of warehouse, not of sales") as error:
-            attempt()
-        assert error.value.code == "view-of-another"
-        assert "HEADRACE_WAREHOUSE" in error.value.remedy
-        sales.close()
-    assert ask(settings, "SELECT name FROM items").rows == [["a"]]
-    assert [(found.consumer, found.number, found.live) for found in store.generations()] == [("warehouse", 1, True)]
-
-
-def test_a_file_that_says_no_consumer_is_of_who_opens_it_first(store: DuckDBStore, settings: Settings) -> None:
-    store.close()
-    with duckdb.connect(settings.warehouse) as raw:
-        raw.execute("DROP TABLE headrace.consumer")
-    sales = DuckDBStore(settings, "sales")
-    assert [found.number for found in sales.generations()] == [1]
-    sales.open(FIRST)
-    sales.close()
-    with pytest.raises(Misconfigured, match="is of sales, not of warehouse"):
-        store.open(FIRST)
-
-
-@pytest.mark.parametrize("name", ["headrace", "Headrace", "g1", "g2.old", "public", "information_schema"])
-def test_a_file_that_duckdb_would_take_for_a_schema_in_it_is_refused(tmp_path: Path, name: str) -> None:
-    refused = DuckDBStore(Settings(warehouse=str(tmp_path / f"{name}.duckdb"), warehouse_memory="1GB"), "warehouse")
-    with pytest.raises(Misconfigured, match="would take it for the file's") as error:
-        refused.open(FIRST)
-    assert (error.value.code, list(tmp_path.iterdir())) == ("warehouse-file", [])
-
-
-@pytest.mark.parametrize("name", ["main", "system", "sales", "warehouse"])
-def test_a_file_of_another_name_works_through_a_rebuild(tmp_path: Path, name: str) -> None:
-    settings = Settings(warehouse=str(tmp_path / f"{name}.duckdb"), warehouse_memory="1GB")
-    store = DuckDBStore(settings, "warehouse")
-    for generation in (FIRST, SECOND):
-        store.open(generation)
-        store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), put(TAGS, 10, id=1, tag="x"), schemas=(ITEMS, TAGS)))
-        store.promote()
-        tagged = "SELECT name, tag FROM items JOIN public.items USING (name), " + (
-            "sales_.tags" if name == "sales" else "sales.tags"
-        )
-        assert ask(settings, tagged).rows == [["a", "x"]]
-    store.close()
-
-
-@pytest.mark.parametrize(
-    ("sql", "type_", "value"),
-    [
-        ("[1234567890123456.1234::DECIMAL(20,4)]", "DECIMAL(20,4)[]", ["1234567890123456.1234"]),
-        ("[9.90, NULL]", "DECIMAL(3,2)[]", ["9.90", None]),
-        ("[9.90]::DECIMAL(3,2)[1]", "DECIMAL(3,2)[1]", ["9.90"]),
-        ("[170141183460469231731687303715884105727]", "HUGEINT[]", ["170141183460469231731687303715884105727"]),
-        (
-            "{'a b': 1.10, 'hugeint': 1, 'in': [{'x': 0.5::DECIMAL(2,1), 'f': 0.5::DOUBLE}]}",
-            'STRUCT("a b" DECIMAL(3,2), hugeint INTEGER, "in" STRUCT(x DECIMAL(2,1), f DOUBLE)[])',
-            {"a b": "1.10", "hugeint": 1, "in": [{"x": "0.5", "f": 0.5}]},
-        ),
-        ("MAP {'k': 1.10}", "MAP(VARCHAR, DECIMAL(3,2))", {"k": "1.10"}),
-        ("[1, 2]", "INTEGER[]", [1, 2]),
-        ("['{\"a\":1.5}'::JSON]", "JSON[]", [{"a": 1.5}]),
-    ],
-)
-def test_numbers_within_lists_structs_and_maps_keep_every_digit(
-    store: DuckDBStore, settings: Settings, sql: str, type_: str, value: Any
-) -> None:
-    store.apply(batch(10, put(ITEMS, 10, id=1, name="a"), schemas=(ITEMS,)))
-    store.promote()
-    found = ask(settings, f"SELECT {sql}")
-    assert (found.types, found.rows) == ([type_], [[value]])

@@ -4,7 +4,7 @@ FULL sends an out-of-line (TOAST) value that an update left alone; without it ca
 table is only approximately right. But FULL makes UPDATE and DELETE fail as soon as any publication of the table leaves a
 generated column out (18 refuses it, older servers do not, but an upgrade would) or has a column list, be it of all columns: ours
 too, for people narrow it. Without FULL they fail where our row filter compares a column that is not in the key. And no identity
-at all makes them fail in any publication. What was seen on 15, 17 and 18 is in tests/integration/test_setup.py (S8).
+at all makes them fail in any publication. What was seen on 15, 17 and 18 is in tests/integration/test_setup_keys.py (S8).
 """
 
 from __future__ import annotations
