@@ -38,8 +38,8 @@ class Paging:
         """
         at = None if key is None else self._places.get(key, key)
         how = {} if at is None else {"search_after": [at]}
-        placed = self._placed(_OURS, limit + 1, sort=_BY_PLACE, **how)
-        end = placed[limit][0] if len(placed) > limit else None
+        placed = self._placed(_OURS, limit, sort=_BY_PLACE, **how)
+        end = placed[-1][0] if len(placed) == limit else None
         if end is not None:
             same = {"bool": {**_OURS["bool"], "filter": [{"term": {"headrace.id": end}}]}}
             there = self._placed(same, _MOST, sort=_BY_PLACE)  # a document may have several ids: the first is its place
