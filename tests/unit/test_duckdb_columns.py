@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 
 from headrace.change import UNKNOWN_SCHEMA
 from headrace.settings import Settings
-from headrace.stores.duckdb import DuckDBStore
+from headrace.stores.duckdb import DuckDBStore, tables
 from tests.fixtures.tables import FIRST, batch, gone, put, schema
 from tests.fixtures.warehouses import ITEMS, TAGS, ask, rows
 from tests.unit.test_duckdb_store import settings, store
@@ -186,3 +188,18 @@ def test_numbers_within_lists_structs_and_maps_keep_every_digit(
     store.promote()
     found = ask(settings, f"SELECT {sql}")
     assert (found.types, found.rows) == ([type_], [[value]])
+
+
+def test_a_column_of_a_large_table_gets_another_type_in_little_memory(tmp_path: Path) -> None:
+    """Twice as many bytes of text as there may be in memory."""
+    with duckdb.connect(tmp_path / "notes.duckdb") as database:
+        cursor = database.cursor()
+        cursor.execute("SET memory_limit = '80MB'; SET threads = 1")
+        cursor.execute("CREATE SCHEMA g1")
+        table = tables.create(cursor, "g1", schema("public.notes", 1, id="integer", body="text", n="integer"), [])
+        named = f'{tables.KEY}, {tables.VERSION}, {tables.EXACT}, "id", "body", "n"'
+        body = "concat('[\"', repeat(md5(i::VARCHAR), 32), '\"]')"
+        cursor.execute(f"INSERT INTO {table.path} ({named}) SELECT i, 1, NULL, i, {body}, i FROM range(160000) t(i)")
+        table = tables.evolve(cursor, table, schema("public.notes", 2, id="integer", body="jsonb", n="integer"))
+        found = cursor.execute(f"SELECT count(*), sum(length(body->>0)), sum(n) FROM {table.path}").fetchall()
+        assert found == [(160000, 160000 * 1024, 160000 * 159999 // 2)]

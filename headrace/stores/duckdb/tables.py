@@ -24,7 +24,8 @@ from headrace.stores.duckdb.kinds import WHOLE, Kind, kind_of
 from headrace.stores.duckdb.names import quoted, reader_schema, text, unique
 
 KEY, VERSION, EXACT = "_headrace_key", "_headrace_version", "_headrace_exact"
-_BESIDE = "_headrace_beside"
+_ANEW = "_headrace_anew"
+"""No table of a generation has this name: theirs have a dot."""
 _RAW = "headrace_raw"
 _FEW = 100
 """Rows up to which they are parameters: DuckDB takes longer to learn of an Arrow table than to insert a few."""
@@ -124,7 +125,7 @@ def evolve(cursor: duckdb.DuckDBPyConnection, table: Table, schema: TableSchema)
             there[column.name] = added = _mapped(column, list(there.values()))
             cursor.execute(f"ALTER TABLE {table.path} ADD COLUMN {quoted(added.name)} {added.duck}")
         elif there[column.name].postgres not in {_below(column), column.type}:  # a domain's own name: `is_old`
-            there[column.name] = _retype(cursor, table, there, column)
+            there[column.name] = _retype(cursor, table, there[column.name], column)
     columns = tuple(there[column.name] for column in schema.columns)
     return replace(table, version=schema.version, columns=columns)
 
@@ -280,23 +281,23 @@ def is_old(table: Table, schema: TableSchema) -> bool:
     )
 
 
-def _retype(cursor: duckdb.DuckDBPyConnection, table: Table, there: dict[str, Mapped], column: Column) -> Mapped:
+def _retype(cursor: duckdb.DuckDBPyConnection, table: Table, mapped: Mapped, column: Column) -> Mapped:
     """Give a column another type, by way of text, which every type has.
 
-    Not by ALTER … USING: who opens the file after a kill evaluates that again, before DuckDB knows functions of JSON, and cannot open it.
+    By writing the table anew, which needs little memory, as an UPDATE would not. Not by ALTER … USING: who opens the file after a kill
+    evaluates that again, before DuckDB knows functions of JSON, and cannot open it.
     """
-    mapped = there[column.name]
     changed = mapped._replace(postgres=_below(column), duck=kind_of(_below(column)).duck)
     if changed.duck != mapped.duck:
         name, at = quoted(mapped.name), text(_pointer(mapped.name))
-        beside = quoted(unique(_BESIDE, [other.name for other in there.values()]))
         old = mapped.kind.raw.format(name)
         exact = f"json_extract_string({EXACT}, {text(_pointer(mapped.name) + '/0')})"
         new = changed.kind.parse.format(f"coalesce({exact}, CAST({old} AS VARCHAR))")
-        cursor.execute(f"ALTER TABLE {table.path} ADD COLUMN {beside} {changed.duck}")
-        cursor.execute(f"UPDATE {table.path} SET {beside} = {new}")
-        cursor.execute(f"ALTER TABLE {table.path} DROP COLUMN {name}")
-        cursor.execute(f"ALTER TABLE {table.path} RENAME COLUMN {beside} TO {name}")
+        anew = replace(table, name=_ANEW)
+        retyped = f"CAST({new} AS {changed.duck}) AS {name}"
+        cursor.execute(f"CREATE TABLE {anew.path} AS SELECT * REPLACE ({retyped}) FROM {table.path}")
+        cursor.execute(f"DROP TABLE {table.path}")
+        cursor.execute(f"ALTER TABLE {anew.path} RENAME TO {quoted(table.name)}")
         # What the new type has as it was need not be kept beside it any more; what it has not, such as NaN, stays.
         again = f"CAST({changed.kind.raw.format(name)} AS VARCHAR)"
         value = f"json_extract({EXACT}, {text(_pointer(mapped.name) + '/0')})"
