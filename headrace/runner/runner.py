@@ -44,7 +44,7 @@ class Runner:
         self._control = control
         self._failure: HeadraceError | None = None
         self._placeholder = True
-        self._reported = self._heard = time.monotonic()
+        self._reported, self._heard = _elapsed(), time.monotonic()
         self._asks = 0.0
         self._ended = False
         self._process = uuid.uuid4().hex
@@ -67,7 +67,7 @@ class Runner:
             if not self._is_free():
                 return
             self.generations.begin_again()
-            self._reported = time.monotonic()  # nobody else runs it: that is known
+            self._reported = _elapsed()  # nobody else runs it: that is known
         try:
             self.generations.look()
             self._failure = None
@@ -76,7 +76,7 @@ class Runner:
 
     def _stood(self) -> bool:
         """Whether this process has said nothing for so long that all took it for dead: it was frozen, say."""
-        return time.monotonic() - self._reported > DEAD_SECONDS and not (self._ended or self._taken_over())
+        return _elapsed() - self._reported > DEAD_SECONDS and not (self._ended or self._taken_over())
 
     def _is_alone(self) -> bool:
         """Find out, after it has stood, whether another process has taken the view over meanwhile; until that is known it does nothing.
@@ -88,7 +88,7 @@ class Runner:
         except HeadraceError as error:
             self._failure = error
             return not isinstance(error, Transient)
-        self._reported = time.monotonic()
+        self._reported = _elapsed()
         return True
 
     def _is_free(self) -> bool:
@@ -121,9 +121,9 @@ class Runner:
         Called about once a second, from any thread.
         """
         with self.generations.reporting, suppress(HeadraceError):
-            if self._taken_over() or self._stood() or time.monotonic() - self._reported < not_since:
+            if self._taken_over() or self._stood() or _elapsed() - self._reported < not_since:
                 return
-            self._reported = time.monotonic()
+            self._reported = _elapsed()
             for worker in list(self.generations.workers.values()):
                 self._control.report(self._report(worker.generation, worker.state))
             self._report_placeholder()
@@ -225,8 +225,10 @@ class Runner:
             worker.join(max(0.0, deadline - time.monotonic()))
             if worker.state.phase != "stopped":
                 worker.state.phase = "off"
+        heard = not self._stood() or self._is_alone()  # else nobody knows whose what it would say is by now
         self._ended = True
-        self.report()
+        if heard:
+            self.report()
         with suppress(Transient):  # with Kafka away the last report just grows old
             self._control.flush(_FLUSH_SECONDS)
 
@@ -274,3 +276,8 @@ class Runner:
             "paused": f"somebody asked for it; one paused for {hours:.0f} hours must be rebuilt (S19): run headrace resume {self.name}",
             DROPPED: f"somebody asked for it, and no other is begun: run headrace rebuild {self.name}",
         }.get(state.phase, "")
+
+
+def _elapsed() -> float:
+    """Return seconds that go on while the machine sleeps, where the system counts them so."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -29,6 +29,7 @@ HOLD_SECONDS = 60.0
 """How long a view stands when it is held for somebody, who may ask again meanwhile."""
 _ANOTHER_LOG = frozenset({"position-ahead", "position-of-another-source"})
 """Why a view is refused of which no state can be compared with one of the log as it is now [I12]."""
+_RESTING = frozenset({"stale", "paused", "stopped"})
 
 Answer = dict[str, Any]
 
@@ -303,7 +304,8 @@ def _final(target: Worker) -> HeadraceError | None:
 
 def _check_caught_up(target: Worker) -> None:
     if not target.state.exact:
-        check_goes_on(target)  # who waits for one that does not waits for ever
+        if target.state.phase in _RESTING:
+            check_goes_on(target)  # who waits for one that does not waits for ever
         raise _not_caught_up(target)
 
 

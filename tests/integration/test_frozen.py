@@ -105,3 +105,21 @@ def test_who_wakes_lets_a_view_that_stands_still_to_the_process_that_runs_it(
     frozen.wake(60)
     left = {"plain-g1": "following", "plain-g2": "live"}
     eventually("it goes on when that has ended, as that has left it", lambda: frozen.tick() == left)
+
+
+def test_who_ends_as_it_wakes_says_nothing_of_a_view_that_another_process_runs(
+    frozen: Frozen, settings: Settings
+) -> None:
+    """It is told to end while it is frozen: what it knows as live may have been dropped since."""
+    frozen.ask("pause")
+    with serving(settings, plain=Plain) as control:
+        eventually("the other is there", lambda: control.reports()["plain"][0].process != frozen.runner._process)
+        control.ask("plain", "resume")
+        control.ask("plain", "rebuild")
+        eventually("it is built", lambda: [each.phase for each in control.reports()["plain"]] == ["live", "following"])
+        control.ask("plain", "promote")
+        control.ask("plain", "drop")
+        eventually("the old one is gone", lambda: [each.generation for each in control.reports()["plain"]] == [2])
+        frozen.runner._reported -= 60
+        frozen.runner.stop()
+        assert [(each.generation, each.ended) for each in control.reports()["plain"]] == [(2, False)]
