@@ -63,3 +63,23 @@ def test_a_table_that_is_told_after_a_root_that_was_truncated_is_not_taken_for_i
         capture.hear("public.parts was read again")
         capture.eventually("it is exact", lambda: capture.reach().inexact == ())
     assert list(jobs(settings)) == ["public.parts"]
+
+
+@pytest.mark.parametrize("truncate", ["TRUNCATE parts, items, others", "TRUNCATE parts CASCADE"])
+def test_a_table_that_is_truncated_with_a_root_is_not_taken_for_its_partition(
+    settings: Settings, truncate: str
+) -> None:
+    """Their shapes come before the TRUNCATE, as that of a partition does after its root's."""
+    others = "CREATE TABLE others (id int PRIMARY KEY, n int REFERENCES parts)"
+    prepare(settings, PARTS, LOW, HIGH, ROWS, ITEMS, others, "INSERT INTO items VALUES (1, 1)")
+    for _ in range(2):  # each start learns the shapes anew
+        with capturing(settings) as capture:
+            capture.hear("streaming")
+            eventually("it was looked at", lambda: fingerprint(settings, "public.others") != "null")
+            execute(settings, truncate, "INSERT INTO items VALUES (2, 2) ON CONFLICT DO NOTHING", ROWS)
+            capture.reach()
+            capture.eventually("it is exact", lambda: capture.reach().inexact == ())
+        assert not [line for line in capture.said if "joined the publication" in line or "not published" in line]
+        for table in ("parts", "items", "others"):
+            assert replay(settings, f"public.{table}") == selected(settings, table)
+    assert jobs(settings).keys() <= {"public.parts"}

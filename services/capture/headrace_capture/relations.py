@@ -38,7 +38,6 @@ class Relations:
         moved: Is told, with each Relation message, the name, the oids of the tables that hold the rows, and the name that those of a
             partitioned one went by until now, or empty.
         held: Is told the name by which the rows of a table come, and its oid. A partition's shape Postgres tells right after its root's.
-        root: The partitioned table whose shape was told last, if that of a partition must follow now.
     """
 
     def __init__(self, log: Log, cut: Cut, connection: catalog.Connection, say: Callable[[str], None]) -> None:
@@ -56,20 +55,18 @@ class Relations:
         self.moved: Callable[[str, frozenset[int], str], None] = lambda _table, _oids, _was: None
         self.held: Callable[[str, int], None] = lambda _table, _oid: None
         self.by_oid = _ByOid()
-        self.root = ""
+        self._root = ""  # the partitioned table whose shape was told last, if that of a partition must follow now
+        self._parts: list[tuple[str, Relation, catalog.Table | None, int]] = []
         self._told: dict[int, tuple[Relation, int]] = {}
 
-    def take(self, relation: Relation, lsn: int) -> Table | None:
-        """Learn the shape that comes from now on, in the transaction committed at `lsn`; publish it if it is a new version.
+    def take(self, relation: Relation, lsn: int, ordinal: int = 0) -> Table | None:
+        """Learn the shape that comes after `ordinal` changes of the transaction committed at `lsn`; publish it if it is a new version.
 
         Raises:
             Misconfigured: `key-changed`.
         """
-        root, self.root = self.root, ""
         with postgres_errors(f"reading the catalogue of {relation.schema}.{relation.name}"):
-            found = self._learn(relation, root)
-        if root:
-            self.held(root, relation.oid)
+            found = self._learn(relation, ordinal)
         self.by_oid[relation.oid] = found
         self._told[relation.oid] = relation, lsn
         return found
@@ -84,14 +81,37 @@ class Relations:
             return False
         schema, _, alone = name.partition(".")
         self.take(relation._replace(schema=schema, name=alone), lsn)
-        self.root = ""
+        self._root = ""
         return True
 
-    def _learn(self, relation: Relation, root: str) -> Table | None:
+    def truncated(self, ordinal: int) -> None:
+        """A TRUNCATE comes after so many changes: shapes that were told since are of what it empties, and of no partition."""
+        self._root = ""
+        of_it = [part for part in self._parts if part[-1] == ordinal]
+        self._parts = [part for part in self._parts if part[-1] != ordinal]
+        for _, relation, now, _ in of_it:
+            self._named(relation, now)
+
+    def tell_parts(self) -> None:
+        """Say of which partitions rows came, before the cut that has them: only with what follows a shape that is certain."""
+        parts, self._parts = self._parts, []
+        for root, relation, _, _ in parts:
+            self.held(root, relation.oid)
+
+    def _is_part(self, relation: Relation, now: catalog.Table | None, ordinal: int) -> bool:
+        """Whether it must be a partition, by what was told just before."""
+        root, self._root = self._root, ""
+        if not root or (now and now.kind == "p"):  # of two roots both are truncated
+            return False
+        self._parts.append((root, relation, now, ordinal))
+        return True
+
+    def _learn(self, relation: Relation, ordinal: int) -> Table | None:
         known = self.shapes.get(f"{relation.schema}.{relation.name}")
         published = catalog.published_tables(self._connection, self._cut.source.publication, holding=relation.oid)
         now = next((table for table in published if table.oid == relation.oid), None)
-        if root or (now is None and any(leaf.oid == relation.oid for table in published for leaf in table.leaves)):
+        leaf = now is None and any(leaf.oid == relation.oid for table in published for leaf in table.leaves)
+        if self._is_part(relation, now, ordinal) or leaf:
             if now is None and known is None:
                 return None  # a partition: its rows come in its root's name, which was told just before
         else:
@@ -128,7 +148,7 @@ class Relations:
         was = self.by_oid.get(relation.oid) if relation.oid not in oids else None
         self.moved(name, oids, was.name if was else "")
         if now and now.kind == "p":
-            self.root = name
+            self._root = name
         else:
             self.held(name, relation.oid)
 

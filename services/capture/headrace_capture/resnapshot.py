@@ -102,6 +102,7 @@ class Resnapshot:
 
     def look(self) -> None:
         """Take in what was asked for and what the catalogue says, and go on with the next chunk. Cheap when there is nothing."""
+        self._relations.tell_parts()
         self._asked.answer()
         for request in self._requests.take():
             self._asked.take(request)
@@ -121,6 +122,7 @@ class Resnapshot:
 
     def note(self) -> None:
         """Write down what has become of the jobs: in each cut, as one that names a table as inexact must not go without its job."""
+        self._relations.tell_parts()
         if self._jobs.dirty:
             self._jobs.write(self._cut.writer)
             self.tell()

@@ -226,7 +226,8 @@ class Stream:
 
     def _relation(self, relation: Relation) -> None:
         self._tick()  # the catalogue is asked, and one bunch may bring as many of these as there are tables
-        before, table = self._tables.get(relation.oid), self._relations.take(relation, self._open_stamp.lsn)
+        before = self._tables.get(relation.oid)
+        table = self._relations.take(relation, self._open_stamp.lsn, self._ordinal)
         if table is not None and (before is None or (before.shape, before.wide) != (table.shape, table.wide)):
             self._filler.memory.forget_table(table)  # what is remembered goes by the places of columns
 
@@ -314,8 +315,8 @@ class Stream:
 
     def _truncate(self, truncate: Truncate) -> None:
         """Delete every live key of each table; the log itself is the list of them (S11). All have one ordinal."""
+        self._relations.truncated(self._ordinal)
         self._ordinal += 1
-        self._relations.root = ""  # of a root that is truncated no partition's shape follows
         tables = [table for table in map(self._tables.get, truncate.oids) if table is not None]
         for table in tables:
             self._filler.memory.forget_table(table)
