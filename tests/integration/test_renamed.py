@@ -8,7 +8,7 @@ import pytest
 
 from headrace.settings import Settings
 from headrace_capture import attention, resnapshot
-from tests.fixtures.capture import capturing, eventually, execute, prepare, replay, selected
+from tests.fixtures.capture import capturing, changes, eventually, execute, prepare, replay, selected
 from tests.fixtures.resnapshots import jobs
 from tests.fixtures.silent import HIGH, ITEMS, LOW, PARTS, ROWS, fingerprint
 
@@ -194,7 +194,7 @@ def test_rows_of_another_table_that_had_its_name_for_a_while_do_not_stay(
             patch.setattr(attention.CatalogueWatch, "take", lambda _: None)
             execute(settings, *(["; ".join(statements)] if together else statements))
             capture.reach()
-            assert len(replay(settings, "public.items")) == 2, "it went by the name"
+            assert b'{"id":77}' in {change.key for change in changes(settings, "public.items")}, "it went by the name"
         capture.hear("public.items was read again")
         capture.eventually("all is exact", lambda: capture.reach().inexact == ())
     for table in ("items", "other"):
