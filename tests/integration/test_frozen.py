@@ -66,6 +66,15 @@ def frozen(feed: Feed, settings: Settings) -> Iterator[Frozen]:
     made.runner.stop()
 
 
+def built_beside(frozen: Frozen, control: Control) -> None:
+    """Let the other process take the paused view over, and build and promote its second generation."""
+    eventually("the other is there", lambda: control.reports()["plain"][0].process != frozen.runner._process)
+    control.ask("plain", "resume")
+    control.ask("plain", "rebuild")
+    eventually("it is built", lambda: [each.phase for each in control.reports()["plain"]] == ["live", "following"])
+    control.ask("plain", "promote")
+
+
 def test_who_wakes_does_not_drop_again_what_another_process_has_begun_anew(
     frozen: Frozen, feed: Feed, settings: Settings
 ) -> None:
@@ -90,11 +99,7 @@ def test_who_wakes_lets_a_view_that_stands_still_to_the_process_that_runs_it(
     """What is paused writes nothing to its store, and would not be told there that the view is another's by now."""
     frozen.ask("pause")
     with serving(settings, plain=Plain) as control:
-        eventually("the other is there", lambda: control.reports()["plain"][0].process != frozen.runner._process)
-        control.ask("plain", "resume")
-        control.ask("plain", "rebuild")
-        eventually("it is built", lambda: [each.phase for each in control.reports()["plain"]] == ["live", "following"])
-        control.ask("plain", "promote")
+        built_beside(frozen, control)
         frozen.wake(60)
         failed = frozen.runner.failed()
         assert failed is not None
@@ -113,11 +118,7 @@ def test_who_ends_as_it_wakes_says_nothing_of_a_view_that_another_process_runs(
     """It is told to end while it is frozen: what it knows as live may have been dropped since."""
     frozen.ask("pause")
     with serving(settings, plain=Plain) as control:
-        eventually("the other is there", lambda: control.reports()["plain"][0].process != frozen.runner._process)
-        control.ask("plain", "resume")
-        control.ask("plain", "rebuild")
-        eventually("it is built", lambda: [each.phase for each in control.reports()["plain"]] == ["live", "following"])
-        control.ask("plain", "promote")
+        built_beside(frozen, control)
         control.ask("plain", "drop")
         eventually("the old one is gone", lambda: [each.generation for each in control.reports()["plain"]] == [2])
         frozen.runner._reported -= 60
