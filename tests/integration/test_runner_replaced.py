@@ -89,7 +89,8 @@ def test_of_two_that_have_put_each_other_aside_one_goes_on(
     feed: Feed, settings: Settings, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has opened a generation of the other's, so neither says anything any more, and neither has said that it ends."""
-    monkeypatch.setattr("headrace.runner.runner.DEAD_SECONDS", 1.0)
+    for module in ("runner", "another"):
+        monkeypatch.setattr(f"headrace.runner.{module}.DEAD_SECONDS", 1.0)
     monkeypatch.setattr("headrace.runner.runner._ASK_SECONDS", 0.5)
     feed.cut((ITEMS, 1, 10))
     first = serve(Told, "told", plain=Plain)

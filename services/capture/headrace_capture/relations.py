@@ -56,6 +56,7 @@ class Relations:
         self.held: Callable[[str, int], None] = lambda _table, _oid: None
         self.by_oid = _ByOid()
         self._root = ""  # the partitioned table whose shape was told last, if that of a partition must follow now
+        # What was told after a root, as what it is in the catalogue and after how many changes: a partition, unless a TRUNCATE follows.
         self._parts: list[tuple[str, Relation, catalog.Table | None, int]] = []
         self._told: dict[int, tuple[Relation, int]] = {}
 
