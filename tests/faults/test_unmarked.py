@@ -22,6 +22,7 @@ from headrace_capture import jobs
 from headrace_capture.recovery import recover
 from headrace_ops.kafka import Kafka
 from tests.fixtures.capture import (
+    Running,
     capturing,
     changes,
     eventually,
@@ -34,6 +35,7 @@ from tests.fixtures.capture import (
     selected,
 )
 from tests.fixtures.feed import encode_headers
+from tests.fixtures.mortal import DyingOfCuts, Life
 from tests.fixtures.unmarked import unmark
 
 T = "public.items"
@@ -117,6 +119,25 @@ def test_everything_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafk
             capture.eventually(f"{topic} is shown", lambda topic=topic: _shown(settings, topic))
         # Its first row was there before it joined: that one is read beside the stream.
         capture.eventually("it is exact", lambda: replay(settings, "public.others") == selected(settings, "others"))
+
+
+def test_half_a_transaction_may_come_with_what_is_confirmed(settings: Settings, kafka: Kafka) -> None:
+    """One cut: the end of a transaction, which it confirms, and half of the next one. Without it the slot would be beyond the log."""
+    sealed = _two_rows(settings)
+    settings = replace(settings, cut_records=3)
+    execute(settings, "INSERT INTO items VALUES (3)", "INSERT INTO items SELECT generate_series(11, 14)")
+    running = Running(settings, DyingOfCuts(settings, Life(), 1, after=True))
+    eventually("it dies", lambda: running.ended)
+    newest = Log(settings).newest_checkpoint()
+    assert newest is not None
+    assert newest.partial
+    assert newest.version > sealed.version
+    _confirmed(settings, newest)
+    unmark(kafka, f"{Log(settings).topic_of(T)}-0", f"{checkpoints_topic(settings.source)}-0")
+    assert Log(settings).newest_checkpoint() == sealed
+    with capturing(settings) as capture:
+        capture.reach()
+        capture.eventually("the table is as in Postgres", lambda: replay(settings, T) == selected(settings, "items"))
 
 
 @pytest.mark.parametrize(

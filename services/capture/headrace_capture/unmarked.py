@@ -69,10 +69,10 @@ def newest_committed(log: Log, confirmed: int) -> tuple[Checkpoint | None, bool]
         if record.value is None:
             continue
         taken = spine.take(record.value, record.offset, record.timestamp)
-        # Half a transaction is never confirmed: it begins again from what is shown. Nor is a new epoch, which has a new slot.
+        # Half a transaction is never confirmed, only what is whole before it in the same cut. Nor is a new epoch, which has a new slot.
         is_last = (
             taken is not None
-            and taken.partial is None
+            and (taken.partial is None or taken.version > (hidden or shown).version)
             and taken.version.epoch == shown.version.epoch
             and taken.version.lsn <= confirmed
         )
