@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import psycopg
 import pytest
 
 from headrace.settings import Settings
+from headrace_capture import catalog, chunks, setup, watermarks
 from tests.fixtures.capture import Running, capturing, changes, eventually, execute, prepare, replay, rows, selected
 from tests.fixtures.resnapshots import ask, done, jobs
+from tests.fixtures.silent import LOW, fingerprint
 
 T = "public.items"
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, no int)"
@@ -138,3 +140,47 @@ def test_a_table_that_was_cancelled_while_it_waited_waits_again_when_it_is_asked
         done(settings, capture)
         assert capture.reach().inexact == ()
     assert replay(settings, T) == selected(settings, T) == {b'{"id":1}': {"id": 1, "no": 1}}
+
+
+@pytest.mark.parametrize("what", ["append-only", "with a key"])
+def test_an_empty_partition_that_comes_while_rows_are_read_lets_nothing_be_read_anew(
+    settings: Settings, often: None, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Capture knows of it before it takes what was read: nothing has gone since. Where one came in every pass, none would end."""
+    key, append_only = ("", ["parts"]) if what == "append-only" else ("PRIMARY KEY", list[str]())
+    execute(settings, f"CREATE TABLE parts (id int {key}, n int) PARTITION BY RANGE (id)", LOW)
+    execute(settings, "INSERT INTO parts VALUES (1, 1)")
+    with closing(catalog.connect(settings.dsn)) as connection:
+        setup.apply(connection, setup.plan(connection, settings, [], "", append_only))
+    passes, emit = list[str](), watermarks.emit
+
+    def emitting(connection: catalog.Connection, which: str, mark: str) -> None:
+        if which == watermarks.HIGH:
+            passes.append(mark)
+            oid = attach(settings, len(passes)) if len(passes) < 4 else ""
+            eventually("capture has seen the partition", lambda: oid in fingerprint(settings, "public.parts"))
+        emit(connection, which, mark)
+
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        capture.reach()
+        eventually("it was looked at", lambda: fingerprint(settings, "public.parts") != "null")
+        monkeypatch.setattr(chunks.watermarks, "emit", emitting)
+        ask(settings, tables=["public.parts"])
+        done(settings, capture, "public.parts")
+        execute(settings, "INSERT INTO parts VALUES (1001, 1)")
+        capture.reach()
+        capture.eventually("it is exact", lambda: capture.reach().inexact == ())
+        assert len(passes) == 1
+    assert len(replay(settings, "public.parts")) == 2
+
+
+def attach(settings: Settings, number: int) -> str:
+    """Make an empty partition, which waits for nobody who reads; return its oid."""
+    bounds = f"FROM ({1000 * number}) TO ({1000 * number + 1000})"
+    execute(
+        settings,
+        f"CREATE TABLE more{number} (LIKE parts INCLUDING ALL)",
+        f"ALTER TABLE parts ATTACH PARTITION more{number} FOR VALUES {bounds}",
+    )
+    return str(rows(settings, f"SELECT 'more{number}'::regclass::oid")[0][0])

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import psycopg
@@ -21,7 +22,7 @@ from headrace.errors import Misconfigured
 from headrace.settings import Settings
 from headrace_capture import append_only, catalog, fingerprints, watermarks
 from headrace_capture.fingerprints import Fingerprint
-from headrace_capture.jobs import JOINED
+from headrace_capture.jobs import JOINED, Job
 from headrace_capture.operators import operators
 from headrace_capture.published import row_filters
 from headrace_capture.replication import Stopped, postgres_errors
@@ -88,6 +89,27 @@ class Chunk(NamedTuple):
         """Remove what is on disk."""
         if self.spool is not None:
             self.spool.close()
+
+
+@dataclass(slots=True)
+class Reading:
+    """The chunk that is being read.
+
+    Attributes:
+        job: What it is for.
+        mark: Of its watermarks.
+        future: The chunk.
+        known: The table's fingerprint that was known when it began.
+        low: The commit LSN of its low watermark, 0 before.
+        stale: Whether what it is for has changed meanwhile.
+    """
+
+    job: Job
+    mark: str
+    future: Future[Chunk]
+    known: Fingerprint | None
+    low: int = 0
+    stale: bool = False
 
 
 class ChunkReader:

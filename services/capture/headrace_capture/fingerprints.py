@@ -162,6 +162,16 @@ def silent(before: Fingerprint, after: Fingerprint, logged: Collection[str] = ()
     return _columns(before, after, {*logged, *(column.name for column in before.columns)}) or _leaves(before, after)
 
 
+def overtaken(before: Fingerprint | None, found: Fingerprint, known: Fingerprint, logged: Collection[str] = ()) -> bool:
+    """Whether `known`, which has taken the place of `before` meanwhile, is newer than `found`, in which no row has changed since `before`.
+
+    Held against `known`, what has come since `found` would have gone: a partition.
+    """
+    if before is None or before == known or silent(before, found, logged):
+        return False
+    return bool(silent(known, found, logged))
+
+
 def unsent(before: Fingerprint, after: Fingerprint) -> bool:
     """Whether the stream may have been silent about the table for a while between two fingerprints."""
     pairs = [(before.sent, after.sent), (before.altered, after.altered), (before.placed, after.placed)]

@@ -15,10 +15,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from headrace.change import TableSchema
@@ -28,7 +27,7 @@ from headrace.log import Log
 from headrace_capture import catalog, fingerprints, watermarks
 from headrace_capture.asked import Asked
 from headrace_capture.attention import CatalogueWatch, Findings, Requests
-from headrace_capture.chunks import Ask, Chunk, ChunkReader
+from headrace_capture.chunks import Ask, Chunk, ChunkReader, Reading
 from headrace_capture.cut import Cut
 from headrace_capture.fingerprints import Fingerprint
 from headrace_capture.jobs import DONE, FAILED, JOINED, LEFT, PAUSED, READING, REMOVING, WAITING, WRITING, Job, Jobs
@@ -41,17 +40,6 @@ from headrace_capture.toast import Filler
 from headrace_capture.writing import Writing
 
 _AGAIN_SECONDS = 0.5
-
-
-@dataclass(slots=True)
-class _Reading:
-    """The chunk at hand. `low` is the commit LSN of its low watermark; `stale`: what it is for has changed meanwhile."""
-
-    job: Job
-    mark: str
-    future: Future[Chunk]
-    low: int = 0
-    stale: bool = False
 
 
 class Resnapshot:
@@ -84,7 +72,7 @@ class Resnapshot:
         tell_how = partial(progress.fact, "catalogue")
         self._catalogue = CatalogueWatch(log.settings, self._leaves, cut.writer.check_topics, tell_how)
         self._reader = ChunkReader(log.settings)
-        self._reading: _Reading | None = None
+        self._reading: Reading | None = None
         self._writing = Writing(log, cut, relations, self._jobs, progress, tick)
         self._names: Findings | None = None
         self._printed_at: dict[str, float] = {}
@@ -291,9 +279,9 @@ class Resnapshot:
         ends = self._cut.sealed.ends.get(self._log.topic_of(job.table), [])
         # Asked for when it is needed: what another table has on disk is not given up for one that must wait.
         future = self._reader.begin(ask, lambda check: self._writing.known_of(job.table).catch_up(ends, check, check))
-        self._reading = _Reading(job, mark, future)
+        self._reading = Reading(job, mark, future, self._jobs.prints.get(job.table))
 
-    def _failed(self, reading: _Reading) -> None:
+    def _failed(self, reading: Reading) -> None:
         """A chunk could not be read: try again later, or let the job rest with the reason."""
         self._reading = None
         error = reading.future.exception()
@@ -333,7 +321,7 @@ class Resnapshot:
         elif which == watermarks.HIGH and reading.low:
             self._take(reading, lsn, seal)
 
-    def _take(self, reading: _Reading, high: int, seal: Callable[[], None]) -> None:
+    def _take(self, reading: Reading, high: int, seal: Callable[[], None]) -> None:
         while not reading.future.done():
             self._tick()
             with suppress(NotYet, HeadraceError):
@@ -344,7 +332,7 @@ class Resnapshot:
         self._reading = None
         with closing(reading.future.result()) as chunk:
             job = reading.job
-            if reading.stale or job.phase not in {WAITING, READING} or not self._usable(job, chunk):
+            if reading.stale or job.phase not in {WAITING, READING} or not self._usable(reading, chunk):
                 return
             try:
                 self._writing.write(job, chunk, (reading.low, high), seal)
@@ -369,10 +357,11 @@ class Resnapshot:
             self._progress.phase("streaming")
             self._progress.say("the initial snapshot is complete")
 
-    def _usable(self, job: Job, chunk: Chunk) -> bool:
+    def _usable(self, reading: Reading, chunk: Chunk) -> bool:
         """Whether the chunk sees what it must, and is of the table that the chunks before it were of."""
+        job = reading.job
         joining, job.floor = job.floor == JOINED, chunk.floor
-        if job.key is None and chunk.print is not None and not self._same(job, chunk.print, joining=joining):
+        if job.key is None and chunk.print is not None and not self._same(reading, chunk.print, joining=joining):
             return False
         if not chunk.covered:
             if not (chunk.floor and watermarks.covers(chunk.snapshot, chunk.floor)):  # else it goes on at once
@@ -382,15 +371,16 @@ class Resnapshot:
             self._jobs.know_only(self._jobs.prints.keys() - {job.table})
         return chunk.covered
 
-    def _same(self, job: Job, print_: Fingerprint, *, joining: bool) -> bool:
+    def _same(self, reading: Reading, print_: Fingerprint, *, joining: bool) -> bool:
         """Take the fingerprint that came with a chunk; return whether the job can go on with it."""
-        table, known = job.table, self._jobs.prints.get(job.table)
+        table, before = reading.job.table, reading.known
+        known, names = self._jobs.prints.get(table), self._relations.names[table]
         self._printed_at[table] = time.monotonic()
         if known and not joining:  # what changed after the low watermark counts as newer than what is read
-            return not self._compare(table, known, print_)
+            return fingerprints.overtaken(before, print_, known, names) or not self._compare(table, known, print_)
         if not joining:
             self._came(table, print_)
-        elif known and fingerprints.silent(known, print_, self._relations.names[table]):
+        elif known and fingerprints.silent(known, print_, names):
             self._cut.inexact.add(table)
         self._jobs.know(table, print_)
         return joining
