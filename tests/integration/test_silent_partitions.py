@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from headrace.cli import app
 from headrace.log import Log
 from headrace.settings import Settings, environment
-from headrace_capture import catalog, fingerprints
-from tests.fixtures.capture import Running, capturing, changes, eventually, execute, prepare, replay, selected
+from headrace_capture import attention, catalog, fingerprints
+from tests.fixtures.capture import Running, capturing, changes, eventually, execute, prepare, replay, rows, selected
 from tests.fixtures.resnapshots import ask, jobs
 from tests.fixtures.silent import ATTACH, HIGH, ITEMS, LOGGED, LOW, PARTS, ROWS, exact, fingerprint, off
 
@@ -113,6 +113,31 @@ def test_a_partition_that_cannot_be_asked_in_time_whether_it_is_empty_counts_as_
         assert fingerprints._is_empty(connection, 0, sql.Identifier("public", "items")) is True, (
             "the connection goes on"
         )
+
+
+def test_asked_to_stop_while_it_asks_whether_partitions_are_empty_it_ends_each_question(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may take minutes, and the process would wait for the second one."""
+    slow = "CREATE VIEW slow AS SELECT FROM generate_series(1, 9) i WHERE pg_sleep(60 * i) IS NULL"
+    prepare(settings, PARTS, LOW, HIGH, ROWS)
+    execute(settings, slow)
+    asked, is_empty = sql.Identifier("public", "slow"), fingerprints._is_empty
+    asks = (
+        "SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'headrace resnapshot'"
+    )
+    with capturing(settings) as capture:
+        capture.hear("streaming")
+        capture.reach()
+        eventually("it knows the partitions", lambda: "leaves" in fingerprint(settings, "public.parts"))
+        monkeypatch.setattr(attention.CatalogueWatch, "take", lambda _: None)
+        monkeypatch.setattr(fingerprints, "_is_empty", lambda connection, *_: is_empty(connection, 0, asked))
+        for number in (2, 3):
+            bounds = f"FROM ({number}0) TO ({number + 1}0)"
+            execute(settings, f"CREATE TABLE more{number} PARTITION OF parts FOR VALUES {bounds}")
+        ask(settings, tables=["public.parts"])
+        eventually("it asks", lambda: rows(settings, f"{asks} AND query LIKE '%slow%'"))
+    eventually("nobody asks", lambda: not rows(settings, asks))
 
 
 def test_truncate_of_a_partitioned_table_is_a_delete_for_each_live_key(settings: Settings) -> None:

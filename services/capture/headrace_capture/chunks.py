@@ -9,6 +9,7 @@ text, for the same converters.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -32,6 +33,7 @@ from headrace_capture.tables import copy_fields
 MOST_BYTES = 8 * 1024 * 1024
 """A chunk ends with the row that reaches this many bytes (I10)."""
 _CLOSE_SECONDS = 5.0
+_CANCEL_SECONDS = 0.2
 _LOCK_SECONDS = 1.0
 """A table that is locked for longer is tried again later, for others wait to be read."""
 _LOCK = sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE")
@@ -132,17 +134,21 @@ class ChunkReader:
         return self._newest
 
     def close(self) -> None:
-        """End; a read that waits is cancelled."""
+        """End; what waits is cancelled, and what is asked after it too: whether each of several new partitions is empty."""
         self._ended = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        newest, until = self._newest, time.monotonic() + _CLOSE_SECONDS
+        while newest is not None and not newest.done() and time.monotonic() < until:
+            self._cancel()
+            wait([newest], timeout=_CANCEL_SECONDS)
+        if newest is None or newest.done():
+            self._disconnect()
+
+    def _cancel(self) -> None:
         connection = self._connection
         if connection is not None:
             with suppress(psycopg.Error):
                 connection.cancel_safe(timeout=2.0)
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._newest is not None:
-            wait([self._newest], timeout=_CLOSE_SECONDS)
-        if self._newest is None or self._newest.done():
-            self._disconnect()
 
     def _run(self, ask: Ask, before: Callable[[Callable[[], None]], None]) -> Chunk:
         try:
