@@ -144,6 +144,32 @@ def test_what_is_cancelled_by_its_key_is_that_row_only(settings: Settings) -> No
         done(settings, capture)
 
 
+@pytest.mark.usefixtures("often")
+def test_what_joined_and_was_never_read_is_not_cancelled_but_taken_out(settings: Settings) -> None:
+    """It would begin again by itself. Of all that is read again the rest is cancelled; paused it is forgotten when it is taken out."""
+    prepare(settings, ITEMS)
+    execute(settings, "CREATE TABLE late (id int PRIMARY KEY)")
+    publication = f"ALTER PUBLICATION {settings.publication}"
+    with capturing(settings) as capture, psycopg.connect(settings.dsn) as application:
+        capture.hear("streaming")
+        application.execute("INSERT INTO late VALUES (1)")
+        execute(settings, f"{publication} ADD TABLE late")
+        eventually("it waits", lambda: jobs(settings).get("public.late", {}).get("reason", "").startswith("waits for"))
+        for tables in ([], ["public.late"]):
+            with pytest.raises(Misconfigured) as refusal:
+                ask(settings, "cancel", tables=tables)
+            assert refusal.value.code == "snapshot-not-cancelled"
+        assert ask(settings, "pause") == {"jobs": ["public.late"]}
+        application.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+        ask(settings, tables=[T])
+        assert ask(settings, "cancel") == {"jobs": [T]}
+        assert phases(settings) == {"public.late": "paused"}
+        execute(settings, f"{publication} DROP TABLE late")
+        eventually("it is forgotten", lambda: not jobs(settings))
+        application.commit()
+        assert capture.reach().inexact == ()
+
+
 @contextmanager
 def awaited(
     settings: Settings, table: str, *options: str, dead: float = control.DEAD_SECONDS

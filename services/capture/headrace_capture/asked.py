@@ -115,6 +115,20 @@ class Asked:
         return {"jobs": [job.name for job in changed]}
 
     def _cancel(self, request: Request) -> dict[str, Any]:
+        jobs = self._given_up(request)
+        for job in jobs:
+            job.phase = CANCELLED
+            self._disturb(job.table)
+            if job.key is not None or job.table in self._cut.inexact:
+                self._jobs.put(job)  # or a row would pass for read, and such a table begin again by itself
+            elif job.table not in self._jobs.prints:
+                self._jobs.put(replace(job, phase=LEFT))  # it is published no more, which nobody has decided yet
+            else:
+                self._jobs.drop(job.name)
+        return {"jobs": [job.name for job in jobs]}
+
+    def _given_up(self, request: Request) -> list[Job]:
+        """Return the jobs that can be cancelled; refuse what cannot, but where all is to be cancelled that can."""
         jobs = self._named(request)
         initial = [job.name for job in jobs if job.initial]
         if initial:
@@ -123,13 +137,11 @@ class Asked:
                 f"{', '.join(initial)}: without the initial snapshot there is no log.",
                 "Pause it: headrace resnapshot --pause",
             )
-        for job in jobs:
-            job.phase = CANCELLED
-            self._disturb(job.table)
-            if job.key is not None or job.table in self._cut.inexact:
-                self._jobs.put(job)  # or a row would pass for read, and such a table begin again by itself
-            elif job.table in self._relations.shapes and job.table not in self._jobs.prints:
-                self._jobs.put(replace(job, phase=LEFT))  # it is published no more, which nobody has decided yet
-            else:
-                self._jobs.drop(job.name)
-        return {"jobs": [job.name for job in jobs]}
+        joined = [job for job in jobs if job.table not in self._relations.shapes]
+        if joined and (request.args.get("tables") or joined == jobs):
+            raise Misconfigured(
+                "snapshot-not-cancelled",
+                f"{', '.join(job.name for job in joined)}: what is published, and was never read, is read by itself.",
+                "Take it out of the publication, or pause it: headrace resnapshot --pause",
+            )
+        return [job for job in jobs if job not in joined]

@@ -195,10 +195,10 @@ class Jobs:
         if self.all.pop(name, None):
             self._dirty.add(name)
 
-    def drop_failed(self, known: Container[str]) -> None:
-        """Forget what failed of tables that nobody wants any more: not published, nothing of them in the log."""
+    def drop_resting(self, known: Container[str]) -> None:
+        """Forget what failed, or is paused, of tables that nobody wants any more: not published, nothing of them in the log."""
         for job in list(self.all.values()):
-            if job.phase == FAILED and not job.initial and job.table not in known:
+            if job.phase in {FAILED, PAUSED} and not job.initial and job.table not in known:
                 self.drop(job.name)
 
     def forget_keys(self) -> None:

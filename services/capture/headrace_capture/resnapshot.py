@@ -230,7 +230,7 @@ class Resnapshot:
         there = findings.prints.keys() | newer
         self._left(self._jobs.prints.keys() - there)
         self._jobs.know_only(there)
-        self._jobs.drop_failed(there | self._relations.shapes.keys())
+        self._jobs.drop_resting(there | self._relations.shapes.keys())
         # Of one that was being read then the job is not LEFT: it goes on, it is paused, or it failed.
         resting = {LEFT, PAUSED, FAILED}
         whole = {job.table for job in self._jobs.all.values() if job.key is None and job.phase in resting}
