@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from headrace.errors import Misconfigured, Transient
+from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
 from headrace.stores.duckdb import Database, DuckDBStore
 from tests.fixtures.tables import FIRST, SECOND, batch, put
@@ -82,6 +83,63 @@ def test_a_damaged_file_is_set_aside_and_made_anew(store: DuckDBStore, settings:
     assert file.with_name("w.duckdb.broken").read_bytes() == bytes(data)
     store.apply(batch(10, put(ITEMS, 10, id=1), schemas=(ITEMS,)))
     assert len(store.scan(None, 9)) == 1
+
+
+def _killed(settings: Settings, *statements: str) -> None:
+    """Run statements whose effect stays in the write-ahead log."""
+    script = f"import duckdb, os; connection = duckdb.connect({settings.warehouse!r})\n"
+    script += "\n".join(f"connection.execute({each!r})" for each in statements)
+    subprocess.run([sys.executable, "-c", f"{script}\nos._exit(0)"], check=True)
+
+
+def test_whichever_block_is_damaged_below_the_write_ahead_log_it_is_told_as_damage(settings: Settings) -> None:
+    """DuckDB finds one as it replays the log, and calls that a transaction that failed: no waiting mends it."""
+    script = f"""
+import os
+from headrace.settings import Settings
+from headrace.stores.duckdb import DuckDBStore
+from tests.fixtures.tables import FIRST, batch, put
+from tests.fixtures.warehouses import ITEMS
+store = DuckDBStore(Settings(warehouse={settings.warehouse!r}), "warehouse")
+for lsn in range(10, 15):
+    store.open(FIRST)
+    store.apply(batch(lsn, *(put(ITEMS, lsn, id=n, name=str(n)) for n in range(100)), schemas=(ITEMS,)))
+    if lsn < 13:
+        store.close()
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+    file, log = Path(settings.warehouse), Path(f"{settings.warehouse}.wal")
+    whole, logged, found = file.read_bytes(), log.read_bytes(), set[str]()
+    for at in range(12288, len(whole), 262144):
+        file.write_bytes(whole[: at + 100] + bytes([whole[at + 100] ^ 1]) + whole[at + 101 :])
+        log.write_bytes(logged)
+        store = DuckDBStore(settings, "warehouse")
+        try:
+            found.add(str(len(store.generations())))
+        except HeadraceError as error:
+            found.add(error.code)
+    assert found <= {"0", "1", "warehouse-damaged"}
+    assert "0" in found
+
+
+def test_what_a_file_that_cannot_be_opened_is_refused_with_opens_a_new_one(
+    store: DuckDBStore, settings: Settings
+) -> None:
+    """Its write-ahead log has what DuckDB cannot do before it has loaded its extensions."""
+    store.apply(batch(10, put(ITEMS, 10, id=1, name="1"), schemas=(ITEMS,)))
+    store.close()
+    _killed(settings, 'ALTER TABLE g1."public.items" ALTER name TYPE VARCHAR USING to_json(name)::VARCHAR')
+    for _ in range(2):
+        with pytest.raises(Misconfigured, match="replaying") as refused:
+            store.generations()
+        assert refused.value.code == "warehouse-failed"
+    command = refused.value.remedy.partition("run: ")[2].partition(". ")[0]
+    subprocess.run(shlex.split(command), check=True)
+    assert store.open(FIRST) is None
+    store.apply(batch(10, put(ITEMS, 10, id=1), schemas=(ITEMS,)))
+    assert len(store.scan(None, 9)) == 1
+    assert Path(f"{settings.warehouse}.wal.broken").exists()
 
 
 @pytest.mark.parametrize("scarce", ["files", "memory"])

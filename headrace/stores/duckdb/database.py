@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import os
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,8 +180,7 @@ def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
     text = str(error).splitlines()[0]
     if _is_no_room(error):
         return _no_room(error)
-    told = type(error) in {duckdb.Error, duckdb.IOException} and any(sign in text for sign in _DAMAGE)
-    if told or isinstance(error, duckdb.SerializationException):
+    if _is_damage(error, text):
         _mark(path).touch()
         return Misconfigured(
             "warehouse-damaged",
@@ -189,14 +189,27 @@ def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
             f" first, remove {_mark(path).name} and {path.name}.wal too.",
         )
     if isinstance(error, (duckdb.FatalException, duckdb.InternalException)):
-        return Misconfigured(
-            "warehouse-failed", f"DuckDB gave up: {text}", "Run this process again: nothing durable is lost."
-        )
+        again = f"Run this process again: nothing durable is lost. {_anew(path)}"
+        return Misconfigured("warehouse-failed", f"DuckDB gave up: {text}", again)
     if isinstance(error, duckdb.OutOfMemoryException):
         return Transient("warehouse-memory", f"DuckDB needs more memory: {text}", "Raise HEADRACE_WAREHOUSE_MEMORY.")
     if isinstance(error, (duckdb.OperationalError, duckdb.TransactionException)):
         return Transient("warehouse-io", f"DuckDB cannot write or read: {text}", "See the message.")
-    return Misconfigured("warehouse-failed", f"DuckDB refused a statement of headrace: {text}", "Report this.")
+    said = f"DuckDB refused a statement of headrace: {text}"
+    return Misconfigured("warehouse-failed", said, f"Report this, and run this process again. {_anew(path)}")
+
+
+def _anew(path: Path) -> str:
+    mark = shlex.quote(str(_mark(path)))
+    return f"If it stops so again, run: touch {mark}. Then it sets the file aside as {path.name}.broken, and loads a new one from zero."
+
+
+def _is_damage(error: duckdb.Error, text: str) -> bool:
+    """Whether DuckDB says that the file is damaged; in other errors the same words may be a row's."""
+    if isinstance(error, duckdb.TransactionException):  # also of a write-ahead log over a damaged block
+        return any(f"Failed to commit: {sign}" in text for sign in _DAMAGE)
+    told = type(error) in {duckdb.Error, duckdb.IOException} and any(sign in text for sign in _DAMAGE)
+    return told or isinstance(error, duckdb.SerializationException)
 
 
 def _is_no_room(error: duckdb.Error) -> bool:
