@@ -133,6 +133,8 @@ ALIKE = {
     'text COLLATE "C"': ("a", ["text", 'text COLLATE "ucs_basic"']),
     "char(3)": ("a", ["char(3)"]),
     "timestamptz": ("2026-01-01 10:00:00+00", ["timestamptz(3)"]),
+    "ltree": ("Top.a", ["ltree", "route", "text"]),
+    "hstore": ('"a"=>"1"', ["hstore"]),
 }
 """Types of a key, each with a value, and with types of columns that the log writes alike, of some of which Postgres says no equality."""
 
@@ -170,6 +172,9 @@ def test_columns_that_are_written_alike_are_joined_by_that(settings: Settings) -
         settings,
         "CREATE DOMAIN price AS numeric",
         "CREATE DOMAIN whole AS int",
+        "CREATE EXTENSION ltree",
+        "CREATE EXTENSION hstore",
+        "CREATE DOMAIN route AS ltree",
         "CREATE TYPE mood AS ENUM ('good')",
         "CREATE TYPE other_mood AS ENUM ('bad', 'good')",
         *[f"CREATE TABLE r{n} (id {kind} PRIMARY KEY)" for n, kind in enumerate(ALIKE)],

@@ -6,7 +6,6 @@ finds its row.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import closing, suppress
 
@@ -27,7 +26,6 @@ from tests.fixtures.kinds import Kind, every_kind
 from tests.integration.test_capture_types import MADE, made_kinds
 
 Log = dict[str, Row]
-_ROUNDED = re.compile(r"\d{17}")
 
 
 def captured(connection: catalog.Connection, table: catalog.Table) -> Log:
@@ -55,10 +53,13 @@ def captured(connection: catalog.Connection, table: catalog.Table) -> Log:
     return made
 
 
-def expected(connection: postgres.Connection, table: postgres.Table, keys: list[str] | None = None) -> list[Row]:
+def expected(
+    connection: postgres.Connection, table: postgres.Table, keys: list[str] | None = None
+) -> list[tuple[str, Row]]:
     with connection.cursor() as cursor:
         cursor.execute(_plain(table, keys))
-        return [table.plain(codec.loads(text)) for (text,) in cursor.fetchall()]
+        rows = [codec.loads(text) for (text,) in cursor.fetchall()]
+    return [(key_of(table, row), table.plain(row)) for row in rows]
 
 
 def make(connection: psycopg.Connection, number: int, kind: Kind) -> None:
@@ -72,13 +73,6 @@ def make(connection: psycopg.Connection, number: int, kind: Kind) -> None:
             ("k", "INSERT INTO k{} SELECT $1, $2::{}, $2::{} WHERE $2 IS NOT NULL"),
             ("f", "INSERT INTO f{} VALUES ($1, $2::{})"),
         ):
-            if (
-                table == "k"
-                and value is not None
-                and _ROUNDED.search(value)
-                and "json" in kind.name + kind.sql + kind.type.replace("document", "json")
-            ):
-                continue  # left: in a key such a number is its text in the log, which verify does not know
             if table == "f" or connection.execute("SELECT to_regclass($1)", [f"k{number}"]).fetchone() != (None,):
                 with suppress(psycopg.errors.ProgramLimitExceeded, psycopg.errors.UndefinedFunction):
                     connection.execute(statement.format(number, kind.sql, kind.sql).encode(), [at, value])
@@ -92,7 +86,7 @@ def wrong(
     read = postgres.table(verify, table.shape(1), None)
     assert read is not None
     found = expected(verify, read)
-    by_key = {key_of(read, row): row for row in found}
+    by_key = dict(found)
     said = [f"key {key}" for key in rows.keys() ^ by_key.keys()]
     for key in rows.keys() & by_key.keys():
         if names := differing(by_key[key], rows[key], rows=True):
@@ -105,11 +99,11 @@ def wrong(
         else:
             said += (
                 [f"{key} finds {again}"]
-                if by_key[key] not in again or (len(again) > 1 and "[]" not in kind.sql)
+                if (key, by_key[key]) not in again or (len(again) > 1 and "[]" not in kind.sql)
                 else []
             )
     with closing(Multiset()) as multiset:
-        multiset.expect(table.name, tuple(column.name for column in read.columns), found)
+        multiset.expect(table.name, tuple(column.name for column in read.columns), (row for _, row in found))
         for key, row in rows.items():
             multiset.hold(table.name, key, row)
         said += [str(each) for each in multiset.differences({table.name})]

@@ -235,9 +235,9 @@ class Rows:
     def made(self, found: Found) -> Made:
         """See `Expectation.made`."""
         table = self._tables[found.kind]
-        row = table.plain(codec.loads(found.texts[0] or ""))
+        row = codec.loads(found.texts[0] or "")
         key = key_of(table, row)
-        return Made(Expected(table.name, key, (table.name, key), row))
+        return Made(Expected(table.name, key, (table.name, key), table.plain(row)))
 
     def counted(self) -> dict[str, list[Table]]:
         """See `Expectation.counted`."""
@@ -305,8 +305,8 @@ class Documents:
             key, root = {document.start: row}, window(self._tables, document, row, joined[0], members)
         else:
             table = self._tables[document.table]
+            key = table.keyed(row)
             root = node(self._tables, document, table.plain(row), joined, members)
-            key = {name: root[name] for name in table.key}
         made = Expected(*self._document(document, key), self._render(root))
         return Made(made, tuple(Member(*member, made.collection, made.key) for member in members))
 

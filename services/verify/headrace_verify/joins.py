@@ -29,7 +29,8 @@ from headrace_verify.postgres import Table
 Tables = Mapping[str, Table]
 Members = list[tuple[str, str]]
 """Joined rows by table and log's key."""
-Pair = tuple[sql.Composable, sql.Composable]
+Pair = tuple[sql.Composable, sql.Composable, sql.Composable]
+"""Two values, and the operator that compares them."""
 
 
 class Select:
@@ -107,7 +108,7 @@ class Select:
         """Return the item of FROM that has in ``found`` what of a table refers to the row of `above`."""
         table, child = self._tables[join.table], f"{name}c"
         pairs = _pairs(table, child, join.by, parent, above, parent.key)
-        by = [one for one, _ in pairs]
+        by = [one for one, *_ in pairs]
         conditions = [_among(table, child, column, values) for column, values in join.where.items()]
         conditions += [_equal(pairs)] if self._few else []
         condition: sql.Composable = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
@@ -132,7 +133,7 @@ class Select:
             sql.Identifier(name),
             sql.SQL("true")
             if self._few
-            else _equal([(sql.Identifier(name, f"k{number}"), other) for number, (_, other) in enumerate(pairs)]),
+            else _equal([(sql.Identifier(name, f"k{n}"), other, equals) for n, (_, other, equals) in enumerate(pairs)]),
         )
 
 
@@ -172,14 +173,14 @@ def _pairs(
     pairs: list[Pair] = []
     for a, b in zip(left_columns, right_columns, strict=True):
         if one.column(a).compares_with(other.column(b)):
-            pairs.append((sql.Identifier(left, a), sql.Identifier(right, b)))
+            pairs.append((sql.Identifier(left, a), sql.Identifier(right, b), one.column(a).equals))
         else:
-            pairs.append((one.written(left, a), other.written(right, b)))
+            pairs.append((one.written(left, a), other.written(right, b), sql.SQL("=")))
     return pairs
 
 
 def _equal(pairs: Iterable[Pair]) -> sql.Composed:
-    return sql.SQL(" AND ").join(sql.SQL("{} = {}").format(*pair) for pair in pairs)
+    return sql.SQL(" AND ").join(sql.SQL("{} {} {}").format(one, equals, other) for one, other, equals in pairs)
 
 
 def _among(table: Table, alias: str, column: str, values: Sequence[Any]) -> sql.Composed:
@@ -253,10 +254,11 @@ def _read(tables: Tables, join: Join, row: Row, value: Any, members: Members) ->
         members.append((table.name, encoded(table.key, [row[column] for column in join.on])))
         if value is None:
             return None
-        child, further = _parted(table, join, value)
-        return node(tables, join, child, further, members)
-    children = [_parted(table, join, each) for each in value or ()]
-    members += [(table.name, key_of(table, child)) for child, _ in children]
+        child, further = _parted(join, value)
+        return node(tables, join, table.plain(child), further, members)
+    parts = [_parted(join, each) for each in value or ()]
+    members += [(table.name, key_of(table, child)) for child, _ in parts]
+    children = [(table.plain(child), further) for child, further in parts]
     if not in_order(join, table):
         numbers = frozenset(column.name for column in table.columns if column.number)
         times = frozenset(column.name for column in table.columns if column.time)
@@ -265,9 +267,9 @@ def _read(tables: Tables, join: Join, row: Row, value: Any, members: Members) ->
     return [node(tables, join, child, further, members) for child, further in children]
 
 
-def _parted(table: Table, join: Join, value: Any) -> tuple[Row, Sequence[Any]]:
+def _parted(join: Join, value: Any) -> tuple[Row, Sequence[Any]]:
     row, *further = value if join.joins else (value,)
-    return table.plain(row), further
+    return row, further
 
 
 def window(tables: Tables, declared: Window, start: str, value: Any, members: Members) -> Node:
@@ -278,8 +280,7 @@ def window(tables: Tables, declared: Window, start: str, value: Any, members: Me
 
 def _read_aggregate(join: Folding, table: Table, value: Any, members: Members) -> Node:
     keys, *values = value or ([], *(function.result(None) for function in join.values.values()))
-    keyed = _keyed(table)
-    members += [(table.name, key_of(table, keyed.plain(key))) for key in keys or ()]
+    members += [(table.name, key_of(table, key)) for key in keys or ()]
     if not table.key:
         members.append((table.name, key_of(table, {})))
     results = {
@@ -298,8 +299,8 @@ def _summed(table: Table, name: str, found: Any) -> Summed | None:
 
 
 def key_of(table: Table, row: Row) -> str:
-    """Return the log's key of a row."""
-    return encoded(table.key, [row[name] for name in table.key])
+    """Return the log's key of a row that SQL has given, before it is finished."""
+    return codec.encode_key(table.keyed(row)).decode()
 
 
 def encoded(names: Sequence[str], values: Sequence[Any]) -> str:

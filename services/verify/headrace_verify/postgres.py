@@ -6,8 +6,7 @@ Values are turned into the codec's form by SQL, not by capture's converters: so 
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,11 +15,11 @@ import orjson
 import psycopg
 from psycopg import conninfo, sql
 
-from headrace import codec
 from headrace.change import Row, Snapshot, Source, TableSchema, parse_lsn
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
 from headrace.waiting import check_server
+from headrace_verify.finishing import Finish, finish_of, finished, finished_key
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 _SESSION = (
@@ -125,12 +124,16 @@ class Table:
             return sql.SQL("{}").format(sql.Identifier(alias, name))
         return self.written(alias, name)
 
+    def keyed(self, row: Row) -> Row:
+        """Return the key, as the log has it, of a row that SQL has given, before `plain`."""
+        finishes = {name: self.column(name).finish for name in self.key}
+        return {name: finished_key(finish, row[name]) if finish else row[name] for name, finish in finishes.items()}
+
     def plain(self, row: Row) -> Row:
         """Finish a row that SQL has given."""
         for column in self.columns:
-            finish = (_FINISH_ELEMENT if column.element else _FINISH).get(column.element or column.base)
-            if finish and row[column.name] is not None:
-                row[column.name] = _each(finish, row[column.name])
+            if finish := column.finish:
+                row[column.name] = finished(finish, row[column.name])
         return row
 
 
@@ -152,6 +155,16 @@ class _Column(NamedTuple):
     def time(self) -> bool:
         """Whether its values are dates or timestamps."""
         return self.base in {"date", "timestamp", "timestamptz"}
+
+    @property
+    def finish(self) -> Finish | None:
+        """Return what finishes what SQL has given."""
+        return finish_of(self.base, self.element)
+
+    @property
+    def equals(self) -> sql.Composable:
+        """Return the operator of its equality: the session's search_path has none of a type that is not built in."""
+        return sql.SQL("OPERATOR({}.=)").format(sql.Identifier(self.equality or "pg_catalog"))
 
     def compares_with(self, other: _Column) -> bool:
         """Whether Postgres itself compares the two: it has no ``text = uuid``, and does not choose between two collations."""
@@ -311,7 +324,7 @@ def _equals(column: _Column, alias: str, value: Any) -> sql.Composable:
     """
     name = sql.Identifier(alias, column.name)
     if column.element:
-        if column.element in _FINISH_ELEMENT:
+        if column.finish:
             return sql.SQL("true")
         said = sql.SQL("to_json({})::jsonb").format(_expression(column, alias))
         return sql.SQL("{} = {}::jsonb").format(said, sql.Literal(orjson.dumps(value).decode()))
@@ -324,27 +337,8 @@ def _equals(column: _Column, alias: str, value: Any) -> sql.Composable:
         return sql.SQL("{} = decode({}, 'base64')").format(name, text)
     if not column.equality:
         return sql.SQL("{} = CAST({} AS {})").format(name, text, sql.SQL(column.type))
-    equal = sql.SQL("OPERATOR({}.=)").format(sql.Identifier(column.equality))
     type_ = sql.SQL(column.base)  # below domains, for which it may not be found
-    return sql.SQL("CAST({} AS {}) {} CAST({} AS {})").format(name, type_, equal, text, type_)
-
-
-def _document(text: str) -> Any:
-    return codec.document(text.encode())  # Postgres admits what readers refuse: the log keeps it as text
-
-
-_FINISH: dict[str, Callable[[str], Any]] = {"json": _document, "jsonb": _document}
-_FINISH_ELEMENT: dict[str, Callable[[str], Any]] = {
-    "json": _document,
-    "jsonb": _document,
-    "bytea": lambda text: base64.b64encode(bytes.fromhex(text[2:])).decode(),
-}
-
-
-def _each(finish: Callable[[str], Any], value: Any) -> Any:
-    if isinstance(value, list):
-        return [_each(finish, item) for item in value]
-    return None if value is None else finish(value)
+    return sql.SQL("CAST({} AS {}) {} CAST({} AS {})").format(name, type_, column.equals, text, type_)
 
 
 # What is append-only is in the publication's comment, by which setup remembers what it was told.
