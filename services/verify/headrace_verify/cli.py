@@ -70,8 +70,8 @@ def verify(
     compared, and noted: `headrace status --check` is what fails for it. Where no NAME is given, what has effects, what was run from a file,
     and documents of an append-only table's rows are left out with a line on stderr.
 
-    With --counts rows are only counted, and neither keys nor values are looked at: a wrong one is not seen, nor one that is missing beside one
-    too many; and a view of documents has one for each root row or differs.
+    With --counts rows are only counted, and neither keys nor values are looked at: a wrong one is not seen, nor one that is missing
+    beside one too many; and a view of documents has one for each root row or differs.
 
     Exit codes: 0 no differences; 1 differences, or rows that could not be decided; 3 something must be changed
     first; 5 a server or a view does not answer.
