@@ -49,7 +49,7 @@ from headrace.change import Change, Position, Row, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check_all
 from headrace.documents.declaration import Node
-from headrace.documents.layout import discard, errors, of_the_store, place
+from headrace.documents.layout import discard, errors, of_the_store, place_of
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
 from headrace.documents.rendering import meant, rendered
@@ -142,7 +142,7 @@ class DocumentConsumer:
         self._close_local()
         self._view = self.store.open(generation)
         self._told = self._view.told if self._view else now()
-        path = place(self.settings, f"{self.name}-g{generation.number}.sqlite")
+        path = place_of(self.settings, self.name, generation.number, self.store.generations)
         local = LocalRows(path, self.documents, generation.fingerprint)
         if local.position is not None and not self._fits(local.position, self._view):
             local.close()
