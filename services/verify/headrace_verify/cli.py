@@ -48,16 +48,17 @@ Timeout = Annotated[
     typer.Option("--timeout", help="Longest wait, s, for a view to catch up, and for the next busy row to be decided."),
 ]
 
+Counts = Annotated[
+    bool, typer.Option("--counts", help="Compare only how many rows there are, at one LSN, and not which: faster.")
+]
+
 
 def verify(
     names: Names = None,
     consumer: Files = None,
     generation: Number = None,
     timeout: Timeout = 60.0,
-    counts: Annotated[
-        bool,
-        typer.Option("--counts", help="Compare only how many rows there are, at one LSN, and not which: faster."),
-    ] = False,
+    counts: Counts = False,
     json: AsJson = False,
 ) -> None:
     """Compare every row of a view with Postgres, also while both go on, and print what is missing, extra or different.
@@ -70,8 +71,8 @@ def verify(
     compared, and noted: `headrace status --check` is what fails for it. Where no NAME is given, what has effects, what was run from a file,
     and documents of an append-only table's rows are left out with a line on stderr.
 
-    With --counts rows are only counted, and neither keys nor values are looked at: a wrong one is not seen, nor one that is missing
-    beside one too many; and a view of documents has one for each root row or differs.
+    With --counts rows are only counted: a wrong one is not seen, nor one that is missing beside one too many; and a view of documents has
+    one for each root row or differs.
 
     Exit codes: 0 no differences; 1 differences, or rows that could not be decided; 3 something must be changed
     first; 5 a server or a view does not answer.
