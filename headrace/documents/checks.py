@@ -26,19 +26,27 @@ _IN_TWO_WAYS = frozenset({"citext", "interval", "json", "jsonb", "numrange", "nu
 def check_all(
     documents: Iterable[Root], newest: Mapping[str, TableSchema], *, loading: bool, typed: bool, whole: bool
 ) -> None:
-    """See `check`, and `await_types` where types are known: `typed`.
+    """See `check`, `check_window`, and where types are known, `typed`, `check_types`.
+
+    Once there is a view, the log may just have half of a migration: one table's new type before the other's, a column that is dropped
+    before it is added again. Then it is looked at again; of a feed a column never goes, nor is its type another.
 
     Raises:
         Misconfigured: `document-column`, `document-key`.
         Transient: `document-column`.
     """
-    for document in documents:
-        if isinstance(document, Window):
-            check_window(document, newest, whole=whole)
-        else:
-            check(document, newest, whole=whole)
-            if typed:
-                await_types(document, newest, loading=loading)
+    try:
+        for document in documents:
+            if isinstance(document, Window):
+                check_window(document, newest, whole=whole)
+            else:
+                check(document, newest, whole=whole)
+                if typed:
+                    check_types(document, newest)
+    except Misconfigured as error:
+        if loading or not typed or error.code != "document-column":
+            raise
+        raise Transient(error.code, error.message, error.remedy) from error
 
 
 def check(level: Level, newest: Mapping[str, TableSchema], *, whole: bool = True) -> None:
@@ -75,20 +83,6 @@ def check_types(level: Level, newest: Mapping[str, TableSchema]) -> None:
         check_types(join, newest)
 
 
-def await_types(level: Level, newest: Mapping[str, TableSchema], *, loading: bool) -> None:
-    """See `check_types`. Once there is a view, one table's new type may just be known before the other's: then it is looked at again.
-
-    Raises:
-        Misconfigured, Transient: `document-column`.
-    """
-    try:
-        check_types(level, newest)
-    except Misconfigured as error:
-        if loading:
-            raise
-        raise Transient(error.code, error.message, error.remedy) from error
-
-
 def check_window(window: Window, newest: Mapping[str, TableSchema], *, whole: bool = True) -> None:
     """Hold a window against the newest schema of its table, see `check`. Raises Misconfigured: `document-column`."""
     schema = newest.get(window.table)
@@ -105,7 +99,9 @@ def check_window(window: Window, newest: Mapping[str, TableSchema], *, whole: bo
 def _check_columns(columns: Collection[str], schema: TableSchema | None, whole: bool) -> None:
     missing = set(columns) - {column.name for column in schema.columns} if schema and whole else None
     if schema and missing:
-        raise Misconfigured("document-column", f"{schema.table} has no column {', '.join(sorted(missing))}.", _REMEDY)
+        said = f"{schema.table} has no column {', '.join(sorted(missing))}."
+        remedy = "Add the column, and write a row of the table. Or change the declaration of the document, and run: headrace rebuild NAME"
+        raise Misconfigured("document-column", said, remedy)
 
 
 def _check_key(columns: Collection[str], schema: TableSchema | None) -> None:

@@ -250,6 +250,24 @@ def test_what_was_told_of_a_column_that_is_gone_mends_it(settings: Settings, ela
             assert Shelf(Log(settings)).entries("search") == []
 
 
+def test_a_view_waits_for_a_declared_column_that_is_dropped_before_it_is_added_again(settings: Settings) -> None:
+    """With a row between, of which the log knows the column no more; nobody starts it again."""
+    prepare(settings, SCHEMA, *ROWS)
+    with capturing(settings) as capture, serving(settings, copies=Copies) as control:
+        shop = Shop(settings, control, capture)
+        shop.settle("copies")
+        execute(settings, "ALTER TABLE reviews DROP COLUMN product_id", "UPDATE reviews SET stars = 1 WHERE id = 1")
+        waits = eventually("it waits", lambda: (now := shop.report("copies")) and now.code and now)
+        assert (waits.phase, waits.code) == ("waiting", "document-column")
+        assert "public.reviews has no column product_id" in waits.reason
+        execute(
+            settings, "ALTER TABLE reviews ADD COLUMN product_id int", "UPDATE reviews SET product_id = 5 WHERE id < 9"
+        )
+        shop.settle("copies")
+        assert shop.differences("copies")[0] == []
+        assert [len(row["reviews"]) for row in shop.rows("copies").values()].count(8) == 1
+
+
 # Append-only tables (S10)
 
 

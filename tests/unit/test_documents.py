@@ -213,6 +213,31 @@ def test_a_view_whose_joined_columns_change_their_type_waits_until_both_have(wor
     world.check()
 
 
+def test_a_live_view_waits_for_a_declared_column_that_is_dropped_and_added_again(world: World) -> None:
+    """In transactions of their own, with a row between; from zero a column that is not there is refused for good."""
+    shop(world.log)
+    world.run()
+    whole, shown = SCHEMAS[REVIEWS, 1], world.store.bodies()
+    less = replace(whole, version=2, columns=tuple(each for each in whole.columns if each.name != "product_id"))
+    world.log.schemas = SCHEMAS | {(REVIEWS, 2): less}
+    world.log.put(REVIEWS, 7, {"id": 7, "stars": 4})
+    world.log.cut()
+    with pytest.raises(Transient, match=r"public\.reviews has no column product_id") as gone:
+        world.run()
+    assert gone.value.code == "document-column"
+    assert world.store.bodies() == shown
+    zero = World(replace(world.settings, state=f"{world.settings.state}-zero"), schemas=world.log.schemas)
+    zero.log.put(REVIEWS, 7, {"id": 7, "stars": 4})
+    zero.log.cut()
+    with pytest.raises(Misconfigured, match="has no column product_id"):
+        zero.run()
+    world.log.schemas |= {(REVIEWS, 3): replace(whole, version=3)}
+    world.log.put(REVIEWS, 8, {"id": 8, "product_id": 1, "stars": 5})
+    world.log.cut()
+    world.run()
+    world.check()
+
+
 def _with(table: str, name: str, kind: str) -> TableSchema:
     schema = SCHEMAS[table, 1]
     columns = tuple(replace(column, type=kind) if column.name == name else column for column in schema.columns)
