@@ -15,7 +15,7 @@ from typing import NamedTuple
 from headrace.change import LSN_BITS, Version
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, Tail, check_heard, end_of_partition, head
-from headrace_capture.spool import found, room
+from headrace_capture.spool import paged, room
 
 _BUNCH = 5_000
 _Call = Callable[[], None]
@@ -100,15 +100,8 @@ class KnownKeys:
 
     def _live(self, which: str, bound: Version, seal: _Call, tick: _Call) -> Iterator[tuple[bytes, Newest]]:
         query = f"SELECT key, version, xid FROM known WHERE key > ? AND {which} AND live ORDER BY key LIMIT ?"
-        after = b""
-        while True:
-            seal()  # where few keys are such, all may have to be looked at
-            rows = found(self._db, query, (after, bound.packed(), _BUNCH), tick)
-            for key, packed, xid in rows:
-                yield key, Newest(Version.unpacked(packed), xid, live=True)
-            if len(rows) < _BUNCH:
-                return
-            after = rows[-1][0]
+        for key, packed, xid in paged(self._db, query, bound.packed(), _BUNCH, seal, tick):
+            yield key, Newest(Version.unpacked(packed), xid, live=True)
 
     def close(self) -> None:
         """Remove the file."""

@@ -16,7 +16,7 @@ from typing import Self
 from headrace.change import Version
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, Record, read_to_end
-from headrace_capture.spool import found, room
+from headrace_capture.spool import paged, room
 
 _BUNCH = 2_000
 
@@ -69,21 +69,10 @@ class LiveKeys:
     def each(
         self, tick: Callable[[], None], below: Version | None = None, seal: Callable[[], None] = lambda: None
     ) -> Iterator[bytes]:
-        """Yield the live keys in their order; only those whose newest record is older than `below`, if given.
-
-        `seal` is called before each look for some, and `tick` amid it: where few keys are so old, all may have to be looked at.
-        """
+        """Yield the live keys in their order; only those whose newest record is older than `below`, if given (see `spool.paged`)."""
         query = "SELECT key FROM live WHERE key > ? AND version < ? ORDER BY key LIMIT ?"
         bound = (1 << 63) - 1 if below is None else below.packed()
-        after = b""
-        while True:
-            seal()
-            rows = found(self._db, query, (after, bound, _BUNCH), tick)
-            for (key,) in rows:
-                yield key
-            if len(rows) < _BUNCH:
-                return
-            after = rows[-1][0]
+        return (key for (key,) in paged(self._db, query, bound, _BUNCH, seal, tick))
 
     def newest(self, key: bytes) -> Record | None:
         """Return the key's newest record, None when the key is not live."""

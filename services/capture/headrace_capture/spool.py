@@ -69,12 +69,27 @@ def room() -> Iterator[None]:
         ) from error
 
 
-def found(db: sqlite3.Connection, query: str, values: Sequence[Any], tick: Callable[[], None]) -> list[Any]:
-    """Return what a query finds, which may have to look at all keys of a table: `tick` is called meanwhile, and may end it by Stopped.
+def paged(
+    db: sqlite3.Connection, query: str, bound: int, most: int, seal: Callable[[], None], tick: Callable[[], None]
+) -> Iterator[Any]:
+    """Yield what a query finds of keys, in their order: its values are the key that they come after, `bound`, and `most`, how many at once.
+
+    `seal` is called before each look for some, and `tick` amid it, which may end it by Stopped: all of a table may have to be looked at.
 
     Raises:
         Misconfigured: `spool-full`.
     """
+    after = b""
+    while True:
+        seal()
+        rows = _found(db, query, (after, bound, most), tick)
+        yield from rows
+        if len(rows) < most:
+            return
+        after = rows[-1][0]
+
+
+def _found(db: sqlite3.Connection, query: str, values: Sequence[Any], tick: Callable[[], None]) -> list[Any]:
     db.set_progress_handler(lambda: _stopped(tick), _STEPS)
     try:
         with room():
