@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
 DOCKERFILE = (ROOT / "ops/Dockerfile").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
-RAW: dict[str, Any] = yaml.safe_load(TEXT)
 
 
 def filled(text: str) -> str:

@@ -110,7 +110,6 @@ class Table:
 
     Attributes:
         key: The key's columns in the key's order; empty when no key is usable, and then `keyless` says why.
-        key_index: The name of the key's index.
         keyless: One of the empty string, ``none``, ``deferrable``, ``unsent``.
         unsent: The columns of its key that the publication does not send: such a key names no row of the stream, so it is not in `key`.
         unique: An index that could serve as replica identity if there is no key, empty if there is none.
@@ -125,7 +124,6 @@ class Table:
     identity: str
     columns: tuple[TableColumn, ...] = ()
     key: tuple[str, ...] = ()
-    key_index: str = ""
     keyless: str = "none"
     unsent: tuple[str, ...] = ()
     unique: str = ""
@@ -278,7 +276,7 @@ def _key(table: Table, indexes: Sequence[_Index]) -> dict[str, Any]:
     usable = [index for index in chosen if index.immediate]
     unique = next((index.name for index in indexes if index.immediate), "")
     if usable:
-        return {"key": tuple(usable[0].columns), "key_index": usable[0].name, "keyless": ""}
+        return {"key": tuple(usable[0].columns), "keyless": ""}
     return {"keyless": "deferrable" if chosen else "none", "unique": unique}
 
 
