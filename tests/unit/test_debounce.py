@@ -342,16 +342,8 @@ def _take(world: World, clock: Clock, step: tuple[Any, ...]) -> None:
         clock.tick(how[0])
     elif what in {"poll", "hurry"}:
         _poll(world, hurry=what == "hurry")
-    elif what == "wipe":
-        world.store.wipe()
-    elif what == "compact":
-        world.log.cut()
-        world.log.compact()
-    elif what != "lose":
-        key, row = how
-        world.log.put(what, key, row and {"id": key, **row})
-    elif Path(world.settings.state).exists():
-        world.lose_local()
+    else:
+        world.take(step)
 
 
 def _run(world: World, kill: str | None, piece: int, stop_after: int) -> None:

@@ -391,14 +391,5 @@ def _take(world: World, step: tuple[Any, ...]) -> None:
     elif step[0] == "killed":
         world.log.cut()
         world.run(kill=step[1], piece=step[2], stop_after=step[2])
-    elif step[0] == "lose":
-        if Path(world.settings.state).exists():
-            world.lose_local()
-    elif step[0] == "wipe":
-        world.store.wipe()
-    elif step[0] == "compact":
-        world.log.cut()
-        world.log.compact()
     else:
-        table, key, row = step
-        world.log.put(table, key, row and {"id": key, **row})
+        world.take(step)

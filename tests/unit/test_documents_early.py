@@ -19,7 +19,6 @@ from headrace.settings import Settings
 from headrace.stores import Doc
 from tests.fixtures.documents import PRODUCTS, Memory, Products, World, linear
 from tests.unit.test_documents import PRODUCT
-from tests.unit.test_documents import _take as take
 from tests.unit.test_documents_parked import Moody, Runner
 
 
@@ -303,7 +302,7 @@ def test_any_history_equals_the_rows(steps: list[tuple[Any, ...]]) -> None:
             elif step[0] == "retry":
                 world.retry()
             else:
-                take(world, step)
+                world.take(step)
         world.moods.clear()
         world.store.refuses.clear()
         world.log.cut()

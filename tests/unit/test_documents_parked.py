@@ -19,7 +19,6 @@ from headrace.errors import Poison
 from headrace.settings import Settings
 from tests.fixtures.documents import GENERATION, PRODUCTS, REVIEWS, SOURCE, Killed, Products, World, linear, shop
 from tests.unit.test_documents import CATEGORY, PRODUCT, REVIEW
-from tests.unit.test_documents import _take as take
 
 
 class Moody(Products):
@@ -216,6 +215,6 @@ def _take(world: Runner, step: tuple[Any, ...]) -> None:
     elif step[0] == "retry":
         world.retry()
     else:
-        take(world, step)
+        world.take(step)
     if step == ("run", None, 10**9, 10**9):
         world.check_others()
