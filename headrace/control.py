@@ -13,8 +13,7 @@ Kafka has no compare-and-set, so there is one writer of reports and answers for 
 nobody can run. A report older than `DEAD_SECONDS` is of a process that died. All but what capture writes in its cuts is read whether a
 cut is open or not: one that a killed capture has left would hide every later report, of whatever source, until Kafka ends it.
 
-Rows go to `headrace.answers`, in pages keyed by the request's id: a page has as many rows as
-fit into PAGE_BYTES, and one at least.
+Rows go to `headrace.answers`, in pages keyed by the request's id: a page has as many rows as fit into PAGE_BYTES, and one at least.
 """
 
 from __future__ import annotations
@@ -96,6 +95,11 @@ class Report:
     def dead(self) -> bool:
         """Whether the process that wrote it no longer writes."""
         return self.age > DEAD_SECONDS and self.phase not in {"stopped", "off"}
+
+    @property
+    def heard(self) -> bool:
+        """Whether the process that wrote it has said something lately, and not that it ends."""
+        return self.age <= DEAD_SECONDS and not self.ended
 
     @property
     def gone(self) -> bool:
@@ -202,11 +206,8 @@ class Control:
         reports = self._newest("report")
         now = self._now(max((timestamp for timestamp, _ in reports.values()), default=0) / 1000)
         for key, (timestamp, value) in sorted(reports.items(), key=lambda item: int(item[0][2])):
-            value |= {
-                "version": Version(*value["version"]),
-                "lag": tuple(value["lag"]),
-                "progress": tuple(value["progress"]),
-            }
+            lag, progress = tuple(value["lag"]), tuple(value["progress"])
+            value |= {"version": Version(*value["version"]), "lag": lag, "progress": progress}
             report = Report(**codec.fields_of(Report, value), age=max(0.0, now - timestamp / 1000), at=timestamp)
             found.setdefault(key[1], []).append(report)
         return found
@@ -229,8 +230,7 @@ class Control:
             Misconfigured: `consumer-not-running`, `capture-not-running`, or what stopped its process.
         """
         found = self.reports().get(name, [])
-        alive = [report for report in found if report.age <= DEAD_SECONDS and not report.ended]
-        if alive:
+        if alive := [report for report in found if report.heard]:
             return alive
         command = f"Run: {command_of(name)}"
         for report in sorted(found, key=lambda report: report.live, reverse=True):

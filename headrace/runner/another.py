@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from headrace.change import source_of
-from headrace.control import DEAD_SECONDS, Control, Report
+from headrace.control import Control
 from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.runner.worker import Worker
@@ -29,11 +29,6 @@ def check_not_of_another(log: Log, name: str, seen: Iterable[Worker]) -> None:
         raise Misconfigured("view-of-another", said, remedy)
 
 
-def is_heard(report: Report) -> bool:
-    """Whether the process that wrote it has said something lately, and not that it ends."""
-    return report.age <= DEAD_SECONDS and not report.ended
-
-
 def check_alone(control: Control, name: str, process: str) -> None:
     """Refuse to go on with a view that another process runs, after this one has stood for so long that it was taken for dead.
 
@@ -41,7 +36,7 @@ def check_alone(control: Control, name: str, process: str) -> None:
         Misconfigured: `view-taken-over`. Transient: `kafka-away`.
     """
     said = control.reports().get(name, [])
-    if any(each.process != process and is_heard(each) for each in said):
+    if any(each.process != process and each.heard for each in said):
         raise _taken_over(name, f"has run {name} while this one stood still")
 
 

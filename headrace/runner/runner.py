@@ -18,7 +18,7 @@ from headrace.control import DEAD_SECONDS, LEAVE, Control, Report, refusal
 from headrace.errors import HeadraceError, Misconfigured, Refused, Transient, as_ours
 from headrace.log import Log
 from headrace.requests import Request
-from headrace.runner.another import check_alone, is_heard
+from headrace.runner.another import check_alone
 from headrace.runner.generations import DROPPED, PAUSED, Generations
 from headrace.runner.rate import seconds_left
 from headrace.runner.rows import Rows
@@ -104,7 +104,7 @@ class Runner:
                 said = self._control.reports().get(self.name, [])
                 if said and all(report.ended for report in said):
                     return True
-                heard = any(map(is_heard, said))
+                heard = any(report.heard for report in said)
         now = time.monotonic()  # Kafka may have taken its time, and who runs it is heard again only after us
         self._asks = now + _ASK_SECONDS
         if heard:
@@ -147,7 +147,7 @@ class Runner:
 
     def _is_run_elsewhere(self) -> bool:
         reports = self._control.reports().get(self.name, [])
-        return any(report.generation and is_heard(report) for report in reports)
+        return any(report.generation and report.heard for report in reports)
 
     def handle(self, request: Request) -> None:
         """Carry out a request and answer it; one whose asker has given up is only taken away, and nobody waits to hear that he left.
