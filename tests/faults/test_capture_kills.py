@@ -28,6 +28,7 @@ from tests.fixtures.capture import (
     selected,
     spawn,
 )
+from tests.fixtures.meanwhile import meanwhile
 from tests.fixtures.processes import console
 from tests.fixtures.ticks import repeating
 
@@ -44,18 +45,10 @@ class Load:
         self._settings = settings
         self._random = random.Random(seed)
         self._number = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
 
-    def stop(self) -> None:
-        """Stop, and wait until it has."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
+    def __call__(self, stop: threading.Event) -> None:
         with psycopg.connect(self._settings.dsn) as connection:
-            while not self._stop.is_set():
+            while not stop.is_set():
                 written = [no for _ in range(self._random.choice([1, 1, 2, 40])) for no in self._change(connection)]
                 if self._random.random() < 0.1:
                     connection.rollback()
@@ -85,8 +78,7 @@ def test_six_kills_under_load(settings: Settings, kafka: Kafka, seed: int) -> No
     with capturing(settings) as capture:
         capture.reach()  # a snapshot shows no numbers that were written over before it
     moments = random.Random(seed)
-    load = Load(settings, seed)
-    try:
+    with meanwhile(Load(settings, seed)) as load:
         for kill in range(6):
             for _ in range(20):  # one that came when nothing was on its way is made again
                 more = moments.randrange(10_000, 300_000)
@@ -97,8 +89,6 @@ def test_six_kills_under_load(settings: Settings, kafka: Kafka, seed: int) -> No
             sys.stdout.write(
                 f"seed {seed} kill {kill}: after {more} bytes of WAL, {late} committed changes not in the log\n"
             )
-    finally:
-        load.stop()
     with capturing(settings) as capture:
         capture.reach()
     exactly(settings, load)

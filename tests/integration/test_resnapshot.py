@@ -32,6 +32,7 @@ from tests.fixtures.capture import (
 )
 from tests.fixtures.disk import no_room
 from tests.fixtures.feed import add_partition
+from tests.fixtures.meanwhile import meanwhile
 from tests.fixtures.resnapshots import ITEMS, Load, T, ask, done, jobs, phases, unseen
 
 pytestmark = pytest.mark.usefixtures("blind")
@@ -83,7 +84,7 @@ def test_under_load_the_log_stays_exact(settings: Settings) -> None:
     prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 1000) i")
     with capturing(settings) as capture:
         capture.hear("streaming")
-        with Load(settings, 1500) as load:
+        with meanwhile(Load(settings, 1500)) as load:
             for _ in range(3):
                 before = load.commits
                 ask(settings, tables=[T])
@@ -105,7 +106,7 @@ def test_a_pass_goes_on_after_a_kill(settings: Settings) -> None:
         capture.reach()
         unseen(settings, "DELETE FROM items WHERE id % 100 = 3", "UPDATE items SET no = -no WHERE id % 100 = 5")
         capture.reach()
-    with Load(settings, 2000):
+    with meanwhile(Load(settings, 2000)):
         process = spawn(settings)
         try:
             ask(settings, tables=[T])
@@ -134,7 +135,7 @@ def test_the_initial_snapshot_in_chunks(settings: Settings) -> None:
         "CREATE TABLE empty (id int PRIMARY KEY)",
         "INSERT INTO items SELECT i, i FROM generate_series(1, 9000) i",
     )
-    with Load(settings, 9500):
+    with meanwhile(Load(settings, 9500)):
         process = spawn(settings, "--snapshot=chunked")
         try:
             eventually("it reads", lambda: jobs(settings).get(T, {}).get("rows", 0) > 500)
@@ -156,7 +157,7 @@ def test_large_chunks_are_not_read_back_and_no_less_exact(settings: Settings) ->
     """What a pass has just written it does not read again; what the stream wrote meanwhile it does."""
     settings = replace(settings, cut_records=2000)
     prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 9000) i")
-    with capturing(settings, chunked=True) as capture, Load(settings, 10000):
+    with capturing(settings, chunked=True) as capture, meanwhile(Load(settings, 10000)):
         capture.hear("the initial snapshot is complete")
         ask(settings, tables=[T])
         done(settings, capture)

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Self
 
 import psycopg
 import pytest
@@ -31,6 +30,7 @@ from tests.fixtures.capture import (
     selected,
 )
 from tests.fixtures.disk import no_room
+from tests.fixtures.meanwhile import meanwhile
 from tests.fixtures.mortal import DyingOfCuts, Life
 from tests.fixtures.resnapshots import ask, done, jobs, phases, reporting, unnoticed
 from tests.fixtures.slots import drop_slot
@@ -65,20 +65,10 @@ class Numbers:
     def __init__(self, settings: Settings, first: int) -> None:
         self.last = first - 1
         self._settings = settings
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
+    def __call__(self, stop: threading.Event) -> None:
         with psycopg.connect(self._settings.dsn, autocommit=True) as connection:
-            while not self._stop.wait(0.01):
+            while not stop.wait(0.01):
                 count = (1, 1, 2, 40)[self.last % 4]
                 connection.execute(
                     "INSERT INTO events SELECT 'more', i, NULL FROM generate_series(%s::int, %s::int) i",
@@ -91,7 +81,7 @@ def test_under_load_each_checkpoint_has_each_row_once(settings: Settings) -> Non
     """Three times over, in several partitions and tiny cuts, while rows come: never is one missing or double."""
     settings = replace(settings, cut_records=150, partitions=3)
     prepare_append_only(settings, EVENTS, MANY)
-    with capturing(settings) as capture, Numbers(settings, 3001) as load:
+    with capturing(settings) as capture, meanwhile(Numbers(settings, 3001)) as load:
         capture.hear("streaming")
         for _ in range(3):
             before = load.last

@@ -21,6 +21,7 @@ from tests.fixtures.capture import (
     selected,
     spawn,
 )
+from tests.fixtures.meanwhile import meanwhile
 from tests.fixtures.mortal import Life
 from tests.fixtures.resnapshots import Load, ask, done, jobs, unnoticed, unseen
 from tests.integration.test_avro import ANYTHING, BACKWARD, client, subject, values
@@ -54,7 +55,7 @@ def test_killed_in_the_middle_and_its_schema_changed(avro: Settings, registry: R
             capture.reach()
             unseen(settings, "DELETE FROM items WHERE id % 100 = 3", "UPDATE items SET no = -no WHERE id % 100 = 5")
             capture.reach()
-        with Load(settings, 2000):
+        with meanwhile(Load(settings, 2000)):
             process = spawn(settings)
             try:
                 ask(settings, tables=["public.items"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from headrace.fingerprint import fingerprint
 from headrace.log import Log
 from headrace.settings import Settings
 from tests.fixtures.feed import ITEMS, Feed, writing
+from tests.fixtures.meanwhile import over_and_over
 from tests.fixtures.plain import Plain
 from tests.fixtures.runners import Picky, Served, wait_for
 
@@ -96,25 +96,13 @@ def test_readers_never_go_back_in_time_over_promotions(
     served = serve()
     served.await_phase(1, "live")  # rows are there before the first report is
     seen: list[int] = []
-    stopping = threading.Event()
-
-    def read() -> None:
-        while not stopping.is_set():
-            seen.append(view.rows()['{"id":1}'])
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        control = Control(Log(settings))
-        with writing(feed):
-            for generation in (2, 3):
-                control.ask("plain", "rebuild")
-                served.await_phase(generation, "following")
-                control.ask("plain", "promote", {"generation": generation})
-            control.ask("plain", "rollback")
-    finally:
-        stopping.set()
-        reader.join(30)
+    control = Control(Log(settings))
+    with over_and_over(lambda: seen.append(view.rows()['{"id":1}'])), writing(feed):
+        for generation in (2, 3):
+            control.ask("plain", "rebuild")
+            served.await_phase(generation, "following")
+            control.ask("plain", "promote", {"generation": generation})
+        control.ask("plain", "rollback")
     assert seen == sorted(seen)
     assert seen[-1] > 0
 

@@ -15,6 +15,7 @@ from headrace.settings import Settings
 from headrace.stores.elasticsearch import ElasticsearchIndex
 from headrace.stores.elasticsearch import index as module
 from headrace.stores.elasticsearch.bulks import POSITION
+from tests.fixtures.meanwhile import over_and_over
 from tests.integration.test_store_elasticsearch import (
     G1,
     G2,
@@ -37,21 +38,16 @@ def test_promotion_is_atomic_for_a_polling_reader(open_store: Open, client: Clie
     first.promote()
     second.write([doc("1", 1, "new")], at(1))
     seen: list[str] = []
-    stop = threading.Event()
 
     def read() -> None:
-        while not stop.is_set():
-            hits = client.search(index="products")["hits"]["hits"]
-            seen.append(",".join(hit["_source"]["name"] for hit in hits))
+        hits = client.search(index="products")["hits"]["hits"]
+        seen.append(",".join(hit["_source"]["name"] for hit in hits))
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    wait_for(lambda: len(seen) > 5)
-    second.promote()
-    count = len(seen)
-    wait_for(lambda: len(seen) > count + 5)
-    stop.set()
-    reader.join()
+    with over_and_over(read):
+        wait_for(lambda: len(seen) > 5)
+        second.promote()
+        count = len(seen)
+        wait_for(lambda: len(seen) > count + 5)
     assert set(seen) == {"old", "new"}
     assert seen == sorted(seen, reverse=True)
     assert [(g.number, g.live) for g in first.generations()] == [(1, False), (2, True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -16,6 +15,7 @@ from headrace.consumer import Generation
 from headrace.errors import Misconfigured, Transient, Wiped
 from headrace.settings import Settings
 from headrace.stores.redis import Page, PageReader, RedisPages
+from tests.fixtures.meanwhile import over_and_over
 from tests.integration.test_store_redis import G1, G2, Open, at, client, doc, open_store, settings
 
 __all__ = ["client", "open_store", "settings"]
@@ -106,19 +106,10 @@ def test_promotion_is_atomic_for_a_polling_reader(open_store: Open, settings: Se
     assert reader.get("2") is None
     assert reader.applied() == Version(1, 8)
     seen: list[Page | None] = []
-    stop = threading.Event()
-
-    def read() -> None:
-        while not stop.is_set():
-            seen.append(reader.get("1"))
-
-    polling = threading.Thread(target=read)
-    polling.start()
-    wait_for(lambda: len(seen) > 20)
-    second.promote()
-    first.drop()
-    stop.set()
-    polling.join()
+    with over_and_over(lambda: seen.append(reader.get("1"))):
+        wait_for(lambda: len(seen) > 20)
+        second.promote()
+        first.drop()
     assert [page and page.html for page in dict.fromkeys(seen)] == ["old", "new"]
     assert [(g.number, g.live) for g in second.generations()] == [(2, True)]
 
