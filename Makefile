@@ -8,7 +8,7 @@ WORKERS ?= 3
 # What is installed is compiled, as pip does it; a fresh clone is not, and where nobody may write bytecode never would be.
 COMPILED = $(BIN)/python -m compileall -q headrace services ops .venv/lib
 
-.PHONY: demo test compose-test soak bench-capture bench-big bench-views check format stack-up stack-down
+.PHONY: demo test compose-test soak bench-capture bench-big bench-views fuzz check format stack-up stack-down
 
 demo: .venv/synced           ## the whole system from nothing; ONCE=1 stops everything at the end
 	$(BIN)/headrace demo $(if $(ONCE),--once)
@@ -19,6 +19,9 @@ test: .venv/synced           ## all tests, by WORKERS=3 processes with real serv
 
 soak: .venv/synced           ## MINUTES=60 of seeded kills, outages, rebuilds and parked records under load; SEED=1 is the first seed
 	$(BIN)/python tests/soak.py $(or $(MINUTES),60) $(or $(SEED),1)
+
+fuzz: .venv/synced           ## histories drawn from SEEDS=1-10: others by 7,100-120, longer ones by STEPS=60; TESTS=tests/unit for some of them
+	SEEDS=$(or $(SEEDS),1-10) $(BIN)/python -m pytest -q $$(grep -rl "fixtures.seeds import.* seeds" --include="test_*.py" $(or $(TESTS),tests))
 
 bench-capture: .venv/synced  ## capture and Debezium in turn, on the same rows; ARGS="--quick --ours --only single"; see bench/README.md
 	$(COMPILED) && $(BIN)/python -m bench $(ARGS)

@@ -97,8 +97,8 @@ def page(told: list[str], conditions: dict[str, str]) -> str:
 def main(minutes: float, first: int) -> int:
     """Run rounds until the time is over; return pytest's exit code."""
     begun = time.monotonic()
-    os.environ["SOAK_SEEDS"] = ",".join(str(first + number) for number in range(2 * int(minutes) + 2))
-    os.environ |= {"SOAK_STEPS": str(STEPS), "SOAK_ROUND": str(KILLS), "SOAK_REBUILDS": str(REBUILDS)}
+    os.environ |= {"SEEDS": f"{first}-{first + 2 * int(minutes) + 1}"}
+    os.environ |= {"STEPS": str(STEPS), "KILLS": str(KILLS), "REBUILDS": str(REBUILDS)}
     os.chdir(ROOT)
     soak = Soak(minutes)
     conditions = {name: what for name, what in report.surroundings("").items() if name in CONDITIONS}

@@ -12,7 +12,6 @@ again. In some steps a customer is unfit meanwhile, in some views are built anew
 from __future__ import annotations
 
 import itertools
-import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from tests.faults.test_kills import Killed, check, check_cuts, cut_small, newest
 from tests.fixtures import fussy
 from tests.fixtures.capture import execute, now, replay
 from tests.fixtures.processes import SMALL, Ended, System
+from tests.fixtures.seeds import seeds, steps
 
 SPECS = {"customers": f"{fussy.FILE}:Customers", "shelves": f"{fussy.FILE}:Shelves"}
 FILES = tuple(part for spec in SPECS.values() for part in ("--consumer", spec))
@@ -43,9 +43,8 @@ SERVERS = ("kafka", "postgres", *STORES)
 VICTIMS = (*LOG, *VIEWS, *STORES)
 TABLES = ("products", "reviews", "customers", "orders")
 GATES = ("verify", "counts", "none")
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
-STEPS = int(os.environ.get("SOAK_STEPS", "6"))
-"""`make soak` gives more of both: see tests/soak.py."""
+SEEDS = seeds("1")
+STEPS = steps(6)
 RATE = "40/s"
 COMPARED = 3
 """After so many steps the load rests, and all is compared."""

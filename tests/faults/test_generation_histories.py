@@ -12,7 +12,6 @@ woken, local folders and stores lost, and rows change.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shlex
@@ -23,33 +22,29 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import orjson
 import pytest
 
-from headrace.control import DEAD_SECONDS, Control, Report
-from headrace.errors import DEFECT, HeadraceError, Misconfigured, Transient
-from headrace.log import Log
-from headrace.parked import Shelf
+from headrace.control import DEAD_SECONDS
+from headrace.errors import Misconfigured
 from headrace.runner.scratch import NUMBER as SCRATCH
-from headrace.settings import Settings, environment
+from headrace.settings import Settings
 from headrace_ops.stack import Stack
 from tests.fixtures.capture import capturing, execute, now, prepare
-from tests.fixtures.forked import Direct, Forked
-from tests.fixtures.rebuilt import KINDS, ROWS, UNFIT, Kind, State, numbers
+from tests.fixtures.rebuilt import KINDS, ROWS, UNFIT, numbers
+from tests.fixtures.seeds import ASKED, seeds, steps
 from tests.fixtures.ticks import repeating
+from tests.fixtures.two_hosts import Hosts
 
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
-STORES = os.environ.get("SOAK_STORES", ",".join(KINDS) if "SOAK_SEEDS" in os.environ else "kept").split(",")
-AT_ONCE = 3
-STEPS = int(os.environ.get("SOAK_STEPS", "5"))
-ROUNDS = int(os.environ.get("SOAK_ROUNDS", "1"))
-"""More of each by hand: `SOAK_SEEDS=1,2,3 SOAK_STEPS=8 SOAK_ROUNDS=2`; each seed then takes three of the stores."""
+SEEDS = seeds("1")
+STEPS, REST = steps(5), 5
+"""So many, and after each five it rests."""
+STORES, AT_ONCE = list(KINDS) if ASKED else ["kept"], 3
 SERVERS = {"redis": "redis", "elasticsearch": "elasticsearch", "kafka": "kafka"}
 PATIENCE = 180.0
-FOREVER = 400.0
 TICK = "UPDATE ticks SET n = n + 1"
 MAKE = (
     "CREATE TABLE ticks (id int PRIMARY KEY, n int)",
@@ -86,53 +81,6 @@ BESIDE_OLDER: tuple[tuple[str, ...], ...] = (
     ("drop", "VIEW"),
     ("drop", "VIEW", "?"),
 )
-OF_CODE = {"replay", "verify"}
-SHORT = {"rebuild", "promote", "rollback", "drop", "pause", "resume"}
-
-
-class Reader(threading.Thread):
-    """Polls a view until stopped; `wrong` is what it must not have seen."""
-
-    def __init__(self, kind: Kind, settings: Settings) -> None:
-        super().__init__(daemon=True)
-        self.wrong: list[str] = []
-        self.polls = 0
-        self.strict = False
-        self.newest, self.said = -1, ""
-        self._look = kind.reader(settings)
-        self._stopping = threading.Event()
-
-    def run(self) -> None:
-        while not self._stopping.is_set() and not self.wrong:
-            strict = self.strict
-            try:
-                found = self._look()
-            except AssertionError as error:
-                self.wrong.append(repr(error))
-                return
-            except Exception as error:  # noqa: BLE001  its server is away
-                self.said = repr(error)
-                self._stopping.wait(0.1)
-                continue
-            if found is not None:
-                self._judge(found, strict=strict and self.strict)
-                self.polls += 1
-            self._stopping.wait(0.03)
-
-    def _judge(self, found: list[State], *, strict: bool) -> None:
-        if not strict:
-            self.newest = -1
-            return
-        if len(found) != ROWS or len(set(found)) != 1:
-            self.wrong.append(f"{time.time()} {len(found)} rows: {found} after {self.newest}")
-        elif found[0][0] < self.newest:
-            self.wrong.append(f"{time.time()} {found[0]} after {self.newest}")
-        else:
-            self.newest = found[0][0]
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self.join(60)
 
 
 disturbances: list[str] = []
@@ -140,110 +88,8 @@ disturbances: list[str] = []
 moving = threading.Lock()
 
 
-class History:
-    """One seed in one store."""
-
-    def __init__(self, settings: Settings, stack: Stack, folder: Path, store: str, seed: int) -> None:
-        self.settings, self.stack, self.folder, self.store = settings, stack, folder, store
-        self.kind, self.view = KINDS[store], store
-        self.chance = random.Random(f"{store} {seed}")
-        self.control, self.shelf = Control(Log(settings)), Shelf(Log(settings))
-        self.unfit = folder / f"{store}-unfit"
-        (folder / "tmp").mkdir(exist_ok=True)
-        self.hosts: list[Forked | None] = [None, None]
-        self.code = self.started = self.newest = 0
-        self.since = self.began = time.monotonic()
-        self.replay_killed = False
-        self.whole = True
-        """No generation was lost with its store or dropped by the other host: what either keeps locally of those stays there."""
-        self.reader = Reader(self.kind, settings)
-        self.lister = self.kind.codes[0](settings, store)
-
-    def say(self, what: str) -> None:
-        print(f"  {self.store:7.7s} {time.monotonic() - self.began:6.1f} {what}", flush=True)  # noqa: T201
-
-    # Processes
-
-    def output(self, what: str, number: int) -> Path:
-        return self.folder / f"{self.store}-{what}{number}.log"
-
-    def environ(self, host: int) -> dict[str, str]:
-        here = {"HEADRACE_STATE": str(self.host(host)), "UNFIT": str(self.unfit), "COLUMNS": "250"}
-        return {"PATH": os.environ["PATH"], "TMPDIR": str(self.folder / "tmp")} | environment(self.settings) | here
-
-    def host(self, number: int) -> Path:
-        return self.folder / f"{self.store}-host{number}"
-
-    def start(self, host: int, *, steps: bool | None = None) -> None:
-        self.started += 1
-        steps = self.chance.random() < 0.6 if steps is None else steps
-        words = ("run", "--consumer", self.kind.spec(self.code))
-        started = Forked(self.output("run", self.started), self.environ(host), *words, steps=steps)
-        self.whole = self.whole and host == 0
-        self.hosts[host], self.newest, self.since = started, self.started, time.monotonic()
-        self.say(f"host {host} runs code {self.code} as run{self.started}{' (armable)' if steps else ''}")
-
-    def running(self) -> dict[int, Forked]:
-        return {number: each for number, each in enumerate(self.hosts) if each is not None and each.alive}
-
-    def kill_all(self) -> None:
-        for each in self.running().values():
-            each.kill()
-
-    def ask(self, *words: str, kill: float | None = None) -> tuple[int | None, str]:
-        """Run a command to its end, or kill it; where all hosts have died meanwhile one is started again."""
-        self.started += 1
-        if words[0] in OF_CODE or "--gate" in words:
-            words = (*words, "--consumer", self.kind.spec(self.code))
-        short = kill is None and words[0] in SHORT and "--wait" not in words
-        environ, output = self.environ(min(self.running(), default=0)), self.output("ask", self.started)
-        asked = Direct(self.control, words) if short else Forked(output, environ, *words)
-        began = time.monotonic()
-        while not asked.wait(0.1):
-            if kill is not None and time.monotonic() - began > kill:
-                self.replay_killed = self.replay_killed or words[0] == "replay"
-                asked.kill()
-            if not self.running() and self.chance.random() < 0.2:
-                self.start(self.chance.randrange(2))
-            assert time.monotonic() - began < FOREVER, f"{words} does not end: {asked.said()}"
-        said = asked.said()
-        told = " ".join(said.split())[-420:]
-        self.say(f"ask{self.started}: headrace {' '.join(words[:5])}: {asked.code} {told}")
-        assert asked.code != DEFECT, said
-        assert "Traceback" not in said, said
-        return asked.code, said
-
-    def do(self, *words: str) -> str:
-        """Run a command that must succeed, again while a server is away; return what it printed."""
-        for _ in range(10):
-            code, said = self.ask(*words)
-            if code != Transient.exit_code:
-                break
-            time.sleep(3)
-        assert code == 0, f"{words}: {code} {said}"
-        return said
-
-    # What is there
-
-    def reports(self) -> list[Report]:
-        for _ in range(50):
-            with suppress(HeadraceError):
-                return self.control.reports().get(self.view, [])
-            time.sleep(0.2)
-        return []
-
-    def held(self) -> dict[int, bool] | None:
-        """Which generations the store has, by number whether it is live; None where only the view's process could say it."""
-        if self.store == "duckdb":
-            return None
-        with suppress(HeadraceError):
-            held = self.lister.generations()
-            assert sum(each.live for each in held) <= 1, held
-            return {each.number: each.live for each in held}
-        return None
-
-    def frozen(self) -> bool:
-        return any(each.frozen for each in self.running().values())
+class History(Hosts):
+    """What happens to it, and how it ends."""
 
     # Steps
 
@@ -515,12 +361,12 @@ class History:
 
     def go(self) -> None:
         self.settle()
-        for _round in range(ROUNDS):
-            for _ in range(STEPS):
-                self.step()
-                assert not self.reader.wrong, self.reader.wrong
-            self.settle()
-            self.compare()
+        for number in range(1, STEPS + 1):
+            self.step()
+            assert not self.reader.wrong, self.reader.wrong
+            if number % REST == 0 or number == STEPS:
+                self.settle()
+                self.compare()
         self.drop_all()
         self.settle()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import threading
 import time
@@ -24,10 +23,10 @@ from headrace_ops.elasticsearch import Elasticsearch
 from headrace_warehouse.cli import ask
 from tests.fixtures.capture import execute, rows
 from tests.fixtures.processes import System
+from tests.fixtures.seeds import steps
 from tests.fixtures.ticks import FILE, MAKE, ROWS, TICK, repeating
 
-REBUILDS = int(os.environ.get("SOAK_REBUILDS", "2"))
-"""`make soak` makes ten."""
+REBUILDS = steps(2, "REBUILDS")
 GATES = ("verify", "counts", "none")
 SPECS = {name: f"{FILE}:{name.title().replace('_', '')}" for name in ("ticks_found", "ticks_pages", "ticks_stream")}
 FILES = tuple(part for spec in SPECS.values() for part in ("--consumer", spec))

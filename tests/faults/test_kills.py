@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -28,12 +27,12 @@ from headrace_ops.stack import Stack
 from headrace_shop.database import KEYS
 from tests.fixtures.capture import now, rows
 from tests.fixtures.processes import SMALL, System, console
+from tests.fixtures.seeds import seeds, steps
 
 LOG = ("capture", "kafka", "postgres")
 """What stands between a commit and the log."""
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
-ROUND = int(os.environ.get("SOAK_ROUND", len(LOG)))
-"""`make soak` gives more of both: see tests/soak.py."""
+SEEDS = seeds("1")
+KILLS = steps(len(LOG), "KILLS")
 BUSY = "200/s"
 """So many that some are always on their way."""
 
@@ -54,7 +53,7 @@ def settings(settings: Settings, seed: int) -> Settings:
     return cut_small(settings, seed)
 
 
-@pytest.mark.timeout(300 * ROUND)
+@pytest.mark.timeout(300 * KILLS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_log_is_exact_after_each_kill_of_capture_broker_and_postgres(
     system: System, stack: Stack, kafka: Kafka, seed: int, record_property: Callable[[str, object], None]
@@ -66,7 +65,7 @@ def test_the_log_is_exact_after_each_kill_of_capture_broker_and_postgres(
     load = itertools.count(1000 * seed)
     with _working(system, next(load)):
         system.busy(100)  # `check` wants something to be there
-    for step, victim in enumerate([*chance.sample(LOG, len(LOG)), *chance.choices(LOG, k=ROUND - len(LOG))], 1):
+    for step, victim in enumerate([*chance.sample(LOG, len(LOG)), *chance.choices(LOG, k=KILLS - len(LOG))], 1):
         late = 0
         while not late:
             killed = _kill_in_the_log(system, stack, victim, chance, load)

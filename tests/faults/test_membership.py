@@ -6,7 +6,6 @@ append-only, is exact and replays to its rows, and what capture refused or let r
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from dataclasses import replace
@@ -18,11 +17,11 @@ from headrace.settings import Settings
 from headrace_capture import attention, catalog, chunks, cut, fingerprints, relations, resnapshot, stream, watermarks
 from tests.fixtures.capture import rows
 from tests.fixtures.membership import ROWS, TABLES, History
+from tests.fixtures.seeds import seeds, steps
 from tests.fixtures.world import World
 
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "102").split(",")]
-STEPS = int(os.environ.get("SOAK_STEPS", "30"))
-"""SOAK_SEEDS and SOAK_STEPS give more of both."""
+SEEDS = seeds("102")
+STEPS = steps(30)
 SLOWED: list[tuple[Any, str]] = [
     (watermarks, "emit"),
     (fingerprints, "read"),

@@ -2,21 +2,15 @@
 
 Tables, declarations and all that happens are drawn from a seed. Whenever it rests, each view holds what Postgres has, by a join in Python
 (`tests.fixtures.migrated`), and `headrace verify` says so too; verify finds nothing wrong while rows change.
-
-    SOAK_SEEDS=1,2,3 SOAK_MIGRATIONS=6 pytest tests/faults/test_migrated_views.py      # so many rounds of each seed
 """
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,13 +27,15 @@ from headrace.log import Log
 from headrace.settings import Settings, environment
 from tests.fixtures import migrated
 from tests.fixtures.capture import capturing, eventually, execute, prepare
+from tests.fixtures.meanwhile import over_and_over
 from tests.fixtures.migrated_sources import Edits
+from tests.fixtures.seeds import seeds, steps
 from tests.fixtures.verified import found
 
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
-ROUNDS = int(os.environ.get("SOAK_MIGRATIONS", "1"))
+SEEDS = seeds("1")
+STEPS = steps(1)
 PATIENCE = 180.0
-ROUND = ("work", "kill", "kill", "lose", "lose", "steps", "steps", "rebuild", "rebuild", "compare_amid")
+STEP = ("work", "kill", "kill", "lose", "lose", "steps", "steps", "rebuild", "rebuild", "compare_amid")
 LOSSES = ("local", "local_back", "pages", "pages_back", "warehouse", "warehouse_back", "topics", "indices")
 CLEAN, REFUSED = "clean", "refused:"
 RUN = "from tests.fixtures.migrated import main; main({})"
@@ -78,8 +74,8 @@ class Trial:
 
     # What happens
 
-    def round(self) -> None:
-        what = self.chance.choice(ROUND)
+    def step(self) -> None:
+        what = self.chance.choice(STEP)
         self.say(what)
         getattr(self, f"_{what}")()
         if self.chance.random() < 0.7:
@@ -166,26 +162,11 @@ class Trial:
     def _compare_amid(self) -> None:
         """Migrations apart, whose silent rows are right a little later, verify is exact at any moment."""
         self.compare()
-        with self._busy():
+        load = Edits(self.settings, random.Random(self.seed))
+        with over_and_over(lambda: load.work(1, 0)):
             for name, cls in self.views.items():
                 seen = found(self.settings, cls, name, PATIENCE)
                 assert seen.clean, f"{name}: {seen.wrong[:4]} {seen.undecided[:4]}"
-
-    @contextmanager
-    def _busy(self) -> Iterator[None]:
-        stop, load = threading.Event(), Edits(self.settings, random.Random(self.seed))
-
-        def work() -> None:
-            while not stop.is_set():
-                load.work(1, 0)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join(30)
 
     # What is lost, or put back. The process is dead.
 
@@ -304,7 +285,7 @@ def _differing(shown: list[Any], wanted: dict[Any, Any]) -> str:
     return "\n".join(f"{key}: {shown[0].get(key)} and not {wanted.get(key)}" for key in sorted(keys)[:4])
 
 
-@pytest.mark.timeout(120 + 4 * PATIENCE * ROUNDS)
+@pytest.mark.timeout(120 + 4 * PATIENCE * STEPS)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.usefixtures("elasticsearch", "redis_server", "often")
 def test_after_migrations_kills_and_losses_each_view_is_what_postgres_has(
@@ -329,8 +310,8 @@ def test_after_migrations_kills_and_losses_each_view_is_what_postgres_has(
     with capturing(settings):
         trial.start()
         try:
-            for _ in range(ROUNDS):
-                trial.round()
+            for _ in range(STEPS):
+                trial.step()
             trial.compare()
         except BaseException:
             print(trial.told())  # noqa: T201  what it must be understood by

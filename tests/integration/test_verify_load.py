@@ -3,14 +3,12 @@
 Tables with keys of several columns, of text, without a key and partitioned; transactions that stay open, keys that change, TRUNCATE, and
 columns that come and go; capture and the views started again; three partitions, small cuts, small pages. What verify may say beside
 that all is right is that it cannot say: a table was altered meanwhile, the view did not come that far in time, or no process ran it.
-More seeds by SOAK_SEEDS=1,2,3; rounds of each by LOAD_ROUNDS.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from random import Random
@@ -28,12 +26,14 @@ from headrace.stores.kafka import KafkaTopic
 from headrace_verify.verify import Verifier
 from tests.fixtures.capture import capturing, eventually, now
 from tests.fixtures.documents_deep import COLUMNS, Deep
+from tests.fixtures.meanwhile import Body, meanwhile
+from tests.fixtures.seeds import seeds, steps
 from tests.fixtures.serving import await_live, serving
 from tests.fixtures.verified import Found, Warehouse
 from tests.integration.test_capture_append_only import prepare_append_only
 
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
-ROUNDS = int(os.environ.get("LOAD_ROUNDS", "1"))
+SEEDS = seeds("1")
+STEPS = steps(1)
 AWAY = {"consumer-not-running", "no-live-generation", "no-answer", "view-behind"}
 """What may be said where processes end meanwhile."""
 _IDS = 40
@@ -133,20 +133,6 @@ def _migrate(settings: Settings, chance: Random, stop: threading.Event) -> None:
         number += 1
 
 
-@contextmanager
-def threads(*bodies: Callable[[threading.Event], None]) -> Iterator[None]:
-    stop = threading.Event()
-    running = [threading.Thread(target=body, args=(stop,), daemon=True) for body in bodies]
-    for each in running:
-        each.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for each in running:
-            each.join(60)
-
-
 class Running:
     """Capture and the views, which are started again now and then."""
 
@@ -204,7 +190,7 @@ def test_a_right_view_is_never_called_wrong(settings: Settings, seed: int, monke
     prepared(settings)
     with ExitStack() as stack:
         running = Running(settings, stack)
-        bodies: list[Callable[[threading.Event], None]] = [
+        bodies: list[Body] = [
             lambda stop: _load(settings, Random(seed + 1), stop, slow=False),
             lambda stop: _load(settings, Random(seed + 2), stop, slow=True),
         ]
@@ -215,8 +201,8 @@ def test_a_right_view_is_never_called_wrong(settings: Settings, seed: int, monke
         if chance.random() < 0.5:
             bodies.append(lambda stop: running.restart(Random(seed + 4), stop))
             may |= AWAY
-        with threads(*bodies):
-            for _ in range(ROUNDS):
+        with meanwhile(*bodies):
+            for _ in range(STEPS):
                 assert may.issuperset(said(settings))
         lsn = now(settings)
         eventually("both show it", lambda: running.shown(lsn), 180)

@@ -1,11 +1,10 @@
 """One thing of a view is changed, removed or added in its store, behind headrace's back, at random: verify names that key and no other.
 
-In small pages, so that what was done lies at the end of one often. More seeds by SOAK_SEEDS=1,2,3; rounds of each by TAMPER_ROUNDS.
+In small pages, so that what was done lies at the end of one often.
 """
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from random import Random
 from typing import Any, ClassVar
@@ -25,14 +24,15 @@ from headrace.stores.redis import RedisPages
 from headrace_verify.verify import Verifier
 from tests.fixtures.capture import capturing
 from tests.fixtures.documents_deep import COLUMNS, Deep, plain
+from tests.fixtures.seeds import seeds, steps
 from tests.fixtures.serving import await_live, serving
 from tests.fixtures.tampered import ALIAS, ANY, KEYLESS, PAGES, PARTITIONS, STORES, TOPIC, Done, Named
 from tests.fixtures.verified import TYPES, VALUES, Found, Warehouse
 from tests.integration.test_capture_append_only import prepare_append_only
 
 pytestmark = pytest.mark.usefixtures("elasticsearch", "redis_server")
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
-ROUNDS = int(os.environ.get("TAMPER_ROUNDS", "2"))
+SEEDS = seeds("1")
+STEPS = steps(2)
 ODD = "public.odd"
 _KEYS = (
     "a",
@@ -170,7 +170,7 @@ def test_what_was_tampered_with_is_named_and_nothing_else(settings: Settings, se
         capture.reach()
         await_live(control, *VIEWS)
         verifier = Verifier(Log(settings), control, lambda *_: None, 60)
-        for _ in range(ROUNDS):
+        for _ in range(STEPS):
             for name, kind in STORES.items():
                 with closing(kind(settings)) as store:
                     tampered(verifier, name, store, chance)

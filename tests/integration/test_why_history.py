@@ -1,12 +1,11 @@
 """After any history, what `headrace wait` waits for is shown, and what `headrace why` tells is what Postgres has and the log says.
 
 The document is held against a join by brute force of the rows in Postgres; each row that is told against the last record of its key
-in the log as it is read by itself, and its transaction against Postgres. More seeds by SOAK_SEEDS=1,2,3; steps of each by WHY_STEPS.
+in the log as it is read by itself, and its transaction against Postgres.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -25,11 +24,12 @@ from headrace.settings import Settings, environment
 from headrace.stores.elasticsearch import ElasticsearchIndex
 from tests.fixtures.capture import capturing, now, prepare, rows
 from tests.fixtures.documents_deep import COLUMNS, Deep, Join
+from tests.fixtures.seeds import seeds, steps
 from tests.fixtures.serving import await_live, serving
 
 pytestmark = pytest.mark.usefixtures("elasticsearch")
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
-STEPS = int(os.environ.get("WHY_STEPS", "2"))
+SEEDS = seeds("1")
+STEPS = steps(2)
 _KEYS = 6
 Held = dict[str, dict[int, dict[str, Any]]]
 

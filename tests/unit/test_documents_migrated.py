@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -18,35 +17,36 @@ from headrace.documents import DocumentConsumer
 from headrace.settings import Settings
 from tests.fixtures import migrated
 from tests.fixtures.documents import GENERATION, SOURCE, Killed, Memory, World
-from tests.fixtures.migrated_log import EVERY, MigratedLog
+from tests.fixtures.migrated_log import EVERY, Trial
+from tests.fixtures.seeds import seeds
 
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1,2,14,22,25,38,41,42").split(",")]
-STEPS = {"change": 30, "migrate": 12, "cut": 8, "read_again": 6, "run": 14, "compact": 1}
-LOSSES = {"lose": 2, "wipe": 1, "keep": 3, "local_back": 2, "view_back": 3}
+SEEDS = seeds("1,2,14,22,25,38,41,42")
 
 
-class Trial:
-    """One seed: a log, a view of it, and what is done to both."""
+class Documents(Trial):
+    """A view of one declaration."""
+
+    STEPS: ClassVar[dict[str, float]] = {
+        "change": 30,
+        "migrate": 12,
+        "cut": 8,
+        "read_again": 6,
+        "run": 14,
+        "compact": 1,
+        "lose": 2,
+        "wipe": 1,
+        "keep": 3,
+        "local_back": 2,
+        "view_back": 3,
+    }
 
     def __init__(self, seed: int, folder: str) -> None:
-        self.chance = random.Random(f"migrated documents {seed}")
-        self.cls = migrated.views(seed)[self.chance.choice(["stream", "windows", "texts"])]
-        self.log = MigratedLog(self.chance, self.cls.tables)
+        chance = random.Random(f"migrated documents {seed}")
+        self.cls = migrated.views(seed)[chance.choice(["stream", "windows", "texts"])]
+        super().__init__(chance, self.cls.tables)
         self.world = World(Settings(state=f"{folder}/state"), self.cls, Memory(), {})
         self._state, self._kept = Path(f"{folder}/state"), Path(f"{folder}/kept")
         self._view: tuple[Any, Any] | None = None
-        self.done: list[str] = []
-
-    def step(self) -> None:
-        steps = STEPS | LOSSES
-        (what,) = self.chance.choices(list(steps), list(steps.values()))
-        self.done.append(what)
-        if what in {"change", "migrate", "cut"}:
-            getattr(self.log, what)()
-        elif what == "read_again":
-            self.log.read_again(self.chance.randint(1, 4))
-        else:
-            getattr(self, f"_{what}")()
 
     def _run(self) -> None:
         """Start a process, which may be killed."""
@@ -117,12 +117,4 @@ def _plain(body: Any) -> Any:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_documents_of_any_declaration_after_any_migrations_are_the_join(seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(seed, folder)
-        try:
-            for _ in range(60):
-                trial.step()
-                if trial.chance.random() < 0.04:
-                    trial.check()
-            trial.check()
-        except Exception as error:
-            raise AssertionError(f"seed {seed}: {trial.done}") from error
+        Documents(seed, folder).live()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -23,10 +22,11 @@ from headrace.settings import Settings
 from headrace.stores.duckdb import DuckDBStore
 from tests.fixtures.documents import GENERATION, Killed, Memory
 from tests.fixtures.envelopes import value, with_schema
+from tests.fixtures.seeds import seeds
 from tests.fixtures.simulated import Broker, simulate
 from tests.fixtures.tables import FIRST
 
-SEEDS = int(os.environ.get("FEED_SEEDS", "12"))
+SEEDS = seeds("0-11")
 HOUR = 3_600_000
 T, U = "public.t", "public.u"
 TEMPORAL = "io.debezium.time."
@@ -360,8 +360,7 @@ def same(mine: Any, kind: str, wanted: Any, kinds: set[str]) -> bool:
 
 
 def test_whoever_reads_a_feed_ends_with_the_rows_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FEED_SEEDS: how many histories; each is known by its number."""
-    for seed in range(SEEDS):
+    for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             world = World(monkeypatch, Path(folder), seed)
             try:

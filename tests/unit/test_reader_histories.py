@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
 from collections import deque
 from dataclasses import replace
@@ -21,10 +20,11 @@ from headrace.log.spine import Named
 from headrace.log.topics import checkpoints_topic, schemas_topic
 from headrace.settings import Settings
 from tests.fixtures.feed import encode_headers
+from tests.fixtures.seeds import ASKED, seeds
 from tests.fixtures.simulated import Broker, Place, SimulatedTopics, simulate
 
 SOURCE = Source("7", 1, "shop", "headrace", "headrace")
-SEEDS = int(os.environ.get("READER_SEEDS", "60"))
+SEEDS = seeds("0-59")
 HOUR = 3_600_000
 LAG, STAYS = HOUR, 20 * HOUR
 State = dict[tuple[str, bytes], Any]
@@ -375,9 +375,8 @@ def test_what_was_found_stays_mended(seed: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_state_that_is_called_exact_is_one_that_the_writer_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """READER_SEEDS: how many histories; each is known by its number."""
     seen = refused = 0
-    for seed in range(SEEDS):
+    for seed in SEEDS:
         try:
             states, refusals = history(monkeypatch, seed)
         except BaseException as error:
@@ -386,5 +385,5 @@ def test_every_state_that_is_called_exact_is_one_that_the_writer_had(monkeypatch
         finally:
             monkeypatch.undo()
         seen, refused = seen + states, refused + refusals
-    assert seen > SEEDS
-    assert refused > SEEDS / 10, "views are away for too long, too"
+    assert seen > len(SEEDS)
+    assert ASKED or refused > len(SEEDS) / 10, "views are away for too long, too"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -16,29 +16,29 @@ from headrace.settings import Settings
 from headrace.stores.duckdb import Database, DuckDBStore
 from tests.fixtures.documents import GENERATION, Killed
 from tests.fixtures.dying import Cursor
-from tests.fixtures.migrated_log import EVERY, MigratedLog
+from tests.fixtures.migrated_log import EVERY, Trial
+from tests.fixtures.seeds import seeds
 
-SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1,2,4").split(",")]
-STEPS = {
-    "change": 30,
-    "migrate": 14,
-    "cut": 8,
-    "read_again": 6,
-    "run": 8,
-    "compact": 1,
-    "wipe": 0.5,
-    "keep": 1,
-    "put_back": 1,
-}
+SEEDS = seeds("1,2,4")
 
 
-class Trial:
-    """One seed: a log, the warehouse's file, and what is done to both."""
+class File(Trial):
+    """The warehouse's."""
+
+    STEPS: ClassVar[dict[str, float]] = {
+        "change": 30,
+        "migrate": 14,
+        "cut": 8,
+        "read_again": 6,
+        "run": 8,
+        "compact": 1,
+        "wipe": 0.5,
+        "keep": 1,
+        "put_back": 1,
+    }
 
     def __init__(self, seed: int, folder: Path) -> None:
-        self.chance = random.Random(f"migrated warehouse {seed}")
-        self.log = MigratedLog(self.chance)
-        self.done: list[str] = []
+        super().__init__(random.Random(f"migrated warehouse {seed}"))
         self._folder, self._lives, self._left = folder, 0, EVERY
         self._settings = Settings(warehouse=str(folder / "0.duckdb"), warehouse_memory="256MB")
         self._kept: dict[str, bytes] = {}
@@ -48,16 +48,6 @@ class Trial:
         self._left -= 1
         if not self._left:
             raise Killed
-
-    def step(self) -> None:
-        (what,) = self.chance.choices(list(STEPS), list(STEPS.values()))
-        self.done.append(what)
-        if what in {"change", "migrate", "cut"}:
-            getattr(self.log, what)()
-        elif what == "read_again":
-            self.log.read_again(self.chance.randint(1, 4))
-        else:
-            getattr(self, f"_{what}")()
 
     def _run(self) -> None:
         """Start a process, which may be killed amid it or at its end."""
@@ -122,13 +112,6 @@ def test_the_warehouse_after_any_migrations_and_kills_is_what_postgres_has(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        trial, cursor = Trial(seed, Path(folder)), Database.cursor
+        trial, cursor = File(seed, Path(folder)), Database.cursor
         monkeypatch.setattr(Database, "cursor", lambda of: Cursor(cursor(of), trial.count))
-        try:
-            for _ in range(60):
-                trial.step()
-                if trial.chance.random() < 0.04:
-                    trial.check()
-            trial.check()
-        except Exception as error:
-            raise AssertionError(f"seed {seed}: {trial.done}") from error
+        trial.live()
