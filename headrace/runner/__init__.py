@@ -73,7 +73,8 @@ def serve(
                 ticked = time.monotonic()
                 _tick(runners, said, say)
             for name, request in box.poll(0.1):
-                runners[name].handle(request)
+                if not runners[name].handle(request):
+                    box.put_back(name, request)
     finally:
         box.close()
         ended.set()
