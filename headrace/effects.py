@@ -99,7 +99,8 @@ class EffectConsumer:
 
     def generations(self) -> list[Generation]:
         """Return those that the file holds; one that is not there is not made, for somebody may put it back."""
-        if self._connection is None and not any(map(Path.exists, self._paths)):
+        if not any(map(Path.exists, self._paths)):
+            EffectConsumer.close(self)  # what it has open is of a file that is gone
             return []
         with self._file() as db:
             found = db.execute("SELECT number, fingerprint, live FROM generations ORDER BY number").fetchall()

@@ -106,11 +106,11 @@ class Generations:
         self._note_live()
 
     def _let_go(self, held: dict[int, Generation]) -> None:
-        """End who serves what the store has lost and does not notice, for it applies nothing: as if that were lost while nobody ran it."""
+        """End who serves what the store has lost, where it applies nothing or has effects: as if that were lost while nobody ran it."""
         for number, worker in list(self.workers.items()):
             if worker in self._listed and number not in held and worker.is_alive():
                 worker.generation = replace(worker.generation, live=False)
-                if worker.still or worker.state.phase == "stopped":
+                if worker.still or worker.state.phase == "stopped" or issubclass(self._consumer, EffectConsumer):
                     self.end(worker)
                     with self.reporting:
                         del self.workers[number]

@@ -1,4 +1,4 @@
-"""Whether the store has what is served yet: who applies nothing makes nothing anew."""
+"""Whether the store has what is served yet: who applies nothing makes nothing anew, nor are effects begun anew unasked."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def check_held(consumer: Consumer, generation: Generation) -> None:
         Wiped: `view-wiped`.
     """
     if generation.number not in {each.number for each in consumer.generations()}:
-        said = f"The store has lost generation {generation.number} of {generation.consumer}, which applies nothing."
+        said = f"The store has lost generation {generation.number} of {generation.consumer}."
         raise Wiped("view-wiped", said)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from headrace.change import NOWHERE, Position, Version, source_of
 from headrace.consumer import Batch, Consumer, Generation
+from headrace.effects import EffectConsumer
 from headrace.errors import HeadraceError, Refused, Transient, Wiped, as_ours
 from headrace.log import FeedReader, Lag, Log, Reader
 from headrace.runner.held import check_held
@@ -115,7 +116,7 @@ class Worker(threading.Thread):
         self._parking = Parking(log, generation)
         self._stood: Position | None = None
         self._hold_until, self._hold_whole = 0.0, False
-        self._whole, self._moved = True, False
+        self._whole, self._moved, self._held = True, False, False
         self._rate = Rate()
 
     # What the runner's thread calls
@@ -232,10 +233,10 @@ class Worker(threading.Thread):
         consumer = self._make()
         consumer.progress, self.state.progress = self._progress, (0, 0)
         try:
-            if self.still and self.state.error:
+            if (self.still and self.state.error) or (self._held and isinstance(consumer, EffectConsumer)):
                 check_held(consumer, self.generation)
             self.state.begun = time.monotonic()
-            position, resting = consumer.open(self.generation), self._resting
+            position, resting, self._held = consumer.open(self.generation), self._resting, True
             self.state.begun = None
             self.opened = getattr(consumer, "shows", None) or position
             position = self.opened if resting else position

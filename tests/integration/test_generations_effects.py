@@ -100,6 +100,28 @@ def test_effects_whose_file_is_lost_are_not_left_out_in_silence(
         eventually("it begins anew", lambda: Calls.told == [2, 4])
 
 
+def test_effects_whose_file_is_lost_under_their_process_are_not_begun_anew(
+    feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listened just then: when it came back what had been committed meanwhile was told to nobody, and nothing said so."""
+    monkeypatch.setattr(Calls, "told", [])
+    monkeypatch.setattr(Calls, "away", threading.Event())
+    folder = settings.path(f"{settings.source}/calls-effects.sqlite").parent
+    feed.cut((ITEMS, 1, 1))
+    with serving(settings, calls=Calls) as control:
+        await_live(control, "calls")
+        Calls.away.set()
+        feed.cut((ITEMS, 1, 2))
+        await_phase(control, "calls", 1, "waiting")
+        kept = folder.rename(folder.with_name("kept"))
+        Calls.away.clear()
+        eventually("it says so", lambda: report(control, "calls", 0).code == "effects-lost")
+        shutil.rmtree(folder, ignore_errors=True)
+        kept.rename(folder)
+        eventually("it goes on", lambda: Calls.told == [2])
+        await_live(control, "calls")
+
+
 class CallsAnew(Calls):
     """Other code."""
 
