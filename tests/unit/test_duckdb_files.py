@@ -15,7 +15,7 @@ import pytest
 
 from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.settings import Settings
-from headrace.stores.duckdb import Database, DuckDBStore
+from headrace.stores.duckdb import Database, DuckDBStore, query
 from tests.fixtures.tables import FIRST, SECOND, batch, put
 from tests.fixtures.warehouses import ITEMS, TAGS, ask, rows
 from tests.unit.test_duckdb_store import settings, store
@@ -121,6 +121,29 @@ os._exit(0)
             found.add(error.code)
     assert found <= {"0", "1", "warehouse-damaged"}
     assert "0" in found
+
+
+def test_who_reads_what_is_damaged_is_told_what_loads_it_anew(store: DuckDBStore, settings: Settings) -> None:
+    """Nobody else reads it: without that the process goes on, and finds nothing wrong when it is started again."""
+    store.apply(batch(10, *(put(ITEMS, 10, id=n, name=str(n)) for n in range(5000)), schemas=(ITEMS,)))
+    store.promote()
+    store.close()
+    file = Path(settings.warehouse)
+    whole, said = file.read_bytes(), set[str]()
+    for at in range(12288, len(whole), 262144):
+        file.write_bytes(whole[: at + 100] + bytes([whole[at + 100] ^ 1]) + whole[at + 101 :])
+        database = Database.opened(settings.warehouse, settings.warehouse_memory)
+        try:
+            query(database, "SELECT sum(id), max(name) FROM items", rows=9, seconds=60)
+        except HeadraceError as error:
+            if not list(file.parent.glob("*.broken")):  # else that was seen as it was opened
+                said.add(f"{error.code} {error.remedy}")
+        database.release()
+        for each in file.parent.glob("w.duckdb*"):
+            each.unlink()
+    (told,) = said
+    assert told.startswith("warehouse-damaged Before")
+    assert f"touch {file}.damaged" in told
 
 
 def test_what_a_file_that_cannot_be_opened_is_refused_with_opens_a_new_one(

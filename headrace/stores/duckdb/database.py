@@ -189,19 +189,30 @@ def _ours(error: duckdb.Error, path: Path) -> HeadraceError:
             f" first, remove {_mark(path).name} and {path.name}.wal too.",
         )
     if isinstance(error, (duckdb.FatalException, duckdb.InternalException)):
-        again = f"Run this process again: nothing durable is lost. {_anew(path)}"
+        again = f"Run this process again: nothing durable is lost. If it stops so again, {_anew(path)}"
         return Misconfigured("warehouse-failed", f"DuckDB gave up: {text}", again)
     if isinstance(error, duckdb.OutOfMemoryException):
         return Transient("warehouse-memory", f"DuckDB needs more memory: {text}", "Raise HEADRACE_WAREHOUSE_MEMORY.")
     if isinstance(error, (duckdb.OperationalError, duckdb.TransactionException)):
         return Transient("warehouse-io", f"DuckDB cannot write or read: {text}", "See the message.")
     said = f"DuckDB refused a statement of headrace: {text}"
-    return Misconfigured("warehouse-failed", said, f"Report this, and run this process again. {_anew(path)}")
+    return Misconfigured(
+        "warehouse-failed", said, f"Report this, and run this process again. If it stops so again, {_anew(path)}"
+    )
 
 
 def _anew(path: Path) -> str:
     mark = shlex.quote(str(_mark(path)))
-    return f"If it stops so again, run: touch {mark}. Then it sets the file aside as {path.name}.broken, and loads a new one from zero."
+    return f"run: touch {mark}. Then it sets the file aside as {path.name}.broken, and loads a new one from zero."
+
+
+def damage(error: duckdb.Error, path: Path) -> Misconfigured | None:
+    """Return what it means for who only reads where he came upon damage; None for another error."""
+    text = str(error).splitlines()[0]
+    if type(error) not in {duckdb.Error, duckdb.IOException} or not any(sign in text for sign in _DAMAGE):
+        return None
+    remedy = f"Before the process of the warehouse is started again, {_anew(path)}"
+    return Misconfigured("warehouse-damaged", f"{path} is damaged: {text}", remedy)
 
 
 def _is_damage(error: duckdb.Error, text: str) -> bool:

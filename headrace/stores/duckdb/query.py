@@ -23,7 +23,7 @@ import orjson
 from headrace.change import Position, Version
 from headrace.errors import HeadraceError, Transient
 from headrace.stores.duckdb import catalogue
-from headrace.stores.duckdb.database import Database, first
+from headrace.stores.duckdb.database import Database, damage, first
 from headrace.stores.duckdb.kinds import read_json
 from headrace.stores.duckdb.names import internal, quoted
 
@@ -70,6 +70,7 @@ def query(database: Database, sql: str, *, rows: int, seconds: float) -> Result:
 
     Raises:
         Transient: `warehouse-loading`: there is no state to be seen yet.
+        Misconfigured: `warehouse-damaged`.
         HeadraceError: `sql-refused`, `sql-failed`, `sql-too-slow`, `sql-too-large`.
     """
     with database.cursor() as cursor:
@@ -84,7 +85,7 @@ def query(database: Database, sql: str, *, rows: int, seconds: float) -> Result:
                 "Ask for less.",
             ) from error
         except duckdb.Error as error:
-            raise HeadraceError("sql-failed", str(error)) from error
+            raise damage(error, database.path) or HeadraceError("sql-failed", str(error)) from error
 
 
 def shown(database: Database) -> Version:
