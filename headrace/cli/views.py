@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from headrace.cli import building, forget, together
 from headrace.cli.building import Gate
 from headrace.cli.show import out, print_json
-from headrace.control import Control
+from headrace.control import Control, Report
 from headrace.effects import EffectConsumer
 from headrace.errors import USAGE
 from headrace.fingerprint import fingerprint
@@ -81,14 +82,22 @@ def rebuild(
     prints = {name: fingerprint(each.made) for name, each in here.items() if not issubclass(each.made, EffectConsumer)}
     began = together.rebuild(control, names, prints)
     if not wait:
+        said = control.reports()
         lines = [
-            f"building generation {number} of {name}; then: headrace promote {name}" for name, number in began.items()
+            f"building generation {n} of {name}; {_next(name, n, said.get(name, []))}" for name, n in began.items()
         ]
         _say(json, [{"name": name, "generation": number} for name, number in began.items()], lines)
         return
     building.wait(control, began, quiet=json)
     building.check(control, began, here, counts=gate is Gate.COUNTS, quiet=json)
     _promoted(json, together.promote(control, began))
+
+
+def _next(name: str, number: int, said: Sequence[Report]) -> str:
+    """Return what is next for a build: readers see the first by itself, unless its gate has refused it."""
+    if any((each.live and each.generation != number) or each.code == "not-by-itself" for each in said):
+        return f"then: headrace promote {name}"
+    return f"no other is live: it becomes so by itself as soon as it is complete, as headrace status {name} says"
 
 
 def promote(

@@ -95,7 +95,7 @@ def test_a_dropped_view_stays_so_until_it_is_rebuilt(feed: Feed, settings: Setti
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
-        control.ask("plain", "rebuild")
+        assert "then: headrace promote plain" in command(settings, "rebuild", "plain").stdout
         await_phase(control, "plain", 2, "following")
         refused = command(settings, "drop", "plain", "1").exception
         assert isinstance(refused, HeadraceError)
@@ -112,7 +112,7 @@ def test_a_dropped_view_stays_so_until_it_is_rebuilt(feed: Feed, settings: Setti
         await_phase(control, "plain", 0, "dropped")
         assert "headrace rebuild plain" in command(settings, "status", "plain", "--check").stdout
         assert view.generations() == []
-        assert control.ask("plain", "rebuild") == {"generation": 1}
+        assert "building generation 1 of plain; no other is live" in command(settings, "rebuild", "plain").stdout
         eventually("it is there again", lambda: view.rows() == {KEY: 1})
         assert [each.generation for each in control.reports()["plain"] if each.phase != "dropped"] == [1]
 
