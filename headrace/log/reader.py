@@ -67,7 +67,7 @@ class Reader:
         self._spine = Spine(self._newest)
         self._target: Checkpoint | None = None
         self._behind_since: float | None = None
-        self._fed = self._looked = self._now()  # what was written of its tables before the first is read (S19)
+        self._fed = self._looked = self._came = self._now()  # what was written before the first is read (S19)
         self._resumed = self._fed if position and not position.loading else 0.0
         self._old_half = -1
         self._later = False  # whether a checkpoint came after the newest complete one that may be a target
@@ -110,7 +110,8 @@ class Reader:
         batch = self._next(idle=False)
         if batch is None:
             self._note_fed()
-            self._take(self._tail.poll(timeout, self._log.settings.batch_records))
+            self._take(came := self._tail.poll(timeout, self._log.settings.batch_records))
+            self._came = self._now() if came else self._came
             self._steer()
             batch = self._next(idle=True)
         return batch
@@ -231,8 +232,7 @@ class Reader:
 
     def _much(self, times: int = 1) -> bool:
         """Whether so many pieces wait to be handed out, or to be aimed at."""
-        records, size = self._log.settings.batch_records, BATCH_BYTES
-        return self._waiting >= times * records or self._waiting_bytes >= times * size
+        return self._waiting >= times * self._log.settings.batch_records or self._waiting_bytes >= times * BATCH_BYTES
 
     # What goes out
 
@@ -333,8 +333,7 @@ class Reader:
         return tuple(table for table in tables if self._reads(self._log.topic_of(table)))
 
     def _passed(self, place: Place, target: Checkpoint) -> bool:
-        topic, partition = place
-        return topic not in target.ends or self._read_to[place] >= target.ends[topic][partition]
+        return self._read_to[place] >= target.end(*place)
 
     def _offset(self, topic: str, partition: int) -> int:
         offsets = self.position.offsets.get(topic)
@@ -382,15 +381,16 @@ class Reader:
             self._fed, self._old_half = min(self._fed, self.position.appended / 1000), half.offset
 
     def _note_fed(self) -> None:
-        """Note that a view at the newest checkpoint lacks nothing: while capture is off, no other checkpoint says so."""
+        """Note that a view at the newest checkpoint lacks nothing: no other may. What came after a long sleep may lack tombstones."""
         now = self._now()  # not the monotonic clock, which stands still while a machine sleeps
         newest = self._newest if self._newest and self._newest.version == self.position.version else None
         if newest is None or newest.offset < self._old_half or 0 <= now - max(self._fed, self._looked) < _STILL_SECONDS:
             return
         self._looked = now
+        slept = self._came - self._fed > self.position.tombstones_stay(self._settings.delete_retention_ms) / 1000
         with suppress(Misconfigured):  # a topic that is gone: what becomes of it is said where it is read
             ends = self._log.topics.ends(Counter(topic for topic, _ in self._read_to))
-            if all(at >= ends[topic][partition] for (topic, partition), at in self._read_to.items()):
+            if not slept and all(at >= ends[topic][partition] for (topic, partition), at in self._read_to.items()):
                 self._fed = now
 
     def _check_age(self, target: Checkpoint) -> None:

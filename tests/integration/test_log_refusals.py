@@ -192,6 +192,34 @@ def test_a_view_that_stood_still_at_the_head_is_refused_where_tombstones_may_be_
         reader.close()
 
 
+def test_what_comes_after_a_long_sleep_before_its_state_does_is_not_taken_for_all_there_was(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S19: another broker has the checkpoints, say, and is away for minutes. The delete may have been among what is gone."""
+    first = feed.cut((ITEMS, 1, 10))
+    reader = feed.log.reader([ITEMS], None)
+    drain(reader, first.version)
+    later, now = feed.log.settings.delete_retention_ms / 1000 + 3600, time.time
+    spine = (checkpoints_topic(feed.log.settings.source), 0)
+    reader._tail.pause([spine])
+    topic = feed.log.topic_of(ITEMS)
+    last = feed.cut((ITEMS, 1, None))
+    for minutes in (0, 2):
+
+        def clock(seconds: float = later + minutes * 60) -> float:
+            return now() + seconds
+
+        monkeypatch.setattr("headrace.log.reader.time.time", clock)
+        eventually(
+            "all has come", lambda: reader.poll(0.1) is None and reader._waiting == 2 and (topic, 0) in reader._at_end
+        )
+    reader._tail.resume([spine])
+    with pytest.raises(Refused) as caught:
+        drain(reader, last.version)
+    assert caught.value.code == "away-too-long"
+    reader.close()
+
+
 def test_half_a_transaction_that_was_there_when_a_view_was_opened_may_lack_its_tombstones(feed: Feed) -> None:
     """S19: capture stopped amid it for longer than they stay. A view that read the half when it came lacks nothing."""
     first = feed.cut((ITEMS, 1, 10), (TAGS, 1, 1))
