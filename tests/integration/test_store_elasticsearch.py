@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from elasticsearch import ConflictError
@@ -20,6 +21,7 @@ from headrace.settings import Settings
 from headrace.stores import Doc
 from headrace.stores.elasticsearch import ElasticsearchIndex, SearchReader
 from headrace.stores.elasticsearch import index as module
+from headrace.stores.elasticsearch.paging import MORE
 from headrace_ops import Stack
 from headrace_ops.elasticsearch import Elasticsearch
 
@@ -176,6 +178,25 @@ def test_copies_of_documents_under_other_ids_are_shown_once_each_and_hide_nothin
         seen += [row.key for row in page]
     seen += [row.key for row in page]
     assert sorted(seen) == sorted([*"12345678", "9999", "0", "3 ", *strange, "33"])
+
+
+@pytest.mark.parametrize("source", [{}, {"headrace": {"id": "b"}}], ids=["no place", "one place"])
+def test_that_there_are_more_strange_documents_than_are_named_is_said(
+    open_store: Open, client: Client, source: dict[str, Any]
+) -> None:
+    store = open_store()
+    store.write([doc(id_, 5) for id_ in "abc"], at(5))
+    for ids in range(1000), range(1000, 1001):
+        lines = [line for number in ids for line in ({"create": {"_id": f"x{number}"}}, source)]
+        client.bulk(index="products-g1", operations=lines, refresh=True)
+        rows: list[ViewRow] = []
+        while page := store.scan(("", rows[-1].key) if rows else None, 400):
+            rows += page
+        ours = {"a", "b", "c"} if not source else {"a", "c"}  # what is at its place may be named or not
+        named = [row.key for row in rows]
+        assert ours <= set(named), ids
+        assert len(named) == len(set(named)), ids
+        assert (MORE in named) == (ids.stop > 1000 or bool(source)), ids
 
 
 def test_readers_see_complete_writes_only(open_store: Open, client: Client) -> None:

@@ -7,10 +7,11 @@ none, or that of the document which it was copied from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from elasticsearch import Elasticsearch
 
+from headrace.change import NOWHERE
 from headrace.consumer import ViewRow
 from headrace.stores.elasticsearch.client import hits_of, row_of
 
@@ -21,6 +22,8 @@ _FOREIGN = {"bool": {"must_not": [INTERNAL, _NAMED]}}
 _BY_PLACE = [{"headrace.id": "asc"}]
 _MOST, _STANDING = 1000, 4
 """Most documents without a place, and at one place; and at how many places off their keys scans stand."""
+MORE: Final = f"(and more: of these only {_MOST} are named)"
+"""The key of a row that says so."""
 
 
 class Paging:
@@ -34,7 +37,7 @@ class Paging:
     def next(self, key: str | None, limit: int) -> list[ViewRow]:
         """Return the documents that follow a key, by place; and more than `limit` where there are several at the last place.
 
-        Up to a thousand without a place are found apart and put where their keys belong.
+        Up to a thousand without a place are found apart and put where their keys belong; that there are more is said by a row of its own.
         """
         at = None if key is None else self._places.get(key, key)
         how = {} if at is None else {"search_after": [at]}
@@ -42,9 +45,9 @@ class Paging:
         end = placed[-1][0] if len(placed) == limit else None
         if end is not None:
             same = {"bool": {**_OURS["bool"], "filter": [{"term": {"headrace.id": end}}]}}
-            there = self._placed(same, _MOST, sort=_BY_PLACE)  # a document may have several ids: the first is its place
+            there = self._some(same, end, sort=_BY_PLACE)  # a document may have several ids: the first is its place
             placed = [each for each in placed if each[0] < end] + [each for each in there if each[0] == end]
-        foreign = self._placed(_FOREIGN, _MOST)
+        foreign = self._some(_FOREIGN, MORE)
         placed += [each for each in foreign if (at is None or each[0] > at) and (end is None or each[0] <= end)]
         placed.sort(key=lambda each: each[0])
         if len(placed) > limit:
@@ -60,6 +63,11 @@ class Paging:
             self._places[row.key] = place
             if len(self._places) > _STANDING:  # of a scan that was given up nobody says so
                 del self._places[next(iter(self._places))]
+
+    def _some(self, query: Mapping[str, Any], place: str, **how: Any) -> list[tuple[str, ViewRow]]:
+        """Return documents that are not paged, and where there are more the row that says so, at a place."""
+        found = self._placed(query, _MOST + 1, **how)
+        return found if len(found) <= _MOST else [*found[:_MOST], (place, ViewRow("", MORE, {}, NOWHERE))]
 
     def _placed(self, query: Mapping[str, Any], size: int, **how: Any) -> list[tuple[str, ViewRow]]:
         hits = hits_of(self._server, self._index, query, size, **how)
