@@ -24,7 +24,11 @@ _ended: dict[tuple[str, str], float] = {}
 
 
 class TransactionWriter:
-    """Writes one transaction after another, from one thread. After any error it is of no use: open another."""
+    """Writes one transaction after another, from one thread. After any error it is of no use: open another.
+
+    Attributes:
+        ends: Behind the last record, that is known to have arrived, of each partition that it wrote to.
+    """
 
     def __init__(self, settings: Settings, name: str) -> None:
         """End every earlier writer of this name, with what it had not committed.
@@ -35,8 +39,9 @@ class TransactionWriter:
         self._name, self._key = name, (settings.kafka, name)
         self._began = 0.0
         self._lost: set[str] = set()
+        self.ends: dict[tuple[str, int], int] = {}
         # Not a method: of records that nobody asks for any more librdkafka's binding would hold the writer, and that holds them.
-        self._report = partial(_note, self._lost)
+        self._report = partial(_note, self._lost, self.ends)
         options = {"transactional.id": name, "transaction.timeout.ms": 1000 * _LONGEST_SECONDS}
         self._producer: Producer = kafka.producer(settings, **options)
         try:
@@ -66,6 +71,17 @@ class TransactionWriter:
         except (KafkaException, SystemError) as error:
             raise self._explained(_cause(error), f"writing {key.decode(errors='replace')[:200]} to {topic}") from error
 
+    def arrive(self) -> None:
+        """Wait until all that was written is in its partition. Raises as `commit`."""
+        try:
+            if self._producer.flush(_COMMIT_SECONDS):
+                raise Transient("kafka-away", f"Kafka does not take the records of {self._name}.", kafka.CHECK)
+        except (KafkaException, SystemError) as error:
+            raise self._explained(_cause(error), "writing") from error
+        if self._lost:
+            said = f"Kafka takes records for {', '.join(self._lost)} for ones that it has, and has not."
+            raise Transient("records-lost", said, "They are written again.")
+
     def commit(self) -> None:
         """End the transaction, if one is open. Readers see it a moment after this returns, when its markers are written.
 
@@ -74,12 +90,8 @@ class TransactionWriter:
         """
         if not self._began:
             return
+        self.arrive()
         try:
-            if self._producer.flush(_COMMIT_SECONDS):
-                raise Transient("kafka-away", f"Kafka does not take the records of {self._name}.", kafka.CHECK)
-            if self._lost:
-                said = f"Kafka takes records for {', '.join(self._lost)} for ones that it has, and has not."
-                raise Transient("records-lost", said, "They are written again.")
             self._producer.commit_transaction(_COMMIT_SECONDS)
         except (KafkaException, SystemError) as error:
             raise self._explained(_cause(error), "committing") from error
@@ -131,9 +143,12 @@ class TransactionWriter:
         return last is not None and time.monotonic() - last < _LONGEST_SECONDS
 
 
-def _note(topics: set[str], _error: KafkaError | None, message: Message) -> None:
+def _note(topics: set[str], ends: dict[tuple[str, int], int], error: KafkaError | None, message: Message) -> None:
+    topic, partition, offset = message.topic() or "", message.partition() or 0, message.offset()
     if kafka.lost(message):
-        topics.add(message.topic() or "")
+        topics.add(topic)
+    elif error is None and offset is not None:
+        ends[topic, partition] = offset + 1
 
 
 def _cause(error: Exception) -> KafkaError | None:

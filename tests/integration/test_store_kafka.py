@@ -195,6 +195,46 @@ def test_a_state_without_its_markers_is_shown_when_the_view_is_opened(
     assert stream.read() == shown == {"0": "teapot", "1": "bulb", "2": "stool"}
 
 
+def test_documents_that_kafka_has_lost_are_written_again(stream: Stream, kafka: Kafka) -> None:
+    """Its position is in another topic, which has lost nothing."""
+    stream.commit("kettle", "lamp", "chair")
+    stream.catch_up(promote=True)
+    stream.commit("teapot", "bulb", "stool")
+    stream.catch_up()
+    shown = stream.read()
+    unmark(kafka, f"titles.g1-{partition_of(b'0', 3)}", lost=1)
+    stream.catch_up(promote=True)
+    assert stream.read() == shown == {"0": "teapot", "1": "bulb", "2": "stool"}
+    consumer, position = stream.open()
+    consumer.close()
+    assert position is not None
+
+
+def test_readers_are_not_pointed_at_a_topic_that_is_gone(stream: Stream) -> None:
+    stream.commit("kettle")
+    stream.catch_up()
+    consumer, _ = stream.open()
+    with closing(consumer):
+        Log(stream.settings).topics.delete(["titles.g1"], wait=True)
+        with pytest.raises(Wiped):
+            consumer.promote()
+    assert live_topic(stream.settings, "titles") is None
+
+
+def test_the_last_act_of_a_dropped_generation_without_its_marker_holds_nobody_up(stream: Stream, kafka: Kafka) -> None:
+    stream.commit("kettle")
+    stream.catch_up(promote=True)
+    old, _ = stream.open()
+    stream.generation = Generation("titles", 2, "abc")
+    stream.catch_up(promote=True)
+    with closing(old):
+        old.drop()
+    unmark(kafka, "titles.generations-0")
+    stream.commit("cup")
+    stream.catch_up()
+    assert stream.read() == {"0": "cup"}
+
+
 def test_a_single_document_is_read_from_its_partition(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     stream.commit(*"abcdef")
     stream.catch_up()
@@ -237,6 +277,22 @@ def test_what_somebody_writes_into_the_topic_is_shown_and_goes_when_the_view_beg
     with closing(consumer):
         assert position is None
     assert set(stream.newest("titles.g1").values()) == {None}
+
+
+def test_what_somebody_writes_of_generations_is_passed_over(stream: Stream, caplog: pytest.LogCaptureFixture) -> None:
+    stream.commit("kettle")
+    stream.catch_up(promote=True)
+    stranger = producer(stream.settings)
+    for key in b"g1", b"live", b"mine", b"\xff", b"g2":
+        for value in b"no JSON", b"[]", b"7", b"null", b"{}", b'{"generation": 1}', b'{"generation": "1", "topic": 1}':
+            stranger.produce("titles.generations", key=key, value=value)
+    assert stranger.flush(30) == 0
+    consumer, position = stream.open()
+    with closing(consumer):
+        assert consumer.generations() == [replace(stream.generation, live=True)]
+        assert (position or Position()).version == stream.log.version
+    assert stream.read() == {"0": "kettle"}
+    assert "titles.generations has a record at offset" in caplog.text
 
 
 @pytest.mark.parametrize("limit", [1, 2, 100])

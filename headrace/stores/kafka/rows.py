@@ -1,4 +1,4 @@
-"""Documents of a stream as they are read, whoever has written them: verify is to tell what somebody has done to the topic."""
+"""Records of a stream as they are read, whoever has written them: verify is to tell what somebody has done to the topic of documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from headrace import codec
 from headrace.change import NOWHERE, Row, Version
@@ -71,6 +71,27 @@ def version_of(headers: Sequence[tuple[str, bytes]]) -> Version:
     with suppress(KeyError, TypeError, ValueError, Misconfigured):  # not there, null, no number, or too large a one
         return Version.unpacked(Version(int(named["epoch"]), int(named["lsn"])).packed())
     return NOWHERE
+
+
+LIVE: Final = b"live"
+_TYPES: Final = {"consumer": str, "fingerprint": str, "generation": int, "topic": str}
+
+
+def generation_key(number: int) -> bytes:
+    """Return the key of what is said of a generation."""
+    return f"g{number}".encode()
+
+
+def facts_of(record: Record) -> dict[str, Any] | None:
+    """Return what a record says of the generations of a stream; None for what is not such."""
+    with suppress(ValueError, TypeError, KeyError):  # no JSON, or none of ours
+        said: dict[str, Any] = codec.loads(record.value or b"")
+        live = record.key == LIVE
+        named = ("generation", "topic") if live else ("generation", "consumer", "fingerprint")
+        ours = all(isinstance(said[name], _TYPES[name]) for name in named)
+        if ours and (live or record.key == generation_key(said["generation"])):
+            return said
+    return None
 
 
 def _row(found: tuple[str, bytes, int]) -> ViewRow:

@@ -3,7 +3,7 @@
 | topic                | key       | value                                                             |
 |----------------------|-----------|-------------------------------------------------------------------|
 | `<name>.g<N>`        | the id    | a document of generation N as JSON; a tombstone when it is gone    |
-| `<name>.generations` | `g<N>`    | of generation N: consumer, fingerprint, source, topic id, position; dropped |
+| `<name>.generations` | `g<N>`    | of generation N: consumer, fingerprint, source, topic id and ends, position; dropped |
 | `<name>.generations` | `live`    | the number of the generation that readers should read, its topic  |
 
 *Writing.* The documents of a state and the position are one Kafka transaction: they are never there without their position [I7], and a
@@ -22,9 +22,10 @@ topic as a whole, of single documents their partitions: there is no index.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import Any
 
 from headrace import codec
@@ -40,10 +41,11 @@ from headrace.log.transaction import TransactionWriter
 from headrace.log.unmarked import hidden_records
 from headrace.settings import Settings
 from headrace.stores import Doc, check_alone, of_another_source, source_held
-from headrace.stores.kafka.rows import Rows, headers_of, id_of, version_of
+from headrace.stores.kafka.rows import LIVE, Rows, facts_of, generation_key, headers_of, id_of, version_of
 from headrace.stores.scans import Scans
 
-_LIVE = b"live"
+log = logging.getLogger(__name__)
+
 _CLEARED = 1000
 _CHECK_SECONDS = 1.0
 _VISIBLE_SECONDS = 15.0
@@ -82,8 +84,8 @@ class KafkaTopic:
     def generations(self) -> list[Generation]:
         """Return the generations that Kafka holds; the first call finishes drops that were cut short."""
         known = self._known.read()
-        live = known.get(_LIVE, {}).get("generation")
-        ours = [facts for key, facts in known.items() if key != _LIVE and facts["consumer"] == self._consumer]
+        live = known.get(LIVE, {}).get("generation")
+        ours = [facts for key, facts in known.items() if key != LIVE and facts["consumer"] == self._consumer]
         if not self._tidy:
             left = [self._topic_of(facts["generation"]) for facts in ours if facts.get("dropped")]
             with suppress(Misconfigured):  # where topics may not be deleted, who dropped it was told
@@ -116,19 +118,20 @@ class KafkaTopic:
         self._topics.configure({self._pointers: kept | often, topic: kept | lasting})
         self._other = self._other_of(self._check(ours, number))
         # The process of another source goes on with it: its writer is not ended.
-        self._writer = TransactionWriter(
-            self._settings, f"headrace-view-{self.name}-g{number}{self._other and '-other'}"
-        )
+        self._writer = TransactionWriter(self._settings, self._writer_of(number) + (self._other and "-other"))
         if not self._other:
             self._show(number)
         facts = self._check(ours, number)
         topic_id, self._count = self._topics.describe([topic])[topic]
+        whole = bool(facts.get("position")) and facts["topic_id"] == topic_id
+        whole = whole and (bool(self._other) or not self._has_lost(topic, facts.get("ends", {})))
         self._facts = ours | {
             "generation": number,
             "topic_id": topic_id,
+            "ends": dict(facts.get("ends", {})) if whole else {},
             "source": self._other or self._settings.source,
         }
-        if facts.get("position") and facts["topic_id"] == topic_id:
+        if whole:
             position = codec.decode_position(facts["position"])
             self._version = position.version
             return position
@@ -137,13 +140,24 @@ class KafkaTopic:
             self._clear()
         return None
 
+    def _has_lost(self, topic: str, ends: Mapping[str, int]) -> bool:
+        """Whether Kafka has lost documents of what the position covers: then the topic ends below them."""
+        there = self._topics.ends({topic: self._count}, committed=False)[topic]
+        lost = any(end < ends.get(str(partition), 0) for partition, end in enumerate(there))
+        if lost:
+            log.warning("%s ends at %s, and was written up to %s: it is loaded again", topic, there, ends)
+        return lost
+
     def _show(self, number: int) -> None:
         """End what an earlier writer's transaction has left without a marker as that was to end: its position is its last record."""
-        position = self._known.read().get(_key(number), {}).get("position")
+        known = self._known.read()
+        position = known.get(generation_key(number), {}).get("position")
         version = codec.decode_position(position).version if position else NOWHERE
         ended: dict[bool, list[tuple[str, bytes, bytes | None, Headers]]] = {True: [], False: []}
         for first, last in hidden_records(self._settings, self._topics, {self._pointers, self._topic_of(number)}):
-            if first.topic == self._pointers:  # a position that nobody was told of; or another generation's
+            if first.topic == self._pointers and known.get(first.key, {}).get("dropped"):  # nobody opens that any more
+                self._end_dropped(known[first.key]["generation"])
+            elif first.topic == self._pointers:  # a position that nobody was told of; or another generation's
                 ended[False].append((self._pointers, b"", None, []))
             else:
                 committed = NOWHERE < version_of(first.headers) <= version
@@ -154,6 +168,12 @@ class KafkaTopic:
             if records:
                 (self._opened.commit if committed else self._opened.abort)()
 
+    def _end_dropped(self, number: int) -> None:
+        """End the last act of a dropped generation as it was to end: readers of all generations stand still at it."""
+        with closing(TransactionWriter(self._settings, self._writer_of(number))) as writer:
+            writer.write(self._pointers, generation_key(number), None)
+            writer.commit()
+
     def _other_of(self, facts: dict[str, Any]) -> str:
         """Return the source of a generation if that is another's."""
         position = codec.decode_position(facts["position"]) if facts.get("position") else None
@@ -163,9 +183,9 @@ class KafkaTopic:
     def _check(self, ours: dict[str, str], number: int) -> dict[str, Any]:
         """Return what is known of a generation; refuse one of other code, and a name of another's, before its writer is ended."""
         known = {key: each for key, each in self._known.read().items() if not each.get("dropped")}
-        held = [each for key, each in known.items() if key != _LIVE]
+        held = [each for key, each in known.items() if key != LIVE]
         check_alone(ours["consumer"], [(self._topic_of(each["generation"]), each["consumer"]) for each in held])
-        facts = known.get(_key(number), {})
+        facts = known.get(generation_key(number), {})
         if facts and facts | ours != facts:
             raise Misconfigured(
                 "view-of-another",
@@ -201,22 +221,24 @@ class KafkaTopic:
             raise
 
     def promote(self) -> None:
-        """Move the pointer to this generation."""
+        """Move the pointer to this generation. Raises Wiped: `view-wiped`."""
         number = self._facts["generation"]
+        self._checked = 0.0
+        self._check_topic()
         live = {"generation": number, "topic": self._topic_of(number)}
-        self._opened.write(self._pointers, _LIVE, codec.dumps(live))
+        self._opened.write(self._pointers, LIVE, codec.dumps(live))
         self._commit()
 
     def drop(self) -> None:
         """Note that it is dropped, then delete the topic; readers that are pointed at it are pointed at nothing."""
         number = self._facts["generation"]
         if self._is_live(number):
-            self._opened.write(self._pointers, _LIVE, None)
-        self._opened.write(self._pointers, _key(number), codec.dumps(self._facts | {"dropped": True}))
+            self._opened.write(self._pointers, LIVE, None)
+        self._opened.write(self._pointers, generation_key(number), codec.dumps(self._facts | {"dropped": True}))
         self._commit({self._pointers: 1})
         with suppress(Transient):  # it is dropped: `generations` does the rest, in the next process
             self._topics.delete([self._topic_of(number)], wait=True)
-            self._opened.write(self._pointers, _key(number), None)
+            self._opened.write(self._pointers, generation_key(number), None)
             self._commit({self._pointers: 1})
 
     def close(self) -> None:
@@ -268,17 +290,19 @@ class KafkaTopic:
     def _topic_of(self, number: int) -> str:
         return f"{self.name}.g{number}"
 
+    def _writer_of(self, number: int) -> str:
+        return f"headrace-view-{self.name}-g{number}"
+
     def _is_live(self, number: int) -> bool:
-        return bool(self._known.read().get(_LIVE, {}).get("generation") == number)
+        return bool(self._known.read().get(LIVE, {}).get("generation") == number)
 
     def _clear(self) -> None:
         """Begin from zero: tombstones for what an earlier attempt has left."""
-        if self._is_live(
-            self._facts["generation"]
-        ):  # somebody deleted the topic: readers see nothing before they see a half
-            self._opened.write(self._pointers, _LIVE, None)
+        number = self._facts["generation"]
+        if self._is_live(number):  # somebody deleted the topic: readers see nothing before they see a half
+            self._opened.write(self._pointers, LIVE, None)
             self._opened.commit()
-        topic, kept = self._topic_of(self._facts["generation"]), Rows(self._documents()).keys()
+        topic, kept = self._topic_of(number), Rows(self._documents()).keys()
         while keys := list(itertools.islice(kept, _CLEARED)):
             for key in keys:
                 self._opened.write(topic, key, None, headers_of(NOWHERE))
@@ -288,8 +312,12 @@ class KafkaTopic:
     def _point(self, position: Position | None) -> None:
         """Commit what was written together with the position."""
         self._check_topic()
+        self._opened.arrive()
+        for (topic, partition), end in self._opened.ends.items():
+            if topic != self._pointers:
+                self._facts["ends"][str(partition)] = end
         facts = self._facts | {"position": codec.encode_position(position).decode() if position else None}
-        self._opened.write(self._pointers, _key(facts["generation"]), codec.dumps(facts))
+        self._opened.write(self._pointers, generation_key(facts["generation"]), codec.dumps(facts))
         self._commit()
 
     def _check_topic(self) -> None:
@@ -297,8 +325,14 @@ class KafkaTopic:
         if time.monotonic() - self._checked < _CHECK_SECONDS:
             return
         topic = self._topic_of(self._facts["generation"])
-        if self._topics.describe([topic])[topic][0] != self._facts["topic_id"]:
-            raise Wiped("view-wiped", f"The topic {topic} is another one than was opened; it is made anew.")
+        try:
+            there = self._topics.describe([topic])[topic][0]
+        except Misconfigured as error:
+            if error.code != "topic-missing":
+                raise
+            there = ""
+        if there != self._facts["topic_id"]:
+            raise Wiped("view-wiped", f"The topic {topic} is gone, or another one than was opened; it is made anew.")
         self._checked = time.monotonic()
 
     def _commit(self, places: dict[str, int] | None = None) -> None:
@@ -328,13 +362,16 @@ class KafkaTopic:
 
 
 class _Known:
-    """The newest value of each key of a stream's generations; what was read once is not read again."""
+    """The newest value of each key of a stream's generations; what was read once is not read again.
+
+    A record that somebody else has put there says nothing of a generation: what was there under its key stands.
+    """
 
     def __init__(self, settings: Settings, topics: Topics, topic: str) -> None:
         self._settings, self._topics, self._topic = settings, topics, topic
         self._id = ""
         self._next = BEGINNING
-        self._values: dict[bytes, bytes] = {}
+        self._values: dict[bytes, dict[str, Any]] = {}
 
     def read(self) -> dict[bytes, dict[str, Any]]:
         if self._topic not in self._topics.names():
@@ -344,18 +381,20 @@ class _Known:
             self._id, self._next, self._values = id_, BEGINNING, {}
         for record in read_to_end(self._settings, {(self._topic, 0): self._next}):
             self._next = record.offset + 1
-            self._values.pop(record.key, None)
-            if record.value is not None:
-                self._values[record.key] = record.value
-        return {key: codec.loads(value) for key, value in self._values.items()}
+            said = facts_of(record)
+            if record.value is None:
+                self._values.pop(record.key, None)
+            elif said is None:
+                log.warning(
+                    "%s has a record at offset %d that is not headrace's: passed over", self._topic, record.offset
+                )
+            else:
+                self._values[record.key] = said
+        return dict(self._values)
 
 
 def live_topic(settings: Settings, name: str) -> str | None:
     """Return the topic of the live generation of a stream, None when there is none."""
     known = _Known(settings, Log(settings).topics, f"{name}.generations").read()
-    topic: str | None = known.get(_LIVE, {}).get("topic")
+    topic: str | None = known.get(LIVE, {}).get("topic")
     return topic
-
-
-def _key(number: int) -> bytes:
-    return f"g{number}".encode()
