@@ -11,6 +11,7 @@ import pytest
 
 from headrace.cli.scaffold import Store
 from headrace_ops import Stack
+from tests.fixtures.pytests import run_pytest
 
 CONFTEST = """
 from headrace.documents import local
@@ -36,14 +37,7 @@ def test_a_new_consumer_passes_its_own_test(store: Store, stack: Stack, tmp_path
         fast += " or any_more or pointed or shows_nothing"
     some = [] if store is Store.custom else ["-k", fast]
     servers = {f"HEADRACE_{wanted.upper()}": stack.server(wanted).address()} if wanted else {}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:pytest_timeout", *some, "tests"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "HEADRACE_STATE": str(tmp_path / "state"), **servers},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_pytest(root, *some, "tests", HEADRACE_STATE=str(tmp_path / "state"), **servers)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.fixtures.pytests import run_pytest
 
 LATE = """ours = "SELECT 1 FROM generations WHERE number = ? AND owner = ?"
             if not self._db.execute(ours, (self._number, self._owner)).fetchone():
@@ -260,26 +261,6 @@ def test_a_fault_is_found(fault: str, made: Path, tmp_path: Path) -> None:
     for right, wrong in edits:
         assert right in module.read_text()
         module.write_text(module.read_text().replace(right, wrong))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:pytest_timeout",
-            "-k",
-            tests,
-            "tests",
-        ],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run_pytest(root, "-k", tests, "tests")
     for test in tests.split(" or "):
         assert re.search(rf"FAILED .*::{test}", done.stdout), done.stdout[-3000:]

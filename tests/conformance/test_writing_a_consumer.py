@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from headrace.settings import Settings
 from headrace_ops.elasticsearch import Elasticsearch
 from tests.conformance.test_new_consumer import CONFTEST
 from tests.fixtures.heard import Heard, plugin
+from tests.fixtures.pytests import run_pytest
 
 PAGE = Path(__file__).parents[2] / "docs/writing-a-consumer.md"
 SALES = """
@@ -52,26 +50,7 @@ def written(folder: Path) -> None:
 def run(address: str, folder: Path, test: str, *options: str) -> None:
     """Run a test beside the code of the page."""
     (folder / "conftest.py").write_text(CONFTEST)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:pytest_timeout",
-        test,
-        *options,
-    ]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "HEADRACE_ELASTICSEARCH": address},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_pytest(folder, test, *options, HEADRACE_ELASTICSEARCH=address)
     assert done.returncode == 0, done.stdout[-4000:]
     assert re.search(r"\d+ passed", done.stdout)
 

@@ -153,12 +153,7 @@ def test_a_view_is_dropped_whole_from_every_store_and_built_anew(
     settings: Settings, elasticsearch: Elasticsearch
 ) -> None:
     prepare(settings, *ticks.MAKE)
-    views = {
-        "found": ticks.TicksFound,
-        "pages": ticks.TicksPages,
-        "stream": ticks.TicksStream,
-        "warehouse": Warehouse,
-    }
+    views = {"found": ticks.TicksFound, "pages": ticks.TicksPages, "stream": ticks.TicksStream, "warehouse": Warehouse}
     with captured(settings, **views) as control:
         for name, consumer in views.items():
             assert command(settings, "drop", name, "--all").exit_code == 0

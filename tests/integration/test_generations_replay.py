@@ -64,12 +64,7 @@ def test_the_same_code_changes_nothing_in_any_store_while_all_rows_change(
 ) -> None:
     """Both sides are compared at one LSN; the alias and the prefix of the live views are fixed in their classes."""
     prepare(settings, *ticks.MAKE)
-    views = {
-        "found": ticks.TicksFound,
-        "pages": ticks.TicksPages,
-        "stream": ticks.TicksStream,
-        "warehouse": Warehouse,
-    }
+    views = {"found": ticks.TicksFound, "pages": ticks.TicksPages, "stream": ticks.TicksStream, "warehouse": Warehouse}
     with captured(settings, **views) as control, ticks.repeating(settings, ticks.TICK):
         for name, code in views.items():
             spec = ("--consumer", f"{ticks.FILE}:{code.__name__}") if code is not Warehouse else ()
