@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+from confluent_kafka import Message
 
 from headrace.control import Control
-from headrace.errors import HeadraceError, Misconfigured
+from headrace.errors import HeadraceError, Misconfigured, Transient
 from headrace.log import Log, kafka
-from headrace.log.tail import BEGINNING, read_to_end
+from headrace.log.tail import BEGINNING, Tail, check_heard, read_to_end
 from headrace.settings import Settings
 from headrace_capture import known, spool
 from tests.fixtures.capture import (
@@ -214,14 +215,28 @@ def test_no_room_for_the_keys_stops_their_table_and_nothing_else(settings: Setti
     assert replay(settings, T) == {}
 
 
-@pytest.mark.parametrize("amid", ["catch_up", "older"])
+class Silent(Tail):
+    """Hears nothing of a Kafka that is away."""
+
+    def poll(self, timeout: float, most: int = 1) -> list[Message]:
+        return []
+
+
+@pytest.mark.parametrize("amid", ["catch_up", "older", "silence"])
 def test_asked_to_stop_while_it_looks_what_the_log_has_it_writes_nothing_more(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, amid: str
 ) -> None:
-    """That may take minutes. The job is there for the next start."""
+    """That may take minutes, a minute also where Kafka sends nothing. The job is there for the next start."""
     prepare(settings, ITEMS, "INSERT INTO items VALUES (1, 1), (2, 2)")
     monkeypatch.setattr(spool, "_STEPS", 1)
-    look, looked = getattr(known.KnownKeys, amid), []
+    silent, amid = amid == "silence", amid.replace("silence", "catch_up")
+    look, looked, waits = getattr(known.KnownKeys, amid), [], []
+
+    def waiting(_since: float) -> None:
+        waits.append("waits")
+        if len(waits) > 1:
+            raise Transient("kafka-away", "It sends nothing.")
+
     with capturing(settings) as capture:
 
         def stopping(keys: known.KnownKeys, first: Any, second: Any, *more: Any) -> Any:
@@ -230,6 +245,9 @@ def test_asked_to_stop_while_it_looks_what_the_log_has_it_writes_nothing_more(
             if amid == "older":
                 return look(keys, first, capture._stop.set, *more)
             capture._stop.set()
+            if silent:
+                monkeypatch.setattr(known, "Tail", Silent)
+                monkeypatch.setattr(known, "check_heard", waiting)
             looked.append(look(keys, first, second, *more))
             return None
 
@@ -240,9 +258,11 @@ def test_asked_to_stop_while_it_looks_what_the_log_has_it_writes_nothing_more(
         with suppress(HeadraceError):  # it may end before it answers
             ask(settings, tables=[T])
         capture.join()
-    assert (phases(settings)[T], looked) == ("waiting", [])
+    assert (phases(settings)[T], looked, len(waits)) == ("waiting", [], silent)
     assert b'{"id":1}' in replay(settings, T)
     monkeypatch.setattr(known.KnownKeys, amid, look)
+    monkeypatch.setattr(known, "Tail", Tail)
+    monkeypatch.setattr(known, "check_heard", check_heard)
     with capturing(settings) as capture:
         done(settings, capture)
     assert replay(settings, T) == selected(settings, T)

@@ -250,7 +250,7 @@ class Capture:
             with (
                 closing(Filler(self._log, connection, relations.versions, cut.approximate, tick, idle)) as filler,
                 closing(
-                    Resnapshot(self._log, cut, relations, connection, self._progress, tick, filler, jobs)
+                    Resnapshot(self._log, cut, relations, connection, self._progress, tick, idle, filler, jobs)
                 ) as beside,
             ):
                 relations.suspected, relations.moved, relations.held = beside.suspect, beside.moved, beside.held

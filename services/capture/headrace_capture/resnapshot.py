@@ -53,6 +53,7 @@ class Resnapshot:
         connection: catalog.Connection,
         progress: Progress,
         tick: Callable[[], None],
+        idle: Callable[[], None],
         filler: Filler,
         jobs: Jobs,
     ) -> None:
@@ -63,8 +64,7 @@ class Resnapshot:
         self._connection = connection
         self._progress = progress
         self._tick = tick
-        self._forget = filler.memory.forget_named
-        filler.doubted = self._doubted
+        self._forget, filler.doubted = filler.memory.forget_named, self._doubted
         self._jobs = jobs
         control = Control(log)
         self._requests = Requests(control)
@@ -73,7 +73,7 @@ class Resnapshot:
         self._catalogue = CatalogueWatch(log.settings, self._leaves, cut.writer.check_topics, tell_how)
         self._reader = ChunkReader(log.settings)
         self._reading: Reading | None = None
-        self._writing = Writing(log, cut, relations, self._jobs, progress, tick)
+        self._writing = Writing(log, cut, relations, self._jobs, progress, tick, idle)
         self._names: Findings | None = None
         self._printed_at: dict[str, float] = {}
         self._not_before = 0.0

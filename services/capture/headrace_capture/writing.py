@@ -47,6 +47,7 @@ class Writing:
         jobs: Jobs,
         progress: Progress,
         tick: Callable[[], None],
+        idle: Callable[[], None],
     ) -> None:
         """Write into `cut`, and the jobs with it."""
         self._log = log
@@ -54,7 +55,7 @@ class Writing:
         self._relations = relations
         self._jobs = jobs
         self._progress = progress
-        self._tick = tick
+        self._tick, self._idle = tick, idle
         self._known: tuple[str, KnownKeys] | None = None
         self.left_out: dict[str, Fingerprint | None] = {}
 
@@ -168,7 +169,7 @@ class Writing:
 
         seal()
         known = self.known_of(table.name)
-        known.catch_up(self._cut.sealed.ends.get(table.topic, []), self._tick)
+        known.catch_up(self._cut.sealed.ends.get(table.topic, []), self._tick, self._idle)
         version = Version(self._cut.epoch, lsn)
         return Rewriting(self._cut.writer, known, table, version, self._progress.now_ms(), breathe, seal, self._tick)
 
