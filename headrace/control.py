@@ -31,7 +31,7 @@ from headrace.change import NOWHERE, Version
 from headrace.consumer import ViewRow
 from headrace.errors import HeadraceError, Misconfigured, Poison, Transient
 from headrace.log import Log
-from headrace.log.plain import WRITE_SECONDS, PlainWriter, shared
+from headrace.log.plain import PlainWriter, shared
 from headrace.log.tail import BEGINNING, Tail, end_of_partition, read_to_end
 from headrace.log.topics import ANSWERS, CONTROL
 from headrace.requests import Request, RequestBox
@@ -139,17 +139,13 @@ class Control:
         """Keep a record of the service `name` for itself, None to take it away. Raises Transient: `kafka-away`."""
         self._writer.write(CONTROL, self._key(name, kind, id_), codec.dumps(value) if value is not None else None)
 
-    def clock(self, seconds: float = WRITE_SECONDS) -> int:
-        """Return the broker's time, ms. Raises Transient: `kafka-away`, where Kafka takes no record within `seconds`."""
-        return self._writer.write(CONTROL, self._key("clock", "clock", ""), None, seconds)
-
     # What a runner does
 
-    def report(self, report: Report, heard: Callable[[int], None] | None = None) -> None:
-        """Publish what a generation or a service says of itself; do not wait for Kafka. When that has it `heard` is told its time, ms."""
+    def report(self, report: Report) -> None:
+        """Publish what a generation or a service says of itself; does not wait for Kafka."""
         value = asdict(report) | {"version": list(report.version)}
         del value["age"], value["at"]
-        self._put(self._key(report.name, "report", str(report.generation)), value, heard)
+        self._put(self._key(report.name, "report", str(report.generation)), value)
 
     def forget(self, name: str, generation: int) -> None:
         """Take the report of a dropped generation away."""
@@ -166,7 +162,7 @@ class Control:
 
     def take_away(self, name: str, request: Request) -> None:
         """Take a request away. Raises Transient: `kafka-away`."""
-        self.keep(name, "request", None, request.id)
+        self._request(name, request.id, None)
 
     def send_rows(self, request: Request, rows: Sequence[ViewRow], *, last: bool) -> int:
         """Send rows that were asked for, in pages; `last` ends them. Return how many bytes they are.
@@ -223,7 +219,7 @@ class Control:
             if newest and abs(time.time() - newest) > _AGREE_SECONDS:
                 self._asked = time.monotonic()
                 with suppress(HeadraceError):  # who may only read has but the clock here
-                    written = self.clock()
+                    written = self._writer.write(CONTROL, self._key("clock", "clock", ""), None)
                     self.ahead = time.time() - written / 1000
         return time.time() - self.ahead
 
@@ -259,12 +255,12 @@ class Control:
         # An answer of capture is not heard before what it has written in its cut can be read.
         tail = Tail(self._log.settings, {(CONTROL, 0): self._end(CONTROL)}, committed=name == "capture")
         try:
-            self.keep(name, "request", {"verb": verb, "args": args or {}, "timeout": timeout}, request)
+            self._request(name, request, {"verb": verb, "args": args or {}, "timeout": timeout})
             key = self._key(name, "answer", request)
             value = next(_values(tail, key, timeout, name, lambda: self.running(name)))
         except BaseException:  # who is told so, or no longer waits, must not see it carried out later
             with suppress(HeadraceError):
-                self.keep(name, "request", None, request)
+                self._request(name, request, None)
             raise
         finally:
             tail.close()
@@ -287,7 +283,7 @@ class Control:
                 yield from rows
             except BaseException:  # the rows that are left would be sent for nobody
                 with suppress(HeadraceError):
-                    self.keep(name, "request", {"verb": LEAVE, "args": {"rows": answer["rows"]}}, uuid.uuid4().hex)
+                    self._request(name, uuid.uuid4().hex, {"verb": LEAVE, "args": {"rows": answer["rows"]}})
                 raise
 
     def rows(
@@ -322,8 +318,12 @@ class Control:
         """Wait up to `seconds` until what was written is in Kafka. Raises Transient: `kafka-away`."""
         self._writer.flush(seconds)
 
-    def _put(self, key: bytes, value: dict[str, Any] | None, there: Callable[[int], None] | None = None) -> None:
-        self._writer.send(CONTROL, key, codec.dumps(value) if value is not None else None, there)
+    def _request(self, name: str, request: str, said: dict[str, Any] | None) -> None:
+        value = None if said is None else codec.dumps(said)
+        self._writer.write(CONTROL, self._key(name, "request", request), value)
+
+    def _put(self, key: bytes, value: dict[str, Any] | None) -> None:
+        self._writer.send(CONTROL, key, codec.dumps(value) if value is not None else None)
 
     def _key(self, name: str, kind: str, id_: str) -> bytes:
         return record_key(self._source, name, kind, id_)

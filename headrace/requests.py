@@ -51,7 +51,7 @@ class RequestBox:
         self._late: list[tuple[float, float]] = []
 
     def poll(self, timeout: float) -> list[tuple[str, Request]]:
-        """Return requests as (name, request); each is returned once, but what is put back."""
+        """Return requests as (name, request); each is returned once."""
         for message in self._tail.poll(timeout):
             if end_of_partition(message):
                 self._caught_up = True
@@ -74,10 +74,6 @@ class RequestBox:
         ready = [(name, request._replace(ahead=self._log.ahead)) for (name, _), request in self._open.items()]
         self._open.clear()
         return ready
-
-    def put_back(self, name: str, request: Request) -> None:
-        """Return a request again, unless who asked takes it back."""
-        self._open[name, request.id] = request
 
     def _compare(self, written: float) -> None:
         """Compare the clocks by what was written a moment ago: it came when the end had been read just before.

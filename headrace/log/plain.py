@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from confluent_kafka import KafkaError, Message, Producer
 
@@ -14,8 +13,6 @@ from headrace.log import kafka
 from headrace.settings import Settings
 
 _POLL_SECONDS = 0.05
-WRITE_SECONDS = 15.0
-"""What Kafka has not taken by then is given up: what its writer was told to have failed does not come late, nor does an old report."""
 
 
 class PlainWriter:
@@ -26,17 +23,15 @@ class PlainWriter:
         self._settings = settings
         self._producer: Producer | None = None
 
-    def send(self, topic: str, key: bytes, value: bytes | None, there: Callable[[int], None] | None = None) -> None:
+    def send(self, topic: str, key: bytes, value: bytes | None) -> None:
         """Hand a record over and forget it: nobody is told when Kafka does not take it.
-
-        When it does, `there` is told the record's timestamp, ms, in the thread that writes next.
 
         Raises:
             Transient: `kafka-away`: too many wait already.
         """
-        self._hand_over(topic, key, value, there and partial(_tell, there))
+        self._hand_over(topic, key, value, None)
 
-    def write(self, topic: str, key: bytes, value: bytes | None, seconds: float = WRITE_SECONDS) -> int:
+    def write(self, topic: str, key: bytes, value: bytes | None, seconds: float = 15.0) -> int:
         """Write a record and wait up to `seconds` until Kafka has it; return the record's timestamp, ms.
 
         Raises:
@@ -71,8 +66,7 @@ class PlainWriter:
         value: bytes | None,
         delivered: Callable[[KafkaError | None, Message], None] | None,
     ) -> Producer:
-        options = {"linger.ms": 0, "message.timeout.ms": int(WRITE_SECONDS * 1000)}
-        producer = self._producer = self._producer or kafka.producer(self._settings, **options)
+        producer = self._producer = self._producer or kafka.producer(self._settings, **{"linger.ms": 0})
         with shared(), kafka.kafka_errors(f"writing to {topic}"):
             try:
                 producer.produce(topic, value, key, on_delivery=delivered)
@@ -92,11 +86,6 @@ def shared() -> Iterator[None]:
             raise
         remedy = "Start any process of headrace again, headrace run NAME or headrace capture: it makes it."
         raise Misconfigured(error.code, error.message, remedy) from error
-
-
-def _tell(there: Callable[[int], None], error: KafkaError | None, message: Message) -> None:
-    if error is None:
-        there(message.timestamp()[1])
 
 
 def _away() -> Transient:

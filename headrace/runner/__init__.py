@@ -73,8 +73,7 @@ def serve(
                 ticked = time.monotonic()
                 _tick(runners, said, say)
             for name, request in box.poll(0.1):
-                if not runners[name].handle(request):
-                    box.put_back(name, request)
+                runners[name].handle(request)
     finally:
         box.close()
         ended.set()

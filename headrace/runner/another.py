@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from headrace import codec
 from headrace.change import source_of
-from headrace.control import DEAD_SECONDS, Control
+from headrace.control import Control
 from headrace.errors import Misconfigured
 from headrace.log import Log
-from headrace.log.tail import BEGINNING, read_to_end
-from headrace.log.topics import CONTROL
 from headrace.runner.worker import Worker
-
-_QUICK_SECONDS = 2.0
-"""What is asked of a Kafka that may be away keeps nobody waiting for longer who would end."""
 
 
 def check_not_of_another(log: Log, name: str, seen: Iterable[Worker]) -> None:
@@ -35,28 +29,15 @@ def check_not_of_another(log: Log, name: str, seen: Iterable[Worker]) -> None:
         raise Misconfigured("view-of-another", said, remedy)
 
 
-def check_alone(log: Log, control: Control, name: str, process: str, last: int) -> None:
-    """Refuse to go on with a view that another process runs, after nothing was heard of this one for so long that it was taken for dead.
-
-    What this one said may only come now, over what the other says: so not the newest report of a generation counts, but of a process. Who
-    was heard just before the `last` of this one, by the broker's time, was there beside it: which of them writes is for the store to say.
+def check_alone(control: Control, name: str, process: str) -> None:
+    """Refuse to go on with a view that another process runs, after this one has stood for so long that it was taken for dead.
 
     Raises:
-        Misconfigured: `view-taken-over`. Transient: `kafka-away`, also where Kafka takes long.
+        Misconfigured: `view-taken-over`. Transient: `kafka-away`.
     """
-    now, dead = control.clock(_QUICK_SECONDS), DEAD_SECONDS * 1000
-    heard: dict[str, int] = {}
-    beside = {process}
-    for record in read_to_end(log.settings, {(CONTROL, 0): BEGINNING}, committed=False):
-        key = codec.loads(record.key)
-        if record.value and (key["source"], key["kind"], key["name"]) == (log.settings.source, "report", name):
-            said = codec.loads(record.value)
-            who = said.get("process", "")
-            heard[who] = 0 if said.get("ended") else record.timestamp
-            if last - dead < heard[who] <= last:
-                beside.add(who)
-    if any(now - at <= dead for who, at in heard.items() if who not in beside):
-        raise _taken_over(name, f"has run {name} while this one stood still, or was cut off from Kafka")
+    said = control.reports().get(name, [])
+    if any(each.process != process and each.heard for each in said):
+        raise _taken_over(name, f"has run {name} while this one stood still")
 
 
 def check_stands(control: Control, name: str, phase: str) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from headrace.change import format_lsn
@@ -29,7 +27,7 @@ from headrace.runner.verbs import Verbs
 from headrace.runner.worker import State
 
 _STOP_SECONDS, _FLUSH_SECONDS = 5.0, 1.0
-_ASK_SECONDS, _AGAIN_SECONDS = 5.0, 1.0  # all of control is read for that, but while Kafka is away
+_ASK_SECONDS = 5.0  # all of control is read for that
 _TAKEN_OVER = {"view-taken-over", "writer-taken-over"}
 """Who is stopped by these has no more part in a view that runs, whichever generation it was: waiters would believe either process (S30)."""
 _MEANWHILE = {"pause", "resume"}
@@ -46,9 +44,7 @@ class Runner:
         self._control = control
         self._failure: HeadraceError | None = None
         self._placeholder = True
-        self._said = self._reported = _elapsed()
-        self._last = 0
-        self._heard = time.monotonic()
+        self._reported, self._heard = _elapsed(), time.monotonic()
         self._asks = 0.0
         self._ended = False
         self._process = uuid.uuid4().hex
@@ -79,7 +75,7 @@ class Runner:
             self._failure = as_ours(error, self.name)
 
     def _stood(self) -> bool:
-        """Whether Kafka has heard nothing of this process for so long that all took it for dead: it was frozen, or cut off."""
+        """Whether this process has said nothing for so long that all took it for dead: it was frozen, say."""
         return _elapsed() - self._reported > DEAD_SECONDS and not (self._ended or self._taken_over())
 
     def _is_alone(self) -> bool:
@@ -87,13 +83,10 @@ class Runner:
 
         What is paused, dropped or of other code writes nothing to its store, and so would never notice.
         """
-        if time.monotonic() < self._asks:
-            return False
         try:
-            check_alone(self._log, self._control, self.name, self._process, self._last)
+            check_alone(self._control, self.name, self._process)
         except HeadraceError as error:
             self._failure = error
-            self._asks = time.monotonic() + _AGAIN_SECONDS
             return not isinstance(error, Transient)
         self._reported = _elapsed()
         return True
@@ -128,20 +121,14 @@ class Runner:
         Called about once a second, from any thread.
         """
         with self.generations.reporting, suppress(HeadraceError):
-            if _elapsed() - self._said < not_since or (self._stood() and not self._is_alone()) or self._taken_over():
+            if self._taken_over() or self._stood() or _elapsed() - self._reported < not_since:
                 return
-            self._said = _elapsed()
-            heard = partial(self._note_heard, self._said)
+            self._reported = _elapsed()
             for worker in list(self.generations.workers.values()):
-                self._control.report(self._report(worker.generation, worker.state), heard)
-            self._report_placeholder(heard)
+                self._control.report(self._report(worker.generation, worker.state))
+            self._report_placeholder()
 
-    def _note_heard(self, said: float, at: int) -> None:
-        """Note that Kafka has what was said then, at its time; too late for those who have taken this process for dead that is nothing."""
-        if not self._stood():
-            self._reported, self._last = max(self._reported, said), at
-
-    def _report_placeholder(self, heard: Callable[[int], None]) -> None:
+    def _report_placeholder(self) -> None:
         """Until the store has said which generations there are, generation 0 stands for them; then its report goes.
 
         It stands for a view that is dropped, too; but a process that ends beside another which runs the view says nothing of it.
@@ -152,32 +139,25 @@ class Runner:
         elif not workers and (self._failure or dropped):
             phase = "waiting" if isinstance(self._failure, Transient) else "stopped"
             state = State(phase=phase if self._failure else DROPPED, error=self._failure)
-            self._control.report(self._report(self.generations.none, state), heard)
+            self._control.report(self._report(self.generations.none, state))
             self._placeholder = True
         elif workers and self._placeholder:
             self._control.forget(self.name, 0)  # a predecessor's too
             self._placeholder = False
-        elif not workers:
-            self._reported = self._said  # there is nothing to say yet
 
     def _is_run_elsewhere(self) -> bool:
         reports = self._control.reports().get(self.name, [])
         return any(report.generation and report.heard for report in reports)
 
-    def handle(self, request: Request) -> bool:
+    def handle(self, request: Request) -> None:
         """Carry out a request and answer it; one whose asker has given up is only taken away, and nobody waits to hear that he left.
 
-        It is left to the other process where that has taken the view over. Return whether it is done with: not while that is not known.
+        It is left to the other process where that has taken the view over.
         """
         if self._stood():
             self.look()
-        if self._stood():
-            return False
-        if not self._taken_over():
-            self._handle(request)
-        return True
-
-    def _handle(self, request: Request) -> None:
+        if self._taken_over() or self._stood():
+            return
         with suppress(HeadraceError):  # nobody hears it: with Kafka away, or refusing what this process writes
             if request.verb == LEAVE:
                 self._rows.leave(request)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
 from headrace.control import Control, Report, record_key
 from headrace.errors import Transient
 from headrace.log import Log
-from headrace.log.plain import PlainWriter
 from headrace.log.topics import CONTROL
 from headrace.requests import Request
 from headrace.settings import Settings
@@ -127,35 +125,3 @@ def test_what_was_asked_is_taken_back_by_who_no_longer_waits(
     finally:
         box.close()
     assert not read
-
-
-def test_a_request_that_was_put_back_comes_again_unless_it_is_taken_back(settings: Settings, control: Control) -> None:
-    """Its process does not know yet whether the view is another's by now."""
-    box = control.requests(["busy"])
-
-    def asked() -> list[tuple[str, Request]]:
-        came: list[tuple[str, Request]] = eventually("it comes", lambda: box.poll(0.1))
-        return came
-
-    try:
-        control.keep("busy", "request", {"verb": "drop", "args": {}, "timeout": 30.0}, "1")
-        first = asked()
-        box.put_back(*first[0])
-        assert asked() == first
-        box.put_back(*first[0])
-        control.keep("busy", "request", None, "1")
-        control.keep("busy", "request", {"verb": "pause", "args": {}, "timeout": 30.0}, "2")
-        eventually("the next one comes", lambda: "pause" in {each.verb for _, each in box.poll(0.1)})
-        assert not box.poll(0.1)
-    finally:
-        box.close()
-
-
-def test_what_kafka_has_not_taken_in_time_does_not_come_late(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A report that is said over those of a successor when the network is back; a request that its asker was told to have failed."""
-    monkeypatch.setattr("headrace.log.plain.WRITE_SECONDS", 0.5)
-    cut_off = PlainWriter(replace(settings, kafka="127.0.0.1:1"))
-    cut_off.send(CONTROL, b"{}", None)
-    cut_off.flush(10.0)

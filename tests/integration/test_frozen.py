@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from headrace.control import Control
 from headrace.log import Log
-from headrace.log.plain import PlainWriter
 from headrace.requests import Request
 from headrace.runner import Runner
 from headrace.settings import Settings
@@ -40,21 +37,13 @@ class Frozen:
         self.runner.report()
         return self.runner.phases()
 
-    def ask(self, verb: str, **args: Any) -> bool:
-        return self.runner.handle(Request(verb, verb, args, int(time.time() * 1000), 30.0))
+    def ask(self, verb: str, **args: Any) -> None:
+        self.runner.handle(Request(verb, verb, args, int(time.time() * 1000), 30.0))
 
     def wake(self, seconds: float) -> None:
         """Go on after so long; control has nothing to say to it."""
         self.runner._reported -= seconds
         self.tick()
-
-    @contextmanager
-    def cut_off(self) -> Iterator[None]:
-        """Cut it off from Kafka: what it says goes to no broker."""
-        writer = self.control._writer
-        self.control._writer = PlainWriter(replace(self.runner._log.settings, kafka="127.0.0.1:1"))
-        yield
-        self.control._writer = writer
 
 
 @pytest.fixture
@@ -121,33 +110,6 @@ def test_who_wakes_lets_a_view_that_stands_still_to_the_process_that_runs_it(
     frozen.wake(60)
     left = {"plain-g1": "following", "plain-g2": "live"}
     eventually("it goes on when that has ended, as that has left it", lambda: frozen.tick() == left)
-
-
-def test_who_was_cut_off_from_kafka_lets_a_view_that_stands_still_to_the_process_that_runs_it(
-    frozen: Frozen, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It went on and said so, but nobody heard it; what the other has built meanwhile would be served by both."""
-    frozen.ask("pause")
-
-    def stands() -> bool:
-        frozen.tick()
-        return frozen.runner._stood()
-
-    with frozen.cut_off(), monkeypatch.context() as patched:
-        patched.setattr("headrace.runner.runner.DEAD_SECONDS", 1.0)
-        eventually("it knows that it is not heard", stands)
-        assert not frozen.ask("resume"), "it is not known whose the request is"
-    with serving(settings, plain=Plain) as control:
-        with frozen.cut_off():
-            frozen.wake(60)
-            built_beside(frozen, control)
-            frozen.tick()
-        eventually("it is told", lambda: frozen.tick() and frozen.runner.failed())
-        failed = frozen.runner.failed()
-        assert failed is not None
-        assert failed.code == "view-taken-over"
-        assert frozen.ask("resume"), "it is the other's"
-        assert [each.phase for each in control.reports()["plain"]] == ["following", "live"]
 
 
 def test_who_ends_as_it_wakes_says_nothing_of_a_view_that_another_process_runs(
