@@ -28,6 +28,7 @@ class TransactionWriter:
 
     Attributes:
         ends: Behind the last record, that is known to have arrived, of each partition that it wrote to.
+        begins: The first record of the open transaction in each.
     """
 
     def __init__(self, settings: Settings, name: str) -> None:
@@ -40,8 +41,9 @@ class TransactionWriter:
         self._began = 0.0
         self._lost: set[str] = set()
         self.ends: dict[tuple[str, int], int] = {}
+        self.begins: dict[tuple[str, int], int] = {}
         # Not a method: of records that nobody asks for any more librdkafka's binding would hold the writer, and that holds them.
-        self._report = partial(_note, self._lost, self.ends)
+        self._report = partial(_note, self._lost, self.begins, self.ends)
         options = {"transactional.id": name, "transaction.timeout.ms": 1000 * _LONGEST_SECONDS}
         self._producer: Producer = kafka.producer(settings, **options)
         try:
@@ -95,7 +97,7 @@ class TransactionWriter:
             self._producer.commit_transaction(_COMMIT_SECONDS)
         except (KafkaException, SystemError) as error:
             raise self._explained(_cause(error), "committing") from error
-        self._began = 0.0
+        self._end()
 
     def abort(self) -> None:
         """Throw the transaction away, once all its records are in their partitions. Raises Transient."""
@@ -104,7 +106,11 @@ class TransactionWriter:
             self._producer.abort_transaction(_COMMIT_SECONDS)
         except (KafkaException, SystemError) as error:
             raise self._explained(_cause(error), "aborting") from error
+        self._end()
+
+    def _end(self) -> None:
         self._began = 0.0
+        self.begins.clear()
 
     def close(self) -> None:
         """Leave; a transaction that is open is ended by the next writer of this name."""
@@ -143,11 +149,18 @@ class TransactionWriter:
         return last is not None and time.monotonic() - last < _LONGEST_SECONDS
 
 
-def _note(topics: set[str], ends: dict[tuple[str, int], int], error: KafkaError | None, message: Message) -> None:
+def _note(
+    topics: set[str],
+    begins: dict[tuple[str, int], int],
+    ends: dict[tuple[str, int], int],
+    error: KafkaError | None,
+    message: Message,
+) -> None:
     topic, partition, offset = message.topic() or "", message.partition() or 0, message.offset()
     if kafka.lost(message):
         topics.add(topic)
     elif error is None and offset is not None:
+        begins.setdefault((topic, partition), offset)
         ends[topic, partition] = offset + 1
 
 

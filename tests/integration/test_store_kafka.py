@@ -210,6 +210,68 @@ def test_documents_that_kafka_has_lost_are_written_again(stream: Stream, kafka: 
     assert position is not None
 
 
+def test_a_loss_is_noticed_though_the_rest_of_its_state_is_shown_again(stream: Stream, kafka: Kafka) -> None:
+    """What is written to end a transaction fills the place of what was lost."""
+    place = partition_of(b"0", 3)
+    near = next(id_ for id_ in range(1, 30) if partition_of(str(id_).encode(), 3) == place)
+    for turn in "old", "new":
+        for id_ in 0, near:  # each in a batch of its own
+            stream.log.put("public.products", {"id": id_, "name": turn + 150_000 * "y"})
+        stream.log.cut()
+        stream.catch_up(promote=True)
+    shown = stream.read()
+    unmark(kafka, f"titles.g1-{place}", lost=1)
+    stream.catch_up(promote=True)
+    assert stream.read() == shown
+    assert all(name.startswith("new") for name in (shown or {}).values())
+
+
+def test_a_loss_under_a_running_process_is_noticed_when_it_writes_there(stream: Stream, kafka: Kafka) -> None:
+    place = partition_of(b"0", 3)
+    ids = [id_ for id_ in range(30) if partition_of(str(id_).encode(), 3) == place][:5]
+    for id_ in ids:
+        stream.log.put("public.products", {"id": id_, "name": "old"})
+    stream.log.cut()
+    stream.catch_up(promote=True)
+    for name in "newer", "newest":
+        stream.log.put("public.products", {"id": ids[0], "name": name})
+        stream.log.cut()
+        stream.catch_up()
+    consumer, position = stream.open()
+    with closing(consumer):
+        unmark(kafka, f"titles.g1-{place}", lost=1)
+        for id_ in ids[1:]:
+            stream.log.put("public.products", {"id": id_, "name": "newest"})
+        stream.log.cut()
+        (batch,) = stream.log.batches(position)
+        with pytest.raises(Transient) as error:
+            consumer.apply(batch)
+    assert error.value.code in {"view-wiped", "kafka-away"}, error.value
+    stream.catch_up(promote=True)
+    assert stream.read() == {str(id_): "newest" for id_ in ids}
+
+
+def test_what_lost_documents_stays_readable_until_something_is_written(stream: Stream, kafka: Kafka) -> None:
+    """Its process may be paused, or have other code, and write nothing; and end amid clearing."""
+    stream.commit("kettle", "lamp", "chair")
+    stream.catch_up(promote=True)
+    stream.commit("teapot", "bulb", "stool")
+    stream.catch_up()
+    place = partition_of(b"0", 3)
+    unmark(kafka, f"titles.g1-{place}", lost=1)
+    for _ in range(2):
+        consumer, position = stream.open()
+        with closing(consumer):
+            assert position is None
+            assert live_topic(stream.settings, "titles") == "titles.g1"
+    consumer, position = stream.open()
+    with closing(consumer):
+        consumer.store._clear()
+    assert live_topic(stream.settings, "titles") is None
+    stream.catch_up(promote=True)
+    assert stream.read() == {"0": "teapot", "1": "bulb", "2": "stool"}
+
+
 def test_readers_are_not_pointed_at_a_topic_that_is_gone(stream: Stream) -> None:
     stream.commit("kettle")
     stream.catch_up()
@@ -276,7 +338,8 @@ def test_what_somebody_writes_into_the_topic_is_shown_and_goes_when_the_view_beg
     consumer, position = stream.open()
     with closing(consumer):
         assert position is None
-    assert set(stream.newest("titles.g1").values()) == {None}
+    stream.catch_up(promote=True)
+    assert stream.read() == {"0": "kettle", "1": "cup", "2": "pot"}
 
 
 def test_what_somebody_writes_of_generations_is_passed_over(stream: Stream, caplog: pytest.LogCaptureFixture) -> None:

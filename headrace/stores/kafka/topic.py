@@ -35,13 +35,13 @@ from headrace.consumer import Cursor, Generation, ViewRow
 from headrace.errors import Misconfigured, Poison, Transient, Wiped
 from headrace.log import Log
 from headrace.log.kafka import partition_of
-from headrace.log.tail import BEGINNING, Record, read_to_end
-from headrace.log.topics import Topics
+from headrace.log.tail import Record, read_to_end
 from headrace.log.transaction import TransactionWriter
 from headrace.log.unmarked import hidden_records
 from headrace.settings import Settings
 from headrace.stores import Doc, check_alone, of_another_source, source_held
-from headrace.stores.kafka.rows import LIVE, Rows, facts_of, generation_key, headers_of, id_of, version_of
+from headrace.stores.kafka.known import Known
+from headrace.stores.kafka.rows import LIVE, Rows, generation_key, headers_of, id_of, version_of
 from headrace.stores.scans import Scans
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class KafkaTopic:
         self._version = NOWHERE
         self._checked = 0.0
         self._count = partitions
+        self._left = False
         self._scans = Scans[Rows]()
         self._tidy = False
 
@@ -79,7 +80,7 @@ class KafkaTopic:
         self.name = self.name or consumer
         self._topics = Log(settings).topics
         self._scans = Scans[Rows]()
-        self._known = _Known(settings, self._topics, self._pointers)
+        self._known = Known(settings, self._topics, self._pointers)
 
     def generations(self) -> list[Generation]:
         """Return the generations that Kafka holds; the first call finishes drops that were cut short."""
@@ -116,29 +117,39 @@ class KafkaTopic:
         lasting["min.compaction.lag.ms"] = str(self._settings.min_compaction_lag_ms)
         self._topics.make({self._pointers: (1, kept | often), topic: (self._partitions, kept | lasting)})
         self._topics.configure({self._pointers: kept | often, topic: kept | lasting})
-        self._other = self._other_of(self._check(ours, number))
+        facts = self._check(ours, number)
+        self._other = self._other_of(facts)
+        topic_id, self._count = self._topics.describe([topic])[topic]
+        # What is written, a marker too, fills the place of what was lost: it is looked before that.
+        lost = not self._other and facts.get("topic_id") == topic_id and self._has_lost(topic, facts.get("ends", {}))
         # The process of another source goes on with it: its writer is not ended.
         self._writer = TransactionWriter(self._settings, self._writer_of(number) + (self._other and "-other"))
+        if lost:
+            self._note(facts | {"position": None})
         if not self._other:
             self._show(number)
         facts = self._check(ours, number)
-        topic_id, self._count = self._topics.describe([topic])[topic]
-        whole = bool(facts.get("position")) and facts["topic_id"] == topic_id
-        whole = whole and (bool(self._other) or not self._has_lost(topic, facts.get("ends", {})))
+        whole = not lost and bool(facts.get("position")) and facts["topic_id"] == topic_id
         self._facts = ours | {
             "generation": number,
             "topic_id": topic_id,
             "ends": dict(facts.get("ends", {})) if whole else {},
             "source": self._other or self._settings.source,
         }
-        if whole:
-            position = codec.decode_position(facts["position"])
-            self._version = position.version
-            return position
-        self._version = NOWHERE
-        if not self._other:
-            self._clear()
-        return None
+        position = codec.decode_position(facts["position"]) if whole else None
+        self._version = position.version if position else NOWHERE
+        self._left = position is None and not self._other
+        if self._left:
+            if facts.get("topic_id", topic_id) != topic_id and self._is_live(
+                number
+            ):  # readers see nothing before they see a half
+                self._opened.write(self._pointers, LIVE, None)
+            self._point(None)
+        return position
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        self._opened.write(self._pointers, generation_key(facts["generation"]), codec.dumps(facts))
+        self._opened.commit()
 
     def _has_lost(self, topic: str, ends: Mapping[str, int]) -> bool:
         """Whether Kafka has lost documents of what the position covers: then the topic ends below them."""
@@ -207,9 +218,7 @@ class KafkaTopic:
             raise of_another_source(f"The topic {topic}", self._other, self._settings.source)
         bodies = [self._packed(doc) for doc in docs]
         try:
-            for doc, body in zip(docs, bodies, strict=True):
-                if doc.version >= self._version:
-                    self._opened.write(topic, doc.id.encode(), body, headers_of(doc.version))
+            self._put(docs, bodies)
             if position is not None and position.version >= self._version:
                 self._point(position)
                 self._version = position.version
@@ -219,6 +228,14 @@ class KafkaTopic:
             if error.code == "topic-missing":
                 raise Wiped("view-wiped", f"The topic {topic} is gone; it is made anew.") from error
             raise
+
+    def _put(self, docs: Sequence[Doc], bodies: Sequence[bytes | None]) -> None:
+        if self._left:
+            self._clear()
+        topic = self._topic_of(self._facts["generation"])
+        for doc, body in zip(docs, bodies, strict=True):
+            if doc.version >= self._version:
+                self._opened.write(topic, doc.id.encode(), body, headers_of(doc.version))
 
     def promote(self) -> None:
         """Move the pointer to this generation. Raises Wiped: `view-wiped`."""
@@ -297,9 +314,9 @@ class KafkaTopic:
         return bool(self._known.read().get(LIVE, {}).get("generation") == number)
 
     def _clear(self) -> None:
-        """Begin from zero: tombstones for what an earlier attempt has left."""
+        """Begin from zero: tombstones for what an earlier attempt, or a loss, has left. Until something is written it stays."""
         number = self._facts["generation"]
-        if self._is_live(number):  # somebody deleted the topic: readers see nothing before they see a half
+        if self._is_live(number):
             self._opened.write(self._pointers, LIVE, None)
             self._opened.commit()
         topic, kept = self._topic_of(number), Rows(self._documents()).keys()
@@ -307,15 +324,23 @@ class KafkaTopic:
             for key in keys:
                 self._opened.write(topic, key, None, headers_of(NOWHERE))
             self._opened.commit()
-        self._point(None)
+        self._left = False
 
     def _point(self, position: Position | None) -> None:
         """Commit what was written together with the position."""
         self._check_topic()
         self._opened.arrive()
+        ends = self._facts["ends"]
         for (topic, partition), end in self._opened.ends.items():
-            if topic != self._pointers:
-                self._facts["ends"][str(partition)] = end
+            if topic == self._pointers:
+                continue
+            if self._opened.begins.get((topic, partition), end) < ends.get(str(partition), 0):
+                self._opened.abort()
+                self._note(self._facts | {"position": None})
+                raise Wiped(
+                    "view-wiped", f"Kafka has lost documents of {topic} partition {partition}; it is made anew."
+                )
+            ends[str(partition)] = end
         facts = self._facts | {"position": codec.encode_position(position).decode() if position else None}
         self._opened.write(self._pointers, generation_key(facts["generation"]), codec.dumps(facts))
         self._commit()
@@ -361,40 +386,8 @@ class KafkaTopic:
         return read_to_end(self._settings, {(topic, partition): begins[partition] for partition in read})
 
 
-class _Known:
-    """The newest value of each key of a stream's generations; what was read once is not read again.
-
-    A record that somebody else has put there says nothing of a generation: what was there under its key stands.
-    """
-
-    def __init__(self, settings: Settings, topics: Topics, topic: str) -> None:
-        self._settings, self._topics, self._topic = settings, topics, topic
-        self._id = ""
-        self._next = BEGINNING
-        self._values: dict[bytes, dict[str, Any]] = {}
-
-    def read(self) -> dict[bytes, dict[str, Any]]:
-        if self._topic not in self._topics.names():
-            return {}
-        id_ = self._topics.describe([self._topic])[self._topic][0]
-        if id_ != self._id:
-            self._id, self._next, self._values = id_, BEGINNING, {}
-        for record in read_to_end(self._settings, {(self._topic, 0): self._next}):
-            self._next = record.offset + 1
-            said = facts_of(record)
-            if record.value is None:
-                self._values.pop(record.key, None)
-            elif said is None:
-                log.warning(
-                    "%s has a record at offset %d that is not headrace's: passed over", self._topic, record.offset
-                )
-            else:
-                self._values[record.key] = said
-        return dict(self._values)
-
-
 def live_topic(settings: Settings, name: str) -> str | None:
     """Return the topic of the live generation of a stream, None when there is none."""
-    known = _Known(settings, Log(settings).topics, f"{name}.generations").read()
+    known = Known(settings, Log(settings).topics, f"{name}.generations").read()
     topic: str | None = known.get(LIVE, {}).get("topic")
     return topic
