@@ -46,6 +46,7 @@ class Runner:
         self._placeholder = True
         self._reported, self._heard = _elapsed(), time.monotonic()
         self._asks = 0.0
+        self._answered = False
         self._ended = False
         self._process = uuid.uuid4().hex
         rows = self._rows = Rows(self.generations, control)
@@ -98,17 +99,18 @@ class Runner:
         """
         if time.monotonic() < self._asks:
             return False
-        heard = True
+        heard, answered = True, False
         if not any(worker.is_alive() for worker in self.generations.workers.values()):
             with suppress(HeadraceError):
                 said = self._control.reports().get(self.name, [])
                 if said and all(report.ended for report in said):
                     return True
-                heard = any(report.heard for report in said)
+                heard, answered = any(report.heard for report in said), True
         now = time.monotonic()  # Kafka may have taken its time, and who runs it is heard again only after us
         self._asks = now + _ASK_SECONDS
-        if heard:
+        if heard or not self._answered:
             self._heard = now
+        self._answered = answered
         return now - self._heard > DEAD_SECONDS
 
     def _tell(self) -> None:

@@ -45,8 +45,10 @@ def test_a_view_is_free_when_who_runs_it_has_ended_or_is_long_unheard_by_a_kafka
     assert not is_free(age=1.0)
     control.away, control.takes = True, 15.0
     assert not is_free(age=1.0)
-    control.away, control.takes = False, 0.0
+    control.away, control.takes = False, 8.0
     assert not is_free(age=16.0), "who runs it could say nothing either, while Kafka was away"
+    control.takes = 0.0
+    assert not is_free(age=30.0), "nor need it have been connected again"
     assert not is_free(age=1.0)
     assert not is_free(), "it drops its generations, say"
     assert is_free(age=2.0, ended=True)
