@@ -24,7 +24,7 @@ _IN_TWO_WAYS = frozenset({"citext", "interval", "json", "jsonb", "numrange", "nu
 
 
 def check_all(
-    documents: Iterable[Root], newest: Mapping[str, TableSchema], *, loading: bool, typed: bool, whole: bool
+    documents: Iterable[Root], newest: Mapping[str, TableSchema], *, shown: bool, typed: bool, whole: bool
 ) -> None:
     """See `check`, `check_window`, and where types are known, `typed`, `check_types`.
 
@@ -44,7 +44,7 @@ def check_all(
                 if typed:
                     check_types(document, newest)
     except Misconfigured as error:
-        if loading or not typed or error.code != "document-column":
+        if not shown or not typed or error.code != "document-column":
             raise
         raise Transient(error.code, error.message, error.remedy) from error
 
@@ -100,7 +100,10 @@ def _check_columns(columns: Collection[str], schema: TableSchema | None, whole: 
     missing = set(columns) - {column.name for column in schema.columns} if schema and whole else None
     if schema and missing:
         said = f"{schema.table} has no column {', '.join(sorted(missing))}."
-        remedy = "Add the column, and write a row of the table. Or change the declaration of the document, and run: headrace rebuild NAME"
+        remedy = (
+            "Add the column, and write a row of the table: a view that is there then goes on by itself, a build by: headrace rebuild NAME. "
+            "Or change the declaration of the document."
+        )
         raise Misconfigured("document-column", said, remedy)
 
 

@@ -49,7 +49,7 @@ from headrace.change import Change, Position, Row, Version
 from headrace.consumer import Batch, Cursor, Generation, Origin, ViewRow, no_progress
 from headrace.documents.checks import check_all
 from headrace.documents.declaration import Node
-from headrace.documents.layout import discard, errors, of_the_store, place_of
+from headrace.documents.layout import discard, errors, of_the_store, place
 from headrace.documents.local import LocalRows, Touched
 from headrace.documents.origins import find, origins
 from headrace.documents.rendering import meant, rendered
@@ -142,7 +142,7 @@ class DocumentConsumer:
         self._close_local()
         self._view = self.store.open(generation)
         self._told = self._view.told if self._view else now()
-        path = place_of(self.settings, self.name, generation.number, self.store.generations)
+        path = place(self.settings, f"{self.name}-g{generation.number}.sqlite")
         local = LocalRows(path, self.documents, generation.fingerprint)
         if local.position is not None and not self._fits(local.position, self._view):
             local.close()
@@ -378,7 +378,7 @@ class DocumentConsumer:
         newest = {schema.table: schema for _, schema in sorted(batch.schemas.items())}
         if not typed:
             newest = {table: local.shape(table).grown(schema) for table, schema in newest.items()}
-        check_all(self.documents, newest, loading=batch.loading, typed=typed, whole=typed or loaded)
+        check_all(self.documents, newest, shown=self._view is not None, typed=typed, whole=typed or loaded)
         since = batch.changes[0].version if batch.changes else batch.position.version
         local.learn(newest, since, whole=typed)
         self._checked |= batch.schemas.keys()
