@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from headrace import codec
 from headrace.change import source_of
-from headrace.consumer import Generation
 from headrace.documents.paths import TOUCHED
 from headrace.errors import Misconfigured, Transient, described
 from headrace.settings import Settings
-
-log = logging.getLogger(__name__)
 
 LAYOUT: Final = 7
 """Of the tables below, and of what is in them: a file of another layout is thrown away."""
@@ -90,26 +85,6 @@ def place(settings: Settings, name: str) -> Path:
     if old.exists() and not path.exists():
         with suppress(OSError, sqlite3.Error):  # then it is loaded anew
             _move(old, path, settings.source)
-    return path
-
-
-def place_of(settings: Settings, name: str, number: int, held: Callable[[], Iterable[Generation]]) -> Path:
-    """Return where the local rows of a generation are that is in the store. Those of older ones that the store has lost go.
-
-    Numbers rise: nobody is making an older one. Files of newer ones may be of one that is being made. Where there are files of older
-    ones, `held` asks the store for all that it has.
-
-    Raises:
-        Transient: `local-state`, and what `held` raises.
-    """
-    path = place(settings, f"{name}-g{number}.sqlite")
-    named = re.compile(rf"{re.escape(name)}-g(\d+)\.sqlite")
-    found = {int(match[1]): each for each in path.parent.iterdir() if (match := named.fullmatch(each.name))}
-    older = {each for each in found if each < number}
-    there = {generation.number for generation in held()} if older else set()
-    for each in older - there if number in there else ():  # else it is not the store that has it
-        log.warning("%s is removed: the store has no generation %d of %s any more", found[each], each, name)
-        discard(found[each])
     return path
 
 

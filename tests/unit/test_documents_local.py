@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 
 from headrace import codec
-from headrace.change import Position, Version
-from headrace.consumer import Generation
+from headrace.change import Version
 from headrace.documents import Document, Many, One
 from headrace.errors import HeadraceError, Transient
 from headrace.runner.worker import Worker
 from headrace.settings import Settings
-from tests.fixtures.documents import CATEGORIES, GENERATION, PRODUCTS, REVIEWS, Memory, Products, World, shop
+from tests.fixtures.documents import CATEGORIES, GENERATION, PRODUCTS, REVIEWS, Products, World, shop
 
 
 @pytest.fixture
@@ -275,39 +274,3 @@ def test_dropping_removes_the_local_rows(world: World) -> None:
     consumer.drop()
     consumer.close()
     assert not [each for each in Path(world.settings.state).rglob("*") if each.is_file()]
-
-
-def test_local_rows_of_older_generations_that_the_store_has_lost_are_removed(tmp_path: Path) -> None:
-    """No others: newer ones may be in the making, and a store that lacks what was just opened in it says nothing."""
-
-    class Several(Memory):
-        held = (1, 2, 3)
-
-        def generations(self) -> list[Generation]:
-            return [replace(GENERATION, number=number) for number in self.held]
-
-        def open(self, generation: Generation) -> Position | None:
-            self.position = None  # each is empty
-            return super().open(generation)
-
-    world = World(Settings(state=str(tmp_path)), store=Several())
-    shop(world.log)
-
-    def opened(number: int, name: str = "products") -> set[str]:
-        consumer = world.cls(world.settings, name)
-        consumer.open(replace(GENERATION, number=number))
-        consumer.apply(next(world.log.batches(None)))
-        consumer.close()
-        return {each.name for each in (tmp_path / "main").iterdir()}
-
-    opened(1, "products-g1")
-    for number in 1, 2, 3:
-        there = opened(number)
-    others = {"products-g1-g1.sqlite"}
-    assert there == {"products-g1.sqlite", "products-g2.sqlite", "products-g3.sqlite"} | others
-    Several.held = (1,)
-    assert opened(2) == there
-    Several.held = (2,)
-    assert opened(2) == {"products-g2.sqlite", "products-g3.sqlite"} | others
-    Several.held = (3,)
-    assert opened(3) == {"products-g3.sqlite"} | others
