@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import tempfile
 from dataclasses import replace
@@ -226,6 +227,9 @@ def test_a_live_view_waits_for_a_declared_column_that_is_dropped_and_added_again
         world.run()
     assert gone.value.code == "document-column"
     assert world.store.bodies() == shown
+    shutil.rmtree(world.settings.state)  # elsewhere, say: its local rows are loaded again
+    with pytest.raises(Transient, match=r"public\.reviews has no column product_id"):
+        world.run()
     zero = World(replace(world.settings, state=f"{world.settings.state}-zero"), schemas=world.log.schemas)
     zero.log.put(REVIEWS, 7, {"id": 7, "stars": 4})
     zero.log.cut()
