@@ -288,8 +288,8 @@ def lab_of(settings: Settings, server: Postgres, seed: int) -> Iterator[Lab]:
     name = f"m{seed}_{uuid.uuid4().hex[:6]}"
     execute(replace(settings, dsn=server.address()), f"CREATE DATABASE {name}")
     own = replace(settings, dsn=server.dsn(name), **dict.fromkeys(("source", "slot", "publication"), name))
-    codec = chance.choice(["json", "json", "avro"]) if ASKED else "json"
     cuts, partitions = chance.choice([1, 2, 3, 5, 10, 25]), chance.choice([1, 1, 1, 3])
+    codec = chance.choice(["json", "json", "avro"]) if ASKED else "json"
     lab = Lab(replace(own, cut_records=cuts, partitions=partitions, codec=codec), seed)
     try:
         yield lab
