@@ -100,7 +100,7 @@ class KafkaTopic:
         return sorted(made, key=lambda generation: generation.number)
 
     def open(self, generation: Generation) -> Position | None:
-        """Take the topic of `generation` if it is whole, else make it anew, empty.
+        """Take the topic of `generation` if it is whole; else it begins from zero, and is emptied when something is written.
 
         Raises:
             Transient: `kafka-away`. Misconfigured: `view-of-another`.
@@ -140,9 +140,9 @@ class KafkaTopic:
         self._version = position.version if position else NOWHERE
         self._left = position is None and not self._other
         if self._left:
-            if facts.get("topic_id", topic_id) != topic_id and self._is_live(
-                number
-            ):  # readers see nothing before they see a half
+            remade = facts.get("topic_id", topic_id) != topic_id
+            # Readers see nothing before they see a half.
+            if remade and self._is_live(number):
                 self._opened.write(self._pointers, LIVE, None)
             self._point(None)
         return position
