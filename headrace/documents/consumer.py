@@ -84,7 +84,7 @@ class DocumentConsumer:
     mirrors_rows: bool = False
     leaves_parked: ClassVar[bool] = True
     progress: Callable[[int, int], None]
-    shows = property(lambda self: self._view)
+    shows = property(lambda self: self._view or getattr(self.store, "shows", None))
 
     def __init_subclass__(cls) -> None:
         """Derive `documents` and `tables` from the declaration."""

@@ -29,6 +29,7 @@ class TransactionWriter:
     Attributes:
         ends: Behind the last record, that is known to have arrived, of each partition that it wrote to.
         begins: The first record of the open transaction in each.
+        fell: Where a record went before an earlier one: Kafka has lost that.
     """
 
     def __init__(self, settings: Settings, name: str) -> None:
@@ -42,8 +43,9 @@ class TransactionWriter:
         self._lost: set[str] = set()
         self.ends: dict[tuple[str, int], int] = {}
         self.begins: dict[tuple[str, int], int] = {}
+        self.fell: set[tuple[str, int]] = set()
         # Not a method: of records that nobody asks for any more librdkafka's binding would hold the writer, and that holds them.
-        self._report = partial(_note, self._lost, self.begins, self.ends)
+        self._report = partial(_note, self._lost, self.fell, self.begins, self.ends)
         options = {"transactional.id": name, "transaction.timeout.ms": 1000 * _LONGEST_SECONDS}
         self._producer: Producer = kafka.producer(settings, **options)
         try:
@@ -151,6 +153,7 @@ class TransactionWriter:
 
 def _note(
     topics: set[str],
+    fell: set[tuple[str, int]],
     begins: dict[tuple[str, int], int],
     ends: dict[tuple[str, int], int],
     error: KafkaError | None,
@@ -160,8 +163,11 @@ def _note(
     if kafka.lost(message):
         topics.add(topic)
     elif error is None and offset is not None:
-        begins.setdefault((topic, partition), offset)
-        ends[topic, partition] = offset + 1
+        place = topic, partition
+        if offset < ends.get(place, 0):
+            fell.add(place)
+        begins.setdefault(place, offset)
+        ends[place] = offset + 1
 
 
 def _cause(error: Exception) -> KafkaError | None:

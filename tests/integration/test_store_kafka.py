@@ -251,6 +251,33 @@ def test_a_loss_under_a_running_process_is_noticed_when_it_writes_there(stream: 
     assert stream.read() == {str(id_): "newest" for id_ in ids}
 
 
+def test_a_loss_amid_a_load_begins_it_again(stream: Stream, kafka: Kafka) -> None:
+    """What is written next goes to the same place, and no position is there to hold it against."""
+    stream.commit("kettle", "lamp", "chair")
+    version = stream.log.version
+    consumer, _ = stream.open()
+    with closing(consumer):
+        consumer.store.write([Doc("0", {"name": "kettle"}, version)], None)
+        unmark(kafka, f"titles.g1-{partition_of(b'0', 3)}", lost=1)
+        with pytest.raises(Transient) as error:  # noqa: PT012  Kafka may be slow to say it
+            for _ in range(3):
+                consumer.store.write([Doc("0", {"name": "kettle"}, version)], None)
+    assert error.value.code in {"view-wiped", "kafka-away", "records-lost"}, error.value
+    stream.catch_up(promote=True)
+    assert stream.read() == {"0": "kettle", "1": "lamp", "2": "chair"}
+
+
+def test_generations_are_what_kafka_has_of_them(stream: Stream, kafka: Kafka) -> None:
+    """One process goes on where it has read up to: what was lost before that, and who came in its place, it must see."""
+    stream.commit("kettle")
+    stream.catch_up(promote=True)
+    consumer, _ = stream.open()
+    with closing(consumer):
+        assert consumer.generations() == [replace(stream.generation, live=True)]
+        unmark(kafka, "titles.generations-0", lost=1)
+        assert consumer.generations() == [stream.generation]
+
+
 def test_what_lost_documents_stays_readable_until_something_is_written(stream: Stream, kafka: Kafka) -> None:
     """Its process may be paused, or have other code, and write nothing; and end amid clearing."""
     stream.commit("kettle", "lamp", "chair")
@@ -263,10 +290,12 @@ def test_what_lost_documents_stays_readable_until_something_is_written(stream: S
         consumer, position = stream.open()
         with closing(consumer):
             assert position is None
+            assert (consumer.shows or Position()).version == stream.log.version
             assert live_topic(stream.settings, "titles") == "titles.g1"
     consumer, position = stream.open()
     with closing(consumer):
         consumer.store._clear()
+        assert consumer.shows is None
     assert live_topic(stream.settings, "titles") is None
     stream.catch_up(promote=True)
     assert stream.read() == {"0": "teapot", "1": "bulb", "2": "stool"}

@@ -5,12 +5,24 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.log.topics import Topics
 from headrace.settings import Settings
-from headrace.stores.kafka.rows import facts_of
+from headrace.stores.kafka.rows import LIVE, facts_of
 
 log = logging.getLogger(__name__)
+
+
+def configs(settings: Settings) -> tuple[dict[str, str], dict[str, str]]:
+    """Return how the topic of generations is kept, and one of documents."""
+    kept = {"cleanup.policy": "compact", "message.timestamp.type": "LogAppendTime"}
+    kept["max.message.bytes"] = str(settings.message_max_bytes + 1024 * 1024)
+    often = {"segment.ms": "600000", "segment.bytes": str(16 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.1"}
+    # As of a table's topic: so long may who reads the stream be away, and be behind and yet see whole states.
+    lasting = {"delete.retention.ms": str(settings.delete_retention_ms)}
+    lasting["min.compaction.lag.ms"] = str(settings.min_compaction_lag_ms)
+    return kept | often, kept | lasting
 
 
 class Known:
@@ -31,7 +43,8 @@ class Known:
         if self._topic not in self._topics.names():
             return {}
         id_ = self._topics.describe([self._topic])[self._topic][0]
-        if id_ != self._id:
+        # It may be another topic by now, or have lost its end.
+        if id_ != self._id or self._topics.ends({self._topic: 1}, committed=False)[self._topic][0] < self._next:
             self._id, self._next, self._values = id_, BEGINNING, {}
         for record in read_to_end(self._settings, {(self._topic, 0): self._next}):
             self._next = record.offset + 1
@@ -45,3 +58,10 @@ class Known:
             else:
                 self._values[record.key] = said
         return dict(self._values)
+
+
+def live_topic(settings: Settings, name: str) -> str | None:
+    """Return the topic of the live generation of a stream, None when there is none."""
+    known = Known(settings, Log(settings).topics, f"{name}.generations").read()
+    topic: str | None = known.get(LIVE, {}).get("topic")
+    return topic

@@ -40,7 +40,7 @@ from headrace.log.transaction import TransactionWriter
 from headrace.log.unmarked import hidden_records
 from headrace.settings import Settings
 from headrace.stores import Doc, check_alone, of_another_source, source_held
-from headrace.stores.kafka.known import Known
+from headrace.stores.kafka.known import Known, configs
 from headrace.stores.kafka.rows import LIVE, Rows, generation_key, headers_of, id_of, version_of
 from headrace.stores.scans import Scans
 
@@ -57,6 +57,9 @@ class KafkaTopic:
     Args:
         name: Begins the topics' names; the consumer's name by default.
         partitions: Of the topic of a new generation; ids are placed as every Java client places them.
+
+    Attributes:
+        shows: The position of what readers see where Kafka has lost a part of it, until something is written.
     """
 
     def __init__(self, name: str = "", *, partitions: int = 1) -> None:
@@ -70,6 +73,7 @@ class KafkaTopic:
         self._checked = 0.0
         self._count = partitions
         self._left = False
+        self.shows: Position | None = None
         self._scans = Scans[Rows]()
         self._tidy = False
 
@@ -109,14 +113,9 @@ class KafkaTopic:
         number, topic = generation.number, self._topic_of(generation.number)
         ours = {"consumer": generation.consumer, "fingerprint": generation.fingerprint}
         self._check(ours, number)
-        kept = {"cleanup.policy": "compact", "message.timestamp.type": "LogAppendTime"}
-        kept["max.message.bytes"] = str(self._settings.message_max_bytes + 1024 * 1024)
-        often = {"segment.ms": "600000", "segment.bytes": str(16 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.1"}
-        # As of a table's topic: so long may who reads the stream be away, and be behind and yet see whole states.
-        lasting = {"delete.retention.ms": str(self._settings.delete_retention_ms)}
-        lasting["min.compaction.lag.ms"] = str(self._settings.min_compaction_lag_ms)
-        self._topics.make({self._pointers: (1, kept | often), topic: (self._partitions, kept | lasting)})
-        self._topics.configure({self._pointers: kept | often, topic: kept | lasting})
+        pointers, documents = configs(self._settings)
+        self._topics.make({self._pointers: (1, pointers), topic: (self._partitions, documents)})
+        self._topics.configure({self._pointers: pointers, topic: documents})
         facts = self._check(ours, number)
         self._other = self._other_of(facts)
         topic_id, self._count = self._topics.describe([topic])[topic]
@@ -125,11 +124,12 @@ class KafkaTopic:
         # The process of another source goes on with it: its writer is not ended.
         self._writer = TransactionWriter(self._settings, self._writer_of(number) + (self._other and "-other"))
         if lost:
-            self._note(facts | {"position": None})
+            self._note(facts | {"position": None, "shown": facts["position"]})
         if not self._other:
             self._show(number)
         facts = self._check(ours, number)
-        whole = not lost and bool(facts.get("position")) and facts["topic_id"] == topic_id
+        same = facts.get("topic_id", topic_id) == topic_id
+        whole = not lost and same and bool(facts.get("position"))
         self._facts = ours | {
             "generation": number,
             "topic_id": topic_id,
@@ -139,10 +139,13 @@ class KafkaTopic:
         position = codec.decode_position(facts["position"]) if whole else None
         self._version = position.version if position else NOWHERE
         self._left = position is None and not self._other
+        self.shows = codec.decode_position(facts["shown"]) if self._left and same and facts.get("shown") else None
+        if self.shows:
+            log.warning("Kafka has lost documents of %s: a process that runs its code loads it again", topic)
+            self._facts["shown"] = facts["shown"]
         if self._left:
-            remade = facts.get("topic_id", topic_id) != topic_id
             # Readers see nothing before they see a half.
-            if remade and self._is_live(number):
+            if not same and self._is_live(number):
                 self._opened.write(self._pointers, LIVE, None)
             self._point(None)
         return position
@@ -152,12 +155,15 @@ class KafkaTopic:
         self._opened.commit()
 
     def _has_lost(self, topic: str, ends: Mapping[str, int]) -> bool:
-        """Whether Kafka has lost documents of what the position covers: then the topic ends below them."""
-        there = self._topics.ends({topic: self._count}, committed=False)[topic]
-        lost = any(end < ends.get(str(partition), 0) for partition, end in enumerate(there))
-        if lost:
-            log.warning("%s ends at %s, and was written up to %s: it is loaded again", topic, there, ends)
-        return lost
+        """Whether Kafka has lost documents of what the position covers: then the topic ends below them, or with a marker in their place."""
+        for partition, there in enumerate(self._topics.ends({topic: self._count}, committed=False)[topic]):
+            end, place = ends.get(str(partition), 0), (topic, partition)
+            if there < end:
+                return True
+            # Behind a document comes its marker. Where that alone was lost the document is the newest record, which compaction leaves.
+            if 0 < there == end and not [*read_to_end(self._settings, {place: end - 1}, {place: end}, committed=False)]:
+                return True
+        return False
 
     def _show(self, number: int) -> None:
         """End what an earlier writer's transaction has left without a marker as that was to end: its position is its last record."""
@@ -223,6 +229,7 @@ class KafkaTopic:
                 self._point(position)
                 self._version = position.version
             elif self._version == NOWHERE:
+                self._check_kept()
                 self._opened.commit()
         except Misconfigured as error:
             if error.code == "topic-missing":
@@ -324,26 +331,31 @@ class KafkaTopic:
             for key in keys:
                 self._opened.write(topic, key, None, headers_of(NOWHERE))
             self._opened.commit()
-        self._left = False
+        self._left, self.shows = False, None
+        self._facts.pop("shown", None)
 
     def _point(self, position: Position | None) -> None:
         """Commit what was written together with the position."""
         self._check_topic()
-        self._opened.arrive()
-        ends = self._facts["ends"]
+        self._check_kept()
         for (topic, partition), end in self._opened.ends.items():
-            if topic == self._pointers:
-                continue
-            if self._opened.begins.get((topic, partition), end) < ends.get(str(partition), 0):
-                self._opened.abort()
-                self._note(self._facts | {"position": None})
-                raise Wiped(
-                    "view-wiped", f"Kafka has lost documents of {topic} partition {partition}; it is made anew."
-                )
-            ends[str(partition)] = end
+            if topic != self._pointers:
+                self._facts["ends"][str(partition)] = end
         facts = self._facts | {"position": codec.encode_position(position).decode() if position else None}
         self._opened.write(self._pointers, generation_key(facts["generation"]), codec.dumps(facts))
         self._commit()
+
+    def _check_kept(self) -> None:
+        """Look whether what was written went behind all that was there: else Kafka has lost some, and readers are pointed at nothing."""
+        self._opened.arrive()
+        topic, ends = self._topic_of(self._facts["generation"]), self._facts["ends"]
+        before = {place for place, at in self._opened.begins.items() if at < ends.get(str(place[1]), 0)}
+        if not any(name == topic for name, _ in before | self._opened.fell):
+            return
+        if self._is_live(self._facts["generation"]):
+            self._opened.write(self._pointers, LIVE, None)
+        self._note(self._facts | {"position": None})
+        raise Wiped("view-wiped", f"Kafka has lost documents of {topic}; it is made anew.")
 
     def _check_topic(self) -> None:
         """Look now and then whether the topic is still the one that was opened: who deletes it may make another."""
@@ -384,10 +396,3 @@ class KafkaTopic:
         begins = self._topics.begins({topic: self._count})[topic]
         read = range(self._count) if partitions is None else partitions
         return read_to_end(self._settings, {(topic, partition): begins[partition] for partition in read})
-
-
-def live_topic(settings: Settings, name: str) -> str | None:
-    """Return the topic of the live generation of a stream, None when there is none."""
-    known = Known(settings, Log(settings).topics, f"{name}.generations").read()
-    topic: str | None = known.get(LIVE, {}).get("topic")
-    return topic
