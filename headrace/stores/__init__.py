@@ -28,7 +28,8 @@ class Doc(NamedTuple):
 
 class DocumentStore(Protocol):
     """Documents by id, with a version check: an older version never replaces a newer one, also not after a delete
-    (S21). Optional: ``count() -> Mapping[str, int]``, how many documents readers see of the collection ``""``."""
+    (S21). Optional: ``count() -> Mapping[str, int]``, how many documents readers see of the collection ``""``; ``shows``, the position of
+    what they see where `open` has returned none, for a part of it was lost."""
 
     def bind(self, settings: Settings, consumer: str) -> None:
         """Say which servers to use and for which consumer; called once before anything else. Connects to nothing.
