@@ -209,7 +209,7 @@ def _anew(path: Path) -> str:
 def damage(error: duckdb.Error, path: Path) -> Misconfigured | None:
     """Return what it means for who only reads where he came upon damage; None for another error."""
     text = str(error).splitlines()[0]
-    if type(error) not in {duckdb.Error, duckdb.IOException} or not any(sign in text for sign in _DAMAGE):
+    if not _tells_damage(error, text):
         return None
     remedy = f"Before the process of the warehouse is started again, {_anew(path)}"
     return Misconfigured("warehouse-damaged", f"{path} is damaged: {text}", remedy)
@@ -219,8 +219,11 @@ def _is_damage(error: duckdb.Error, text: str) -> bool:
     """Whether DuckDB says that the file is damaged; in other errors the same words may be a row's."""
     if isinstance(error, duckdb.TransactionException):  # also of a write-ahead log over a damaged block
         return any(f"Failed to commit: {sign}" in text for sign in _DAMAGE)
-    told = type(error) in {duckdb.Error, duckdb.IOException} and any(sign in text for sign in _DAMAGE)
-    return told or isinstance(error, duckdb.SerializationException)
+    return _tells_damage(error, text) or isinstance(error, duckdb.SerializationException)
+
+
+def _tells_damage(error: duckdb.Error, text: str) -> bool:
+    return type(error) in {duckdb.Error, duckdb.IOException} and any(sign in text for sign in _DAMAGE)
 
 
 def _is_no_room(error: duckdb.Error) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import orjson
@@ -59,7 +60,7 @@ class Moment(NamedTuple):
         return lsn >= self.lsn or not self.snapshot.sees(xid, self.lsn - lsn)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
     """A table as it is read: its columns that the log has too, and its key.
 
@@ -126,15 +127,18 @@ class Table:
 
     def keyed(self, row: Row) -> Row:
         """Return the key, as the log has it, of a row that SQL has given, before `plain`."""
-        finishes = {name: self.column(name).finish for name in self.key}
-        return {name: finished_key(finish, row[name]) if finish else row[name] for name, finish in finishes.items()}
+        key = {name: row[name] for name in self.key}
+        return key | {name: finished_key(finish, key[name]) for name, finish in self._finishes.items() if name in key}
 
     def plain(self, row: Row) -> Row:
         """Finish a row that SQL has given."""
-        for column in self.columns:
-            if finish := column.finish:
-                row[column.name] = finished(finish, row[column.name])
+        for name, finish in self._finishes.items():
+            row[name] = finished(finish, row[name])
         return row
+
+    @cached_property
+    def _finishes(self) -> dict[str, Finish]:
+        return {column.name: finish for column in self.columns if (finish := column.finish)}
 
 
 class _Column(NamedTuple):
