@@ -32,12 +32,13 @@ bench-big: .venv/synced      ## memory and time of capture over ten million rows
 bench-views: .venv/synced    ## views from zero and live, against loaders that do only that and pgsync; ARGS="--quick --only search"
 	$(COMPILED) && $(BIN)/python -m bench.views $(ARGS)
 
-check: .venv/synced          ## style, types, walls, budgets
+check: .venv/synced          ## style, types, walls, budgets, and that every test can be imported
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python ops/budgets.py
+	$(BIN)/python -m pytest --collect-only -qqq > .venv/collected || (cat .venv/collected; exit 1)
 
 compose-test: .venv/synced   ## docker-compose.yml for real: a kill, a rebuild, verify; says SKIPPED where there is no engine
 	$(BIN)/python ops/compose_test.py

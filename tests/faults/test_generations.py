@@ -17,7 +17,7 @@ from headrace import codec
 from headrace.errors import HeadraceError
 from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
-from headrace.stores.kafka.topic import live_topic
+from headrace.stores.kafka import live_topic
 from headrace.stores.redis.reader import PageReader
 from headrace_ops.elasticsearch import Elasticsearch
 from headrace_warehouse.cli import ask
