@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
@@ -110,8 +110,7 @@ class Reader:
         batch = self._next(idle=False)
         if batch is None:
             self._note_fed()
-            self._take(came := self._tail.poll(timeout, self._log.settings.batch_records))
-            self._came = self._now() if came else self._came
+            self._take(self._tail.poll(timeout, self._log.settings.batch_records))
             self._steer()
             batch = self._next(idle=True)
         return batch
@@ -140,8 +139,8 @@ class Reader:
 
     # What comes in
 
-    def _take(self, messages: Iterable[Message]) -> None:
-        """Keep what came of the tables. The loop is per record: what it does, it does for millions."""
+    def _take(self, messages: Sequence[Message]) -> None:
+        """Keep what came of the tables: a loop for millions. Nobody keeps its list: a message that is freed late costs a tenth more."""
         queues, read_to = self._kept, self._read_to
         came: set[Place] = set()
         for message in messages:
@@ -158,6 +157,7 @@ class Reader:
             self._waiting += 1
             self._waiting_bytes += len(message)  # of its value
         self._at_end -= came
+        self._came = self._now() if messages else self._came
 
     def _take_other(self, message: Message, place: Place) -> None:
         if not end_of_partition(message, self._check_topics if place in self._read_to else None):
