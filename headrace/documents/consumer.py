@@ -173,7 +173,7 @@ class DocumentConsumer:
             if batch.complete:
                 self._publish(local, batch, self._when(batch))
             elif batch.loading:
-                local.commit(replace(batch.position, told=self._told))
+                local.commit(replace(batch.position, told=self._told), rarely=True)
 
     def promote(self) -> None:
         """Point readers at this generation."""

@@ -6,10 +6,10 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from headrace import codec
-from headrace.change import source_of
+from headrace.change import Change, source_of
 from headrace.documents.paths import TOUCHED
 from headrace.errors import Misconfigured, Transient, described
 from headrace.settings import Settings
@@ -44,6 +44,13 @@ STORE = """
 """
 BEGUN: Final = ("-begun", "-begun-new")
 """Of what `headrace.documents.begun` keeps beside the file."""
+
+
+def stored(change: Change, key: str, version: int, at: int) -> tuple[Any, ...]:
+    """Return the values of INSERT and STORE: a row with where it came from, and when (ms since the Unix epoch)."""
+    table, op, _, row, _, ordinal, xid, schema, partition, offset, read = change
+    came = op + read if read else op
+    return (table, key, codec.dumps(row), version, ordinal, xid, schema, partition, offset, came, at)
 
 
 @contextmanager

@@ -16,10 +16,11 @@ A key is the JSON list of its values, ``[1]``, which is what the columns of a jo
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from headrace import codec
 from headrace.change import NOWHERE, Change, Position, Row, TableSchema, Version
@@ -35,6 +36,7 @@ from headrace.shapes import types_of
 
 LOCKED_SECONDS = 5.0
 """So long another process may hold the file."""
+RARELY_SECONDS = 3.0
 
 
 class Touched(NamedTuple):
@@ -64,6 +66,7 @@ class LocalRows:
         self.path = path
         self._documents = documents
         self._paths = Paths(documents)
+        self._committed = 0.0
         built_by = f"{layout.LAYOUT} {fingerprint}".encode()
         with layout.errors(path, lambda: None):
             try:
@@ -171,7 +174,7 @@ class LocalRows:
             self._db.executemany(layout.DELETE, ((table, key) for key, change in last.items() if change.row is None))
             kept = ((key, change) for key, change in last.items() if change.row is not None)
             self._db.executemany(
-                layout.STORE, (_stored(change, key, change.version.packed(), at) for key, change in kept)
+                layout.STORE, (layout.stored(change, key, change.version.packed(), at) for key, change in kept)
             )
 
     def load(self, changes: Sequence[Change], *, touch: bool, unknown: bool) -> list[Change]:
@@ -256,8 +259,11 @@ class LocalRows:
         for (id_,) in self._db.execute("SELECT id FROM shown"):
             yield id_
 
-    def commit(self, position: Position) -> None:
-        """Make what was applied durable, as the state at `position`."""
+    def commit(self, position: Position, *, rarely: bool = False) -> None:
+        """Make what was applied durable, as the state at `position`; `rarely` only every few seconds: a commit writes most pages again."""
+        if rarely and time.monotonic() - self._committed < RARELY_SECONDS:
+            return
+        self._committed = time.monotonic()
         self._put("position", codec.encode_position(position))
         self._db.execute("COMMIT")
         self.position = position
@@ -311,11 +317,11 @@ class LocalRows:
         if change.row is None:
             self._db.execute(layout.DELETE, (change.table, key))
             return
-        self._db.execute(layout.STORE, _stored(change, key, since, now()))
+        self._db.execute(layout.STORE, layout.stored(change, key, since, now()))
 
     def _insert(self, rows: Sequence[tuple[str, Change]]) -> int:
         """Put those rows in that are not there; return how many."""
-        stored = (_stored(change, key, change.version.packed(), now()) for key, change in rows)
+        stored = (layout.stored(change, key, change.version.packed(), now()) for key, change in rows)
         return self._db.executemany(layout.INSERT, stored).rowcount if rows else 0
 
     def _known(self, table: str, keyed: Mapping[str, Change]) -> set[str]:
@@ -392,9 +398,3 @@ class LocalRows:
 
     def _put(self, name: str, value: bytes) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
-
-
-def _stored(change: Change, key: str, version: int, at: int) -> tuple[Any, ...]:
-    table, op, _, row, _, ordinal, xid, schema, partition, offset, read = change
-    came = op + read if read else op
-    return (table, key, codec.dumps(row), version, ordinal, xid, schema, partition, offset, came, at)

@@ -102,15 +102,15 @@ class Reader:
         """Return the next batch, or None when none is complete within about `timeout` seconds.
 
         Raises:
-            Transient: `kafka-away`, `schema-not-there`, `registry-away`.
-            Poison: `undecodable-record`.
+            Transient: `kafka-away`, `schema-not-there`, `registry-away`. Poison: `undecodable-record`.
             Misconfigured: `table-not-captured`, `partitions-changed` (S9), `schema-unknown`, `registry-refuses`.
             Refused: `build-too-slow`, `away-too-long` (S19), `topic-replaced`.
         """
         batch = self._next(idle=False)
         if batch is None:
             self._note_fed()
-            self._take(self._tail.poll(timeout, self._log.settings.batch_records))
+            if self._take(self._tail.poll(timeout, self._log.settings.batch_records)):
+                self._came = self._now()
             self._steer()
             batch = self._next(idle=True)
         return batch
@@ -139,8 +139,8 @@ class Reader:
 
     # What comes in
 
-    def _take(self, messages: Sequence[Message]) -> None:
-        """Keep what came of the tables: a loop for millions. Nobody keeps its list: a message that is freed late costs a tenth more."""
+    def _take(self, messages: Sequence[Message]) -> bool:
+        """Keep what came of the tables; say if anything did. For millions; and nobody keeps the list: a late end costs a tenth more."""
         queues, read_to = self._kept, self._read_to
         came: set[Place] = set()
         for message in messages:
@@ -157,7 +157,7 @@ class Reader:
             self._waiting += 1
             self._waiting_bytes += len(message)  # of its value
         self._at_end -= came
-        self._came = self._now() if messages else self._came
+        return bool(messages)
 
     def _take_other(self, message: Message, place: Place) -> None:
         if not end_of_partition(message, self._check_topics if place in self._read_to else None):

@@ -14,7 +14,7 @@ import pytest
 
 from headrace import codec
 from headrace.change import Version
-from headrace.documents import Document, Many, One
+from headrace.documents import Document, Many, One, local
 from headrace.errors import HeadraceError, Transient
 from headrace.runner.worker import Worker
 from headrace.settings import Settings
@@ -135,6 +135,18 @@ def test_a_kill_while_loading_resumes(world: World) -> None:
     assert position is not None
     assert position.offsets == {"t": [2]}
     world.run()
+    world.check()
+
+
+def test_a_load_is_committed_rarely(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kill takes away of it is read again."""
+    monkeypatch.setattr(local, "RARELY_SECONDS", 3600.0)
+    shop(world.log)
+    world.run(piece=1, stop_after=3)
+    position = world.opened_at()
+    assert position is not None
+    assert position.offsets == {"t": [1]}, "the first is committed: by it the rows are known as a load's"
+    world.run(piece=1)
     world.check()
 
 
