@@ -341,10 +341,9 @@ LEFT JOIN (
   FROM type y JOIN pg_attribute a ON a.atttypid = y.oid AND a.attnum > 0 AND NOT a.attisdropped
   CROSS JOIN LATERAL (
     SELECT l.oid, l.enumlabel::text AS label, l.xmin::text AS touched FROM pg_enum l WHERE l.enumtypid = y.below
-    UNION ALL SELECT t.oid, string_agg(p.attnum::text, ' ' ORDER BY p.attnum),
-                     (SELECT k.relnatts::text FROM pg_class k WHERE k.oid = t.typrelid)
-    FROM pg_type t JOIN pg_attribute p ON p.attrelid = t.typrelid
-    WHERE t.oid = y.below AND t.typtype = 'c' AND p.attnum > 0 AND NOT p.attisdropped GROUP BY t.oid, t.typrelid
+    UNION ALL SELECT t.oid, (SELECT coalesce(string_agg(p.attnum::text, ' ' ORDER BY p.attnum), '') FROM pg_attribute p
+                             WHERE p.attrelid = t.typrelid AND p.attnum > 0 AND NOT p.attisdropped), k.relnatts::text
+    FROM pg_type t JOIN pg_class k ON k.oid = t.typrelid WHERE t.oid = y.below AND t.typtype = 'c'
   ) s GROUP BY a.attrelid
 ) labels ON labels.attrelid = c.oid
 WHERE strpos(n.nspname, '.') = 0 AND (%(table)s::text IS NULL OR %(table)s::text = n.nspname || '.' || c.relname)
