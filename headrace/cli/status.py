@@ -350,8 +350,7 @@ def _troubles(facts: Facts) -> Iterator[str]:
     """Return what capture finds wrong in the source though the stream goes on."""
     if failing := facts.get("failing"):
         yield f"UPDATE and DELETE of a captured table fail in the source, or come without its key (S8); run: {failing}"
-    if standby := facts.get("standby"):
-        yield str(standby)
+    yield from (str(told) for name in ("standby", "blocked") if (told := facts.get(name)))
     yield from facts.get("unread", [])
     if gone := facts.get("unpublished"):
         yield f"the log has {', '.join(gone)} as of before {_mend(gone)}"

@@ -15,7 +15,7 @@ from headrace.control import Control
 from headrace.errors import Misconfigured
 from headrace.log import Log
 from headrace.settings import Settings, environment
-from headrace_capture import catalog, setup
+from headrace_capture import catalog, setup, watch
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import capturing, changes, eventually, execute, replay, rows, selected
 from tests.fixtures.resnapshots import ask
@@ -127,9 +127,6 @@ def test_capture_that_is_a_synchronous_standby_is_told(settings: Settings, their
         with closing(catalog.connect(settings.dsn)) as connection:
             return any("counts capture" in warning for warning in setup.plan(connection, settings, []).warnings)
 
-    def status() -> str:
-        return CliRunner().invoke(app, ["status", "--check", "capture"], env=environment(settings)).output
-
     with (
         psycopg.connect(settings.dsn, autocommit=True) as local,
         capturing(replace(theirs, heartbeat_ms=100)) as capture,
@@ -145,11 +142,40 @@ def test_capture_that_is_a_synchronous_standby_is_told(settings: Settings, their
                 assert warned() is counts, names
                 if names == "*":
                     assert "(*) counts capture" in capture.hear("warning: synchronous_standby_names")
-                    capture.eventually("status tells it", lambda: "counts capture" in status())
+                    capture.eventually("status tells it", lambda: "counts capture" in status(settings))
         finally:
             local.execute("ALTER SYSTEM RESET synchronous_standby_names")
             local.execute("SELECT pg_reload_conf()")
-        capture.eventually("status is content", lambda: status() == "ok\n")
+        capture.eventually("status is content", lambda: status(settings) == "ok\n")
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["open", "prepared"])
+def test_a_stream_that_stands_for_a_lock_in_postgres_is_told(
+    settings: Settings, theirs: Settings, monkeypatch: pytest.MonkeyPatch, prepared: bool
+) -> None:
+    """Its decoder looks at the type of a row, which a transaction that is not over has altered."""
+    monkeypatch.setattr(watch, "LOCKED_SECONDS", 0.0)
+    prepare(settings, "CREATE TYPE pair AS (a int)", "CREATE TABLE items (id int PRIMARY KEY, p pair)")
+    with capturing(theirs) as capture:
+        capture.reach()
+    execute(settings, "INSERT INTO items VALUES (1, '(1)')")
+    with psycopg.connect(settings.dsn, autocommit=True) as altering:
+        pid, name = altering.info.backend_pid, settings.source
+        altering.execute("BEGIN; ALTER TYPE pair ADD ATTRIBUTE b int")
+        if prepared:
+            altering.execute(psycopg.sql.SQL("PREPARE TRANSACTION {}").format(name))
+        with capturing(replace(theirs, heartbeat_ms=100)) as capture:
+            said = capture.hear("warning: the stream stands")
+            assert ("pg_prepared_xacts" if prepared else f"pid IN ({pid})") in said
+            capture.eventually("status tells it", lambda: "the stream stands" in status(settings))
+            altering.execute(psycopg.sql.SQL("ROLLBACK PREPARED {}" if prepared else "ROLLBACK").format(name))
+            capture.eventually("status is content", lambda: status(settings) == "ok\n")
+            capture.reach()
+    assert [row["p"] for row in replay(settings, "public.items").values()] == ["(1)"]
+
+
+def status(settings: Settings) -> str:
+    return CliRunner().invoke(app, ["status", "--check", "capture"], env=environment(settings)).output
 
 
 @pytest.mark.parametrize("secure", ["", "ALTER TABLE high ENABLE ROW LEVEL SECURITY"], ids=["rights", "row security"])

@@ -105,11 +105,12 @@ class Progress:
                 )
         self._facts["failing"] = "; ".join(statements)
 
-    def standby(self, told: str) -> None:
-        """Commits of the application wait for capture, as `told` says: say so once, and report it meanwhile [I1]; "" when they do not."""
-        if told and told != self._facts.get("standby"):
+    def warn(self, name: str, told: str) -> None:
+        """Something in Postgres makes the application or the stream wait, as `told` says: say so once, and report it meanwhile; "" when
+        nothing does."""
+        if told and told != self._facts.get(name):
             self.say(f"warning: {told}")
-        self._facts["standby"] = told
+        self._facts[name] = told
 
     def unpublished(self, tables: list[str]) -> None:
         """Tables that the log has are not published any more: say so once, and report it meanwhile."""
