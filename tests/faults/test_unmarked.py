@@ -124,18 +124,24 @@ def test_everything_that_lacks_a_marker_is_shown(settings: Settings, kafka: Kafk
 def test_half_a_transaction_may_come_with_what_is_confirmed(settings: Settings, kafka: Kafka) -> None:
     """One cut: the end of a transaction, which it confirms, and half of the next one. Without it the slot would be beyond the log."""
     sealed = _two_rows(settings)
-    settings = replace(settings, cut_records=3)
-    execute(settings, "INSERT INTO items VALUES (3)", "INSERT INTO items SELECT generate_series(11, 14)")
-    running = Running(settings, DyingOfCuts(settings, Life(), 1, after=True))
-    eventually("it dies", lambda: running.ended)
-    newest = Log(settings).newest_checkpoint()
-    assert newest is not None
-    assert newest.partial
-    assert newest.version > sealed.version
+    few = replace(settings, cut_records=3)
+    for first in range(10, 100, 10):
+        half = f"INSERT INTO items SELECT generate_series({first + 1}, {first + 4})"
+        execute(settings, f"INSERT INTO items VALUES ({first})", half)
+        running = Running(few, DyingOfCuts(few, Life(), 1, after=True))
+        eventually("it dies", lambda running=running: running.ended)
+        newest = Log(settings).newest_checkpoint()
+        assert newest is not None
+        assert newest.partial
+        assert newest.version > sealed.version
+        if newest.offset == sealed.offset + 2:
+            break
+        with capturing(settings) as capture:  # the two came apart, each in a cut of its own
+            sealed = _confirmed(settings, capture.reach())
     _confirmed(settings, newest)
     unmark(kafka, f"{Log(settings).topic_of(T)}-0", f"{checkpoints_topic(settings.source)}-0")
     assert Log(settings).newest_checkpoint() == sealed
-    with capturing(settings) as capture:
+    with capturing(few) as capture:
         capture.reach()
         capture.eventually("the table is as in Postgres", lambda: replay(settings, T) == selected(settings, "items"))
 
