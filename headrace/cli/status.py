@@ -347,7 +347,7 @@ def _mend(tables: list[str], name: str = "NAME") -> str:
 
 
 def _troubles(facts: Facts) -> Iterator[str]:
-    """Return what capture finds wrong in the source though the stream goes on."""
+    """Return what capture finds wrong in the source."""
     if failing := facts.get("failing"):
         yield f"UPDATE and DELETE of a captured table fail in the source, or come without its key (S8); run: {failing}"
     yield from (str(told) for name in ("standby", "blocked") if (told := facts.get(name)))

@@ -8,17 +8,16 @@ from dataclasses import replace
 
 import psycopg
 import pytest
-from typer.testing import CliRunner
 
-from headrace.cli import app
 from headrace.control import Control
 from headrace.errors import Misconfigured
 from headrace.log import Log
-from headrace.settings import Settings, environment
+from headrace.settings import Settings
 from headrace_capture import catalog, setup, watch
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import capturing, changes, eventually, execute, replay, rows, selected
 from tests.fixtures.resnapshots import ask
+from tests.fixtures.shelf import command
 from tests.fixtures.silent import exact
 
 pytestmark = pytest.mark.usefixtures("often")
@@ -175,7 +174,7 @@ def test_a_stream_that_stands_for_a_lock_in_postgres_is_told(
 
 
 def status(settings: Settings) -> str:
-    return CliRunner().invoke(app, ["status", "--check", "capture"], env=environment(settings)).output
+    return command(settings, "status", "--check", "capture").output
 
 
 @pytest.mark.parametrize("secure", ["", "ALTER TABLE high ENABLE ROW LEVEL SECURITY"], ids=["rights", "row security"])
