@@ -349,6 +349,7 @@ def test_a_column_that_is_new_lets_nothing_be_read_again(wide: Settings) -> None
         capture.hear("streaming")
         for name in ("a", "b", "c"):
             execute(wide, f"ALTER TABLE items ADD COLUMN {name} int", f"UPDATE items SET {name} = 1 WHERE id = 1")
+            capture.reach()  # a stream that came to it after the next one is there would take that for another name of it
             eventually("it is seen", seen(wide, name))
             execute(wide, f"ALTER TABLE items DROP COLUMN {name}", "UPDATE items SET n = 1 WHERE id = 1")
         eventually("they are gone", lambda: not seen(wide, "c")())

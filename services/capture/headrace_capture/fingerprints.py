@@ -198,7 +198,7 @@ def taken_back(shape: TableSchema, now: Fingerprint) -> str:
     """Return why rows of `shape`, which the stream shows, would be others by now; empty when they would not.
 
     Asked where two prints do not differ: DDL may have been taken back before anybody looked. Columns that were dropped since change no row,
-    nor do those that are still to come.
+    nor do those that are still to come; one that was dropped and one that came cannot be told from one with another name.
     """
     there = {column.name: column.type for column in now.columns if column.sent}
     both = {column.name: column.type for column in shape.columns if column.name in there}
