@@ -110,7 +110,7 @@ def killed(settings: Settings, load: Load, more: int) -> int:
 
 def seen_by_kafkas_own_consumer(settings: Settings, kafka: Kafka, load: Load) -> None:
     """The same for who knows nothing of headrace, and each delete with the one tombstone behind it."""
-    records = sorted(console(kafka, settings.source + "." + T, quiet_ms=3000), key=lambda record: record["place"])
+    records = sorted(console(kafka, settings.source + "." + T), key=lambda record: record["place"])
     assert [record["after"]["no"] for record in records if record.get("after")] == load.committed
     deletes = [at for at, record in enumerate(records) if record["op"] == "d"]
     tombstones = [at for at, record in enumerate(records) if record["op"] is None]

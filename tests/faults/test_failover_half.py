@@ -10,7 +10,7 @@ import pytest
 from headrace.change import Checkpoint
 from headrace.log import CutWriter, Log
 from headrace.settings import Settings
-from tests.fixtures.capture import Running, capturing, execute, now, refused
+from tests.fixtures.capture import Running, capturing, eventually, execute, now, refused
 from tests.fixtures.mortal import Died, Life, MortalLog
 from tests.fixtures.pair import Pair, equal, mend, seen
 from tests.fixtures.plain import Plain
@@ -44,9 +44,13 @@ def captured_by_half(settings: Settings) -> Checkpoint:
     running = Running(settings, HalfLog(settings))
     running.join()
     assert isinstance(running.error, Died), running.error
-    newest = Log(settings).newest_checkpoint()
-    assert newest
-    return newest
+
+    def half() -> Checkpoint | None:
+        newest = Log(settings).newest_checkpoint()
+        return newest if newest and not newest.complete and any(map(any, newest.ends.values())) else None
+
+    found: Checkpoint = eventually("it is seen", half)
+    return found
 
 
 BIG = "INSERT INTO items SELECT i, 0 FROM generate_series(200, 20000) i"

@@ -20,7 +20,18 @@ from headrace.log.tail import BEGINNING, read_to_end
 from headrace.settings import Settings
 from headrace_ops import Stack
 from headrace_ops.registry import Registry
-from tests.fixtures.capture import Running, capturing, changes, eventually, execute, prepare, refused, replay, selected
+from tests.fixtures.capture import (
+    PATIENCE,
+    Running,
+    capturing,
+    changes,
+    eventually,
+    execute,
+    prepare,
+    refused,
+    replay,
+    selected,
+)
 from tests.fixtures.kinds import Kind, every_kind
 
 T = "public.items"
@@ -333,7 +344,7 @@ def plain(settings: Settings, registry: Registry) -> dict[int, dict[str, Any]]:
     read = AvroDeserializer(client(registry))
     consumer.subscribe([Log(settings).topic_of(T)])
     state: dict[int, dict[str, Any]] = {}
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         message = consumer.poll(1.0)
         if message is not None and message.error():

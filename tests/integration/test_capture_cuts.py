@@ -107,16 +107,16 @@ def test_a_transaction_of_which_no_more_comes_for_a_while_is_cut_by_the_clock(
         capture.hear("streaming")
         capture.reach()
         ((pid,),) = rows(settings, sender)
-        execute(settings, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 300000) i")
+        execute(settings, "INSERT INTO items SELECT i, 'x', i FROM generate_series(1, 600000) i")
         capture.eventually("it has begun", lambda: partials(settings))
         os.kill(pid, signal.SIGSTOP)
         try:
             full = settings.cut_records
-            capture.eventually("that is cut", lambda: any(ordinal % full for ordinal, _ in partials(settings)), 20)
+            capture.eventually("that is cut", lambda: any(ordinal % full for ordinal, _ in partials(settings)))
         finally:
             os.kill(pid, signal.SIGCONT)
         capture.reach()
-    assert len(replay(settings, T)) == 300_000
+    assert len(replay(settings, T)) == 600_000
 
 
 def test_a_transaction_larger_than_a_cut_spans_several(settings_of_small_cuts: Settings) -> None:

@@ -89,7 +89,7 @@ def test_s11_capture_that_is_asked_to_stop_amid_a_truncate_stops(settings: Setti
         capture.hear("streaming")
         execute(settings, "BEGIN; TRUNCATE items; INSERT INTO items VALUES (5, 'after', 1); COMMIT")
         capture.eventually("it deletes", lambda: any(c.partial for c in Log(settings).checkpoints()))
-    assert replay(settings, T).keys() > {b'{"id":5}'}
+    assert 1 < len(replay(settings, T)) < rows
     with capturing(settings) as capture:
         capture.reach()
     assert len([c for c in changes(settings, T) if c.row is None]) == 2 * rows

@@ -148,6 +148,7 @@ def test_a_reread_is_believed_only_if_it_sees_the_change(settings: Settings) -> 
             capture.reach()
             execute(settings, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()")
             eventually("commits wait", lambda: rows(settings, "SHOW synchronous_standby_names") == [("nobody",)])
+            execute(settings, "CHECKPOINT")  # the checkpointer lets them wait, once it knows
             script = f"BEGIN; UPDATE docs SET big = '{X}'; UPDATE docs SET n = 1; COMMIT"
             waiting = threading.Thread(target=execute, args=(settings, script))
             waiting.start()

@@ -66,8 +66,8 @@ def test_of_a_table_that_was_written_anew_in_line_before_capture_came_to_the_cha
         capture.reach()
     execute(settings, "UPDATE docs SET n = 1", f"ALTER TABLE docs ALTER COLUMN big TYPE {type_} USING left(big, 10)")
     with capturing(settings) as capture:
-        capture.reach()
         capture.hear("public.docs was read again")
+        capture.reach()
     log = [change for change in changes(settings, T) if change.row]
     assert (log[1].op, log[1].row, log[1].read) == ("u", {"id": 1, "n": 1, "big": W if read is None else W[:10]}, read)
     assert replay(settings, T) == {b'{"id":1}': {"id": 1, "n": 1, "big": W[:10]}}

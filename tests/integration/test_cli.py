@@ -82,7 +82,7 @@ def test_a_view_runs_is_killed_catches_up_and_is_rebuilt(
     await_live(settings, "plain")
     assert headrace("status", "plain", "--check").stdout == "ok\n"
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     last = feed.cut((ITEMS, 1, None), (ITEMS, 3, 30), (ITEMS, 4, 40))
     process = runner()
     await_rows(view, 3)
@@ -120,10 +120,13 @@ def test_a_rebuild_that_is_killed_half_way_goes_on_where_it_was(
     halt.touch()
     assert json.loads(headrace("rebuild", "halting", "--json").stdout) == {"name": "halting", "generation": 2}
     half = offsets_of_second(settings)
+    reports = Control(Log(settings)).reports
+    killed = reports()["halting"][0].process
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     halt.unlink()
     runner(HALTING, **small)
+    eventually("it has reported", lambda: reports()["halting"][0].process != killed)
     assert json.loads(headrace("rebuild", "halting", "--wait", "--gate", "none", "--json").stdout)["generation"] == 2
     whole = offsets_of_second(settings)
     assert 0 < len(half) < MANY
@@ -170,7 +173,7 @@ def test_who_waits_for_a_build_is_told_when_other_code_is_deployed(
 ) -> None:
     process, waiter = half_built
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     with serving(settings, halting=Newer):
         said = waiter.communicate(timeout=60)[0]
     assert (waiter.returncode, "stale-generation" in said) == (3, True), said

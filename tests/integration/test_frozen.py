@@ -90,7 +90,7 @@ def test_who_wakes_does_not_drop_again_what_another_process_has_begun_anew(
         assert failed is not None
         assert failed.code == "view-taken-over"
         last = feed.cut((ITEMS, 1, 2))
-        assert reached(control, "plain", last.version, 20).phase == "live"
+        assert reached(control, "plain", last.version, 60).phase == "live"
 
 
 def test_who_wakes_lets_a_view_that_stands_still_to_the_process_that_runs_it(
@@ -105,7 +105,7 @@ def test_who_wakes_lets_a_view_that_stands_still_to_the_process_that_runs_it(
         assert failed is not None
         assert failed.code == "view-taken-over"
         last = feed.cut((ITEMS, 1, 2))
-        assert reached(control, "plain", last.version, 20).phase == "live"
+        assert reached(control, "plain", last.version, 60).phase == "live"
         assert "paused" not in {each.phase for each in control.reports()["plain"]}
     frozen.wake(60)
     left = {"plain-g1": "following", "plain-g2": "live"}

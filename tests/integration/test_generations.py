@@ -131,7 +131,7 @@ def test_a_view_that_applies_nothing_and_whose_store_was_lost_begins_anew(
         await_phase(control, "plain", 1, phase)
         last = feed.cut((ITEMS, 1, 3))
         view.wipe()
-        assert await_phase(control, "plain", 2, "live").version == last.version
+        eventually("it is live with all", lambda: await_phase(control, "plain", 2, "live").version == last.version)
         eventually("the lost one is gone", lambda: [each.generation for each in control.reports()["plain"]] == [2])
         with pytest.raises(Misconfigured) as refused:
             control.ask("plain", "drop", {"generation": 2})

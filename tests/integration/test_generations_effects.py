@@ -178,7 +178,7 @@ def test_effects_that_are_being_done_after_a_wait_are_not_done_by_the_new_genera
         eventually("the build goes on", lambda: report(control, "calls", 2).version == last.version)
         await_phase(control, "calls", 1, "waiting")
         Calls.away.clear()
-        assert Slow.begun.wait(30)
+        assert Slow.begun.wait(60)
         promoted = pool.submit(control.ask, "calls", "promote")
         eventually("it is promoted, or held", lambda: asked.is_set() or promoted.done())
         Slow.may.set()

@@ -98,7 +98,8 @@ def test_a_view_that_was_paused_for_longer_than_tombstones_stay_is_refused(feed:
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
         control.ask("plain", "pause")
-        feed.cut((ITEMS, 1, None))
+        gone = feed.cut((ITEMS, 1, None))
+        eventually("it is shown", lambda: getattr(feed.log.newest_checkpoint(), "version", None) == gone.version)
         eventually("its last state is that old", lambda: time.time() > began + 2.5)
         control.ask("plain", "resume")
         assert await_phase(control, "plain", 1, "stopped").code == "away-too-long"

@@ -110,7 +110,6 @@ def test_stale_is_not_offered_for_a_generation_that_has_stopped(
     feed: Feed, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It answers nothing: a rollback that accepts what it lacks would fail as well."""
-    monkeypatch.setattr(verbs, "_PATIENCE_SECONDS", 5.0)
     feed.cut((ITEMS, 1, 1))
     with serving(settings, plain=Fails) as control:
         await_live(control, "plain")
@@ -118,6 +117,7 @@ def test_stale_is_not_offered_for_a_generation_that_has_stopped(
         last = feed.cut((ITEMS, 1, 13))
         await_phase(control, "plain", 1, "stopped")
         eventually("the live one has it", lambda: report(control, "plain", 2).version == last.version)
+        monkeypatch.setattr(verbs, "_PATIENCE_SECONDS", 5.0)
         with pytest.raises(Misconfigured) as refused:
             control.ask("plain", "rollback")
         assert (refused.value.code, refused.value.remedy) == ("generation-behind", "Run: headrace rebuild plain")

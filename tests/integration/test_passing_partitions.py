@@ -43,6 +43,7 @@ def test_nothing_stays_under_the_roots_name(
                 patch.setattr(attention.CatalogueWatch, "take", lambda _: None)
                 execute(settings, *(["; ".join(statements)] if when == "in one transaction" else statements))
                 capture.reach()
+                capture.stop()  # before it may look again
     if when == "while capture is off":
         execute(settings, *statements)
     with capturing(settings) as capture:

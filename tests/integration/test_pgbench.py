@@ -44,16 +44,19 @@ def test_the_sums_are_equal_in_every_query(system: System, tmp_path: Path) -> No
     settings = system.settings
     assert "pgbench_history" in system.run("setup")
     system.up("warehouse")
-    with (tmp_path / "pgbench.log").open("wb") as output:
-        load = subprocess.Popen(_load(settings.dsn), stdout=output, stderr=output)
-    try:
-        seen: list[tuple[int, ...]] = []
-        while load.poll() is None:
-            seen.append(_sums(settings))
-    finally:
-        load.kill()
-        load.wait()
-    assert load.returncode == 0, (tmp_path / "pgbench.log").read_text()
+    seen: list[tuple[int, ...]] = []
+    for _ in range(6):  # until enough was seen, where the rest is slow
+        with (tmp_path / "pgbench.log").open("wb") as output:
+            load = subprocess.Popen(_load(settings.dsn), stdout=output, stderr=output)
+        try:
+            while load.poll() is None:
+                seen.append(_sums(settings))
+        finally:
+            load.kill()
+            load.wait()
+        assert load.returncode == 0, (tmp_path / "pgbench.log").read_text()
+        if len(set(seen)) > SECONDS:
+            break
     assert [sums for sums in seen if len(set(sums)) != 1] == []
     assert len(set(seen)) > SECONDS, f"the load went on, and {len(seen)} queries saw {set(seen)}"
     system.settle("warehouse")

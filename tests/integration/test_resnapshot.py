@@ -102,7 +102,7 @@ def test_under_load_the_log_stays_exact(settings: Settings) -> None:
 def test_a_pass_goes_on_after_a_kill(settings: Settings) -> None:
     """SIGKILL in the middle of a pass, under load: it goes on behind what is in the log, and ends exact."""
     settings = replace(settings, cut_records=100)
-    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 6000) i")
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 15000) i")
     with capturing(settings) as capture:
         capture.reach()
         unseen(settings, "DELETE FROM items WHERE id % 100 = 3", "UPDATE items SET no = -no WHERE id % 100 = 5")
@@ -134,16 +134,16 @@ def test_the_initial_snapshot_in_chunks(settings: Settings) -> None:
         settings,
         ITEMS,
         "CREATE TABLE empty (id int PRIMARY KEY)",
-        "INSERT INTO items SELECT i, i FROM generate_series(1, 9000) i",
+        "INSERT INTO items SELECT i, i FROM generate_series(1, 12000) i",
     )
-    with meanwhile(Load(settings, 9500)):
+    with meanwhile(Load(settings, 12500)):
         process = spawn(settings, "--snapshot=chunked")
         try:
             eventually("it reads", lambda: jobs(settings).get(T, {}).get("rows", 0) > 500)
         finally:
             end(process)
         read = jobs(settings)[T]["rows"]
-        assert read < 9000
+        assert read < 12000
         assert Log(settings).newest_checkpoint(complete=True) is None
         with capturing(settings) as capture:
             capture.hear("the initial snapshot is complete")

@@ -28,6 +28,7 @@ def waiting(settings: Settings, *statements: str) -> Iterator[None]:
     """Commit statements whose commit is in the WAL and not visible, until the block ends."""
     execute(settings, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()")
     eventually("commits wait", lambda: rows(settings, "SHOW synchronous_standby_names") == [("nobody",)])
+    execute(settings, "CHECKPOINT")  # the checkpointer lets them wait, once it knows
     thread = threading.Thread(target=execute, args=(settings, *statements))
     try:
         thread.start()

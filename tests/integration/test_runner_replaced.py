@@ -90,7 +90,7 @@ def test_of_two_that_have_put_each_other_aside_one_goes_on(
 ) -> None:
     """Each has opened a generation of the other's, so neither says anything any more, and neither has said that it ends."""
     for module in ("runner.runner", "control"):
-        monkeypatch.setattr(f"headrace.{module}.DEAD_SECONDS", 1.0)
+        monkeypatch.setattr(f"headrace.{module}.DEAD_SECONDS", 3.0)
     monkeypatch.setattr("headrace.runner.runner._ASK_SECONDS", 0.5)
     feed.cut((ITEMS, 1, 10))
     first = serve(Told, "told", plain=Plain)

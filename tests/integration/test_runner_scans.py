@@ -106,10 +106,10 @@ def test_rows_of_any_size_come_through_a_scan_and_by_their_keys(
     serve().await_phase(1, "live")
     view.widen(sizes)
     control = Control(Log(settings))
-    rows = {codec.loads(row.key)["id"]: row.value for row in control.scan("plain", timeout=10)}
+    rows = {codec.loads(row.key)["id"]: row.value for row in control.scan("plain")}
     assert {id_: len(row["wide"]) for id_, row in rows.items()} == sizes
     wanted = [(ITEMS, f'{{"id":{n}}}') for n in sizes]
-    _, some = control.rows("plain", 1, wanted, timeout=10)
+    _, some = control.rows("plain", 1, wanted)
     assert {codec.loads(key)["id"]: row.value for (_, key), row in some.items()} == rows
     pages = [record.value or b"" for record in read_to_end(settings, {(ANSWERS, 0): BEGINNING})]
     large = [codec.loads(page)["rows"] for page in pages if len(page) > PAGE_BYTES + 100]
@@ -204,7 +204,7 @@ def test_a_scan_that_breaks_off_says_why_to_who_asked(
     served = serve(Broken, "broken")
     served.await_phase(1, "live")
     with pytest.raises(Misconfigured, match="a fault in the plugin"):
-        list(Control(Log(settings)).scan("broken", timeout=10))
+        list(Control(Log(settings)).scan("broken"))
     assert served.await_phase(1, "live")
 
 

@@ -150,7 +150,7 @@ def test_a_second_process_that_is_refused_by_the_store_leaves_no_report_beside_t
     first.await_phase(1, "live")
     second = serve(Closed)
     wait_for(lambda: not second.alive)
-    assert [(report.generation, report.phase) for report in first.control.reports()["plain"]] == [(1, "live")]
+    wait_for(lambda: [(each.generation, each.phase) for each in first.control.reports()["plain"]] == [(1, "live")])
     first.stop()
     third = serve(Closed)
     wait_for(lambda: not third.alive)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from decimal import Decimal
 from itertools import repeat
 
@@ -13,7 +12,6 @@ import pytest
 
 from headrace.errors import Misconfigured, Transient
 from headrace.settings import Settings, environment
-from headrace_ops import ports
 from headrace_shop import database, dual, edits, replay, work
 from headrace_shop.database import Amounts
 from headrace_shop.dual import DualWrites
@@ -31,7 +29,6 @@ def shop(
     redis_server: object,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Settings]:
-    settings = replace(settings, warehouse_listen=f"127.0.0.1:{ports.choose()}")
     for name, value in environment(settings).items():
         monkeypatch.setitem(os.environ, name, value)
     with database.connect(settings.dsn) as connection:

@@ -83,7 +83,7 @@ def test_a_table_that_lost_its_key_keeps_no_initial_snapshot_waiting(settings: S
     settings = replace(settings, cut_records=10)
     names = {"public.big", T}
     prepare(settings, *(f"CREATE TABLE {name} (id int PRIMARY KEY)" for name in names))
-    execute(settings, *(f"INSERT INTO {name} SELECT generate_series(1, 3000)" for name in names))
+    execute(settings, *(f"INSERT INTO {name} SELECT generate_series(1, 2000)" for name in names))
 
     def begun() -> set[str]:
         return {name for name, job in jobs(settings).items() if job["rows"] > 10}

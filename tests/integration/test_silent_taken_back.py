@@ -11,6 +11,7 @@ from headrace.settings import Settings
 from headrace_capture import attention, resnapshot
 from headrace_capture.recovery import recover
 from tests.fixtures.capture import Running, capturing, execute, prepare, refused, replay, selected
+from tests.fixtures.slots import await_free
 
 pytestmark = pytest.mark.usefixtures("often")
 
@@ -116,6 +117,7 @@ def test_old_rows_that_were_named_by_another_index_for_a_while(settings: Setting
     error = refused(settings)
     assert (error.code, "the table, or a partition of it" in error.message) == ("key-not-sent", True)
     assert "headrace resnapshot --recover" in error.remedy
+    await_free(settings)
     recover(settings, print)
     with capturing(settings) as capture:
         equal(settings, capture, looks, items="items")

@@ -127,7 +127,7 @@ def test_kafka_killed_comes_back_however_soon_its_controller_is_ended(
     with monkeypatch.context() as patched:
         patched.setattr(kafka.cancelled, "wait", lambda _seconds: time.sleep(0.001))  # looks as often as it can
         kafka.start()
-    assert kafka.healthy()
+    wait_for(kafka.healthy, seconds=60)
 
 
 def test_kafka_makes_no_topic_by_itself(kafka: Kafka) -> None:
@@ -214,7 +214,7 @@ def test_a_paused_server_does_not_answer_until_it_is_resumed(redis_server: Redis
     redis_server.pause()
     assert not redis_server.healthy()
     redis_server.resume()
-    assert redis_server.healthy()
+    wait_for(redis_server.healthy, seconds=60)
 
 
 def test_up_twice_reports_the_same_processes_and_down_ends_them(folder: Path) -> None:
@@ -227,7 +227,7 @@ def test_up_twice_reports_the_same_processes_and_down_ends_them(folder: Path) ->
     assert set(json.loads(env.stdout)) == {"HEADRACE_DSN", "HEADRACE_REDIS"}
     families = [process for fact in json.loads(first.stdout) for process in family(fact["pid"])]
     assert len(families) > 2
-    assert headrace("stack", "status", "--dir", str(folder)).returncode == 0
+    wait_for(lambda: headrace("stack", "status", "--dir", str(folder)).returncode == 0, seconds=60)
     assert headrace("stack", "down", "--dir", str(folder)).stdout == "stopped postgres, redis\n"
     assert not any(processes.alive(process) for process in families)
     assert headrace("stack", "status", "--dir", str(folder)).returncode == 1
@@ -327,8 +327,6 @@ def test_a_stranger_with_a_recorded_id_is_never_signalled(folder: Path) -> None:
 
 
 def wait_for(seen, *, seconds: float):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201 -- whatever `seen` returns
-    import time  # noqa: PLC0415
-
     deadline = time.monotonic() + seconds
     while not (value := seen()):
         assert time.monotonic() < deadline, "it did not happen"

@@ -26,7 +26,7 @@ from headrace_ops import Stack
 from headrace_ops.postgres import Postgres
 from tests.fixtures.capture import capturing, eventually, execute, prepare, refused, replay, rows
 from tests.fixtures.feed import ITEMS
-from tests.fixtures.slots import lose_slot
+from tests.fixtures.slots import await_free, lose_slot
 from tests.fixtures.statuses import say, status
 from tests.integration.test_resnapshot_order import waiting
 
@@ -177,6 +177,7 @@ def test_a_slot_that_is_lost_or_about_to_be_is_called_so(settings: Settings) -> 
     prepare(settings, "CREATE TABLE items (id int PRIMARY KEY)")
     with capturing(settings) as capture:
         capture.reach()
+    await_free(settings)
     assert re.search(r"slot not active, at \S+, [\d.]+ k?B of WAL held back", status(settings).stdout)
     lose_slot(settings)
     shown = " ".join(status(settings).stdout.split())  # the terminal's width breaks lines

@@ -316,7 +316,7 @@ def test_who_waits_until_his_write_is_applied_finds_it(open_store: Open, setting
 
 
 def wait_for(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)

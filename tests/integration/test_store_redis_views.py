@@ -257,7 +257,7 @@ def test_a_generation_that_is_opened_while_it_is_dropped_stays(
 
 
 def wait_for(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -106,7 +106,7 @@ def test_what_does_not_come_in_time_is_told_with_where_the_view_is(
         capture.stop()
         execute(settings, "INSERT INTO items VALUES (2, 2)")
         before = now(settings)
-        ended = command(settings, "wait", VIEW, "--timeout", "0.5", "--json")
+        ended = command(settings, "wait", VIEW, "--timeout", "5", "--json")
         error = ended.exception
         assert isinstance(error, HeadraceError)
         assert (error.code, error.exit_code, ended.stdout) == ("view-behind", 5, "")

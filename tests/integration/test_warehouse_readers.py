@@ -15,6 +15,7 @@ from headrace.errors import Transient
 from headrace.settings import Settings
 from headrace_warehouse import Warehouse, endpoint
 from headrace_warehouse.cli import ask
+from tests.fixtures.capture import eventually
 from tests.fixtures.endpoints import ITEMS, address, fill
 from tests.fixtures.tables import SECOND, batch, put
 from tests.integration.test_warehouse_sql import settings, store
@@ -66,10 +67,12 @@ def test_a_polling_reader_sees_whole_states_only_and_never_goes_back(store: Ware
             half = [put(ITEMS, lsn, id=number, n=-lsn) for number in range(25)]
             store.apply(batch(lsn, *half, schemas=(ITEMS,), shown=lsn))
             second.apply(batch(lsn, *half, schemas=(ITEMS,), shown=0))
+            if lsn % 2:  # and now and then nobody waits for the reader
+                eventually("it is seen", lambda lsn=lsn: poller.failed or poller.seen[-1][0] >= Version(1, lsn))
         fill(second, n=40, lsn=40)
         second.promote()
         fill(second, n=41, lsn=41)
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while poller.seen[-1][0] < Version(1, 41) and time.monotonic() < until and poller.failed is None:
             time.sleep(0.001)
     second.close()
@@ -96,6 +99,7 @@ def test_the_live_one_goes_on_while_another_loads(store: Warehouse, settings: Se
         loading.set()
 
     loader = threading.Thread(target=load)
+    start = time.monotonic()
     loader.start()
     lsn, longest = 10, 0.0
     while not loading.is_set():
@@ -104,12 +108,13 @@ def test_the_live_one_goes_on_while_another_loads(store: Warehouse, settings: Se
         assert ask(address(), "SELECT max(n), count(*) FROM items")["rows"] == [[lsn, 50]]
         longest = max(longest, time.monotonic() - began)
     loader.join()
+    took = time.monotonic() - start
     second.apply(batch(1000, schemas=(ITEMS,)))
     second.promote()
     assert ask(address(), "SELECT count(*) FROM items")["rows"] == [[150_000]]
     second.close()
     assert lsn > 15
-    assert longest < 20
+    assert longest < max(20.0, took / 2)
 
 
 def test_the_endpoint_outlives_the_generations_and_stops_with_the_process(store: Warehouse) -> None:
