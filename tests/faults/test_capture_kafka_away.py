@@ -128,7 +128,7 @@ def test_a_kafka_that_is_paused_while_keys_are_read_back_does_not_hold_postgres(
 
     monkeypatch.setattr(known.KnownKeys, "catch_up", pausing)
     # Longer than STALLED_SECONDS: the connection is closed before it is given up.
-    monkeypatch.setattr(known, "check_heard", partial(known.check_heard, timeout=15.0))
+    monkeypatch.setattr(known, "check_heard", partial(known.check_heard, timeout=30.0))
     with capturing(settings) as capture:
         capture.hear("streaming from")
         asker = threading.Thread(target=asking)

@@ -64,7 +64,7 @@ def test_kafka_away_capture_lets_postgres_go_and_comes_back(loaded: System, stac
     loaded.up("warehouse")
     loaded.start("work", "shop", "work", "--rate", RATE)
     loaded.busy(30)
-    assert _connected(loaded)
+    loaded.wait("capture to stream", lambda: _connected(loaded))
     stack.server("kafka").kill()
     loaded.wait("capture to close its replication connection", lambda: not _connected(loaded), 60)
     loaded.busy(100)

@@ -50,8 +50,8 @@ def test_who_asks_by_another_clock_knows_who_runs_and_who_does_not(
     say(control, Report("dead", 1, live=True, phase="live"))
     monkeypatch.setattr("headrace.control.DEAD_SECONDS", 3.0)
     monkeypatch.setattr("headrace.control._CLOCK_SECONDS", 0.0)
-    eventually("it is dead", lambda: control.reports()["dead"][0].dead, 15)
-    assert control.reports()["dead"][0].age < 10
+    eventually("it is dead", lambda: control.reports()["dead"][0].dead)
+    assert control.reports()["dead"][0].age < 15  # not by the wrong clock
     assert re.search(rf"1[0-9]\.\d s {'ahead of' if ahead > 0 else 'behind'} the broker's", status(settings).stdout)
 
 
@@ -62,7 +62,7 @@ def test_a_request_is_carried_out_by_a_process_whose_clock_is_ahead(
     monkeypatch.setattr("headrace.requests.time", Clock(60.0))
     with serving(settings, plain=Plain) as control:
         await_live(control, "plain")
-        assert control.ask("plain", "release", timeout=10.0) == {}
+        assert control.ask("plain", "release", timeout=30.0) == {}
 
 
 @pytest.mark.parametrize("ahead", [-60.0, 60.0])
@@ -120,8 +120,14 @@ def test_what_was_asked_is_taken_back_by_who_no_longer_waits(
         control.ask("busy", "drop", {"all": True}, timeout=0.5)
     box = control.requests(["busy"])
     try:
-        read = [(name, request.verb) for _ in range(20) for name, request in box.poll(0.1)]
-        assert box._caught_up
+        read: list[tuple[str, str]] = []
+
+        def look() -> bool:
+            read.extend((name, request.verb) for name, request in box.poll(0.1))
+            return box._caught_up
+
+        eventually("control is read", look)
+        read += [(name, request.verb) for _ in range(20) for name, request in box.poll(0.1)]
     finally:
         box.close()
     assert not read

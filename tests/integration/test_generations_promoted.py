@@ -98,7 +98,7 @@ def test_a_new_generation_that_does_not_come_to_the_common_lsn_is_not_promoted(
 ) -> None:
     ahead = Version(1, feed.lsn + 10)
     with monkeypatch.context() as hasty:
-        hasty.setattr(verbs, "_PATIENCE_SECONDS", 3.0)
+        hasty.setattr(verbs, "_PATIENCE_SECONDS", 10.0)
         with pytest.raises(Misconfigured) as behind:
             two.ask("one", "promote", {"at": list(ahead)})
     assert behind.value.code == "generation-behind"
@@ -190,7 +190,7 @@ def test_who_does_not_answer_when_it_is_to_be_held_is_the_one_to_look_at(
         return reaches(*asked)
 
     monkeypatch.setattr(verbs, "_reach", reach)
-    monkeypatch.setattr(together, "_SECONDS", 6.0)
+    monkeypatch.setattr(together, "_SECONDS", 10.0)
     Noted.may.clear()
     feed.cut((ITEMS, 1, 7))
     eventually("the old one goes on", lambda: Noted(feed.log.settings, "other").rows() == {KEY: 7})

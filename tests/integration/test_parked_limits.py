@@ -186,6 +186,6 @@ def test_an_answer_that_kafka_does_not_take_is_refused_and_the_process_goes_on(f
         answer = control.ask("wordy", "retry", timeout=60)
         assert {(len(each["reason"]) < 500, each["reason"].endswith("…")) for each in answer["left"]} == {(True, True)}
         with pytest.raises(Misconfigured) as error:
-            control.counts("wordy", 1, timeout=20)
+            control.counts("wordy", 1, timeout=60)
         assert error.value.code == "record-too-large"
         assert control.ask("wordy", "release") == {}

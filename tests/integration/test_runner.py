@@ -46,7 +46,7 @@ def test_a_restarted_runner_goes_on_where_the_store_says(
     served = serve()
     wait_for(lambda: view.rows() == {'{"id":1}': 10})
     served.stop()
-    assert served.report(1).phase == "off"
+    served.await_phase(1, "off")
     feed.cut((ITEMS, 2, 20))
     generation = view.generations()[0]
     control = Control(Log(settings))
@@ -319,7 +319,7 @@ def test_a_refused_build_still_answers_when_the_next_one_is_begun(
     served = serve()
     served.await_phase(2, "stopped")
     assert control.ask("plain", "rebuild") == {"generation": 3}
-    assert [row.value["n"] for row in control.scan("plain", 2, timeout=10)] == [10]
+    assert [row.value["n"] for row in control.scan("plain", 2)] == [10]
     assert control.ask("plain", "drop", {"generation": 2}) == {"dropped": [2]}
 
 

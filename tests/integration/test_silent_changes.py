@@ -165,7 +165,7 @@ def test_rows_that_change_before_the_ddl_is_discovered(
 def test_a_change_in_the_middle_of_a_pass_begins_it_again(settings: Settings) -> None:
     """Rows that were passed already changed without an event: the pass does not end before it has read them anew."""
     settings = replace(settings, cut_records=50)
-    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 10000) i")
+    prepare(settings, ITEMS, "INSERT INTO items SELECT i, i FROM generate_series(1, 20000) i")
     with capturing(settings) as capture:
         capture.hear("streaming")
         execute(settings, "ALTER TABLE items ADD COLUMN a int DEFAULT 5", "INSERT INTO items VALUES (0)")

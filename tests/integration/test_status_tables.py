@@ -117,7 +117,7 @@ def test_a_table_that_is_inexact_is_named_for_capture_and_for_the_views_that_rea
     feed.seal(inexact=(ITEMS, TAGS))
     view = Plain(settings, "plain")
     with serving(settings, plain=Plain) as control:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not view.rows() or not any(r.facts.get("inexact") for r in control.reports().get("plain", [])):
             assert time.monotonic() < deadline
             time.sleep(0.05)
