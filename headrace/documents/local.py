@@ -321,7 +321,8 @@ class LocalRows:
 
     def _insert(self, rows: Sequence[tuple[str, Change]]) -> int:
         """Put those rows in that are not there; return how many."""
-        stored = (layout.stored(change, key, change.version.packed(), now()) for key, change in rows)
+        at = now()
+        stored = (layout.stored(change, key, change.version.packed(), at) for key, change in rows)
         return self._db.executemany(layout.INSERT, stored).rowcount if rows else 0
 
     def _known(self, table: str, keyed: Mapping[str, Change]) -> set[str]:
@@ -338,8 +339,7 @@ class LocalRows:
             if touch:
                 touched += [(number, key, since) for number in self._paths.roots[change.table]]
             for link in self._paths.links[change.table]:
-                value = link.value(change.row or {})
-                if value is None:
+                if (value := link.value(change.row or {})) is None:
                     continue
                 links.append((link.number, value, key))
                 touched += [(number, value, since) for number in link.windows]

@@ -25,7 +25,7 @@ POSITION = "headrace:position"
 """The id of the document that is the position."""
 OURS: Final = {
     "properties": {
-        "id": {"type": "keyword"},
+        "id": {"type": "keyword", "index": False},  # to sort by: nothing is found by it
         "kind": {"type": "keyword"},
         "at": {"type": "long"},
         "state": {"type": "object", "enabled": False},
@@ -102,7 +102,7 @@ def refused(server: Elasticsearch, target: str, bulk: bytes) -> list[dict[str, A
     """Send a bulk; return the items that are not written."""
 
     def post(answer: str) -> Any:
-        return server.bulk(index=target, require_alias=True, operations=[bulk], filter_path=answer)  # type: ignore[list-item]
+        return server.bulk(index=target, require_alias=True, operations=bulk, filter_path=answer)  # type: ignore[arg-type]
 
     if not post("errors")["errors"]:
         return []

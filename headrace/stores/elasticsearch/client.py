@@ -17,6 +17,7 @@ from elasticsearch import (
     NotFoundError,
     TransportError,
 )
+from elasticsearch.serializer import NdjsonSerializer
 
 from headrace.change import Row, Version
 from headrace.consumer import Generation, ViewRow
@@ -28,6 +29,14 @@ _NAMED = re.compile(r"index \[([^\]]+)\]")
 _UNBLOCK = '{"index.blocks.read_only_allow_delete":null,"index.blocks.write":null,"index.blocks.read_only":null}'
 
 
+class _Whole(NdjsonSerializer):
+    """Sends a bulk as it is: by default it is copied twice, line by line."""
+
+    def dumps(self, data: Any) -> bytes:
+        """Return what is sent."""
+        return data if isinstance(data, bytes) else super().dumps(data)
+
+
 def client(settings: Settings) -> Elasticsearch:
     """Return a client that does not repeat anything by itself. Raises Misconfigured: `bad-setting`."""
     tls: dict[str, Any] = {"ssl_context": _trusting(settings)} if settings.elasticsearch_ca else {}
@@ -37,6 +46,7 @@ def client(settings: Settings) -> Elasticsearch:
             request_timeout=_TIMEOUT,
             max_retries=0,
             retry_on_timeout=False,
+            serializers={_Whole.mimetype: _Whole()},
             **tls,
             api_key=settings.elasticsearch_api_key or None,
         )

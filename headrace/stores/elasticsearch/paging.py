@@ -26,6 +26,9 @@ MORE: Final = f"(and more: of these only {_MOST} are named)"
 """The key of a row that says so."""
 
 
+_Placed = tuple[str, ViewRow]
+
+
 class Paging:
     """Pages of the documents of an index."""
 
@@ -44,10 +47,9 @@ class Paging:
         placed = self._placed(_OURS, limit, sort=_BY_PLACE, **how)
         end = placed[-1][0] if len(placed) == limit else None
         if end is not None:
-            same = {"bool": {**_OURS["bool"], "filter": [{"term": {"headrace.id": end}}]}}
-            there = self._some(same, end, sort=_BY_PLACE)  # a document may have several ids: the first is its place
-            placed = [each for each in placed if each[0] < end] + [each for each in there if each[0] == end]
-        foreign = self._some(_FOREIGN, MORE)
+            before = [each for each in placed if each[0] < end]
+            placed = before + self._all_at(end, before[-1][0] if before else at, len(placed) - len(before))
+        foreign = _some(self._placed(_FOREIGN, _MOST + 1), MORE)
         placed += [each for each in foreign if (at is None or each[0] > at) and (end is None or each[0] <= end)]
         placed.sort(key=lambda each: each[0])
         if len(placed) > limit:
@@ -64,11 +66,20 @@ class Paging:
             if len(self._places) > _STANDING:  # of a scan that was given up nobody says so
                 del self._places[next(iter(self._places))]
 
-    def _some(self, query: Mapping[str, Any], place: str, **how: Any) -> list[tuple[str, ViewRow]]:
-        """Return documents that are not paged, and where there are more the row that says so, at a place."""
-        found = self._placed(query, _MOST + 1, **how)
-        return found if len(found) <= _MOST else [*found[:_MOST], (place, ViewRow("", MORE, {}, NOWHERE))]
+    def _all_at(self, place: str, after: str | None, known: int) -> list[_Placed]:
+        """Return the documents at a place, which comes after another; so many are known."""
+        how = {} if after is None else {"search_after": [after]}
+        there = self._placed(_OURS, known + 1, sort=_BY_PLACE, **how)
+        if there and there[-1][0] == place:
+            there = self._placed(_OURS, _MOST + 1, sort=_BY_PLACE, **how)
+        return _some([each for each in there if each[0] == place], place)
 
-    def _placed(self, query: Mapping[str, Any], size: int, **how: Any) -> list[tuple[str, ViewRow]]:
+    def _placed(self, query: Mapping[str, Any], size: int, **how: Any) -> list[_Placed]:
         hits = hits_of(self._server, self._index, query, size, **how)
+        # A document may have several ids: the first is its place.
         return [(hit.get("sort", [hit["_id"]])[0], row_of(hit)) for hit in hits]
+
+
+def _some(found: list[_Placed], place: str) -> list[_Placed]:
+    """Return documents that are not paged, and where there are more the row that says so, at a place."""
+    return found if len(found) <= _MOST else [*found[:_MOST], (place, ViewRow("", MORE, {}, NOWHERE))]

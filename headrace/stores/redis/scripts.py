@@ -61,8 +61,9 @@ while i <= #ARGV do
     if type(held_version) ~= 'string' or held_version <= version then
         redis.call('DEL', key)
         local last = i + 2 + 2 * fields
-        for f = i + 3, last, 1000 do redis.call('HSET', key, unpack(ARGV, f, math.min(f + 999, last))) end
-        if fields > 0 then redis.call('HSET', key, '@version', version) end
+        for f = i + 3, last, 1000 do
+            redis.call('HSET', key, '@version', version, unpack(ARGV, f, math.min(f + 999, last)))
+        end
     end
     i = i + 3 + 2 * fields
 end
