@@ -201,7 +201,8 @@ class Runner:
         phases: dict[str, str] = {}
         for worker in self.generations.workers.values():
             error = self._error(worker.generation, worker.state)
-            phases[worker.name] = f"{worker.state.phase}: {error}" if error else worker.state.phase
+            phase = _phase(worker.generation, worker.state)
+            phases[worker.name] = f"{phase}: {error}" if error else phase
         return phases
 
     def failed(self) -> HeadraceError | None:
@@ -241,7 +242,7 @@ class Runner:
             generation=generation.number,
             fingerprint=generation.fingerprint,
             live=generation.live,
-            phase=state.phase,
+            phase=_phase(generation, state),
             version=state.reached,
             lag=(state.lag.records, state.lag.wal, state.behind),
             rate=round(state.rate, 1),
@@ -278,6 +279,13 @@ class Runner:
             "paused": f"somebody asked for it; one paused for {hours:.0f} hours must be rebuilt (S19): run headrace resume {self.name}",
             DROPPED: f"somebody asked for it, and no other is begun: run headrace rebuild {self.name}",
         }.get(state.phase, "")
+
+
+def _phase(generation: Generation, state: State) -> str:
+    """Return the phase of a generation: the worker learns only with the next poll that it went live, or is live no more."""
+    if state.phase in {"live", "following"}:
+        return "live" if generation.live else "following"
+    return state.phase
 
 
 def _elapsed() -> float:
