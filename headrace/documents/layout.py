@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,8 +43,19 @@ STORE = """
     version = excluded.version, ordinal = excluded.ordinal, xid = excluded.xid, schema = excluded.schema,
     part = excluded.part, at = excluded.at, came = excluded.came, applied = excluded.applied
 """
+_AT_ONCE: Final = 50
 BEGUN: Final = ("-begun", "-begun-new")
 """Of what `headrace.documents.begun` keeps beside the file."""
+
+
+def insert(db: sqlite3.Connection, statement: str, rows: Iterable[tuple[Any, ...]]) -> int:
+    """Run an INSERT that ends with its VALUES for each of some rows, fifty at once, which takes a quarter less; return how many are new."""
+    head, _, values = statement.partition(" VALUES ")
+    many, new = f"{head} VALUES {', '.join([values] * _AT_ONCE)}", 0
+    rows = iter(rows)
+    while len(piece := list(islice(rows, _AT_ONCE))) == _AT_ONCE:
+        new += db.execute(many, list(chain.from_iterable(piece))).rowcount
+    return new + (db.executemany(statement, piece).rowcount if piece else 0)
 
 
 def stored(change: Change, key: str, version: int, at: int) -> tuple[Any, ...]:

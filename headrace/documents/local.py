@@ -323,7 +323,7 @@ class LocalRows:
         """Put those rows in that are not there; return how many."""
         at = now()
         stored = (layout.stored(change, key, change.version.packed(), at) for key, change in rows)
-        return self._db.executemany(layout.INSERT, stored).rowcount if rows else 0
+        return layout.insert(self._db, layout.INSERT, stored)
 
     def _known(self, table: str, keyed: Mapping[str, Change]) -> set[str]:
         """Return the keys of rows that are there and did not come just now, by their places in the log."""
@@ -345,8 +345,8 @@ class LocalRows:
                 touched += [(number, value, since) for number in link.windows]
                 if link.back:
                     back.append((link.number, key, value))
-        self._db.executemany(layout.LINK, links)
-        self._db.executemany(layout.LINK_BACK, back)
+        layout.insert(self._db, layout.LINK, links)
+        layout.insert(self._db, layout.LINK_BACK, back)
         self._db.executemany(layout.TOUCH, touched)
 
     def _relink(self, table: str, key: str, old: Row | None, new: Row | None, since: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from headrace import codec
 from headrace.change import Version
-from headrace.documents import Document, Many, One, local
+from headrace.documents import Document, Many, One, layout, local
 from headrace.errors import HeadraceError, Transient
 from headrace.runner.worker import Worker
 from headrace.settings import Settings
@@ -286,3 +286,13 @@ def test_dropping_removes_the_local_rows(world: World) -> None:
     consumer.drop()
     consumer.close()
     assert not [each for each in Path(world.settings.state).rglob("*") if each.is_file()]
+
+
+@pytest.mark.parametrize("count", [0, 1, 49, 50, 51, 130])
+def test_rows_that_go_in_at_once_are_counted_where_they_are_new(count: int) -> None:
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.execute("CREATE TABLE links (link INT, value TEXT, key TEXT, PRIMARY KEY (link, value, key))")
+        rows = [(number, "v", f"k{number}") for number in range(count)]
+        assert layout.insert(db, layout.LINK, iter(rows[::3])) == len(rows[::3])
+        assert layout.insert(db, layout.LINK, rows) == count - len(rows[::3])
+        assert db.execute("SELECT * FROM links ORDER BY link").fetchall() == rows
