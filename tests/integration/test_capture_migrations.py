@@ -14,6 +14,7 @@ import pytest
 
 from headrace.settings import Settings
 from headrace_ops.postgres import Postgres
+from tests.fixtures.keyed import Keyed
 from tests.fixtures.lab import AROUND, live, note_looks
 from tests.fixtures.migrations import Migrations
 from tests.fixtures.seeds import ASKED, seeds, steps
@@ -72,5 +73,15 @@ def test_partitions_and_composites_end_as_postgres(settings: Settings, lives: Li
 
     def one(server: Postgres, seed: int) -> str:
         return live(settings, server, seed, Structures, history(seed, steps(25), AROUND, Structures))
+
+    lives(one, STRUCTURED)
+
+
+@pytest.mark.timeout(900 * len(STRUCTURED))
+def test_keys_of_several_columns_end_as_postgres(settings: Settings, lives: Lives) -> None:
+    """Three sessions, three tables: primary keys of two and three columns and an index of two, with other orders, sets, names and types."""
+
+    def one(server: Postgres, seed: int) -> str:
+        return live(settings, server, seed, Keyed, history(seed, steps(25), AROUND, Keyed))
 
     lives(one, STRUCTURED)
