@@ -269,14 +269,15 @@ class _Index(NamedTuple):
 def _key(table: Table, indexes: Sequence[_Index]) -> dict[str, Any]:
     """Choose the key: what the stream names an old row by, so the replica identity's index where one is declared.
 
-    Otherwise the primary key. A deferrable one is not a key (S9): between two statements two rows may share it.
+    Otherwise the primary key. A deferrable one is not a key (S9): between two statements two rows may share it. A column that an index
+    has twice is in the key once.
     """
     declared = table.kind == "r" and table.identity == "i"
     chosen = [index for index in indexes if (index.identity if declared else index.primary)]
     usable = [index for index in chosen if index.immediate]
     unique = next((index.name for index in indexes if index.immediate), "")
     if usable:
-        return {"key": tuple(usable[0].columns), "keyless": ""}
+        return {"key": tuple(dict.fromkeys(usable[0].columns)), "keyless": ""}
     return {"keyless": "deferrable" if chosen else "none", "unique": unique}
 
 
