@@ -20,6 +20,7 @@ from tests.fixtures.migrations import Migrations
 from tests.fixtures.seeds import ASKED, seeds, steps
 from tests.fixtures.sessions import history, taken_back
 from tests.fixtures.structures import Structures
+from tests.fixtures.typed import Typed
 from tests.fixtures.versions import NEWEST
 
 pytestmark = pytest.mark.usefixtures("often")
@@ -83,5 +84,15 @@ def test_keys_of_several_columns_end_as_postgres(settings: Settings, lives: Live
 
     def one(server: Postgres, seed: int) -> str:
         return live(settings, server, seed, Keyed, history(seed, steps(25), AROUND, Keyed))
+
+    lives(one, STRUCTURED)
+
+
+@pytest.mark.timeout(900 * len(STRUCTURED))
+def test_typed_tables_end_as_postgres(settings: Settings, lives: Lives) -> None:
+    """Three sessions, three tables of one type, one of them partitioned: what is done to the type is done to all that are of it."""
+
+    def one(server: Postgres, seed: int) -> str:
+        return live(settings, server, seed, Typed, history(seed, steps(25), AROUND, Typed))
 
     lives(one, STRUCTURED)
