@@ -70,7 +70,7 @@ def test_any_migration_ends_as_postgres(settings: Settings, lives: Lives) -> Non
 
 @pytest.mark.timeout(900 * len(STRUCTURED))
 def test_partitions_and_composites_end_as_postgres(settings: Settings, lives: Lives) -> None:
-    """Three sessions, three tables: partitions at two levels, and composites within domains, arrays and composites, one a table's row."""
+    """Three sessions, three tables: partitions at two levels, some unlogged, and composites in domains, arrays and composites."""
 
     def one(server: Postgres, seed: int) -> str:
         return live(settings, server, seed, Structures, history(seed, steps(25), AROUND, Structures))
