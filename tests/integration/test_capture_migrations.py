@@ -1,6 +1,6 @@
 """Any history of migrations amid the writes of several sessions, with capture killed and started: the log ends as Postgres, by itself.
 
-What capture refuses is mended as it says. VERSIONS=15,17 names those of Postgres.
+What capture refuses is mended as it says. VERSIONS=15,17 names those of Postgres. The log is in JSON, or changes its codec again and again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.fixtures.keyed import Keyed
 from tests.fixtures.lab import AROUND, live, note_looks
 from tests.fixtures.migrations import Migrations
 from tests.fixtures.seeds import ASKED, seeds, steps
-from tests.fixtures.sessions import history, taken_back
+from tests.fixtures.sessions import Step, history, taken_back
 from tests.fixtures.structures import Structures
 from tests.fixtures.typed import Typed
 from tests.fixtures.versions import NEWEST
@@ -27,6 +27,10 @@ pytestmark = pytest.mark.usefixtures("often")
 
 SEEDS = seeds("1,2")
 STRUCTURED = seeds("1")
+
+BOTH = ("json", "avro")
+RESTARTS = ["restart", "crash", "die"] * 2
+RESTART = Step(0, "restart", 0)
 
 Lives = Callable[[Callable[[Postgres, int], str], list[int]], None]
 
@@ -94,5 +98,22 @@ def test_typed_tables_end_as_postgres(settings: Settings, lives: Lives) -> None:
 
     def one(server: Postgres, seed: int) -> str:
         return live(settings, server, seed, Typed, history(seed, steps(25), AROUND, Typed))
+
+    lives(one, STRUCTURED)
+
+
+@pytest.mark.timeout(900 * len(STRUCTURED) * 2)
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("maker", [Migrations, Structures])
+def test_a_log_that_changes_its_codec_amid_migrations_ends_as_postgres(
+    settings: Settings, lives: Lives, maker: type[Migrations]
+) -> None:
+    """Each capture writes in the other codec, from JSON to Avro and back: what it needs of the log is in both."""
+
+    def one(server: Postgres, seed: int) -> str:
+        drawn = history(seed, steps(15), [*AROUND, *RESTARTS], maker)
+        third = len(drawn) // 3
+        parts = drawn[:third], drawn[third : 2 * third], drawn[2 * third :]
+        return live(settings, server, seed, maker, [step for part in parts for step in (*part, RESTART)], BOTH)
 
     lives(one, STRUCTURED)
