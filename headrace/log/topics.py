@@ -37,6 +37,7 @@ _BUNCH = 500
 _MARKER_SECONDS = 5.0
 _PLAIN = frozenset(string.ascii_letters + string.digits + "-_")
 _ESCAPE = re.compile(r"_u([0-9A-F]{4,6})_")
+_LIKE_ONE = re.compile(r"_(?=u[0-9A-F]{4,6}([^0-9A-F]))")
 Ends = dict[str, list[int]]
 
 
@@ -64,9 +65,9 @@ def schemas_topic(source: str) -> str:
 
 def escape(name: str, plain: frozenset[str] = _PLAIN) -> str:
     """Return `name` with every character that is not in `plain` as its code point; no two names become one."""
-    # A name that looks escaped already has its underscore escaped, so that two names never share a topic.
-    name = _ESCAPE.sub(lambda match: "_u005F_" + match[0][1:], name)
-    return "".join(c if c in plain else f"_u{ord(c):04X}_" for c in name)
+    # What looks escaped already, or would when the next character is, has its underscore escaped: two names never share a topic.
+    looks = {match.start() for match in _LIKE_ONE.finditer(name) if match[1] == "_" or match[1] not in plain}
+    return "".join(c if c in plain and at not in looks else f"_u{ord(c):04X}_" for at, c in enumerate(name))
 
 
 def _unescape(name: str) -> str:

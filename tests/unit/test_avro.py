@@ -8,7 +8,7 @@ from typing import Any
 import fastavro
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headrace import codec
@@ -98,7 +98,13 @@ def test_a_domain_is_kept_as_the_type_below_it() -> None:
     assert unpacker.envelope(read)["after"] == {"a": 7, "b": ["1.5"]}
 
 
-@given(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=8, unique=True))
+NAMES = st.text(min_size=1, max_size=8) | st.lists(
+    st.sampled_from(["_u0031", "u00E9_", "_", "é", "1", "a", "-"]), min_size=1, max_size=5
+).map("".join)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=8, unique=True))
+@example(["_u0031é", "1u00E9_"])
 def test_every_name_of_a_column_has_its_own_field(names: list[str]) -> None:
     shape = TableSchema("1 odd.näme", 1, tuple(Column(name, "text") for name in names), (names[0],))
     json = value({name: orjson.dumps(name) for name in names})

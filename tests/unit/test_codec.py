@@ -99,7 +99,18 @@ def test_lsns_are_as_postgres_prints_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "table", ["public.products", "public.Übung", "public.a b", "public._u0041_", "s.with.dot", 'q."x"']
+    "table",
+    [
+        "public.products",
+        "public.Übung",
+        "public.a b",
+        "public._u0041_",
+        "public._u0041é",
+        "public._u0041_u0041_",
+        "public._u0041_uDEF",
+        "s.with.dot",
+        'q."x"',
+    ],
 )
 def test_a_topic_names_one_table(table: str) -> None:
     topic = topic_of("shop", table)
