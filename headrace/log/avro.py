@@ -164,7 +164,7 @@ def _field(column: Column) -> Avro:
     avro: Avro = {"type": (form or _TEXT).avro, "postgres": base}
     branches = ["null", avro]
     if form is None and base.endswith("[]"):
-        element = _FORMS.get(base[:-2], _TEXT)
+        element = _element(base[:-2])
         # An array of arrays has another type than the schema can name for it: it is its JSON.
         branches = [
             "null",
@@ -197,7 +197,7 @@ def _pack(base: str) -> Turn | None:
     form = _FORMS.get(base)
     if form is not None or not base.endswith("[]"):
         return form.pack if form else None
-    element = _FORMS.get(base[:-2], _TEXT).pack
+    element = _element(base[:-2]).pack
     return lambda value: (
         _document(value)
         if any(isinstance(each, list) for each in value)
@@ -210,10 +210,15 @@ def _back(branches: list[Avro]) -> tuple[Turn | None, bool]:
     told = next(branch for branch in branches if isinstance(branch, Mapping))
     if told["type"] == "array":
         (element,) = (branch for branch in told["items"] if branch != "null")
-        turn = _FORMS.get(element["postgres"], _TEXT).unpack
+        turn = _element(element["postgres"]).unpack
         return partial(_array_back, turn), False
     form = _FORMS.get(told["postgres"], _TEXT)
     return form.unpack, form is _DOCUMENT
+
+
+def _element(name: str) -> Form:
+    """Return the form of an array's elements. A domain over an array may be one: it is its text, also where that reads as a document."""
+    return _TEXT if name.endswith("[]") else _FORMS.get(name, _TEXT)
 
 
 def _array_back(turn: Turn | None, value: list[Any] | str) -> Any:

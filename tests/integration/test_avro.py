@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import orjson
-import psycopg
 import pytest
 from confluent_kafka import Consumer
 from confluent_kafka.schema_registry import ConfigCompatibilityLevel, SchemaRegistryClient, ServerConfig
 from confluent_kafka.schema_registry.avro import AvroDeserializer
 
-from headrace.change import Change
 from headrace.errors import Misconfigured, Transient
 from headrace.log import Log
 from headrace.log.tail import BEGINNING, read_to_end
@@ -32,48 +30,11 @@ from tests.fixtures.capture import (
     replay,
     selected,
 )
-from tests.fixtures.kinds import Kind, every_kind
 
 T = "public.items"
-ROWS = 32
 ITEMS = "CREATE TABLE items (id int PRIMARY KEY, name text, n int)"
-KINDS = {
-    "int": ["-2147483648"],
-    "bigint": ["9223372036854775807"],
-    "oid": ["4294967295"],
-    "real": ["1.5", "1e6", "999999", "3.4028235e38", "'NaN'", "'-0'"],
-    "double precision": ["0.1::float8 + 0.2", "1e15", "1e14", "1e300", "'-Infinity'"],
-    "boolean": ["true"],
-    "numeric": ["12345678901234567890.0123456789", "'NaN'"],
-    "text": ["E'tab\\t nl\\n q\" b\\\\ ü€😀'"],
-    '"char"': ["'x'"],
-    "uuid": ["gen_random_uuid()"],
-    "timestamptz": ["'2024-02-29 12:00:00+05'", "'infinity'"],
-    "interval": ["'1 year -2 days 03:04:05.6'"],
-    "bytea": ["'\\x'", "'\\x00ff'"],
-    "json": ["'{\"a\": [1, 1.50, null]}'", "'null'", "'12345678901234567890.10'", "'\"\\ud800\"'"],
-    "jsonb": ["'\"text\"'"],
-    "int[]": ["'{1,NULL,3}'", "'{{1,2},{3,4}}'", "'{}'"],
-    "real[]": ["'{1,1.5,NaN}'"],
-    "text[]": ["array['a,b', NULL, 'NULL', '']"],
-    "bytea[]": ["array['\\x00ff'::bytea]"],
-    "jsonb[]": ["array['{\"a\": [1, 2.50]}'::jsonb]"],
-    "timestamp(3)[]": ["array['2024-02-29 12:00:00'::timestamp]"],
-    "int2vector": ["'1 2'"],
-    "point": ["'(1,2)'"],
-    "mood": ["'so so'"],
-    "mood[]": ["array['sad', NULL]::mood[]"],
-    "positive": ["7"],
-    "positive[]": ["array[7]::positive[]"],
-    "amounts": ["'{1.5}'"],
-    "weight": ["0.5"],
-}
 BACKWARD = ServerConfig(compatibility=ConfigCompatibilityLevel.BACKWARD)
 ANYTHING = ServerConfig(compatibility=ConfigCompatibilityLevel.NONE)
-TYPES = (
-    "CREATE TYPE mood AS ENUM ('sad', 'so so'); CREATE DOMAIN positive AS int CHECK (VALUE > 0);"
-    "CREATE DOMAIN amounts AS numeric[]; CREATE DOMAIN light AS real; CREATE DOMAIN weight AS light"
-)
 
 
 @pytest.fixture
@@ -93,58 +54,6 @@ def client(registry: Registry) -> SchemaRegistryClient:
 
 def subject(settings: Settings) -> str:
     return f"{Log(settings).topic_of(T)}-value"
-
-
-def test_every_kind_is_the_same_row_under_both_codecs(avro: Settings) -> None:
-    """Every built-in type, its array and some made ones, in snapshot and stream; two logs of one source, one in each codec."""
-    json = replace(avro, codec="json", **dict.fromkeys(("source", "slot", "publication"), f"{avro.source}_j"))
-    with psycopg.connect(avro.dsn, autocommit=True) as connection:
-        built_in = every_kind(connection)
-    odd = '"1 Ödd, c""ol"'
-    made = [f"m{n} {kind}" for n, kind in enumerate(KINDS)]
-    found = [f"b{n} {kind.sql}" for n, kind in enumerate(built_in)]
-    prepare(avro, TYPES, f"CREATE TABLE items (id int PRIMARY KEY, {odd} text, {', '.join(made + found)})")
-    prepare(json)
-    insert(avro, odd, built_in)
-    with capturing(avro) as one, capturing(json) as other:
-        one.hear("streaming")
-        other.hear("streaming")
-        names = ", ".join(column.split()[0] for column in made + found)
-        execute(avro, f"INSERT INTO items (id, {odd}, {names}) SELECT id + 100000, {odd}, {names} FROM items")
-        one.reach()
-        other.reach()
-    assert all(value[0] == 0 for value in values(avro))
-    assert not any(value[0] == 0 for value in values(json))
-    read, wanted = replay(avro, T), replay(json, T)
-    assert read.keys() == wanted.keys() != set()
-    assert {
-        (key, name, orjson.dumps(value))
-        for key, row in read.items()
-        for name, value in row.items()
-        if orjson.dumps(value) != orjson.dumps(wanted[key][name])
-    } == set()
-    assert [codec_free(c) for c in changes(avro, T)] == [codec_free(c) for c in changes(json, T)]
-
-
-def insert(settings: Settings, odd: str, built_in: list[Kind]) -> None:
-    execute(
-        settings,
-        *[
-            f"INSERT INTO items (id, {odd}, m{n}) VALUES ({1000 + 10 * n + m}, 'x', {literal})"
-            for n, literals in enumerate(KINDS.values())
-            for m, literal in enumerate(literals)
-        ],
-    )
-    names = ", ".join(f"b{n}" for n in range(len(built_in)))
-    cast = ", ".join(f"%s::{kind.sql}" for kind in built_in)
-    with psycopg.connect(settings.dsn, autocommit=True, cursor_factory=psycopg.ClientCursor) as connection:
-        statement = f"INSERT INTO items (id, {names}) VALUES (%s, {cast})".encode()
-        for row in range(ROWS):
-            connection.execute(statement, [row, *(kind.literal(row) for kind in built_in)])
-
-
-def codec_free(change: Change) -> tuple[object, ...]:
-    return change.key, change.op, change.xid, change.schema, change.read
 
 
 def test_a_log_changes_its_codec_in_the_middle(avro: Settings) -> None:
