@@ -1,11 +1,13 @@
 """Views of every store while tables are migrated, their process is killed, and what they keep is lost or put back from an older copy.
 
 Tables, declarations and all that happens are drawn from a seed. Whenever it rests, each view holds what Postgres has, by a join in Python
-(`tests.fixtures.migrated`), and `headrace verify` says so too; verify finds nothing wrong while rows change.
+(`tests.fixtures.migrated`), and `headrace verify` says so too; verify finds nothing wrong while rows change. From step to step capture
+changes from JSON to Avro and back.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import subprocess
@@ -287,7 +289,7 @@ def _differing(shown: list[Any], wanted: dict[Any, Any]) -> str:
 
 @pytest.mark.timeout(120 + 4 * PATIENCE * STEPS)
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.usefixtures("elasticsearch", "redis_server", "often")
+@pytest.mark.usefixtures("elasticsearch", "redis_server", "registry", "often")
 def test_after_migrations_kills_and_losses_each_view_is_what_postgres_has(
     settings: Settings, seed: int, tmp_path: Path
 ) -> None:
@@ -307,14 +309,18 @@ def test_after_migrations_kills_and_losses_each_view_is_what_postgres_has(
     else:
         prepare(settings)
     trial = Trial(settings, seed, tmp_path)
-    with capturing(settings):
+    codecs = itertools.cycle(("json", "avro"))
+    with capturing(replace(settings, codec=next(codecs))) as capture:
+        capture.reach()
+    try:
         trial.start()
-        try:
-            for _ in range(STEPS):
+        for _ in range(STEPS):
+            with capturing(replace(settings, codec=next(codecs))):
                 trial.step()
+        with capturing(replace(settings, codec=next(codecs))):
             trial.compare()
-        except BaseException:
-            print(trial.told())  # noqa: T201  what it must be understood by
-            raise
-        finally:
-            trial.kill()
+    except BaseException:
+        print(trial.told())  # noqa: T201  what it must be understood by
+        raise
+    finally:
+        trial.kill()
