@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -119,9 +120,13 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("each_postgres", ["15", NEWEST], indirect=True)
-def test_the_log_is_what_was_committed(each_version: Settings) -> None:
+@pytest.mark.parametrize(
+    ("each_postgres", "codec"), [("15", "json"), (NEWEST, "json"), (NEWEST, "avro")], indirect=["each_postgres"]
+)
+def test_the_log_is_what_was_committed(each_version: Settings, codec: str, request: pytest.FixtureRequest) -> None:
     settings = each_version
+    if codec == "avro":
+        settings = replace(settings, codec=codec, schema_registry=request.getfixturevalue("registry").address())
     tables = [numbered(number, ITEMS, OTHERS, *ROWS) for number in range(len(SCRIPTS))]
     prepare(settings, *itertools.chain(*tables))
     with capturing(settings) as capture:
@@ -269,8 +274,11 @@ DDL = {
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-def test_ddl_among_the_changes(settings: Settings, late: bool) -> None:
+@pytest.mark.parametrize("codec", ["json", "avro"])
+@pytest.mark.usefixtures("registry")
+def test_ddl_among_the_changes(settings: Settings, late: bool, codec: str) -> None:
     """Also when capture was off, and the catalogue that it reads is newer than the rows that come."""
+    settings = replace(settings, codec=codec)
     tables = [numbered(number, ITEMS, OTHERS, *ROWS) for number in range(len(DDL))]
     prepare(settings, *itertools.chain(*tables))
     scripts = itertools.chain(*[numbered(number, script) for number, script in enumerate(DDL.values())])
