@@ -73,31 +73,13 @@ def test_any_migration_ends_as_postgres(settings: Settings, lives: Lives) -> Non
 
 
 @pytest.mark.timeout(900 * len(STRUCTURED))
-def test_partitions_and_composites_end_as_postgres(settings: Settings, lives: Lives) -> None:
-    """Three sessions, three tables: partitions at two levels, some unlogged, and composites in domains, arrays and composites."""
+@pytest.mark.parametrize("maker", [Structures, Keyed, Typed])
+def test_migrations_of_one_kind_end_as_postgres(settings: Settings, lives: Lives, maker: type[Migrations]) -> None:
+    """Three sessions, three tables: partitions at two levels, some unlogged, and composites in domains, arrays and composites; keys of
+    two and three columns; tables of one type, one of them partitioned."""
 
     def one(server: Postgres, seed: int) -> str:
-        return live(settings, server, seed, Structures, history(seed, steps(25), AROUND, Structures))
-
-    lives(one, STRUCTURED)
-
-
-@pytest.mark.timeout(900 * len(STRUCTURED))
-def test_keys_of_several_columns_end_as_postgres(settings: Settings, lives: Lives) -> None:
-    """Three sessions, three tables: primary keys of two and three columns and an index of two, with other orders, sets, names and types."""
-
-    def one(server: Postgres, seed: int) -> str:
-        return live(settings, server, seed, Keyed, history(seed, steps(25), AROUND, Keyed))
-
-    lives(one, STRUCTURED)
-
-
-@pytest.mark.timeout(900 * len(STRUCTURED))
-def test_typed_tables_end_as_postgres(settings: Settings, lives: Lives) -> None:
-    """Three sessions, three tables of one type, one of them partitioned: what is done to the type is done to all that are of it."""
-
-    def one(server: Postgres, seed: int) -> str:
-        return live(settings, server, seed, Typed, history(seed, steps(25), AROUND, Typed))
+        return live(settings, server, seed, maker, history(seed, steps(25), AROUND, maker))
 
     lives(one, STRUCTURED)
 
